@@ -1,0 +1,20 @@
+"""LeNet-300-100 on MNIST: the first row of table 1 (figures 14, 18 to 20).
+
+    python -m imp_jax.data prepare mnist    # once, needs the network and `pip install -e ".[prepare]"`
+    python -m imp_jax.main --config=configs/lenet.py --workdir=runs/lenet
+"""
+
+from imp_jax.config import default
+
+
+def get_config():
+    config = default()
+    config.dataset.name = "mnist"
+    config.epochs = 25
+    config.batch_size = 60
+    config.model.name = "lenet"
+    config.optimizer.name = "adam"
+    config.optimizer.learning_rate = 12e-4
+    config.optimizer.schedule = "constant"
+    config.optimizer.weight_decay = 0.0
+    return config

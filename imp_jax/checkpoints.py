@@ -1,0 +1,60 @@
+"""One orbax checkpoint per round: the round is on disk whole, or not at all."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from imp_jax.masking import Mask
+from imp_jax.training import Variables
+
+
+class Round(NamedTuple):
+    """What a round leaves behind; every leaf leads with the members, arm by arm as in `config.arms`."""
+
+    initial: Variables  # θ⊙m the training started from; with rewind_step=k, the dense network's at step k
+    trained: Variables
+    mask: Mask
+
+
+class Checkpoints:
+    """The folder `checkpoints` of a workdir: step n holds round n's `Round` and its rows of results.csv.
+
+    The rows travel inside the checkpoint, so that a run that died between the two loses neither.
+    """
+
+    def __init__(self, workdir: Path):
+        self._manager = ocp.CheckpointManager(
+            (workdir / "checkpoints").absolute(),
+            item_names=("networks", "rows"),
+            options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
+        )
+
+    def rounds(self) -> list[int]:
+        """The rounds that are safely on disk, in order."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, number: int, networks: Round, rows: list[dict[str, Any]]) -> None:
+        """Write round `number`; when this returns, it is on disk under its final name."""
+        self._manager.save(
+            number,
+            args=ocp.args.Composite(
+                networks=ocp.args.StandardSave(networks._asdict()), rows=ocp.args.JsonSave(rows)
+            ),
+        )
+
+    def restore(self, number: int) -> Round:
+        """The networks of round `number`, on the default device whatever devices wrote them."""
+        metadata = self._manager.item_metadata(number)["networks"]
+        target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), metadata.tree)
+        item = self._manager.restore(number, args=ocp.args.Composite(networks=ocp.args.StandardRestore(target)))
+        return Round(**jax.tree.map(jax.numpy.asarray, item["networks"]))
+
+    def rows(self, number: int) -> list[dict[str, Any]]:
+        """The rows of results.csv that belong to round `number`."""
+        return self._manager.restore(number, args=ocp.args.Composite(rows=ocp.args.JsonRestore()))["rows"]
+
+    def close(self) -> None:
+        self._manager.close()

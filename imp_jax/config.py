@@ -1,0 +1,152 @@
+"""Every config field, what it may hold, and how a wrong one is said."""
+
+import difflib
+import json
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import FieldReference
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can mend, said in one sentence; `main` prints it without a traceback."""
+
+
+def default() -> ConfigDict:
+    """All fields with their meaning. A config file starts from here and states its row of table 1."""
+    config = ConfigDict()
+    config.seed = 0  # all random keys fold from it
+    config.replicates = 3  # independent repetitions, trained side by side; replicate 0 does not depend on their number
+    config.arms = ("imp", "reinit")  # what is trained on each round's mask; the mask always comes from imp
+    config.rounds = 25  # trainings, the dense one included: densities (1 − fraction)⁰ … (1 − fraction)^(rounds − 1)
+    config.epochs = 25  # of each training
+    config.batch_size = 60
+    config.dtype = "float32"  # of the computation; parameters and optimizer state stay float32
+    # step of the dense training whose weights survivors are reset to: 0 is the initialisation, None no reset
+    config.rewind_step = FieldReference(0, field_type=object)
+
+    config.dataset = ConfigDict()
+    config.dataset.name = "mnist5k"
+    config.dataset.data_dir = FieldReference(None, field_type=str)  # None is TFDS's own, ~/tensorflow_datasets
+
+    config.model = ConfigDict()
+    config.model.name = "lenet"
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adam"  # adam, momentum or sgd
+    config.optimizer.learning_rate = 12e-4
+    config.optimizer.momentum = 0.9  # of the optimizer momentum, not Nesterov's
+    config.optimizer.weight_decay = 0.0  # L2, added to the gradient of all parameters
+    config.optimizer.schedule = "constant"  # constant, step or cosine
+    config.optimizer.milestones = ()  # epochs after which the step schedule divides by 10
+    config.optimizer.warmup_epochs = 0.0  # the rate rises linearly from 0 over these, under any schedule
+
+    config.pruning = ConfigDict()
+    config.pruning.score = "magnitude"  # or random; the lowest scores go
+    config.pruning.fraction = 0.2  # of the survivors, removed after each round; one-shot to 30 %: rounds=2, 0.7
+    return config
+
+
+# what a field of more than one type may hold
+_UNIONS = {"rewind_step": (int, type(None)), "dataset.data_dir": (str, type(None))}
+_NUMBER = (int, float)
+_BOUNDS = {
+    "seed": (lambda v: 0 <= v < 2**32, "from 0 to 2³² − 1"),
+    "replicates": (lambda v: v >= 1, "at least 1"),
+    "rounds": (lambda v: v >= 1, "at least 1"),
+    "epochs": (lambda v: v >= 1, "at least 1"),
+    "batch_size": (lambda v: v >= 1, "at least 1"),
+    "dtype": (lambda v: v in ("float32", "bfloat16"), "float32 or bfloat16"),
+    "rewind_step": (lambda v: v is None or v >= 0, "a step of the dense training from 0, or None"),
+    "optimizer.learning_rate": (lambda v: 0 < v < float("inf"), "above 0 and finite"),
+    "optimizer.momentum": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "optimizer.weight_decay": (lambda v: 0 <= v < float("inf"), "at least 0 and finite"),
+    "optimizer.warmup_epochs": (lambda v: 0 <= v < float("inf"), "at least 0 and finite"),
+    "optimizer.milestones": (
+        lambda v: all(isinstance(e, _NUMBER) and e > 0 for e in v) and list(v) == sorted(set(v)),
+        "rising epochs above 0",
+    ),
+    "pruning.fraction": (lambda v: 0 < v < 1, "between 0 and 1, both excluded"),
+}
+
+
+def validate(config: ConfigDict) -> None:
+    """Check names, types and ranges of all fields.
+
+    Raises:
+      UserError: an unknown or missing field, a wrong type, a value out of range. Names of models, data sets,
+        optimizers, schedules, scores and arms are checked by `choose`, where each is looked up.
+    """
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"get_config() returned {type(config).__name__}; it should return an ml_collections.ConfigDict")
+    known, given = _flatten(default()), _flatten(config)
+    for field in given:
+        if field not in known:
+            raise UserError(f"there is no config field {field}{_suggestion(field, known)}")
+    for field, example in known.items():
+        if field not in given:
+            raise UserError(f"the config lacks the field {field}; imp_jax.config.default() has it as {example!r}")
+        value = given[field]
+        if not _has_type(value, field, example):
+            raise UserError(f"{field} is {value!r}; it should be {type_in_words(field)}")
+        within, words = _BOUNDS.get(field, (lambda _: True, ""))
+        if not within(value):
+            raise UserError(f"{field} is {value!r}; it should be {words}")
+
+
+def choose(options: dict, field: str, name: str):
+    """`options[name]`, or a UserError that names the field, the value and what there is."""
+    if name not in options:
+        raise UserError(f"{field} is {name!r}; it should be one of {', '.join(options)}{_suggestion(name, options)}")
+    return options[name]
+
+
+def type_in_words(field: str) -> str:
+    """What a field should hold, for a message: "an int, like 60". Empty where there is no such field."""
+    known = _flatten(default())
+    if field not in known:
+        return ""
+    if field in _UNIONS:
+        return " or ".join("None" if t is type(None) else f"of type {t.__name__}" for t in _UNIONS[field])
+    return f"of type {type(known[field]).__name__}, like {known[field]!r}"
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as it is kept in a workdir's config.json."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def differences(config: ConfigDict, stored: dict) -> list[str]:
+    """Where `config` and a config.json's content differ, a phrase a field."""
+    here, there = _flatten(json.loads(to_json(config))), _flatten(stored)
+    absent = object()
+
+    def show(value):
+        return "absent" if value is absent else repr(value)
+
+    return [
+        f"{field} is {show(there.get(field, absent))} there and {show(here.get(field, absent))} here"
+        for field in sorted(here | there)
+        if here.get(field, absent) != there.get(field, absent)
+    ]
+
+
+def _flatten(config, prefix="") -> dict:
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict | dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _has_type(value, field, example) -> bool:
+    types = _UNIONS.get(field, _NUMBER if isinstance(example, float) else (type(example),))
+    if isinstance(value, bool):  # a bool is an int to Python, never to a config
+        return bool in types
+    return isinstance(value, types)
+
+
+def _suggestion(name, options) -> str:
+    close = difflib.get_close_matches(name, options, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

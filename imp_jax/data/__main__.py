@@ -1,0 +1,28 @@
+"""The command line of `imp_jax.data`: `python -m imp_jax.data prepare NAME [--data_dir=DIR]`."""
+
+import argparse
+import sys
+
+from absl import logging
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m imp_jax.data", description="Prepare data sets.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("prepare", help="download a set of TFDS and write it as ArrayRecord files")
+    command.add_argument("name", help="mnist, mnist5k, or any other image-classification set of TFDS")
+    command.add_argument("--data_dir", help="where to keep it (default: ~/tensorflow_datasets)")
+    arguments = parser.parse_args()
+    logging.set_verbosity(logging.ERROR)
+
+    from imp_jax import data
+    from imp_jax.config import UserError
+
+    try:
+        print(f"{arguments.name} is in {data.prepare(arguments.name, arguments.data_dir)}")
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

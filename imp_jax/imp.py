@@ -1,0 +1,320 @@
+"""Iterative magnitude pruning: train → record → prune → rewind, round after round (section 2.1).
+
+What is trained in a round is a member, one (arm, replicate) pair: `imp` is the ticket itself, `reinit` the
+control, a different random initialisation under the same mask. Members lead every batched tree, arm by arm.
+"""
+
+import functools
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Key
+from ml_collections import ConfigDict
+
+from imp_jax import config as configs
+from imp_jax import data, figures, masking, models, pruning, records, training
+from imp_jax.checkpoints import Checkpoints, Round
+from imp_jax.config import UserError, choose
+from imp_jax.masking import Mask
+from imp_jax.training import Metrics, TrainState, Variables
+
+# What an arm's keys fold in; the numbers are part of a run's randomness, so they never change.
+ARMS = {"imp": 0, "reinit": 1}
+_DRAWS = {"init": 0, "reinit": 1, "data": 2, "score": 3}
+
+
+class Member(NamedTuple):
+    arm: str
+    replicate: int
+
+
+class Experiment(NamedTuple):
+    """Everything a round needs that no round changes."""
+
+    config: ConfigDict
+    members: tuple[Member, ...]
+    dataset: data.Dataset  # arrays on the device
+    model: nn.Module
+    optimizer: optax.GradientTransformationExtraArgs
+    score: Callable[..., pruning.Scores]
+    learning_rates: Float[np.ndarray, "epochs steps"]
+
+
+def run(config: ConfigDict, workdir: str | os.PathLike) -> None:
+    """Train all rounds of `config` into `workdir`, going on after the last round that is on disk there.
+
+    Raises:
+      UserError: anything wrong with the config, the data or the workdir, before any training and with
+        nothing overwritten; a loss that is not finite, with all earlier rounds kept.
+    """
+    experiment = setup(config)
+    workdir = records.open_workdir(workdir, config)
+    checkpoints = Checkpoints(workdir)
+    finished = checkpoints.rounds()
+    results = records.Results(workdir, [row for number in finished for row in checkpoints.rows(number)])
+    if len(finished) == config.rounds:
+        print(f"{workdir} is finished: {config.rounds} rounds of {len(experiment.members)} trainings, nothing to do")
+        return
+
+    if finished:
+        print(f"{workdir} has rounds 0 to {finished[-1]}; going on with round {finished[-1] + 1}")
+        last = checkpoints.restore(finished[-1])
+        masks, _ = prune(experiment, finished[-1], last)
+        tickets = reset(experiment, last)
+    else:
+        tickets = initialize(experiment)
+        masks = masking.ones_like(tickets["params"])
+    first_round = len(finished)
+    events = records.Events(workdir, experiment.members, first_epoch=first_round * config.epochs)
+
+    with records.Display(config.rounds, config.epochs, first_round) as display:
+        for number in range(first_round, config.rounds):
+            start = time.perf_counter()
+
+            def on_epoch(epoch, metrics, seconds, number=number):
+                events.write(
+                    number * config.epochs + epoch + 1,
+                    epoch_loss=metrics.loss.mean(0),
+                    epoch_accuracy=metrics.accuracy.mean(0),
+                )
+                display.epoch(number, epoch, metrics.loss.size * config.batch_size, seconds)
+
+            networks = train(experiment, number, tickets, masks, on_epoch)
+            next_masks, thresholds = prune(experiment, number, networks)
+            rows = measure(experiment, number, networks, thresholds, start)
+
+            checkpoints.save(number, networks, rows)
+            results.append(rows)
+            events.write((number + 1) * config.epochs, **_columns(rows))
+            figures_dir = workdir / "figures"
+            figures_dir.mkdir(exist_ok=True)
+            records.write_atomically(figures_dir / "accuracy.png", figures.to_png(figures.accuracy(results.table())))
+            display.round(number, rows)
+
+            masks, tickets = next_masks, reset(experiment, networks)
+
+    events.close()
+    checkpoints.close()
+    records.print_summary(results.table(), f"Test accuracy in %, mean (min to max) of {config.replicates} replicates")
+    print(f"results: {workdir / 'results.csv'}\nfigure:  {workdir / 'figures' / 'accuracy.png'}")
+
+
+def setup(config: ConfigDict) -> Experiment:
+    """Check `config` and load what it names.
+
+    Raises:
+      UserError: see `config.validate`; an unknown name; a set that is absent or smaller than a batch; a
+        rewind step beyond the training.
+    """
+    configs.validate(config)
+    for arm in config.arms:
+        choose(ARMS, "arms", arm)
+    if "imp" not in config.arms or len(set(config.arms)) < len(config.arms):
+        raise UserError(f"arms is {config.arms}; it should name imp, whose masks all arms use, and no arm twice")
+    score = choose(pruning.SCORES, "pruning.score", config.pruning.score)
+    optimizer = training.make_optimizer(config)
+    choose(training.SCHEDULES, "optimizer.schedule", config.optimizer.schedule)
+    choose(models.MODELS, "model.name", config.model.name)
+
+    dataset = data.load(config.dataset.name, config.dataset.data_dir)
+    examples = len(dataset.train_images)
+    if config.batch_size > examples:
+        raise UserError(
+            f"batch_size is {config.batch_size}; {config.dataset.name} has {examples} training images, "
+            f"so it should be at most {examples}"
+        )
+    learning_rates = training.learning_rates(config, steps_per_epoch=examples // config.batch_size)
+    if (config.rewind_step or 0) >= learning_rates.size:
+        raise UserError(
+            f"rewind_step is {config.rewind_step}; a training has {learning_rates.size} steps, "
+            f"so it should be at most {learning_rates.size - 1}"
+        )
+    return Experiment(
+        config=config,
+        members=tuple(Member(arm, replicate) for arm in config.arms for replicate in range(config.replicates)),
+        dataset=jax.tree.map(jnp.asarray, dataset)._replace(num_classes=dataset.num_classes),
+        model=models.create(config, dataset.num_classes),
+        optimizer=optimizer,
+        score=score,
+        learning_rates=learning_rates,
+    )
+
+
+def initialize(experiment: Experiment) -> Variables:
+    """The random initialisation of every member; reinit's differs from imp's and stays over the rounds (ours)."""
+    keys = _keys(experiment, lambda member: ["reinit" if member.arm == "reinit" else "init"])
+    image = data.to_float(experiment.dataset.train_images[:1])
+    return jax.jit(jax.vmap(lambda key: dict(experiment.model.init(key, image))))(keys)
+
+
+def train(
+    experiment: Experiment,
+    number: int,
+    tickets: Variables,
+    masks: Mask,
+    on_epoch: Callable[[int, Metrics, float], None] = lambda epoch, metrics, seconds: None,
+) -> Round:
+    """Train the tickets of round `number`, θ⊙m for all members, to the end.
+
+    With `rewind_step=k`, round 0 notes imp's weights at step k, and later rounds put them back at step k: the
+    learning rates go on from there, the optimizer starts afresh (Frankle et al. 2020). The control always
+    starts from its random initialisation (ours).
+
+    Args:
+      on_epoch: called after each epoch with its index, its metrics as NumPy arrays, and its seconds.
+
+    Raises:
+      UserError: a loss that is not finite.
+    """
+    config, optimizer = experiment.config, experiment.optimizer
+    epochs, steps = experiment.learning_rates.shape
+    rewind_step = config.rewind_step or 0
+    rewound = jnp.array([member.arm == "imp" for member in experiment.members])
+    keys = _keys(experiment, lambda member: ["data", ARMS[member.arm], number])
+
+    states = training.init_states(tickets, masks, optimizer=optimizer)
+    for epoch in range(epochs):
+        start = time.perf_counter()
+        pieces = []
+        cut = rewind_step - epoch * steps
+        for first, last in [(0, cut), (cut, steps)] if 0 < cut < steps else [(0, steps)]:
+            if rewind_step > 0 and first == cut:
+                if number == 0:
+                    tickets = _where_member(rewound, states.variables, tickets)
+                else:
+                    fresh = training.init_states(tickets, masks, optimizer=optimizer)
+                    states = _where_member(rewound, fresh, states)
+            states, metrics = training.train_steps(
+                states,
+                masks,
+                experiment.dataset.train_images,
+                experiment.dataset.train_labels,
+                keys,
+                epoch,
+                first,
+                experiment.learning_rates[epoch, first:last],
+                batch_size=config.batch_size,
+                model=experiment.model,
+                optimizer=optimizer,
+            )
+            pieces.append(metrics)
+        metrics = jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)  # the one wait for the device
+        _require_finite(experiment, number, epoch, metrics.loss)
+        on_epoch(epoch, metrics, time.perf_counter() - start)
+    initial = {**tickets, "params": masking.apply(tickets["params"], masks)}
+    return Round(initial, states.variables, masks)
+
+
+def prune(experiment: Experiment, number: int, networks: Round) -> tuple[Mask, Float[np.ndarray, "members"]]:
+    """The masks after round `number`, every arm's from its replicate's imp, and each member's own threshold."""
+    members = experiment.members
+    masks, thresholds = _prune_members(
+        networks.trained["params"],
+        networks.mask,
+        _keys(experiment, lambda member: ["score", number]),
+        jnp.array([members.index(Member("imp", member.replicate)) for member in members]),
+        score=experiment.score,
+        fraction=experiment.config.pruning.fraction,
+    )
+    return masks, np.asarray(thresholds)
+
+
+def reset(experiment: Experiment, networks: Round) -> Variables:
+    """What the next round's tickets start from: the weights this round started from.
+
+    With `rewind_step=None`, imp goes on from its trained weights; the control is still reset (ours).
+    """
+    if experiment.config.rewind_step is not None:
+        return networks.initial
+    goes_on = jnp.array([member.arm == "imp" for member in experiment.members])
+    return _where_member(goes_on, networks.trained, networks.initial)
+
+
+def measure(
+    experiment: Experiment,
+    number: int,
+    networks: Round,
+    thresholds: Float[np.ndarray, "members"],
+    start: float,
+) -> list[records.Row]:
+    """Evaluate the trained networks on both splits: the rows of results.csv of a round begun at time `start`."""
+    evaluate = functools.partial(training.evaluate, networks.trained, model=experiment.model)
+    dataset = experiment.dataset
+    train_loss, train_accuracy = evaluate(dataset.train_images, dataset.train_labels)
+    test_loss, test_accuracy = evaluate(dataset.test_images, dataset.test_labels)
+    columns = {
+        "density": np.asarray(_survivors(networks.mask)) / masking.size(networks.mask) * len(experiment.members),
+        "threshold": thresholds,
+        "train_loss": np.asarray(train_loss),
+        "train_accuracy": np.asarray(train_accuracy),
+        "test_loss": np.asarray(test_loss),
+        "test_accuracy": np.asarray(test_accuracy),
+    }
+    seconds = round(time.perf_counter() - start, 3)
+    return [
+        {"replicate": member.replicate, "arm": member.arm, "round": number}
+        | {name: float(column[i]) for name, column in columns.items()}
+        | {"seconds": seconds}
+        for i, member in enumerate(experiment.members)
+    ]
+
+
+@functools.partial(jax.jit, static_argnames=("score", "fraction"))
+def _prune_members(params, masks, keys, imp_of, *, score, fraction):
+    def member(params, mask, key):
+        return pruning.prune_by_score(score(params, key), params, mask, fraction)
+
+    masks, thresholds = jax.vmap(member)(params, masks, keys)
+    return jax.tree.map(lambda mask: mask[imp_of], masks), thresholds
+
+
+@jax.jit
+def _survivors(masks):
+    return jax.vmap(masking.survivors)(masks)
+
+
+@jax.jit
+def _where_member(chosen: Bool[Array, "members"], one: TrainState | Variables, other: TrainState | Variables):
+    """`one` for the chosen members, `other` for the rest."""
+    return jax.tree.map(
+        lambda a, b: jnp.where(chosen.reshape(-1, *[1] * (a.ndim - 1)), a, b), one, other
+    )
+
+
+def _keys(experiment: Experiment, path: Callable[[Member], list[Any]]) -> Key[Array, "members"]:
+    """One key a member, folded from seed → replicate → a named draw → numbers; the other members play no part."""
+
+    def key(member):
+        draw, *numbers = path(member)
+        key = jax.random.key(experiment.config.seed)
+        for number in (member.replicate, _DRAWS[draw], *numbers):
+            key = jax.random.fold_in(key, number)
+        return key
+
+    return jnp.stack([key(member) for member in experiment.members])
+
+
+def _require_finite(experiment, number, epoch, losses):
+    broken = np.argwhere(~np.isfinite(losses))
+    if len(broken):
+        step, index = broken[0]
+        member = experiment.members[index]
+        kept = f"rounds 0 to {number - 1} are kept" if number else "no round was finished"
+        raise UserError(
+            f"the loss became {losses[step, index]} in round {number}, arm {member.arm}, replicate "
+            f"{member.replicate}, at step {epoch * len(losses) + step} of the training; {kept}; "
+            f"a lower optimizer.learning_rate than {experiment.config.optimizer.learning_rate} or a warm-up may help"
+        )
+
+
+def _columns(rows: list[records.Row]) -> dict[str, list[float]]:
+    names = [name for name in records.FIELDS if name not in ("replicate", "arm", "round")]
+    return {name: [row[name] for row in rows] for name in names}

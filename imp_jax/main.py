@@ -1,0 +1,55 @@
+"""The command line: `python -m imp_jax.main --config=configs/mnist5k.py --workdir=runs/mnist5k`.
+
+Any field of the config can be overridden, as in `--config.optimizer.learning_rate=1e-2`.
+"""
+
+import re
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    help_string="Config file, such as configs/mnist5k.py; it is Python and is executed.",
+    lock_config=False,
+    accept_new_attributes=True,  # an unknown field is said by config.validate, wherever it comes from
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; a run found there goes on where it stopped.")
+
+
+def main(argv):
+    logging.set_verbosity(logging.ERROR)  # orbax and TFDS tell of every file
+    from imp_jax import imp  # not before the flags are parsed: --help needs no JAX
+    from imp_jax.config import UserError
+
+    try:
+        if argv[1:]:
+            raise UserError(f"{argv[1]!r} is not a flag; flags are written --name=value")
+        if _CONFIG.value is None:
+            raise UserError("--config is missing; name a config file, such as --config=configs/mnist5k.py")
+        if _WORKDIR.value is None:
+            raise UserError("--workdir is missing; say where to keep the run, such as --workdir=runs/mnist5k")
+        imp.run(_CONFIG.value, _WORKDIR.value)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def parse_flags(argv):
+    """absl's flag parser, with one sentence for whatever can go wrong in it."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.IllegalFlagValueError as error:
+        from imp_jax.config import type_in_words
+
+        match = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
+        expected = type_in_words(match[1]) if match else ""
+        sys.exit(f"error: {match[1]} is {match[2]!r}; it should be {expected}" if expected else f"error: {error}")
+    except flags.Error as error:
+        sys.exit(f"error: {error}")
+    except Exception as error:  # a config file is code, and may raise anything
+        sys.exit(f"error: cannot load the config: {type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

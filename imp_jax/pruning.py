@@ -1,0 +1,96 @@
+"""Scores → threshold → next mask.
+
+Pruning is global: the weights of all layers are ranked together, and exactly round(fraction · survivors) of
+those with the lowest scores go (section 2.1, appendix A.3). To add a score, write a function with the
+signature of `magnitude` and name it in `SCORES`.
+"""
+
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from imp_jax import masking
+from imp_jax.masking import Mask, Params
+
+Scores = PyTree[Float[Array, "..."]]
+
+
+def magnitude(params: Params, key: Key[Array, ""]) -> Scores:
+    """|θ|, the score of IMP; draws nothing from `key`."""
+    del key
+    return jax.tree.map(jnp.abs, params)
+
+
+def random(params: Params, key: Key[Array, ""]) -> Scores:
+    """Uniform scores: the sanity control that any informed score must beat."""
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    return treedef.unflatten([jax.random.uniform(k, jnp.shape(p)) for k, p in zip(keys, leaves, strict=True)])
+
+
+SCORES = {"magnitude": magnitude, "random": random}
+
+
+def prune_by_magnitude(params: Params, mask: Mask, fraction: float = 0.2) -> tuple[Mask, Float[Array, ""]]:
+    """One cut of IMP: remove the `fraction` of the surviving weights that is smallest in magnitude, over all layers.
+
+    Args:
+      params: any Flax parameters; leaves called "kernel" are ranked together, the others left alone.
+      mask: what survives so far, shaped like `params`.
+      fraction: share of the survivors to remove, a Python number in [0, 1].
+
+    Returns:
+      The next mask, a subset of `mask` with exactly round(fraction · survivors) fewer weights (ties in
+      magnitude fall by position, earlier first), and the pruning threshold of figures 6 and 7: the largest
+      magnitude removed, 0 if none was.
+
+    Raises:
+      ValueError: `fraction` outside [0, 1], or no leaf of `params` is prunable.
+    """
+    return prune_by_score(jax.tree.map(jnp.abs, params), params, mask, fraction)
+
+
+def prune_by_score(
+    scores: Scores, params: Params, mask: Mask, fraction: float
+) -> tuple[Mask, Float[Array, ""]]:
+    """`prune_by_magnitude` with any scores, a tree like `params`: the lowest go. The threshold is still in |θ|."""
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"fraction is {fraction}; it should lie in [0, 1]")
+    alive = _concatenate(mask)
+    ranked = jnp.where(alive, _concatenate(scores), jnp.inf)
+    count = _rounded_share(jnp.sum(alive, dtype=jnp.int32), fraction)
+    cut = jnp.sort(ranked)[jnp.maximum(count - 1, 0)]  # the highest score that falls, if any does
+    below = alive & (ranked < cut)
+    tied = alive & (ranked == cut)
+    places_left = count - jnp.sum(below, dtype=jnp.int32)
+    removed = (below | (tied & (jnp.cumsum(tied, dtype=jnp.int32) <= places_left))) & (count > 0)
+    threshold = jnp.max(jnp.abs(_concatenate(params)), where=removed, initial=0.0)
+    return _split(alive & ~removed, mask), threshold
+
+
+def _rounded_share(total: Int[Array, ""], fraction: float) -> Int[Array, ""]:
+    """round(fraction · total), half to even, in integers: float32 products miss by one from 2²⁴ weights on."""
+    # a denominator below √2³¹ keeps every product inside int32 and is exact for any fraction of four decimals
+    ratio = Fraction(fraction).limit_denominator(46_340)
+    whole, rest = total // ratio.denominator, total % ratio.denominator
+    floor, remainder = jnp.divmod(rest * ratio.numerator, ratio.denominator)
+    floor += whole * ratio.numerator
+    half = 2 * remainder - ratio.denominator
+    return floor + ((half > 0) | ((half == 0) & (floor % 2 == 1)))
+
+
+def _concatenate(tree: PyTree[Array]) -> Array:
+    return jnp.concatenate([jnp.ravel(leaf) for leaf in masking.prunable_leaves(tree)])
+
+
+def _split(flat: Array, mask: Mask) -> Mask:
+    """`flat` in the places of the prunable leaves of `mask`; the inverse of `_concatenate`."""
+    leaves, treedef = jax.tree.flatten(mask)
+    start = 0
+    for i, keep in enumerate(jax.tree.leaves(masking.prunable(mask))):
+        if keep:
+            leaves[i] = flat[start : start + leaves[i].size].reshape(leaves[i].shape)
+            start += leaves[i].size
+    return treedef.unflatten(leaves)

@@ -1,0 +1,197 @@
+"""What a run says of itself: config.json, results.csv, TensorBoard event files, and the terminal."""
+
+import csv
+import io
+import json
+import os
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from tensorboardX import SummaryWriter
+
+from imp_jax import config as configs
+from imp_jax.config import UserError
+
+FIELDS = (
+    "replicate",
+    "arm",
+    "round",
+    "density",  # surviving fraction of the prunable weights
+    "threshold",  # largest magnitude removed after the round
+    "train_loss",  # nats
+    "train_accuracy",  # in [0, 1]
+    "test_loss",
+    "test_accuracy",
+    "seconds",  # wall time of the round: training, evaluation and pruning of all members
+)
+Row = dict[str, Any]
+
+
+def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Path:
+    """Make `path` this config's workdir, or find it to be so already.
+
+    Raises:
+      UserError: it cannot be written, holds a run of another config (the sentence has the difference), or
+        holds results without a config. Nothing is changed then.
+    """
+    workdir = Path(path)
+    stored = workdir / "config.json"
+    if stored.exists():
+        try:
+            differences = configs.differences(config, json.loads(stored.read_text()))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {stored}: {error}; give another --workdir or mend it") from error
+        if differences:
+            raise UserError(f"{workdir} holds a run of another config: {'; '.join(differences)}")
+    elif any((workdir / name).exists() for name in ("results.csv", "checkpoints")):
+        raise UserError(f"{workdir} holds results but no config.json to tell whose; give another --workdir")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_atomically(stored, configs.to_json(config))
+    except OSError as error:
+        raise UserError(f"cannot write to workdir {workdir}: {error.strerror}") from error
+    return workdir
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write aside, then rename: a reader, or a crash, finds the old file or the new one."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(aside, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+class Results:
+    """results.csv: appended to once a round, after the round's checkpoint is on disk."""
+
+    def __init__(self, workdir: Path, rows: Iterable[Row]):
+        """Start from `rows`, those of the rounds on disk, mending a file that was cut off short of them."""
+        self._path = workdir / "results.csv"
+        self.rows = list(rows)
+        content = _to_csv(self.rows, header=True)
+        if not self._path.exists() or self._path.read_text() != content:
+            write_atomically(self._path, content)
+
+    def append(self, rows: Sequence[Row]) -> None:
+        self.rows += rows
+        with open(self._path, "a", newline="") as file:
+            file.write(_to_csv(rows))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def table(self) -> pd.DataFrame:
+        return pd.DataFrame(self.rows, columns=list(FIELDS))
+
+
+def _to_csv(rows, header=False):
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+    if header:
+        writer.writeheader()
+    for row in rows:  # nine digits tell any two float32 apart
+        writer.writerow({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()})
+    return text.getvalue()
+
+
+class Events:
+    """TensorBoard event files, a folder a member under `events`; the step is the epoch since the run began."""
+
+    def __init__(self, workdir: Path, members: Sequence[tuple[str, int]], first_epoch: int):
+        self._writers = [
+            # purge_step makes TensorBoard forget what a run that was cut off had written past this point
+            SummaryWriter(str(workdir / "events" / f"{arm}-{replicate}"), purge_step=first_epoch)
+            for arm, replicate in members
+        ]
+
+    def write(self, epoch: int, **values: Sequence[float]) -> None:
+        """Write each named scalar of each member at the end of `epoch`."""
+        for name, scalars in values.items():
+            for writer, scalar in zip(self._writers, scalars, strict=True):
+                writer.add_scalar(name, float(scalar), epoch)
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.close()
+
+
+class Display:
+    """Progress: live on a terminal, one line a round elsewhere. Use as a context manager."""
+
+    def __init__(self, rounds: int, epochs: int, first_round: int):
+        self._console = Console(soft_wrap=True)
+        self._rounds, self._epochs, self._first_epoch = rounds, epochs, first_round * epochs
+        self._accuracies = ""
+        self._speed = 0.0
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[speed]:,.0f} images/s"),
+            TextColumn("{task.fields[left]} left"),
+            TextColumn("{task.fields[accuracies]}"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+
+    def __enter__(self):
+        self._progress.start()
+        self._task = self._progress.add_task(
+            "compiling", total=self._rounds * self._epochs, completed=self._first_epoch, speed=0.0, left="–", accuracies=""
+        )
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_):
+        self._progress.stop()
+
+    def epoch(self, number: int, epoch: int, images: int, seconds: float) -> None:
+        """Epoch `epoch` of round `number` has trained on `images` images, of all members, in `seconds`."""
+        self._speed = images / seconds
+        self._progress.update(
+            self._task,
+            completed=number * self._epochs + epoch + 1,
+            description=f"round {number}/{self._rounds - 1} epoch {epoch + 1}/{self._epochs}",
+            speed=self._speed,
+            left=self._left(number * self._epochs + epoch + 1),
+            accuracies=self._accuracies,
+        )
+
+    def round(self, number: int, rows: Sequence[Row]) -> None:
+        """Round `number` is on disk with `rows`."""
+        means = pd.DataFrame(rows).groupby("arm", sort=False)["test_accuracy"].mean()
+        self._accuracies = " ".join(f"{arm} {mean:.2%}" for arm, mean in means.items())
+        if self._progress.disable:
+            self._console.print(
+                f"round {number}/{self._rounds - 1}  density {rows[0]['density']:.2%}  test accuracy {self._accuracies}  "
+                f"{self._speed:,.0f} images/s  {rows[0]['seconds']:.1f} s  "
+                f"{self._left((number + 1) * self._epochs)} left",
+                highlight=False,
+            )
+
+    def _left(self, epochs_done):
+        rate = (time.perf_counter() - self._start) / max(epochs_done - self._first_epoch, 1)
+        minutes, seconds = divmod(round(rate * (self._rounds * self._epochs - epochs_done)), 60)
+        return f"{minutes}:{seconds:02}"
+
+
+def print_summary(results: pd.DataFrame, title: str) -> None:
+    """The result on the terminal: test accuracy over density, a column an arm, mean (min to max)."""
+    table = Table("round", "density", *results["arm"].unique(), title=title, title_justify="left")
+    for (number, density), rows in results.groupby(["round", "density"]):
+        cells = []
+        for _, of_arm in rows.groupby("arm", sort=False):
+            accuracy = 100 * of_arm["test_accuracy"]
+            cells.append(f"{accuracy.mean():.2f} ({accuracy.min():.2f} to {accuracy.max():.2f})")
+        table.add_row(str(number), f"{density:.2%}", *cells)
+    Console(soft_wrap=True).print(table)
