@@ -29,7 +29,6 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             (workdir / "checkpoints").absolute(),
             item_names=("networks", "rows"),
-            options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
         )
 
     def rounds(self) -> list[int]:
@@ -37,13 +36,16 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, number: int, networks: Round, rows: list[dict[str, Any]]) -> None:
-        """Write round `number`; when this returns, it is on disk under its final name."""
+        """Begin to write round `number`; it is on disk, under its final name, once `wait` returns."""
         self._manager.save(
             number,
             args=ocp.args.Composite(
                 networks=ocp.args.StandardSave(networks._asdict()), rows=ocp.args.JsonSave(rows)
             ),
         )
+
+    def wait(self) -> None:
+        self._manager.wait_until_finished()
 
     def restore(self, number: int) -> Round:
         """The networks of round `number`, on the default device whatever devices wrote them."""

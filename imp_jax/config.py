@@ -104,7 +104,7 @@ def type_in_words(field: str) -> str:
     """What a field should hold, for a message: "an int, like 60". Empty where there is no such field."""
     known = _flatten(default())
     if field not in known:
-        return ""
+        return "a group of fields, set one by one" if any(name.startswith(f"{field}.") for name in known) else ""
     if field in _UNIONS:
         return " or ".join("None" if t is type(None) else f"of type {t.__name__}" for t in _UNIONS[field])
     return f"of type {type(known[field]).__name__}, like {known[field]!r}"
@@ -148,5 +148,5 @@ def _has_type(value, field, example) -> bool:
 
 
 def _suggestion(name, options) -> str:
-    close = difflib.get_close_matches(name, options, n=1)
+    close = difflib.get_close_matches(str(name), options, n=1)
     return f" (did you mean {close[0]}?)" if close else ""

@@ -46,7 +46,7 @@ def accuracy(results: pd.DataFrame) -> Figure:
 def to_png(figure: Figure) -> bytes:
     """The figure as the bytes of a PNG file, at print resolution."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=200)
+    figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
 
 

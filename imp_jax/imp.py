@@ -92,11 +92,11 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> None:
             rows = measure(experiment, number, networks, thresholds, start)
 
             checkpoints.save(number, networks, rows)
+            figure = figures.to_png(figures.accuracy(results.table(rows)))  # drawn while orbax writes
+            checkpoints.wait()
             results.append(rows)
+            records.write_atomically(workdir / "figures" / "accuracy.png", figure)
             events.write((number + 1) * config.epochs, **_columns(rows))
-            figures_dir = workdir / "figures"
-            figures_dir.mkdir(exist_ok=True)
-            records.write_atomically(figures_dir / "accuracy.png", figures.to_png(figures.accuracy(results.table())))
             display.round(number, rows)
 
             masks, tickets = next_masks, reset(experiment, networks)
@@ -248,20 +248,21 @@ def measure(
     """Evaluate the trained networks on both splits: the rows of results.csv of a round begun at time `start`."""
     evaluate = functools.partial(training.evaluate, networks.trained, model=experiment.model)
     dataset = experiment.dataset
-    train_loss, train_accuracy = evaluate(dataset.train_images, dataset.train_labels)
-    test_loss, test_accuracy = evaluate(dataset.test_images, dataset.test_labels)
+    train_loss, train_correct = evaluate(dataset.train_images, dataset.train_labels)
+    test_loss, test_correct = evaluate(dataset.test_images, dataset.test_labels)
     columns = {
-        "density": np.asarray(_survivors(networks.mask)) / masking.size(networks.mask) * len(experiment.members),
+        "density": np.asarray(_survivors(networks.mask)) / (masking.size(networks.mask) // len(experiment.members)),
         "threshold": thresholds,
-        "train_loss": np.asarray(train_loss),
-        "train_accuracy": np.asarray(train_accuracy),
-        "test_loss": np.asarray(test_loss),
-        "test_accuracy": np.asarray(test_accuracy),
+        "train_loss": train_loss,
+        "train_accuracy": np.asarray(train_correct) / len(dataset.train_images),
+        "test_loss": test_loss,
+        "test_accuracy": np.asarray(test_correct) / len(dataset.test_images),
     }
+    columns = {name: np.asarray(column) for name, column in columns.items()}
     seconds = round(time.perf_counter() - start, 3)
     return [
         {"replicate": member.replicate, "arm": member.arm, "round": number}
-        | {name: float(column[i]) for name, column in columns.items()}
+        | {name: float(str(column[i])) for name, column in columns.items()}  # float32 as 0.1, not 0.10000000149
         | {"seconds": seconds}
         for i, member in enumerate(experiment.members)
     ]

@@ -33,22 +33,35 @@ def main(argv):
         imp.run(_CONFIG.value, _WORKDIR.value)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on after the last finished round", file=sys.stderr)
+        sys.exit(130)
 
 
 def parse_flags(argv):
     """absl's flag parser, with one sentence for whatever can go wrong in it."""
-    try:
-        return flags.FLAGS(argv)
-    except flags.IllegalFlagValueError as error:
-        from imp_jax.config import type_in_words
+    from imp_jax.config import type_in_words
 
+    try:
+        rest = flags.FLAGS(argv)
+        getattr(_CONFIG.value, "items", None)  # a file that could not be read says so here, on first access
+        return rest
+    except flags.IllegalFlagValueError as error:
         match = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
         expected = type_in_words(match[1]) if match else ""
-        sys.exit(f"error: {match[1]} is {match[2]!r}; it should be {expected}" if expected else f"error: {error}")
+        message = f"{match[1]} is {match[2]!r}; it should be {expected}" if expected else _cannot_load(error)
     except flags.Error as error:
-        sys.exit(f"error: {error}")
+        message = str(error)
     except Exception as error:  # a config file is code, and may raise anything
-        sys.exit(f"error: cannot load the config: {type(error).__name__}: {error}")
+        overridden = re.findall(r"--config\.([\w.]+)", " ".join(argv))
+        unknown = [field for field in overridden if not type_in_words(field)]
+        message = f"there is no config field {unknown[0]}" if unknown else _cannot_load(error)
+    sys.exit(f"error: {message}")
+
+
+def _cannot_load(error):
+    cause = f"{type(error).__name__}: {error}".strip().splitlines()[-1].strip()  # the rest is a traceback in words
+    return f"cannot load the config: {cause}"
 
 
 if __name__ == "__main__":

@@ -49,11 +49,11 @@ def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Path:
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {stored}: {error}; give another --workdir or mend it") from error
         if differences:
-            raise UserError(f"{workdir} holds a run of another config: {'; '.join(differences)}")
+            raise UserError(f"{workdir} holds a run of another config: {'; '.join(differences)}; give another --workdir")
     elif any((workdir / name).exists() for name in ("results.csv", "checkpoints")):
         raise UserError(f"{workdir} holds results but no config.json to tell whose; give another --workdir")
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "figures").mkdir(parents=True, exist_ok=True)
         write_atomically(stored, configs.to_json(config))
     except OSError as error:
         raise UserError(f"cannot write to workdir {workdir}: {error.strerror}") from error
@@ -91,8 +91,9 @@ class Results:
             file.flush()
             os.fsync(file.fileno())
 
-    def table(self) -> pd.DataFrame:
-        return pd.DataFrame(self.rows, columns=list(FIELDS))
+    def table(self, coming: Sequence[Row] = ()) -> pd.DataFrame:
+        """The rows, and those about to be appended."""
+        return pd.DataFrame([*self.rows, *coming], columns=list(FIELDS))
 
 
 def _to_csv(rows, header=False):

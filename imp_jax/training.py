@@ -171,8 +171,8 @@ def evaluate(
     *,
     model: nn.Module,
     batch_size: int = 1000,
-) -> tuple[Float[Array, "members"], Float[Array, "members"]]:
-    """Mean cross-entropy (nats) and accuracy (in [0, 1]) of every member over a whole set, each example once."""
+) -> tuple[Float[Array, "members"], Int[Array, "members"]]:
+    """Mean cross-entropy (nats) and number of examples classified right, of every member over a whole set."""
     examples = len(images)
     batch_size = min(batch_size, examples)
     # the last batch is filled up with examples seen before, which count for nothing
@@ -191,4 +191,4 @@ def evaluate(
         )
 
     losses, correct = jax.lax.map(batch_sums, indices)
-    return losses.sum(0) / examples, correct.sum(0) / examples
+    return losses.sum(0) / examples, correct.sum(0)
