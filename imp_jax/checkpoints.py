@@ -28,7 +28,7 @@ class Checkpoints:
     def __init__(self, workdir: Path):
         self._manager = ocp.CheckpointManager(
             (workdir / "checkpoints").absolute(),
-            item_names=("networks", "rows"),
+            item_handlers={"networks": ocp.StandardCheckpointHandler(), "rows": ocp.JsonCheckpointHandler()},
         )
 
     def rounds(self) -> list[int]:

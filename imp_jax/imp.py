@@ -7,7 +7,7 @@ control, a different random initialisation under the same mask. Members lead eve
 import functools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pandas as pd
 from jaxtyping import Array, Bool, Float, Key
 from ml_collections import ConfigDict
 
@@ -49,7 +50,18 @@ class Experiment(NamedTuple):
 
 
 def run(config: ConfigDict, workdir: str | os.PathLike) -> None:
-    """Train all rounds of `config` into `workdir`, going on after the last round that is on disk there.
+    """Train all rounds of `config` into `workdir` and print a summary; `rounds` says what may be raised."""
+    trained = sum(1 for _ in rounds(config, workdir))
+    if not trained:
+        print(f"{workdir} is finished: all {config.rounds} rounds were there, nothing to do")
+    workdir = Path(workdir)
+    title = f"Test accuracy in %, mean (min to max) of {config.replicates} replicates"
+    records.print_summary(pd.read_csv(workdir / "results.csv"), title)
+    print(f"results: {workdir / 'results.csv'}\nfigure:  {workdir / 'figures' / 'accuracy.png'}")
+
+
+def rounds(config: ConfigDict, workdir: str | os.PathLike) -> Iterator[list[records.Row]]:
+    """The rounds of `config` that `workdir` lacks: each one's rows of results.csv, once it is safely on disk.
 
     Raises:
       UserError: anything wrong with the config, the data or the workdir, before any training and with
@@ -61,7 +73,6 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> None:
     finished = checkpoints.rounds()
     results = records.Results(workdir, [row for number in finished for row in checkpoints.rows(number)])
     if len(finished) == config.rounds:
-        print(f"{workdir} is finished: {config.rounds} rounds of {len(experiment.members)} trainings, nothing to do")
         return
 
     if finished:
@@ -77,20 +88,19 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> None:
 
     with records.Display(config.rounds, config.epochs, first_round) as display:
         for number in range(first_round, config.rounds):
-            start = time.perf_counter()
 
             def on_epoch(epoch, metrics, seconds, number=number):
-                events.write(
-                    number * config.epochs + epoch + 1,
-                    epoch_loss=metrics.loss.mean(0),
-                    epoch_accuracy=metrics.accuracy.mean(0),
-                )
+                done = number * config.epochs + epoch + 1
+                events.write(done, epoch_loss=metrics.loss.mean(0), epoch_accuracy=metrics.accuracy.mean(0))
                 display.epoch(number, epoch, metrics.loss.size * config.batch_size, seconds)
 
+            start = time.perf_counter()
             networks = train(experiment, number, tickets, masks, on_epoch)
-            next_masks, thresholds = prune(experiment, number, networks)
-            rows = measure(experiment, number, networks, thresholds, start)
+            seconds = time.perf_counter() - start
+            masks, thresholds = prune(experiment, number, networks)
+            tickets = reset(experiment, networks)
 
+            rows = measure(experiment, number, networks, thresholds, seconds)
             checkpoints.save(number, networks, rows)
             figure = figures.to_png(figures.accuracy(results.table(rows)))  # drawn while orbax writes
             checkpoints.wait()
@@ -98,13 +108,10 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> None:
             records.write_atomically(workdir / "figures" / "accuracy.png", figure)
             events.write((number + 1) * config.epochs, **_columns(rows))
             display.round(number, rows)
-
-            masks, tickets = next_masks, reset(experiment, networks)
+            yield rows
 
     events.close()
     checkpoints.close()
-    records.print_summary(results.table(), f"Test accuracy in %, mean (min to max) of {config.replicates} replicates")
-    print(f"results: {workdir / 'results.csv'}\nfigure:  {workdir / 'figures' / 'accuracy.png'}")
 
 
 def setup(config: ConfigDict) -> Experiment:
@@ -243,9 +250,9 @@ def measure(
     number: int,
     networks: Round,
     thresholds: Float[np.ndarray, "members"],
-    start: float,
+    seconds: float,
 ) -> list[records.Row]:
-    """Evaluate the trained networks on both splits: the rows of results.csv of a round begun at time `start`."""
+    """Evaluate the trained networks on both splits: the rows of results.csv of a round trained in `seconds`."""
     evaluate = functools.partial(training.evaluate, networks.trained, model=experiment.model)
     dataset = experiment.dataset
     train_loss, train_correct = evaluate(dataset.train_images, dataset.train_labels)
@@ -259,11 +266,10 @@ def measure(
         "test_accuracy": np.asarray(test_correct) / len(dataset.test_images),
     }
     columns = {name: np.asarray(column) for name, column in columns.items()}
-    seconds = round(time.perf_counter() - start, 3)
     return [
         {"replicate": member.replicate, "arm": member.arm, "round": number}
         | {name: float(str(column[i])) for name, column in columns.items()}  # float32 as 0.1, not 0.10000000149
-        | {"seconds": seconds}
+        | {"seconds": round(seconds, 3)}
         for i, member in enumerate(experiment.members)
     ]
 

@@ -29,7 +29,7 @@ FIELDS = (
     "train_accuracy",  # in [0, 1]
     "test_loss",
     "test_accuracy",
-    "seconds",  # wall time of the round: training, evaluation and pruning of all members
+    "seconds",  # wall time of the round's training, of all members together
 )
 Row = dict[str, Any]
 
