@@ -20,7 +20,9 @@ CONFIGS = {"lenet": "mnist5k.py"}
 def main():
     parser = argparse.ArgumentParser(prog="python -m experiments.benchmark", description=__doc__)
     parser.add_argument("network", choices=CONFIGS)
-    parser.add_argument("--rounds", type=int, default=8, help="timed rounds, after the one that compiles (default: 8)")
+    parser.add_argument(
+        "--rounds", type=int, default=8, help="timed rounds, after the one that compiles (default: 8)"
+    )
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         sys.exit(f"error: --rounds is {arguments.rounds}; it should be at least 1")
@@ -58,14 +60,22 @@ def benchmark(network: str, timed_rounds: int) -> None:
 
     device = jax.devices()[0]
     table = Table(
-        "quantity", "median", "min", "max", title=f"{path.name}, {members} members on {device.device_kind}, JAX {jax.__version__}"
+        "quantity",
+        "median",
+        "min",
+        "max",
+        title=f"{path.name}, {members} members on {device.device_kind}, JAX {jax.__version__}",
     )
 
     def add(name, values, pattern):
         table.add_row(name, *[pattern.format(f(values)) for f in (statistics.median, min, max)])
 
     add("images/s over all members, whole round", [images / seconds for seconds in rounds], "{:,.0f}")
-    add("images/s over all members, training alone", [images / seconds for seconds in trainings[1:]], "{:,.0f}")
+    add(
+        "images/s over all members, training alone",
+        [images / seconds for seconds in trainings[1:]],
+        "{:,.0f}",
+    )
     add("seconds a round", rounds, "{:.2f}")
     add("share of evaluation, checkpoint, results, figure", fixed, "{:.1%}")
     table.add_row("start, data and compile, seconds", f"{first - statistics.median(rounds):.2f}", "", "")

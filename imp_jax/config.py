@@ -8,16 +8,20 @@ from ml_collections.config_dict import FieldReference
 
 
 class UserError(Exception):
-    """Something the person at the keyboard can mend, said in one sentence; `main` prints it without a traceback."""
+    """Something the user can mend, said in one sentence; `main` prints it without a traceback."""
 
 
 def default() -> ConfigDict:
     """All fields with their meaning. A config file starts from here and states its row of table 1."""
     config = ConfigDict()
     config.seed = 0  # all random keys fold from it
-    config.replicates = 3  # independent repetitions, trained side by side; replicate 0 does not depend on their number
+    config.replicates = (
+        3  # independent repetitions, trained side by side; replicate 0 does not depend on their number
+    )
     config.arms = ("imp", "reinit")  # what is trained on each round's mask; the mask always comes from imp
-    config.rounds = 25  # trainings, the dense one included: densities (1 − fraction)⁰ … (1 − fraction)^(rounds − 1)
+    config.rounds = (
+        25  # trainings, the dense one included: densities (1 − fraction)⁰ … (1 − fraction)^(rounds − 1)
+    )
     config.epochs = 25  # of each training
     config.batch_size = 60
     config.dtype = "float32"  # of the computation; parameters and optimizer state stay float32
@@ -77,14 +81,18 @@ def validate(config: ConfigDict) -> None:
         optimizers, schedules, scores and arms are checked by `choose`, where each is looked up.
     """
     if not isinstance(config, ConfigDict):
-        raise UserError(f"get_config() returned {type(config).__name__}; it should return an ml_collections.ConfigDict")
+        raise UserError(
+            f"get_config() returned {type(config).__name__}; it should return an ml_collections.ConfigDict"
+        )
     known, given = _flatten(default()), _flatten(config)
     for field in given:
         if field not in known:
             raise UserError(f"there is no config field {field}{_suggestion(field, known)}")
     for field, example in known.items():
         if field not in given:
-            raise UserError(f"the config lacks the field {field}; imp_jax.config.default() has it as {example!r}")
+            raise UserError(
+                f"the config lacks the field {field}; imp_jax.config.default() has it as {example!r}"
+            )
         value = given[field]
         if not _has_type(value, field, example):
             raise UserError(f"{field} is {value!r}; it should be {type_in_words(field)}")
@@ -96,7 +104,9 @@ def validate(config: ConfigDict) -> None:
 def choose(options: dict, field: str, name: str):
     """`options[name]`, or a UserError that names the field, the value and what there is."""
     if name not in options:
-        raise UserError(f"{field} is {name!r}; it should be one of {', '.join(options)}{_suggestion(name, options)}")
+        raise UserError(
+            f"{field} is {name!r}; it should be one of {', '.join(options)}{_suggestion(name, options)}"
+        )
     return options[name]
 
 
@@ -104,7 +114,9 @@ def type_in_words(field: str) -> str:
     """What a field should hold, for a message: "an int, like 60". Empty where there is no such field."""
     known = _flatten(default())
     if field not in known:
-        return "a group of fields, set one by one" if any(name.startswith(f"{field}.") for name in known) else ""
+        return (
+            "a group of fields, set one by one" if any(name.startswith(f"{field}.") for name in known) else ""
+        )
     if field in _UNIONS:
         return " or ".join("None" if t is type(None) else f"of type {t.__name__}" for t in _UNIONS[field])
     return f"of type {type(known[field]).__name__}, like {known[field]!r}"

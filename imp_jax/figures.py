@@ -6,7 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-# Okabe and Ito's palette, told apart by the colour-blind and in print; the paper draws imp solid, its control dashed
+# Okabe and Ito's colours, which the colour-blind tell apart; imp solid and its control dashed, as in the paper
 STYLES = {
     "imp": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
     "reinit": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
@@ -24,7 +24,9 @@ def accuracy(results: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
     axes = figure.add_subplot()
     for arm, rows in results.groupby("arm", sort=False):
-        over = 100 * rows.groupby("density")["test_accuracy"].agg(["mean", "min", "max"]).sort_index(ascending=False)
+        over = 100 * rows.groupby("density")["test_accuracy"].agg(["mean", "min", "max"]).sort_index(
+            ascending=False
+        )
         axes.errorbar(
             over.index,
             over["mean"],
@@ -59,4 +61,3 @@ def _density_axis(axes, lowest):
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda density, _: f"{100 * density:g}"))
     axes.set_xlabel("Density: weights remaining (%)")
-

@@ -125,7 +125,9 @@ def setup(config: ConfigDict) -> Experiment:
     for arm in config.arms:
         choose(ARMS, "arms", arm)
     if "imp" not in config.arms or len(set(config.arms)) < len(config.arms):
-        raise UserError(f"arms is {config.arms}; it should name imp, whose masks all arms use, and no arm twice")
+        raise UserError(
+            f"arms is {config.arms}; it should name imp, whose masks all arms use, and no arm twice"
+        )
     score = choose(pruning.SCORES, "pruning.score", config.pruning.score)
     optimizer = training.make_optimizer(config)
     choose(training.SCHEDULES, "optimizer.schedule", config.optimizer.schedule)
@@ -156,7 +158,7 @@ def setup(config: ConfigDict) -> Experiment:
 
 
 def initialize(experiment: Experiment) -> Variables:
-    """The random initialisation of every member; reinit's differs from imp's and stays over the rounds (ours)."""
+    """The random initialisation of every member; reinit has one of its own, kept over the rounds (ours)."""
     keys = _keys(experiment, lambda member: ["reinit" if member.arm == "reinit" else "init"])
     image = data.to_float(experiment.dataset.train_images[:1])
     return jax.jit(jax.vmap(lambda key: dict(experiment.model.init(key, image))))(keys)
@@ -214,13 +216,13 @@ def train(
             )
             pieces.append(metrics)
         metrics = jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)  # the one wait for the device
-        _require_finite(experiment, number, epoch, metrics.loss)
+        _require_finite(experiment, number, epoch * steps, metrics.loss)
         on_epoch(epoch, metrics, time.perf_counter() - start)
     initial = {**tickets, "params": masking.apply(tickets["params"], masks)}
     return Round(initial, states.variables, masks)
 
 
-def prune(experiment: Experiment, number: int, networks: Round) -> tuple[Mask, Float[np.ndarray, "members"]]:
+def prune(experiment: Experiment, number: int, networks: Round) -> tuple[Mask, Float[np.ndarray, " members"]]:
     """The masks after round `number`, every arm's from its replicate's imp, and each member's own threshold."""
     members = experiment.members
     masks, thresholds = _prune_members(
@@ -249,16 +251,22 @@ def measure(
     experiment: Experiment,
     number: int,
     networks: Round,
-    thresholds: Float[np.ndarray, "members"],
+    thresholds: Float[np.ndarray, " members"],
     seconds: float,
 ) -> list[records.Row]:
-    """Evaluate the trained networks on both splits: the rows of results.csv of a round trained in `seconds`."""
+    """Evaluate the trained networks on both splits: the rows of results.csv of a round trained in `seconds`.
+
+    Raises:
+      UserError: a training loss that is not finite, left by the last step.
+    """
     evaluate = functools.partial(training.evaluate, networks.trained, model=experiment.model)
     dataset = experiment.dataset
     train_loss, train_correct = evaluate(dataset.train_images, dataset.train_labels)
     test_loss, test_correct = evaluate(dataset.test_images, dataset.test_labels)
+    _require_finite(experiment, number, experiment.learning_rates.size, np.asarray(train_loss)[None])
+    prunable_weights = masking.size(networks.mask) // len(experiment.members)
     columns = {
-        "density": np.asarray(_survivors(networks.mask)) / (masking.size(networks.mask) // len(experiment.members)),
+        "density": np.asarray(_survivors(networks.mask)) / prunable_weights,
         "threshold": thresholds,
         "train_loss": train_loss,
         "train_accuracy": np.asarray(train_correct) / len(dataset.train_images),
@@ -289,15 +297,13 @@ def _survivors(masks):
 
 
 @jax.jit
-def _where_member(chosen: Bool[Array, "members"], one: TrainState | Variables, other: TrainState | Variables):
+def _where_member(chosen: Bool[Array, " members"], one: TrainState | Variables, other: TrainState | Variables):
     """`one` for the chosen members, `other` for the rest."""
-    return jax.tree.map(
-        lambda a, b: jnp.where(chosen.reshape(-1, *[1] * (a.ndim - 1)), a, b), one, other
-    )
+    return jax.tree.map(lambda a, b: jnp.where(chosen.reshape(-1, *[1] * (a.ndim - 1)), a, b), one, other)
 
 
-def _keys(experiment: Experiment, path: Callable[[Member], list[Any]]) -> Key[Array, "members"]:
-    """One key a member, folded from seed → replicate → a named draw → numbers; the other members play no part."""
+def _keys(experiment: Experiment, path: Callable[[Member], list[Any]]) -> Key[Array, " members"]:
+    """One key a member, folded from seed → replicate → a named draw → numbers, whatever the other members."""
 
     def key(member):
         draw, *numbers = path(member)
@@ -309,7 +315,8 @@ def _keys(experiment: Experiment, path: Callable[[Member], list[Any]]) -> Key[Ar
     return jnp.stack([key(member) for member in experiment.members])
 
 
-def _require_finite(experiment, number, epoch, losses):
+def _require_finite(experiment, number, first_step, losses):
+    """Raise on the first loss of `losses` [steps, members] that is nan or infinite."""
     broken = np.argwhere(~np.isfinite(losses))
     if len(broken):
         step, index = broken[0]
@@ -317,8 +324,8 @@ def _require_finite(experiment, number, epoch, losses):
         kept = f"rounds 0 to {number - 1} are kept" if number else "no round was finished"
         raise UserError(
             f"the loss became {losses[step, index]} in round {number}, arm {member.arm}, replicate "
-            f"{member.replicate}, at step {epoch * len(losses) + step} of the training; {kept}; "
-            f"a lower optimizer.learning_rate than {experiment.config.optimizer.learning_rate} or a warm-up may help"
+            f"{member.replicate}, at step {first_step + step} of the training; {kept}; an "
+            f"optimizer.learning_rate below {experiment.config.optimizer.learning_rate} or optimizer.warmup_epochs may help"
         )
 
 

@@ -15,7 +15,9 @@ _CONFIG = config_flags.DEFINE_config_file(
     lock_config=False,
     accept_new_attributes=True,  # an unknown field is said by config.validate, wherever it comes from
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept; a run found there goes on where it stopped.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the run is kept; a run found there goes on where it stopped."
+)
 
 
 def main(argv):
@@ -60,7 +62,9 @@ def parse_flags(argv):
 
 
 def _cannot_load(error):
-    cause = f"{type(error).__name__}: {error}".strip().splitlines()[-1].strip()  # the rest is a traceback in words
+    cause = (
+        f"{type(error).__name__}: {error}".strip().splitlines()[-1].strip()
+    )  # the rest is a traceback in words
     return f"cannot load the config: {cause}"
 
 

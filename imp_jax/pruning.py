@@ -34,7 +34,7 @@ SCORES = {"magnitude": magnitude, "random": random}
 
 
 def prune_by_magnitude(params: Params, mask: Mask, fraction: float = 0.2) -> tuple[Mask, Float[Array, ""]]:
-    """One cut of IMP: remove the `fraction` of the surviving weights that is smallest in magnitude, over all layers.
+    """One cut of IMP: remove the `fraction` of the survivors that is smallest in magnitude, over all layers.
 
     Args:
       params: any Flax parameters; leaves called "kernel" are ranked together, the others left alone.
@@ -55,7 +55,7 @@ def prune_by_magnitude(params: Params, mask: Mask, fraction: float = 0.2) -> tup
 def prune_by_score(
     scores: Scores, params: Params, mask: Mask, fraction: float
 ) -> tuple[Mask, Float[Array, ""]]:
-    """`prune_by_magnitude` with any scores, a tree like `params`: the lowest go. The threshold is still in |θ|."""
+    """`prune_by_magnitude` by any scores, a tree like `params`: the lowest go. The threshold stays of |θ|."""
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction is {fraction}; it should lie in [0, 1]")
     alive = _concatenate(mask)
@@ -69,7 +69,7 @@ def prune_by_score(
     return _split(alive & ~removed, mask), threshold
 
 
-def _ordered_integers(values: Float[Array, "n"]) -> UInt[Array, "n"]:
+def _ordered_integers(values: Float[Array, " n"]) -> UInt[Array, " n"]:
     """Unsigned integers in the order of `values`: the bits of a float, with the negative ones turned round."""
     width = 8 * values.dtype.itemsize
     bits = jax.lax.bitcast_convert_type(jnp.where(values == 0, 0, values), f"uint{width}")  # −0 ties with 0
@@ -77,7 +77,7 @@ def _ordered_integers(values: Float[Array, "n"]) -> UInt[Array, "n"]:
     return jnp.where(bits >= sign, ~bits, bits | sign)
 
 
-def _kth_smallest(values: UInt[Array, "n"], where: Bool[Array, "n"], k: Int[Array, ""]) -> UInt[Array, ""]:
+def _kth_smallest(values: UInt[Array, " n"], where: Bool[Array, " n"], k: Int[Array, ""]) -> UInt[Array, ""]:
     """The k-th smallest of the values `where` True, k from 1.
 
     Built from its highest bit down, counting what is smaller: exact as a sort, in a tenth of its time on a CPU.

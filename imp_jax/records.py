@@ -49,7 +49,9 @@ def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Path:
         except (OSError, ValueError) as error:
             raise UserError(f"cannot read {stored}: {error}; give another --workdir or mend it") from error
         if differences:
-            raise UserError(f"{workdir} holds a run of another config: {'; '.join(differences)}; give another --workdir")
+            raise UserError(
+                f"{workdir} holds a run of another config: {'; '.join(differences)}; give another --workdir"
+            )
     elif any((workdir / name).exists() for name in ("results.csv", "checkpoints")):
         raise UserError(f"{workdir} holds results but no config.json to tell whose; give another --workdir")
     try:
@@ -148,7 +150,12 @@ class Display:
     def __enter__(self):
         self._progress.start()
         self._task = self._progress.add_task(
-            "compiling", total=self._rounds * self._epochs, completed=self._first_epoch, speed=0.0, left="–", accuracies=""
+            "compiling",
+            total=self._rounds * self._epochs,
+            completed=self._first_epoch,
+            speed=0.0,
+            left="–",
+            accuracies="",
         )
         self._start = time.perf_counter()
         return self
@@ -174,9 +181,9 @@ class Display:
         self._accuracies = " ".join(f"{arm} {mean:.2%}" for arm, mean in means.items())
         if self._progress.disable:
             self._console.print(
-                f"round {number}/{self._rounds - 1}  density {rows[0]['density']:.2%}  test accuracy {self._accuracies}  "
-                f"{self._speed:,.0f} images/s  {rows[0]['seconds']:.1f} s  "
-                f"{self._left((number + 1) * self._epochs)} left",
+                f"round {number}/{self._rounds - 1}  density {rows[0]['density']:.2%}  "
+                f"test accuracy {self._accuracies}  {self._speed:,.0f} images/s  "
+                f"{rows[0]['seconds']:.1f} s  {self._left((number + 1) * self._epochs)} left",
                 highlight=False,
             )
 

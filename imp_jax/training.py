@@ -96,7 +96,7 @@ def train_step(
     state: TrainState,
     mask: Mask,
     images: UInt8[Array, "batch height width channels"],
-    labels: Int[Array, "batch"],
+    labels: Int[Array, " batch"],
     learning_rate: Float[Array, ""],
     *,
     model: nn.Module,
@@ -121,18 +121,16 @@ def train_step(
     return TrainState(params, model_state, opt_state), Metrics(loss, accuracy)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("batch_size", "model", "optimizer"), donate_argnames=("states",)
-)
+@functools.partial(jax.jit, static_argnames=("batch_size", "model", "optimizer"), donate_argnames=("states",))
 def train_steps(
     states: TrainState,
     masks: Mask,
     images: UInt8[Array, "examples height width channels"],
-    labels: Int[Array, "examples"],
-    keys: Key[Array, "members"],
+    labels: Int[Array, " examples"],
+    keys: Key[Array, " members"],
     epoch: Int[Array, ""],
     first_step: Int[Array, ""],
-    learning_rates: Float[Array, "steps"],
+    learning_rates: Float[Array, " steps"],
     *,
     batch_size: int,
     model: nn.Module,
@@ -167,11 +165,11 @@ def train_steps(
 def evaluate(
     variables: Variables,
     images: UInt8[Array, "examples height width channels"],
-    labels: Int[Array, "examples"],
+    labels: Int[Array, " examples"],
     *,
     model: nn.Module,
     batch_size: int = 1000,
-) -> tuple[Float[Array, "members"], Int[Array, "members"]]:
+) -> tuple[Float[Array, " members"], Int[Array, " members"]]:
     """Mean cross-entropy (nats) and number of examples classified right, of every member over a whole set."""
     examples = len(images)
     batch_size = min(batch_size, examples)

@@ -26,9 +26,9 @@ class Dataset(NamedTuple):
     """A whole set in memory; pixels as they are stored, 0 to 255."""
 
     train_images: UInt8[np.ndarray, "train height width channels"]
-    train_labels: Int[np.ndarray, "train"]  # int32, 0 to num_classes − 1
+    train_labels: Int[np.ndarray, " train"]  # int32, 0 to num_classes − 1
     test_images: UInt8[np.ndarray, "test height width channels"]
-    test_labels: Int[np.ndarray, "test"]
+    test_labels: Int[np.ndarray, " test"]
     num_classes: int
 
 
@@ -49,7 +49,9 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
             f"prepare it once with: python -m imp_jax.data prepare {name}{flag}"
         )
     builder = _builder(name, data_dir)  # a builder reads what is on disk when it is made
-    if not {"image", "label"} <= set(builder.info.features) or not {"train", "test"} <= set(builder.info.splits):
+    if not {"image", "label"} <= set(builder.info.features) or not {"train", "test"} <= set(
+        builder.info.splits
+    ):
         raise UserError(
             f"dataset.name is {name!r}; it should be a set with the features image and label and the splits "
             f"train and test, and has {sorted(builder.info.features)} and {sorted(builder.info.splits)}"
@@ -80,7 +82,9 @@ def prepare(name: str, data_dir: str | None = None) -> Path:
     return Path(builder.data_path)
 
 
-def to_float(images: UInt8[Array, "*batch height width channels"]) -> Float[Array, "*batch height width channels"]:
+def to_float(
+    images: UInt8[Array, "*batch height width channels"],
+) -> Float[Array, "*batch height width channels"]:
     """Pixels from 0…255 to [0, 1], as float32."""
     return images.astype(jnp.float32) / 255
 
@@ -91,7 +95,11 @@ def _builder(name, data_dir):
             return BUILDERS[name](data_dir=data_dir, file_format="array_record")
         return tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except tfds.core.DatasetNotFoundError:
-        choose(dict.fromkeys([*BUILDERS, "mnist", "cifar10", "any image-classification set of TFDS"]), "dataset.name", name)
+        choose(
+            dict.fromkeys([*BUILDERS, "mnist", "cifar10", "any image-classification set of TFDS"]),
+            "dataset.name",
+            name,
+        )
     except ValueError as error:  # TFDS refuses a set that was prepared in another file format
         raise UserError(f"cannot read {name} as ArrayRecord files: {_first_line(error)}") from error
 
@@ -102,7 +110,9 @@ def _read(builder, split):
         examples = source.__getitems__(range(len(source)))
         images = np.stack([example["image"] for example in examples])
     except Exception as error:  # a torn file surfaces as one of many exceptions of its readers
-        raise UserError(f"cannot read {split} of {builder.name} in {builder.data_path}: {_first_line(error)}") from error
+        raise UserError(
+            f"cannot read {split} of {builder.name} in {builder.data_path}: {_first_line(error)}"
+        ) from error
     return images, np.array([example["label"] for example in examples], np.int32)
 
 

@@ -1,0 +1,46 @@
+"""Fixtures of many tests: a prepared data folder, and an experiment of milliseconds a round."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imp_jax import config as configs
+from imp_jax import data, imp, training
+from imp_jax.models.lenet import LeNet
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """A TFDS folder in which mnist5k is prepared."""
+    path = tmp_path_factory.mktemp("tensorflow_datasets")
+    data.prepare("mnist5k", str(path))
+    return str(path)
+
+
+@pytest.fixture
+def tiny_experiment():
+    """A function of config overrides: LeNet 16 → 6 → 5 → 3 on 46 random images of 4 × 4, in batches of 8."""
+
+    def make(**overrides):
+        config = configs.default()
+        with config.unlocked():
+            config.update({"replicates": 2, "rounds": 3, "epochs": 2, "batch_size": 8})
+            config.update_from_flattened_dict(overrides)
+        configs.validate(config)
+        draw = np.random.default_rng(0)
+        images = draw.integers(0, 256, (46, 4, 4, 1), np.uint8)
+        labels = (images.mean((1, 2, 3)) / 256 * 60).astype(np.int32) % 3
+        dataset = data.Dataset(
+            *(jnp.asarray(x) for x in (images, labels, images[:13], labels[:13])), num_classes=3
+        )
+        return imp.Experiment(
+            config=config,
+            members=tuple(imp.Member(arm, r) for arm in config.arms for r in range(config.replicates)),
+            dataset=dataset,
+            model=LeNet(num_classes=3, widths=(6, 5)),
+            optimizer=training.make_optimizer(config),
+            score=imp.pruning.SCORES[config.pruning.score],
+            learning_rates=training.learning_rates(config, len(images) // config.batch_size),
+        )
+
+    return make

@@ -1,0 +1,132 @@
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from imp_jax import masking, pruning
+
+# few distinct magnitudes, so that ties and zeros are the rule
+weights = st.sampled_from([0.0, -0.0, 0.5, -0.5, 0.25, 1.0, -1.0, 3.0, 1e-30, -1e30])
+fractions = st.sampled_from([0.0, 0.01, 0.125, 0.2, 0.25, 0.5, 0.7, 0.99, 1.0])
+
+
+@st.composite
+def trees(draw):
+    """Parameter trees with kernels of 1 to 12 weights, and masks of them."""
+    params, mask = {}, {}
+    for layer in range(draw(st.integers(1, 3))):
+        shape = draw(st.sampled_from([(1,), (2, 1), (3, 4), (1, 2, 3)]))
+        size = int(np.prod(shape))
+        kernel = draw(st.lists(weights, min_size=size, max_size=size))
+        keep = draw(st.lists(st.booleans(), min_size=size, max_size=size))
+        params[f"layer{layer}"] = {
+            "kernel": np.float32(kernel).reshape(shape),
+            "bias": np.zeros(2, np.float32),
+        }
+        mask[f"layer{layer}"] = {"kernel": np.reshape(keep, shape), "bias": np.ones(2, bool)}
+    return params, mask
+
+
+def reference(params, mask, fraction):
+    """NumPy's stable sort: sorted(range(n), key=|θ|) with ties by position, the first round(f·n) removed."""
+    alive = np.concatenate([mask[name]["kernel"].ravel() for name in sorted(params)])
+    size = np.abs(np.concatenate([params[name]["kernel"].ravel() for name in sorted(params)]))
+    order = [i for i in np.argsort(size, kind="stable") if alive[i]]
+    removed = order[: round(fraction * len(order))]
+    alive[removed] = False
+    return alive, max((size[i] for i in removed), default=0.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(trees(), fractions)
+def test_matches_a_stable_sort(tree, fraction):
+    params, mask = tree
+    expected, expected_threshold = reference(params, mask, fraction)
+    new, threshold = pruning.prune_by_magnitude(params, mask, fraction)
+    np.testing.assert_array_equal(np.concatenate([np.ravel(m) for m in masking.prunable_leaves(new)]), expected)
+    assert threshold == np.float32(expected_threshold)
+    assert all(np.all(layer["bias"]) for layer in new.values())
+    assert jax.tree.all(jax.tree.map(lambda n, m: np.all(np.asarray(n) <= m), new, mask))  # a subset
+
+
+def test_counts_of_lenet_over_25_rounds():
+    """Densities 0.8ⁿ to within half a weight a round, the counts exact integers."""
+    sizes = {"a": (784, 300), "b": (300, 100), "c": (100, 10)}
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {n: {"kernel": jax.random.normal(k, s)} for k, (n, s) in zip(keys, sizes.items(), strict=True)}
+    prune = jax.jit(pruning.prune_by_magnitude)
+    mask, expected, previous = masking.ones_like(params), 266_200, 0.0
+    for number in range(25):
+        assert masking.survivors(mask) == expected
+        assert masking.density(mask) == pytest.approx(0.8**number, abs=3 / 266_200)
+        mask, threshold = prune(params, mask)
+        assert threshold >= previous  # the weights stand still, so the cut climbs
+        expected, previous = expected - round(0.2 * expected), threshold
+
+
+@given(st.integers(0, 2**31 - 1), st.integers(0, 10_000))
+@settings(max_examples=100, deadline=None)
+def test_rounded_share_is_exact(total, numerator):
+    fraction = numerator / 10_000
+    share = pruning._rounded_share(jnp.int32(total), fraction)
+    assert int(share) == round(Fraction(numerator, 10_000) * total)
+
+
+def test_ties_fall_by_position():
+    params = {"a": {"kernel": jnp.array([1.0, -1.0, 1.0])}, "b": {"kernel": jnp.array([-1.0, 1.0])}}
+    mask, threshold = pruning.prune_by_magnitude(params, masking.ones_like(params), fraction=0.6)
+    np.testing.assert_array_equal(mask["a"]["kernel"], [False, False, False])
+    np.testing.assert_array_equal(mask["b"]["kernel"], [True, True])
+    assert threshold == 1
+
+
+def test_pruned_weights_do_not_come_back():
+    params = {"kernel": jnp.array([5.0, 0.0, 1.0, 2.0, 3.0])}
+    mask = {"kernel": jnp.array([False, True, True, True, True])}
+    mask, threshold = pruning.prune_by_magnitude(params, mask, fraction=0.5)
+    np.testing.assert_array_equal(mask["kernel"], [False, False, False, True, True])
+    assert threshold == 1
+
+
+def test_vmapped_over_members_equals_one_by_one():
+    params = {"kernel": jax.random.normal(jax.random.key(0), (4, 50))}
+    mask = {"kernel": jax.random.bernoulli(jax.random.key(1), 0.7, (4, 50))}
+    masks, thresholds = jax.jit(jax.vmap(pruning.prune_by_magnitude))(params, mask)
+    for i in range(4):
+        one, threshold = pruning.prune_by_magnitude(
+            {"kernel": params["kernel"][i]}, {"kernel": mask["kernel"][i]}
+        )
+        np.testing.assert_array_equal(masks["kernel"][i], one["kernel"])
+        assert thresholds[i] == threshold
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_scores_of_either_sign_and_any_width(dtype):
+    """As SynFlow's or GraSP's may be: the lowest go, negative ones first."""
+    scores = {"kernel": jnp.array([0.5, -2.0, 3.0, -0.5, 0.0, -0.0], dtype)}
+    params = {"kernel": jnp.arange(1.0, 7.0)}
+    mask, threshold = pruning.prune_by_score(scores, params, masking.ones_like(params), 0.5)
+    np.testing.assert_array_equal(mask["kernel"], [True, False, True, False, False, True])
+    assert threshold == 5  # the threshold is of the weights, whatever the score
+
+
+def test_random_score_is_uniform_over_layers():
+    params = {"a": {"kernel": jnp.ones(8_000)}, "b": {"kernel": 100 * jnp.ones(2_000)}}
+    scores = pruning.random(params, jax.random.key(0))
+    mask, _ = pruning.prune_by_score(scores, params, masking.ones_like(params), 0.5)
+    assert masking.survivors(mask) == 5_000
+    kept = int(mask["b"]["kernel"].sum())  # 1,000 expected, 20 standard deviations are 400
+    assert 800 < kept < 1_200
+    other = pruning.random(params, jax.random.key(1))
+    assert not np.array_equal(scores["a"]["kernel"], other["a"]["kernel"])
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])
+def test_fraction_outside_is_refused(fraction):
+    params = {"kernel": jnp.ones(3)}
+    with pytest.raises(ValueError, match="fraction"):
+        pruning.prune_by_magnitude(params, masking.ones_like(params), fraction)

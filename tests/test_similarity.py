@@ -1,0 +1,86 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imp_jax import masking, similarity
+
+DISTANCES = (similarity.angular_distance, similarity.cosine_distance, similarity.euclidean_distance)
+
+
+def vector(*values):
+    return {"kernel": jnp.array(values, jnp.float32)}
+
+
+def dense(distance, a, b):
+    return distance(a, masking.ones_like(a), b, masking.ones_like(b))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "angular", "cosine", "euclidean"),
+    [
+        ((1, 0), (0, 1), 1, 1, np.sqrt(2)),  # orthogonal
+        ((1, 0), (1, 1), 0.5, 1 - np.sqrt(0.5), 1),  # 45°
+        ((1, 2), (3, 6), 0, 0, np.sqrt(20)),  # parallel
+        ((1, 2), (-1, -2), 2, 2, np.sqrt(20)),  # opposite
+        ((3, 4), (3, 4), 0, 0, 0),
+    ],
+)
+def test_closed_forms(a, b, angular, cosine, euclidean):
+    got = [dense(distance, vector(*a), vector(*b)) for distance in DISTANCES]
+    np.testing.assert_allclose(got, [angular, cosine, euclidean], atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 0.37, 1e6])
+def test_parallel_and_opposite_networks_give_no_nan(scale):
+    a = {"kernel": jax.random.normal(jax.random.key(0), (1000,))}
+    b = jax.tree.map(lambda x: scale * x, a)
+    assert dense(similarity.angular_distance, a, b) == pytest.approx(0, abs=1e-5)
+    assert dense(similarity.angular_distance, a, jax.tree.map(jnp.negative, b)) == pytest.approx(2, abs=1e-5)
+
+
+def test_small_angles_keep_their_digits():
+    """arccos of a float32 cosine would say 0 here."""
+    angle = 1e-4
+    a, b = vector(1, 0), vector(np.cos(angle), np.sin(angle))
+    assert dense(similarity.angular_distance, a, b) == pytest.approx(2 * angle / np.pi, rel=1e-3)
+
+
+def test_against_numpy_on_the_intersection_of_masks():
+    draw = np.random.default_rng(0)
+
+    def tree():
+        return {"a": {"kernel": draw.normal(size=(7, 5)), "bias": draw.normal(size=5)}}
+
+    a, b = tree(), tree()
+    mask_a, mask_b = ({"a": {"kernel": draw.random((7, 5)) < 0.6, "bias": np.ones(5, bool)}} for _ in range(2))
+    keep = (mask_a["a"]["kernel"] & mask_b["a"]["kernel"]).ravel()
+    u, v = (np.concatenate([t["a"]["bias"], t["a"]["kernel"].ravel()[keep]]) for t in (a, b))
+    cosine = u @ v / np.linalg.norm(u) / np.linalg.norm(v)
+    expected = [2 * np.arccos(cosine) / np.pi, 1 - cosine, np.linalg.norm(u - v)]
+    a, b = (jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), t) for t in (a, b))
+    got = [jax.jit(distance)(a, mask_a, b, mask_b) for distance in DISTANCES]
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_empty_intersection():
+    a, b = vector(1, 2), vector(3, 4)
+    mask_a, mask_b = {"kernel": jnp.array([True, False])}, {"kernel": jnp.array([False, True])}
+    assert np.isnan(similarity.angular_distance(a, mask_a, b, mask_b))
+    assert np.isnan(similarity.cosine_distance(a, mask_a, b, mask_b))
+    assert similarity.euclidean_distance(a, mask_a, b, mask_b) == 0
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_matrix_is_the_pairwise_function(distance):
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = [{"kernel": jax.random.normal(key, (30,)), "bias": jax.random.normal(key, (3,))} for key in keys]
+    masks = [{"kernel": jax.random.bernoulli(key, 0.7, (30,)), "bias": jnp.ones(3, bool)} for key in keys]
+    matrix = similarity.distance_matrix(params, masks, distance=distance)
+    expected = [
+        [distance(p, m, q, n) for q, n in zip(params, masks, strict=True)]
+        for p, m in zip(params, masks, strict=True)
+    ]
+    np.testing.assert_allclose(matrix, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.diag(matrix), 0, atol=1e-6)
+    np.testing.assert_allclose(matrix, matrix.T, rtol=1e-6)

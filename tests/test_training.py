@@ -1,0 +1,337 @@
+"""The step, the schedules, the data order and the optimizers against NumPy written out by hand."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imp_jax import config as configs
+from imp_jax import masking, training
+from imp_jax.config import UserError
+from imp_jax.models.lenet import LeNet
+
+
+def settings(**overrides):
+    config = configs.default()
+    config.update_from_flattened_dict(overrides)
+    configs.validate(config)
+    return config
+
+
+# --- learning rates (table 1) ---
+
+
+def test_constant_schedule():
+    rates = training.learning_rates(settings(epochs=3, **{"optimizer.learning_rate": 12e-4}), 4)
+    np.testing.assert_allclose(rates, np.full((3, 4), 12e-4), rtol=1e-6)
+
+
+def test_step_schedule_divides_by_ten_from_each_milestone_on():
+    config = settings(
+        epochs=85,
+        **{"optimizer.learning_rate": 0.1, "optimizer.schedule": "step", "optimizer.milestones": (56, 71)},
+    )
+    rates = training.learning_rates(config, 390)
+    np.testing.assert_allclose(rates[:56], 0.1, rtol=1e-6)
+    np.testing.assert_allclose(rates[56:71], 0.01, rtol=1e-6)
+    np.testing.assert_allclose(rates[71:], 0.001, rtol=1e-6)
+
+
+def test_cosine_schedule_falls_from_the_base_rate_to_zero():
+    config = settings(epochs=75, **{"optimizer.learning_rate": 0.01, "optimizer.schedule": "cosine"})
+    rates = training.learning_rates(config, 10).ravel()
+    t = np.arange(750)
+    np.testing.assert_allclose(rates, 0.01 * np.cos(np.pi * t / 1500) ** 2, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_warm_up_multiplies_by_a_line_from_zero(schedule):
+    without = settings(epochs=20, **{"optimizer.schedule": schedule})
+    warm = settings(epochs=20, **{"optimizer.schedule": schedule, "optimizer.warmup_epochs": 10.0})
+    ratio = training.learning_rates(warm, 5) / training.learning_rates(without, 5)
+    np.testing.assert_allclose(ratio.ravel()[:50], np.arange(50) / 50, rtol=1e-5)
+    np.testing.assert_allclose(ratio[10:], 1)
+
+
+def test_unknown_schedule_and_optimizer():
+    with pytest.raises(UserError, match=r"optimizer.schedule is 'stepp'.*did you mean step"):
+        training.learning_rates(settings(**{"optimizer.schedule": "stepp"}), 5)
+    with pytest.raises(UserError, match=r"optimizer.name is 'adamw'.*adam, momentum, sgd"):
+        training.make_optimizer(settings(**{"optimizer.name": "adamw"}))
+
+
+# --- a network, its gradient and its optimizers in NumPy ---
+
+LAYERS = ("Dense_0", "Dense_1", "Dense_2")
+
+
+def forward(params, x):
+    inputs = []
+    for name in LAYERS:
+        inputs.append(x)
+        x = x @ params[name]["kernel"] + params[name]["bias"]
+        if name != LAYERS[-1]:
+            x = np.maximum(x, 0)
+    return x, inputs
+
+
+def cross_entropy(logits, labels):
+    logits = logits - logits.max(1, keepdims=True)
+    return np.log(np.exp(logits).sum(1)) - logits[np.arange(len(labels)), labels]
+
+
+def gradient(params, x, labels):
+    logits, inputs = forward(params, x)
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    delta = p / p.sum(1, keepdims=True)
+    delta[np.arange(len(labels)), labels] -= 1
+    delta /= len(labels)
+    out = {}
+    for name, z in reversed(list(zip(LAYERS, inputs, strict=True))):
+        out[name] = {"kernel": z.T @ delta, "bias": delta.sum(0)}
+        delta = (delta @ params[name]["kernel"].T) * (z > 0)
+    return out
+
+
+def leaves(tree):
+    return [tree[layer][kind] for layer in LAYERS for kind in ("kernel", "bias")]
+
+
+def numpy_training(config, params, mask, images, labels, orders, rates):
+    """Plain SGD, heavy-ball momentum or Adam, L2 in the gradient, pruned weights held at zero, in float64."""
+    params = jax.tree.map(lambda p, m: np.float64(p) * m, params, mask)
+    first, second = (jax.tree.map(np.zeros_like, params) for _ in range(2))
+    losses, count = [], 0
+    for order, epoch_rates in zip(orders, rates, strict=True):
+        for step, rate in enumerate(epoch_rates):
+            batch = order[step * config.batch_size : (step + 1) * config.batch_size]
+            x = images[batch].reshape(len(batch), -1) / 255.0
+            losses.append(cross_entropy(forward(params, x)[0], labels[batch]).mean())
+            grads, count = gradient(params, x, labels[batch]), count + 1
+            for p, g, m, v, keep in zip(*map(leaves, (params, grads, first, second, mask)), strict=True):
+                g = (g + config.optimizer.weight_decay * p) * keep
+                if config.optimizer.name == "adam":
+                    m[...] = 0.9 * m + 0.1 * g
+                    v[...] = 0.999 * v + 0.001 * g**2
+                    g = (m / (1 - 0.9**count)) / (np.sqrt(v / (1 - 0.999**count)) + 1e-8)
+                elif config.optimizer.name == "momentum":
+                    m[...] = config.optimizer.momentum * m + g
+                    g = m
+                p -= rate * g * keep
+    return params, losses
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "decay"), [("adam", 12e-4, 0.0), ("adam", 1e-2, 0.05), ("momentum", 0.1, 0.05), ("sgd", 0.1, 0.0)]
+)
+def test_two_epochs_against_numpy(tiny_experiment, name, rate, decay):
+    """Optimizer, schedule with warm-up, masks and data order, for every member of the batched program."""
+    experiment = tiny_experiment(
+        **{
+            "optimizer.name": name,
+            "optimizer.learning_rate": rate,
+            "optimizer.weight_decay": decay,
+            "optimizer.schedule": "step",
+            "optimizer.milestones": (1,),
+            "optimizer.warmup_epochs": 0.5,
+        }
+    )
+    config, model, dataset = experiment.config, experiment.model, experiment.dataset
+    members = 3
+    keys = jax.random.split(jax.random.key(3), members)
+    variables = jax.vmap(lambda key: model.init(key, jnp.zeros((1, 4, 4, 1))))(keys)
+    mask = masking.ones_like(variables["params"])
+    for layer, key in zip(LAYERS, jax.random.split(jax.random.key(4), 3), strict=True):
+        mask[layer]["kernel"] = jax.random.bernoulli(key, 0.6, mask[layer]["kernel"].shape)
+    states = training.init_states(variables, mask, optimizer=experiment.optimizer)
+    losses = []
+    for epoch in range(2):
+        states, metrics = training.train_steps(
+            states,
+            mask,
+            dataset.train_images,
+            dataset.train_labels,
+            keys,
+            epoch,
+            0,
+            experiment.learning_rates[epoch],
+            batch_size=config.batch_size,
+            model=model,
+            optimizer=experiment.optimizer,
+        )
+        losses.append(metrics.loss)
+    losses = np.concatenate(losses)
+
+    images, labels = np.asarray(dataset.train_images), np.asarray(dataset.train_labels)
+    for i in range(members):
+        orders = [np.asarray(jax.random.permutation(jax.random.fold_in(keys[i], e), 46)) for e in range(2)]
+        params, expected = numpy_training(
+            config,
+            jax.tree.map(lambda x, i=i: np.asarray(x[i]), variables["params"]),
+            jax.tree.map(lambda x, i=i: np.asarray(x[i]), mask),
+            images,
+            labels,
+            orders,
+            experiment.learning_rates,
+        )
+        np.testing.assert_allclose(losses[:, i], expected, rtol=2e-4)
+        for got, want in zip(leaves(states.params), leaves(params), strict=True):
+            np.testing.assert_allclose(got[i], want, rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["adam", "momentum"])
+def test_pruned_weights_are_zero_after_every_step(tiny_experiment, name):
+    experiment = tiny_experiment(**{"optimizer.name": name, "optimizer.weight_decay": 0.1})
+    variables = experiment.model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))
+    mask = masking.ones_like(variables["params"])
+    mask["Dense_0"]["kernel"] = jax.random.bernoulli(jax.random.key(1), 0.5, (16, 6))
+    pruned = ~np.asarray(mask["Dense_0"]["kernel"])
+    states = training.init_states(*add_member_axis((variables, mask)), optimizer=experiment.optimizer)
+    state = jax.tree.map(lambda x: x[0], states)
+    step = jax.jit(
+        functools.partial(training.train_step, model=experiment.model, optimizer=experiment.optimizer)
+    )
+    for i in range(5):
+        batch = slice(8 * i, 8 * i + 8)
+        images, labels = experiment.dataset.train_images[batch], experiment.dataset.train_labels[batch]
+        before = state
+        state, _ = step(state, mask, images, labels, 0.01)
+        np.testing.assert_array_equal(np.asarray(state.params["Dense_0"]["kernel"])[pruned], 0)
+        assert not np.array_equal(before.params["Dense_0"]["bias"], state.params["Dense_0"]["bias"])
+
+
+def add_member_axis(tree):
+    return jax.tree.map(lambda x: jnp.asarray(x)[None], tree)
+
+
+def test_vmapped_program_equals_the_unbatched_step(tiny_experiment):
+    """`train_steps` over members is `train_step` of each, one after the other."""
+    experiment = tiny_experiment()
+    model, optimizer, dataset = experiment.model, experiment.optimizer, experiment.dataset
+    keys = jax.random.split(jax.random.key(0), 3)
+    variables = jax.vmap(lambda key: model.init(key, jnp.zeros((1, 4, 4, 1))))(keys)
+    masks = jax.tree.map(lambda p: jax.random.bernoulli(keys[0], 0.8, p.shape), variables["params"])
+    states = training.init_states(variables, masks, optimizer=optimizer)
+    singles = [jax.tree.map(lambda x, i=i: jnp.copy(x[i]), states) for i in range(3)]
+    rates = experiment.learning_rates[0]
+    data = (dataset.train_images, dataset.train_labels)
+    states, metrics = training.train_steps(
+        states, masks, *data, keys, 0, 0, rates, batch_size=8, model=model, optimizer=optimizer
+    )
+    for i, state in enumerate(singles):
+        order = jax.random.permutation(jax.random.fold_in(keys[i], 0), 46)
+        mask = jax.tree.map(lambda x, i=i: x[i], masks)
+        for step, rate in enumerate(rates):
+            batch = order[8 * step : 8 * step + 8]
+            state, one = training.train_step(
+                state, mask, data[0][batch], data[1][batch], rate, model=model, optimizer=optimizer
+            )
+            assert one.loss == pytest.approx(float(metrics.loss[step, i]), rel=1e-5)
+            assert one.accuracy == pytest.approx(float(metrics.accuracy[step, i]))
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a, b[i], rtol=1e-4, atol=1e-6), state, states)
+
+
+def test_an_epoch_in_two_pieces_is_the_epoch(tiny_experiment):
+    experiment = tiny_experiment()
+    keys = jax.random.split(jax.random.key(0), 2)
+    variables = jax.vmap(lambda key: experiment.model.init(key, jnp.zeros((1, 4, 4, 1))))(keys)
+    masks = masking.ones_like(variables["params"])
+    data = (experiment.dataset.train_images, experiment.dataset.train_labels)
+
+    def run(*pieces):
+        states = training.init_states(variables, masks, optimizer=experiment.optimizer)
+        for first, last in pieces:
+            states, _ = training.train_steps(
+                states,
+                masks,
+                *data,
+                keys,
+                1,
+                first,
+                experiment.learning_rates[1, first:last],
+                batch_size=8,
+                model=experiment.model,
+                optimizer=experiment.optimizer,
+            )
+        return states.params
+
+    jax.tree.map(np.testing.assert_array_equal, run((0, 5)), run((0, 2), (2, 5)))
+
+
+class Normalised(nn.Module):
+    """A model with a collection besides its parameters."""
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        x = nn.Dense(4)(images.reshape(len(images), -1))
+        return nn.Dense(3)(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
+
+
+def test_running_statistics_are_carried_and_never_masked(tiny_experiment):
+    experiment = tiny_experiment()
+    model = Normalised()
+    variables = add_member_axis(dict(model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))))
+    masks = masking.ones_like(variables["params"])
+    states = training.init_states(variables, masks, optimizer=experiment.optimizer)
+    images, labels = experiment.dataset.train_images, experiment.dataset.train_labels
+    key = jax.random.split(jax.random.key(0), 1)
+    order = jax.random.permutation(jax.random.fold_in(key[0], 0), 46)[:8]
+    kernel = np.asarray(variables["params"]["Dense_0"]["kernel"][0])
+    x = np.asarray(images)[order].reshape(8, -1) / 255 @ kernel
+    states, _ = training.train_steps(
+        states,
+        masks,
+        images,
+        labels,
+        key,
+        0,
+        0,
+        experiment.learning_rates[0, :1],
+        batch_size=8,
+        model=model,
+        optimizer=experiment.optimizer,
+    )
+    np.testing.assert_allclose(states.model_state["batch_stats"]["BatchNorm_0"]["mean"][0], 0.1 * x.mean(0), rtol=1e-4)
+    loss, correct = training.evaluate(states.variables, images, labels, model=model)
+    assert np.isfinite(loss).all()
+    assert 0 <= correct[0] <= 46
+
+
+@pytest.mark.parametrize("batch_size", [7, 13, 1000])
+def test_evaluation_counts_every_example_once(tiny_experiment, batch_size):
+    """Also where the last batch is not full."""
+    experiment = tiny_experiment()
+    keys = jax.random.split(jax.random.key(0), 2)
+    variables = jax.vmap(lambda key: experiment.model.init(key, jnp.zeros((1, 4, 4, 1))))(keys)
+    images, labels = experiment.dataset.train_images, experiment.dataset.train_labels
+    loss, correct = training.evaluate(variables, images, labels, model=experiment.model, batch_size=batch_size)
+    x, y = np.asarray(images).reshape(46, -1) / 255, np.asarray(labels)
+    for i in range(2):
+        logits, _ = forward(jax.tree.map(lambda p, i=i: np.asarray(p[i]), variables["params"]), x)
+        assert loss[i] == pytest.approx(cross_entropy(logits, y).mean(), rel=1e-5)
+        assert correct[i] == (logits.argmax(1) == y).sum()
+
+
+def test_bfloat16_keeps_float32_state(tiny_experiment):
+    experiment = tiny_experiment()
+    model = LeNet(num_classes=3, widths=(6, 5), dtype=jnp.bfloat16)
+    variables = add_member_axis(model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1))))
+    masks = masking.ones_like(variables["params"])
+    states, metrics = training.train_steps(
+        training.init_states(variables, masks, optimizer=experiment.optimizer),
+        masks,
+        experiment.dataset.train_images,
+        experiment.dataset.train_labels,
+        jax.random.split(jax.random.key(0), 1),
+        0,
+        0,
+        experiment.learning_rates[0],
+        batch_size=8,
+        model=model,
+        optimizer=experiment.optimizer,
+    )
+    assert metrics.loss.dtype == jnp.float32
+    assert {x.dtype for x in jax.tree.leaves((states.params, states.opt_state)) if x.ndim > 1} == {jnp.dtype("float32")}
