@@ -324,8 +324,8 @@ def _require_finite(experiment, number, first_step, losses):
         kept = f"rounds 0 to {number - 1} are kept" if number else "no round was finished"
         raise UserError(
             f"the loss became {losses[step, index]} in round {number}, arm {member.arm}, replicate "
-            f"{member.replicate}, at step {first_step + step} of the training; {kept}; an "
-            f"optimizer.learning_rate below {experiment.config.optimizer.learning_rate} or optimizer.warmup_epochs may help"
+            f"{member.replicate}, at step {first_step + step} of the training; {kept}; a lower "
+            f"optimizer.learning_rate ({experiment.config.optimizer.learning_rate}) or a warm-up may help"
         )
 
 

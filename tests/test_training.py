@@ -125,7 +125,8 @@ def numpy_training(config, params, mask, images, labels, orders, rates):
 
 
 @pytest.mark.parametrize(
-    ("name", "rate", "decay"), [("adam", 12e-4, 0.0), ("adam", 1e-2, 0.05), ("momentum", 0.1, 0.05), ("sgd", 0.1, 0.0)]
+    ("name", "rate", "decay"),
+    [("adam", 12e-4, 0.0), ("adam", 1e-2, 0.05), ("momentum", 0.1, 0.05), ("sgd", 0.1, 0.0)],
 )
 def test_two_epochs_against_numpy(tiny_experiment, name, rate, decay):
     """Optimizer, schedule with warm-up, masks and data order, for every member of the batched program."""
@@ -294,7 +295,9 @@ def test_running_statistics_are_carried_and_never_masked(tiny_experiment):
         model=model,
         optimizer=experiment.optimizer,
     )
-    np.testing.assert_allclose(states.model_state["batch_stats"]["BatchNorm_0"]["mean"][0], 0.1 * x.mean(0), rtol=1e-4)
+    np.testing.assert_allclose(
+        states.model_state["batch_stats"]["BatchNorm_0"]["mean"][0], 0.1 * x.mean(0), rtol=1e-4
+    )
     loss, correct = training.evaluate(states.variables, images, labels, model=model)
     assert np.isfinite(loss).all()
     assert 0 <= correct[0] <= 46
@@ -334,4 +337,6 @@ def test_bfloat16_keeps_float32_state(tiny_experiment):
         optimizer=experiment.optimizer,
     )
     assert metrics.loss.dtype == jnp.float32
-    assert {x.dtype for x in jax.tree.leaves((states.params, states.opt_state)) if x.ndim > 1} == {jnp.dtype("float32")}
+    assert {x.dtype for x in jax.tree.leaves((states.params, states.opt_state)) if x.ndim > 1} == {
+        jnp.dtype("float32")
+    }

@@ -1,0 +1,317 @@
+"""The rounds: tickets, masks, rewinding, replicates, resuming. A tiny network stands in for LeNet."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import pytest
+
+from imp_jax import config as configs
+from imp_jax import imp, masking, pruning, training
+from imp_jax.config import UserError
+
+
+def train_all(experiment, rounds=3):
+    """The rounds in memory: what each left behind, and its thresholds."""
+    tickets = imp.initialize(experiment)
+    masks = masking.ones_like(tickets["params"])
+    for number in range(rounds):
+        networks = imp.train(experiment, number, tickets, masks)
+        masks, thresholds = imp.prune(experiment, number, networks)
+        tickets = imp.reset(experiment, networks)
+        yield networks, thresholds
+
+
+def member(tree, i):
+    return jax.tree.map(lambda x: np.asarray(x[i]), tree)
+
+
+def assert_trees_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_survivors_start_each_round_from_their_initial_values(tiny_experiment):
+    experiment = tiny_experiment()
+    initial = imp.initialize(experiment)["params"]
+    for networks, _ in train_all(experiment):
+        assert_trees_equal(networks.initial["params"], masking.apply(initial, networks.mask))
+        pruned = jax.tree.map(jnp.logical_not, networks.mask)
+        assert not any(np.any(x) for x in jax.tree.leaves(masking.apply(networks.trained["params"], pruned)))
+
+
+def test_masks_shrink_by_exact_counts_and_are_shared_by_the_arms(tiny_experiment):
+    experiment = tiny_experiment()
+    rounds = [networks for networks, _ in train_all(experiment, rounds=4)]
+    expected = 16 * 6 + 6 * 5 + 5 * 3
+    for networks in rounds:
+        counts = jax.vmap(masking.survivors)(networks.mask)
+        np.testing.assert_array_equal(counts, expected)
+        expected -= round(0.2 * expected)
+        for replicate in range(2):
+            assert_trees_equal(member(networks.mask, replicate), member(networks.mask, 2 + replicate))
+        assert all(np.all(layer["bias"]) for layer in networks.mask.values())
+    for one, other in itertools.pairwise(rounds):
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a & b, b), one.mask, other.mask)
+
+
+def test_the_mask_is_magnitude_pruning_of_imps_trained_weights(tiny_experiment):
+    experiment = tiny_experiment()
+    first, second = (networks for networks, _ in train_all(experiment, rounds=2))
+    for i in range(4):
+        mask, _ = pruning.prune_by_magnitude(member(first.trained["params"], i % 2), member(first.mask, i % 2))
+        assert_trees_equal(member(second.mask, i), mask)
+
+
+def test_thresholds_are_each_members_own_largest_removed_magnitude(tiny_experiment):
+    experiment = tiny_experiment()
+    networks, thresholds = next(train_all(experiment))
+    for i in range(4):
+        kernels = [layer["kernel"].ravel() for layer in member(networks.trained["params"], i).values()]
+        magnitudes = np.sort(np.abs(np.concatenate(kernels)))
+        assert thresholds[i] == magnitudes[round(0.2 * len(magnitudes)) - 1]
+
+
+def test_arms_and_replicates_all_start_and_train_differently(tiny_experiment):
+    networks, _ = next(train_all(tiny_experiment()))
+    for tree in (networks.initial, networks.trained):
+        kernels = tree["params"]["Dense_0"]["kernel"]
+        for i, j in itertools.combinations(range(4), 2):
+            assert not np.array_equal(kernels[i], kernels[j])
+
+
+def test_replicate_0_of_3_is_the_run_of_1(tiny_experiment):
+    """And no arm depends on which others there are."""
+    three, one, alone = (
+        tiny_experiment(**overrides)
+        for overrides in ({"replicates": 3}, {"replicates": 1}, {"replicates": 1, "arms": ("imp",)})
+    )
+    for (a, _), (b, _), (c, _) in zip(train_all(three), train_all(one), train_all(alone), strict=True):
+        for tree_a, tree_b in ((a.trained, b.trained), (a.mask, b.mask)):
+            assert_trees_equal(member(tree_a, 0), member(tree_b, 0))
+            assert_trees_equal(member(tree_a, 3), member(tree_b, 1))
+        assert_trees_equal(member(b.trained, 0), member(c.trained, 0))
+
+
+def test_same_seed_same_bits_other_seed_other_bits(tiny_experiment):
+    a, b, c = (next(train_all(tiny_experiment(seed=seed)))[0] for seed in (1, 1, 2))
+    assert_trees_equal(a, b)
+    assert not np.array_equal(
+        a.trained["params"]["Dense_0"]["kernel"], c.trained["params"]["Dense_0"]["kernel"]
+    )
+
+
+@pytest.mark.parametrize(
+    "rewind_step", [3, 5, 7]
+)  # inside the first epoch of 5 steps, at its end, in the second
+def test_rewinding_to_step_k(tiny_experiment, rewind_step):
+    """Round 0 notes imp's weights at step k; later rounds train them from k on, with a fresh optimizer."""
+    experiment = tiny_experiment(
+        rewind_step=rewind_step, **{"optimizer.schedule": "cosine", "optimizer.learning_rate": 0.01}
+    )
+    plain = tiny_experiment(**{"optimizer.schedule": "cosine", "optimizer.learning_rate": 0.01})
+    (first, _), (second, _) = train_all(experiment, rounds=2)
+    (plain_first, _), (plain_second, _) = train_all(plain, rounds=2)
+    assert_trees_equal(first.trained, plain_first.trained)  # noting changes nothing
+
+    def train(states, mask, number, first_step):
+        keys = imp._keys(experiment, lambda m: ["data", imp.ARMS[m.arm], number])
+        for step in range(first_step, 10 if number else rewind_step):
+            states, _ = training.train_steps(
+                states,
+                mask,
+                experiment.dataset.train_images,
+                experiment.dataset.train_labels,
+                keys,
+                step // 5,
+                step % 5,
+                experiment.learning_rates[step // 5, step % 5 : step % 5 + 1],
+                batch_size=8,
+                model=experiment.model,
+                optimizer=experiment.optimizer,
+            )
+        return states
+
+    tickets = imp.initialize(experiment)
+    start = training.init_states(tickets, first.mask, optimizer=experiment.optimizer)
+    at_k = train(start, first.mask, number=0, first_step=0).variables
+    for i in range(2):  # imp
+        assert_trees_equal(member(first.initial, i), member(at_k, i))
+        assert_trees_equal(
+            member(second.initial["params"], i), member(masking.apply(at_k["params"], second.mask), i)
+        )
+    start = training.init_states(at_k, second.mask, optimizer=experiment.optimizer)
+    expected = train(start, second.mask, number=1, first_step=rewind_step).variables
+    for i in range(2):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+            member(second.trained, i),
+            member(expected, i),
+        )
+    control = masking.apply(tickets["params"], second.mask)  # reinit starts from its random initialisation
+    assert_trees_equal(member(second.initial["params"], 2), member(control, 2))
+    assert_trees_equal(member(second.trained, 2), member(plain_second.trained, 2))
+
+
+def test_no_reset_goes_on_from_the_trained_weights(tiny_experiment):
+    """rewind_step=None; the control is still reset."""
+    experiment = tiny_experiment(rewind_step=None)
+    initial = imp.initialize(experiment)["params"]
+    (first, _), (second, _) = train_all(experiment, rounds=2)
+    goes_on = masking.apply(first.trained["params"], second.mask)
+    control = masking.apply(initial, second.mask)
+    for i in range(2):
+        assert_trees_equal(member(second.initial["params"], i), member(goes_on, i))
+        assert_trees_equal(member(second.initial["params"], 2 + i), member(control, 2 + i))
+
+
+def test_one_shot_pruning_to_30_percent(tiny_experiment):
+    experiment = tiny_experiment(**{"pruning.fraction": 0.7})
+    *_, (last, _) = train_all(experiment, rounds=2)
+    np.testing.assert_array_equal(jax.vmap(masking.survivors)(last.mask), 141 - round(0.7 * 141))
+
+
+def test_random_score_ignores_magnitude(tiny_experiment):
+    by_chance, by_magnitude = (
+        [networks for networks, _ in train_all(tiny_experiment(**{"pruning.score": score}), rounds=2)][1]
+        for score in ("random", "magnitude")
+    )
+    np.testing.assert_array_equal(
+        jax.vmap(masking.survivors)(by_chance.mask), jax.vmap(masking.survivors)(by_magnitude.mask)
+    )
+    assert not np.array_equal(by_chance.mask["Dense_0"]["kernel"], by_magnitude.mask["Dense_0"]["kernel"])
+    assert_trees_equal(member(by_chance.mask, 0), member(by_chance.mask, 2))  # still shared by the arms
+
+
+def test_rounds_share_one_compilation(tiny_experiment):
+    experiment = tiny_experiment(batch_size=9)  # a shape no other test compiles
+    programs = (training.train_steps, training.evaluate, training.init_states, imp._prune_members)
+    counts = []
+    tickets = imp.initialize(experiment)
+    masks = masking.ones_like(tickets["params"])
+    for number in range(3):
+        networks = imp.train(experiment, number, tickets, masks)
+        masks, thresholds = imp.prune(experiment, number, networks)
+        imp.measure(experiment, number, networks, thresholds, seconds=0.0)
+        tickets = imp.reset(experiment, networks)
+        counts.append([program._cache_size() for program in programs])
+    assert counts[0] == counts[1] == counts[2]
+
+
+def test_measured_rows(tiny_experiment):
+    experiment = tiny_experiment()
+    (_, _), (networks, thresholds) = train_all(experiment, rounds=2)
+    rows = imp.measure(experiment, 1, networks, thresholds, seconds=1.23456)
+    assert [(row["arm"], row["replicate"], row["round"]) for row in rows] == [
+        ("imp", 0, 1), ("imp", 1, 1), ("reinit", 0, 1), ("reinit", 1, 1),
+    ]  # fmt: skip
+    for i, row in enumerate(rows):
+        logits = experiment.model.apply(member(networks.trained, i), experiment.dataset.test_images / 255)
+        right = np.asarray(logits).argmax(1) == np.asarray(experiment.dataset.test_labels)
+        assert row["test_accuracy"] == pytest.approx(right.mean())
+        assert row["density"] == pytest.approx((141 - 28) / 141)
+        assert row["threshold"] == pytest.approx(float(thresholds[i]))
+        assert row["seconds"] == 1.235
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_place(tiny_experiment):
+    experiment = tiny_experiment(**{"optimizer.name": "sgd", "optimizer.learning_rate": 1e30})
+    with pytest.raises(
+        UserError, match=r"loss became nan in round 0, arm imp, replicate [01], at step [1-9] of"
+    ):
+        list(train_all(experiment))
+
+
+# --- whole runs, on mnist5k ---
+
+
+def quick_config(data_dir, **overrides):
+    config = configs.default()
+    config.update({"replicates": 1, "rounds": 3, "epochs": 1, "batch_size": 500})
+    config.update_from_flattened_dict({"dataset.data_dir": data_dir, **overrides})
+    return config
+
+
+def without_seconds(workdir):
+    return pd.read_csv(workdir / "results.csv").drop(columns="seconds")
+
+
+def test_a_run_resumes_to_the_same_results(data_dir, tmp_path, capsys):
+    config = quick_config(data_dir)
+    imp.run(config, tmp_path / "whole")
+    rounds = imp.rounds(config, tmp_path / "cut")
+    next(rounds)
+    rounds.close()  # as if killed after round 0
+    capsys.readouterr()
+    imp.run(config, tmp_path / "cut")
+    assert "has rounds 0 to 0; going on with round 1" in capsys.readouterr().out
+    pd.testing.assert_frame_equal(without_seconds(tmp_path / "whole"), without_seconds(tmp_path / "cut"))
+    assert (tmp_path / "cut" / "figures" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+    before = (tmp_path / "cut" / "results.csv").read_bytes()
+    imp.run(config, tmp_path / "cut")
+    assert "is finished: all 3 rounds were there" in capsys.readouterr().out
+    assert (tmp_path / "cut" / "results.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("rewind_step", [None, 3])
+def test_a_rewinding_run_resumes_to_the_same_results(data_dir, tmp_path, rewind_step):
+    config = quick_config(data_dir, rewind_step=rewind_step)
+    imp.run(config, tmp_path / "whole")
+    for _ in range(3):
+        rounds = imp.rounds(config, tmp_path / "cut")
+        next(rounds)
+        rounds.close()
+    pd.testing.assert_frame_equal(without_seconds(tmp_path / "whole"), without_seconds(tmp_path / "cut"))
+
+
+def test_divergence_keeps_earlier_rounds(data_dir, tmp_path, monkeypatch):
+    config = quick_config(data_dir)
+    train = imp.train
+
+    def diverge_in_round_1(experiment, number, *args):
+        if number == 1:
+            experiment = experiment._replace(learning_rates=np.full((1, 8), np.inf, np.float32))
+        return train(experiment, number, *args)
+
+    monkeypatch.setattr(imp, "train", diverge_in_round_1)
+    with pytest.raises(
+        UserError, match=r"in round 1, arm imp, replicate 0, at step 1 .* rounds 0 to 0 are kept"
+    ):
+        imp.run(config, tmp_path)
+    assert pd.read_csv(tmp_path / "results.csv")["round"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            {"batch_size": 4001},
+            "batch_size is 4001; mnist5k has 4000 training images, so it should be at most 4000",
+        ),
+        ({"rewind_step": 8}, "rewind_step is 8; a training has 8 steps, so it should be at most 7"),
+        ({"arms": ("imp", "twinn")}, r"arms is 'twinn'; it should be one of imp, reinit"),
+        ({"arms": ("reinit",)}, "it should name imp"),
+        ({"arms": ("imp", "imp")}, "no arm twice"),
+        ({"pruning.score": "magnitud"}, r"pruning.score is 'magnitud'.*did you mean magnitude"),
+        ({"model.name": "vgg"}, "model.name is 'vgg'; it should be one of lenet"),
+        ({"rounds": 0}, "rounds is 0; it should be at least 1"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(data_dir, tmp_path, overrides, sentence):
+    with pytest.raises(UserError, match=sentence):
+        imp.run(quick_config(data_dir, **overrides), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_imp_beats_its_control_on_mnist5k(data_dir, tmp_path):
+    """The lottery ticket itself, cut to 7 rounds: at a density of 1.6 % the ticket wins."""
+    config = quick_config(
+        data_dir, rounds=7, epochs=8, batch_size=60, replicates=2, **{"pruning.fraction": 0.5}
+    )
+    imp.run(config, tmp_path)
+    last = pd.read_csv(tmp_path / "results.csv").query("round == 6").groupby("arm")
+    assert last["density"].mean()["imp"] == pytest.approx(0.5**6, abs=1e-5)
+    assert last["test_accuracy"].mean()["imp"] > last["test_accuracy"].mean()["reinit"] + 0.01
+    assert last["threshold"].mean()["imp"] > last["threshold"].mean()["reinit"]

@@ -1,0 +1,120 @@
+import json
+
+import pandas as pd
+import pytest
+
+from imp_jax import config as configs
+from imp_jax import records
+from imp_jax.config import UserError
+
+
+def rows(number):
+    return [
+        {
+            "replicate": 0,
+            "arm": arm,
+            "round": number,
+            "density": 0.8**number,
+            "threshold": 0.01,
+            "train_loss": 0.5,
+        }
+        | {"train_accuracy": 1.0, "test_loss": 0.25, "test_accuracy": 0.929, "seconds": 1.5}
+        for arm in ("imp", "reinit")
+    ]
+
+
+def test_results_are_appended_as_they_come(tmp_path):
+    results = records.Results(tmp_path, [])
+    assert (tmp_path / "results.csv").read_text() == ",".join(records.FIELDS) + "\n"
+    for number in range(3):
+        results.append(rows(number))
+        table = pd.read_csv(tmp_path / "results.csv")
+        assert len(table) == 2 * (number + 1)
+    pd.testing.assert_frame_equal(table, results.table(), rtol=1e-8, check_dtype=False)
+    assert ",0.929," in (tmp_path / "results.csv").read_text()
+
+
+@pytest.mark.parametrize("cut", [0, 5, 95, 200])
+def test_a_torn_file_is_mended_from_the_rows_of_the_checkpoints(tmp_path, cut):
+    whole = rows(0) + rows(1)
+    records.Results(tmp_path, whole)
+    path = tmp_path / "results.csv"
+    content = path.read_bytes()
+    path.write_bytes(content[:cut])
+    records.Results(tmp_path, whole)
+    assert path.read_bytes() == content
+
+
+def test_rows_of_a_round_that_is_not_on_disk_are_dropped(tmp_path):
+    records.Results(tmp_path, rows(0) + rows(1))
+    records.Results(tmp_path, rows(0))
+    assert len(pd.read_csv(tmp_path / "results.csv")) == 2
+
+
+def test_an_atomic_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    records.write_atomically(path, "old")
+    with pytest.raises(TypeError):
+        records.write_atomically(path, None)
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_workdir_keeps_its_config(tmp_path):
+    config = configs.default()
+    workdir = records.open_workdir(tmp_path / "a" / "b", config)
+    assert json.loads((workdir / "config.json").read_text())["pruning"] == {
+        "score": "magnitude",
+        "fraction": 0.2,
+    }
+    records.open_workdir(workdir, config)
+    config.rounds = 3
+    before = (workdir / "config.json").read_bytes()
+    with pytest.raises(UserError, match="holds a run of another config: rounds is 25 there and 3 here"):
+        records.open_workdir(workdir, config)
+    assert (workdir / "config.json").read_bytes() == before
+
+
+def test_a_workdir_that_cannot_be_one(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(UserError, match="cannot write to workdir"):
+        records.open_workdir(file / "run", configs.default())
+    with pytest.raises(UserError, match="cannot write to workdir"):
+        records.open_workdir(file, configs.default())
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "results.csv").touch()
+    with pytest.raises(UserError, match=r"holds results but no config.json"):
+        records.open_workdir(tmp_path / "foreign", configs.default())
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot read"):
+        records.open_workdir(tmp_path / "torn", configs.default())
+
+
+def test_one_plain_line_a_round_without_a_terminal(capsys):
+    with records.Display(rounds=2, epochs=1, first_round=0) as display:
+        for number in range(2):
+            display.epoch(number, 0, images=1000, seconds=0.5)
+            display.round(number, rows(number))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[1].startswith(
+        "round 1/1  density 80.00%  test accuracy imp 92.90% reinit 92.90%  2,000 images/s  1.5 s"
+    )
+
+
+def test_summary_has_a_row_a_density(capsys):
+    records.print_summary(pd.DataFrame(rows(0) + rows(10)), "title")
+    out = capsys.readouterr().out
+    assert "title" in out
+    assert "10.74%" in out
+    assert out.count("92.90 (92.90 to 92.90)") == 4
+
+
+def test_event_files_hold_a_folder_a_member(tmp_path):
+    events = records.Events(tmp_path, [("imp", 0), ("reinit", 0)], first_epoch=0)
+    events.write(1, test_accuracy=[0.9, 0.8])
+    events.close()
+    for member in ("imp-0", "reinit-0"):
+        assert any((tmp_path / "events" / member).iterdir())
