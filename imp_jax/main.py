@@ -22,8 +22,7 @@ _WORKDIR = flags.DEFINE_string(
 
 def main(argv):
     logging.set_verbosity(logging.ERROR)  # orbax and TFDS tell of every file
-    from imp_jax import imp  # not before the flags are parsed: --help needs no JAX
-    from imp_jax.config import UserError
+    from imp_jax.config import UserError  # not before the flags are parsed: --help needs no JAX
 
     try:
         if argv[1:]:
@@ -32,6 +31,8 @@ def main(argv):
             raise UserError("--config is missing; name a config file, such as --config=configs/mnist5k.py")
         if _WORKDIR.value is None:
             raise UserError("--workdir is missing; say where to keep the run, such as --workdir=runs/mnist5k")
+        from imp_jax import imp
+
         imp.run(_CONFIG.value, _WORKDIR.value)
     except UserError as error:
         sys.exit(f"error: {error}")

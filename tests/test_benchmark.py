@@ -1,0 +1,18 @@
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_the_lenet_benchmark_prints_its_table():
+    command = [sys.executable, "-m", "experiments.benchmark", "lenet", "--rounds=1"]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for quantity in (
+        "images/s over all members, whole round",
+        "share of evaluation",
+        "compile",
+        "peak host memory",
+    ):
+        assert quantity in done.stdout

@@ -1,0 +1,139 @@
+"""The command as a user types it, in processes of its own."""
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CONFIG = "--config=configs/mnist5k.py"
+W = "--workdir=W"  # W stands for a folder of the test's own
+
+
+def start(*arguments):
+    command = [sys.executable, "-m", "imp_jax.main", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(*arguments):
+    process = start(*arguments)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def test_help_needs_no_jax():
+    began = time.perf_counter()
+    code, out, _ = run("--help")
+    assert "--workdir" in out
+    assert code <= 1  # absl's convention
+    assert time.perf_counter() - began < 2
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    def write(body):
+        path = tmp_path / "config.py"
+        path.write_text("from imp_jax.config import default\n\n" + body)
+        return f"--config={path}"
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "--config is missing"),
+        ([CONFIG], "--workdir is missing"),
+        ([W, CONFIG, "extra"], "'extra' is not a flag"),
+        ([W, CONFIG, "--nosuch=1"], "Unknown command line flag 'nosuch'"),
+        ([W, "--config=configs/none.py"], "No such file or directory: 'configs/none.py'"),
+        ([W, "--config=configs/none.py", "--config.rounds=3"], "No such file or directory"),
+        ([W, "--config=configs"], "Is a directory: 'configs'"),
+        ([W, CONFIG, "--config.rounds=abc"], "rounds is 'abc'; it should be of type int, like 25"),
+        ([W, CONFIG, "--config.roundz=3"], "no config field roundz "),
+        ([W, CONFIG, "--config.no.such=3"], "there is no config field no.such"),
+        ([W, CONFIG, "--config.dataset=mnist"], "dataset is 'mnist'; it should be a group of fields"),
+        ([W, CONFIG, "--config.pruning.fraction=1.5"], "pruning.fraction is 1.5; it should be"),
+        ([W, CONFIG, "--config.rewind_step=x"], "rewind_step is 'x'; it should be of type int or None"),
+        ([W, CONFIG, "--config.dataset.name=mnist", "--config.dataset.data_dir=W"], "imp_jax.data prepare"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence_and_a_failure(tmp_path, arguments, sentence):
+    workdir = tmp_path / "run"
+    code, out, err = run(*[argument.replace("=W", f"={workdir}") for argument in arguments])
+    assert code != 0
+    assert sentence in err
+    assert err.startswith("error: ")
+    assert len(err.splitlines()) == 1
+    assert not out
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ("def get_config(: x", "SyntaxError"),
+        ("get = 1", "no attribute 'get_config'"),
+        ("def get_config():\n    return 1", "get_config() returned int"),
+        ("def get_config():\n    return 1 / 0", "ZeroDivisionError"),
+        ("def get_config():\n    c = default()\n    c.rounds = 'five'\n    return c", "TypeError"),
+    ],
+)
+def test_a_bad_config_file_is_one_sentence(tmp_path, config_file, body, sentence):
+    code, _, err = run(config_file(body), f"--workdir={tmp_path / 'run'}")
+    assert code != 0
+    assert sentence in err
+    assert len(err.splitlines()) == 1
+
+
+def test_fields_are_overridden_from_the_command_line(tmp_path, data_dir):
+    code, out, err = run(
+        CONFIG,
+        f"--workdir={tmp_path}",
+        f"--config.dataset.data_dir={data_dir}",
+        "--config.rounds=2",
+        "--config.epochs=1",
+        "--config.batch_size=1000",
+        "--config.replicates=1",
+        "--config.arms=imp",
+        "--config.rewind_step=None",
+        "--config.optimizer.name=momentum",
+        "--config.optimizer.schedule=step",
+        "--config.optimizer.milestones=(1,2)",
+        "--config.optimizer.warmup_epochs=1",
+    )
+    assert code == 0, err
+    assert len(pd.read_csv(tmp_path / "results.csv")) == 2
+    assert "Test accuracy in %" in out
+
+
+def quick(workdir, data_dir):
+    fields = {"rounds": 5, "epochs": 1, "batch_size": 500, "replicates": 1, "dataset.data_dir": data_dir}
+    return [CONFIG, f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in fields.items())]
+
+
+def test_a_run_killed_at_any_moment_ends_with_the_same_results(tmp_path, data_dir):
+    """kill -9 at seeded moments from the first round on, then the same command again."""
+    code, _, err = run(*quick(tmp_path / "whole", data_dir))
+    assert code == 0, err
+    draw = random.Random(0)
+    results = tmp_path / "cut" / "results.csv"
+    for rows in (1, 3, 6):  # kill once so many rows are there, a moment later
+        process = start(*quick(tmp_path / "cut", data_dir))
+        while process.poll() is None and not (
+            results.exists() and len(results.read_text().splitlines()) > rows
+        ):
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.4))
+        process.kill()
+        process.communicate()
+    code, _, err = run(*quick(tmp_path / "cut", data_dir))
+    assert code == 0, err
+    whole, cut = (
+        pd.read_csv(tmp_path / name / "results.csv").drop(columns="seconds") for name in ("whole", "cut")
+    )
+    pd.testing.assert_frame_equal(whole, cut)
