@@ -36,15 +36,9 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, number: int, networks: Round, rows: list[dict[str, Any]]) -> None:
-        """Begin to write round `number`; it is on disk, under its final name, once `wait` returns."""
-        self._manager.save(
-            number,
-            args=ocp.args.Composite(
-                networks=ocp.args.StandardSave(networks._asdict()), rows=ocp.args.JsonSave(rows)
-            ),
-        )
-
-    def wait(self) -> None:
+        """Write round `number`; when this returns, it is on disk under its final name."""
+        items = {"networks": ocp.args.StandardSave(networks._asdict()), "rows": ocp.args.JsonSave(rows)}
+        self._manager.save(number, args=ocp.args.Composite(**items))
         self._manager.wait_until_finished()
 
     def restore(self, number: int) -> Round:

@@ -21,7 +21,8 @@ def accuracy(results: pd.DataFrame) -> Figure:
     Args:
       results: the columns arm, density and test_accuracy of results.csv.
     """
-    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    figure = Figure(figsize=(5.6, 3.6))
+    figure.subplots_adjust(left=0.11, right=0.985, bottom=0.135, top=0.98)  # a layout engine would draw twice
     axes = figure.add_subplot()
     for arm, rows in results.groupby("arm", sort=False):
         over = 100 * rows.groupby("density")["test_accuracy"].agg(["mean", "min", "max"]).sort_index(

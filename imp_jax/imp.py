@@ -4,10 +4,12 @@ What is trained in a round is a member, one (arm, replicate) pair: `imp` is the 
 control, a different random initialisation under the same mask. Members lead every batched tree, arm by arm.
 """
 
+import contextlib
 import functools
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,49 +71,52 @@ def rounds(config: ConfigDict, workdir: str | os.PathLike) -> Iterator[list[reco
     """
     experiment = setup(config)
     workdir = records.open_workdir(workdir, config)
-    checkpoints = Checkpoints(workdir)
-    finished = checkpoints.rounds()
-    results = records.Results(workdir, [row for number in finished for row in checkpoints.rows(number)])
-    if len(finished) == config.rounds:
-        return
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir)))
+        finished = checkpoints.rounds()
+        results = records.Results(workdir, [row for number in finished for row in checkpoints.rows(number)])
+        if len(finished) == config.rounds:
+            return
+        if finished:
+            print(f"{workdir} has rounds 0 to {finished[-1]}; going on with round {finished[-1] + 1}")
+            last = checkpoints.restore(finished[-1])
+            masks, _ = prune(experiment, finished[-1], last)
+            tickets = reset(experiment, last)
+        else:
+            tickets = initialize(experiment)
+            masks = masking.ones_like(tickets["params"])
+        first = len(finished)
+        events = records.Events(workdir, experiment.members, first_epoch=first * config.epochs)
+        stack.enter_context(contextlib.closing(events))
+        display = stack.enter_context(records.Display(config.rounds, config.epochs, first))
+        recorder = stack.enter_context(ThreadPoolExecutor(max_workers=1))
 
-    if finished:
-        print(f"{workdir} has rounds 0 to {finished[-1]}; going on with round {finished[-1] + 1}")
-        last = checkpoints.restore(finished[-1])
-        masks, _ = prune(experiment, finished[-1], last)
-        tickets = reset(experiment, last)
-    else:
-        tickets = initialize(experiment)
-        masks = masking.ones_like(tickets["params"])
-    first_round = len(finished)
-    events = records.Events(workdir, experiment.members, first_epoch=first_round * config.epochs)
+        def on_epoch(number, epoch, metrics, seconds):
+            done = number * config.epochs + epoch + 1
+            events.write(done, epoch_loss=metrics.loss.mean(0), epoch_accuracy=metrics.accuracy.mean(0))
+            display.epoch(number, epoch, metrics.loss.size * config.batch_size, seconds)
 
-    with records.Display(config.rounds, config.epochs, first_round) as display:
-        for number in range(first_round, config.rounds):
-
-            def on_epoch(epoch, metrics, seconds, number=number):
-                done = number * config.epochs + epoch + 1
-                events.write(done, epoch_loss=metrics.loss.mean(0), epoch_accuracy=metrics.accuracy.mean(0))
-                display.epoch(number, epoch, metrics.loss.size * config.batch_size, seconds)
-
-            start = time.perf_counter()
-            networks = train(experiment, number, tickets, masks, on_epoch)
-            seconds = time.perf_counter() - start
-            masks, thresholds = prune(experiment, number, networks)
-            tickets = reset(experiment, networks)
-
-            rows = measure(experiment, number, networks, thresholds, seconds)
+        def record(number, networks, rows):
             checkpoints.save(number, networks, rows)
-            figure = figures.to_png(figures.accuracy(results.table(rows)))  # drawn while orbax writes
-            checkpoints.wait()
             results.append(rows)
+            figure = figures.to_png(figures.accuracy(results.table()))
             records.write_atomically(workdir / "figures" / "accuracy.png", figure)
             events.write((number + 1) * config.epochs, **_columns(rows))
             display.round(number, rows)
-            yield rows
+            return rows
 
-    events.close()
-    checkpoints.close()
+        recorded = None
+        for number in range(first, config.rounds):
+            start = time.perf_counter()
+            networks = train(experiment, number, tickets, masks, functools.partial(on_epoch, number))
+            seconds = time.perf_counter() - start
+            masks, thresholds = prune(experiment, number, networks)
+            tickets = reset(experiment, networks)
+            rows = measure(experiment, number, networks, thresholds, seconds)
+            if recorded:
+                yield recorded.result()
+            recorded = recorder.submit(record, number, networks, rows)  # while the next round trains
+        yield recorded.result()
 
 
 def setup(config: ConfigDict) -> Experiment:

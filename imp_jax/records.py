@@ -93,9 +93,8 @@ class Results:
             file.flush()
             os.fsync(file.fileno())
 
-    def table(self, coming: Sequence[Row] = ()) -> pd.DataFrame:
-        """The rows, and those about to be appended."""
-        return pd.DataFrame([*self.rows, *coming], columns=list(FIELDS))
+    def table(self) -> pd.DataFrame:
+        return pd.DataFrame(self.rows, columns=list(FIELDS))
 
 
 def _to_csv(rows, header=False):

@@ -19,7 +19,6 @@ def test_a_round_comes_back_as_it_went(tmp_path):
     saved = [networks(key) for key in jax.random.split(jax.random.key(0), 2)]
     for number in range(2):
         checkpoints.save(number, saved[number], rows)
-        checkpoints.wait()
     checkpoints.close()
 
     again = Checkpoints(tmp_path)
@@ -36,7 +35,6 @@ def test_a_round_comes_back_as_it_went(tmp_path):
 def test_a_round_cut_off_while_being_written_is_not_there(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(0, networks(jax.random.key(0)), [])
-    checkpoints.wait()
     checkpoints.close()
     (tmp_path / "checkpoints" / "1.orbax-checkpoint-tmp").mkdir()
     again = Checkpoints(tmp_path)

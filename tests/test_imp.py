@@ -32,6 +32,11 @@ def assert_trees_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+def assert_trees_close(a, b):
+    """To rounding: XLA may sum in another order where another number of members or steps is compiled."""
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-6), a, b)
+
+
 def test_survivors_start_each_round_from_their_initial_values(tiny_experiment):
     experiment = tiny_experiment()
     initial = imp.initialize(experiment)["params"]
@@ -88,10 +93,10 @@ def test_replicate_0_of_3_is_the_run_of_1(tiny_experiment):
         for overrides in ({"replicates": 3}, {"replicates": 1}, {"replicates": 1, "arms": ("imp",)})
     )
     for (a, _), (b, _), (c, _) in zip(train_all(three), train_all(one), train_all(alone), strict=True):
-        for tree_a, tree_b in ((a.trained, b.trained), (a.mask, b.mask)):
-            assert_trees_equal(member(tree_a, 0), member(tree_b, 0))
-            assert_trees_equal(member(tree_a, 3), member(tree_b, 1))
-        assert_trees_equal(member(b.trained, 0), member(c.trained, 0))
+        for of_three, of_one in ((0, 0), (3, 1)):  # imp, reinit
+            assert_trees_equal(member(a.mask, of_three), member(b.mask, of_one))
+            assert_trees_close(member(a.trained, of_three), member(b.trained, of_one))
+        assert_trees_close(member(b.trained, 0), member(c.trained, 0))
 
 
 def test_same_seed_same_bits_other_seed_other_bits(tiny_experiment):
@@ -113,7 +118,7 @@ def test_rewinding_to_step_k(tiny_experiment, rewind_step):
     plain = tiny_experiment(**{"optimizer.schedule": "cosine", "optimizer.learning_rate": 0.01})
     (first, _), (second, _) = train_all(experiment, rounds=2)
     (plain_first, _), (plain_second, _) = train_all(plain, rounds=2)
-    assert_trees_equal(first.trained, plain_first.trained)  # noting changes nothing
+    assert_trees_close(first.trained, plain_first.trained)  # noting changes nothing
 
     def train(states, mask, number, first_step):
         keys = imp._keys(experiment, lambda m: ["data", imp.ARMS[m.arm], number])
@@ -136,22 +141,17 @@ def test_rewinding_to_step_k(tiny_experiment, rewind_step):
     tickets = imp.initialize(experiment)
     start = training.init_states(tickets, first.mask, optimizer=experiment.optimizer)
     at_k = train(start, first.mask, number=0, first_step=0).variables
+    ticket = masking.apply(first.initial["params"], second.mask)
     for i in range(2):  # imp
-        assert_trees_equal(member(first.initial, i), member(at_k, i))
-        assert_trees_equal(
-            member(second.initial["params"], i), member(masking.apply(at_k["params"], second.mask), i)
-        )
+        assert_trees_close(member(first.initial, i), member(at_k, i))
+        assert_trees_equal(member(second.initial["params"], i), member(ticket, i))
     start = training.init_states(at_k, second.mask, optimizer=experiment.optimizer)
     expected = train(start, second.mask, number=1, first_step=rewind_step).variables
     for i in range(2):
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-            member(second.trained, i),
-            member(expected, i),
-        )
+        assert_trees_close(member(second.trained, i), member(expected, i))
     control = masking.apply(tickets["params"], second.mask)  # reinit starts from its random initialisation
     assert_trees_equal(member(second.initial["params"], 2), member(control, 2))
-    assert_trees_equal(member(second.trained, 2), member(plain_second.trained, 2))
+    assert_trees_close(member(second.trained, 2), member(plain_second.trained, 2))
 
 
 def test_no_reset_goes_on_from_the_trained_weights(tiny_experiment):
