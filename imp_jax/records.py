@@ -178,6 +178,7 @@ class Display:
         """Round `number` is on disk with `rows`."""
         means = pd.DataFrame(rows).groupby("arm", sort=False)["test_accuracy"].mean()
         self._accuracies = " ".join(f"{arm} {mean:.2%}" for arm, mean in means.items())
+        self._progress.update(self._task, accuracies=self._accuracies)
         if self._progress.disable:
             self._console.print(
                 f"round {number}/{self._rounds - 1}  density {rows[0]['density']:.2%}  "
