@@ -31,7 +31,8 @@ def accuracy(results: pd.DataFrame) -> Figure:
         axes.errorbar(
             over.index,
             over["mean"],
-            yerr=[over["mean"] - over["min"], over["max"] - over["mean"]],
+            # the mean of equal values may miss them by rounding, and matplotlib takes no negative bar
+            yerr=[(over["mean"] - over["min"]).clip(lower=0), (over["max"] - over["mean"]).clip(lower=0)],
             label=LABELS.get(arm, arm),
             markersize=3.5,
             linewidth=1.4,

@@ -40,6 +40,13 @@ def test_one_round_and_an_unknown_arm_are_drawn_too():
     assert figures.to_png(figures.accuracy(table)).startswith(b"\x89PNG")
 
 
+def test_equal_replicates_are_drawn():
+    """The mean of equal values can lie outside them, by rounding."""
+    accuracies = np.linspace(0.1, 0.9, 50).repeat(3)
+    densities = np.geomspace(1, 0.01, 50).repeat(3)
+    figures.accuracy(pd.DataFrame({"arm": "imp", "density": densities, "test_accuracy": accuracies}))
+
+
 def test_figures_need_no_jax():
     code = "import sys, imp_jax.figures; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
