@@ -1,5 +1,6 @@
 """One orbax checkpoint per round: the round is on disk whole, or not at all."""
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +26,9 @@ class Checkpoints:
     The rows travel inside the checkpoint, so that a run that died between the two loses neither.
     """
 
-    def __init__(self, workdir: Path):
+    def __init__(self, workdir: str | os.PathLike):
         self._manager = ocp.CheckpointManager(
-            (workdir / "checkpoints").absolute(),
+            (Path(workdir) / "checkpoints").absolute(),
             item_handlers={"networks": ocp.StandardCheckpointHandler(), "rows": ocp.JsonCheckpointHandler()},
         )
 

@@ -87,7 +87,7 @@ def validate(config: ConfigDict) -> None:
     known, given = _flatten(default()), _flatten(config)
     for field in given:
         if field not in known:
-            raise UserError(f"there is no config field {field}{_suggestion(field, known)}")
+            raise UserError(unknown_field(field))
     for field, example in known.items():
         if field not in given:
             raise UserError(
@@ -108,6 +108,21 @@ def choose(options: dict, field: str, name: str):
             f"{field} is {name!r}; it should be one of {', '.join(options)}{_suggestion(name, options)}"
         )
     return options[name]
+
+
+def unknown_field(field: str) -> str:
+    """The sentence for a field that does not exist: what it may have meant, or what its group holds."""
+    known = _flatten(default())
+    close = difflib.get_close_matches(field, known, n=1, cutoff=0.8)
+    group = field.rpartition(".")[0]
+    siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == group]
+    if close:
+        return f"there is no config field {field} (did you mean {close[0]}?)"
+    return (
+        f"there is no config field {field}; {group or 'the config'} has {', '.join(siblings)}"
+        if siblings
+        else (f"there is no config field {field}")
+    )
 
 
 def type_in_words(field: str) -> str:

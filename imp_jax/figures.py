@@ -21,8 +21,7 @@ def accuracy(results: pd.DataFrame) -> Figure:
     Args:
       results: the columns arm, density and test_accuracy of results.csv.
     """
-    figure = Figure(figsize=(5.6, 3.6))
-    figure.subplots_adjust(left=0.11, right=0.985, bottom=0.135, top=0.98)  # a layout engine would draw twice
+    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
     axes = figure.add_subplot()
     for arm, rows in results.groupby("arm", sort=False):
         over = 100 * rows.groupby("density")["test_accuracy"].agg(["mean", "min", "max"]).sort_index(
@@ -40,7 +39,7 @@ def accuracy(results: pd.DataFrame) -> Figure:
             capsize=2,
             **STYLES.get(arm, {}),
         )
-    _density_axis(axes, results["density"].min())
+    _density_axis(axes, results.query("density > 0")["density"].min())
     axes.set_ylabel("Test accuracy (%)")
     axes.grid(alpha=0.3, linewidth=0.6)
     axes.legend(frameon=False, loc="lower left")

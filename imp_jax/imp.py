@@ -57,8 +57,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> None:
     if not trained:
         print(f"{workdir} is finished: all {config.rounds} rounds were there, nothing to do")
     workdir = Path(workdir)
-    title = f"Test accuracy in %, mean (min to max) of {config.replicates} replicates"
-    records.print_summary(pd.read_csv(workdir / "results.csv"), title)
+    records.print_summary(pd.read_csv(workdir / "results.csv"))
     print(f"results: {workdir / 'results.csv'}\nfigure:  {workdir / 'figures' / 'accuracy.png'}")
 
 
@@ -72,6 +71,7 @@ def rounds(config: ConfigDict, workdir: str | os.PathLike) -> Iterator[list[reco
     experiment = setup(config)
     workdir = records.open_workdir(workdir, config)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(records.only_writer(workdir))
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir)))
         finished = checkpoints.rounds()
         results = records.Results(workdir, [row for number in finished for row in checkpoints.rows(number)])
@@ -102,7 +102,8 @@ def rounds(config: ConfigDict, workdir: str | os.PathLike) -> Iterator[list[reco
             figure = figures.to_png(figures.accuracy(results.table()))
             records.write_atomically(workdir / "figures" / "accuracy.png", figure)
             events.write((number + 1) * config.epochs, **_columns(rows))
-            display.round(number, rows)
+            images = len(experiment.members) * experiment.learning_rates.size * config.batch_size
+            display.round(number, rows, images)
             return rows
 
         recorded = None
@@ -127,11 +128,11 @@ def setup(config: ConfigDict) -> Experiment:
         rewind step beyond the training.
     """
     configs.validate(config)
-    for arm in config.arms:
-        choose(ARMS, "arms", arm)
-    if "imp" not in config.arms or len(set(config.arms)) < len(config.arms):
+    arms = set(config.arms)
+    if not {"imp"} <= arms <= set(ARMS) or len(arms) < len(config.arms):
         raise UserError(
-            f"arms is {config.arms}; it should name imp, whose masks all arms use, and no arm twice"
+            f"arms is {config.arms}; it should hold imp, whose masks all arms use, and others of "
+            f"{', '.join(ARMS)}, none twice, written as ('imp', 'reinit')"
         )
     score = choose(pruning.SCORES, "pruning.score", config.pruning.score)
     optimizer = training.make_optimizer(config)
@@ -166,7 +167,7 @@ def initialize(experiment: Experiment) -> Variables:
     """The random initialisation of every member; reinit has one of its own, kept over the rounds (ours)."""
     keys = _keys(experiment, lambda member: ["reinit" if member.arm == "reinit" else "init"])
     image = data.to_float(experiment.dataset.train_images[:1])
-    return jax.jit(jax.vmap(lambda key: dict(experiment.model.init(key, image))))(keys)
+    return jax.jit(jax.vmap(lambda key: dict(experiment.model.init(key, image, train=False))))(keys)
 
 
 def train(

@@ -43,7 +43,7 @@ def main(argv):
 
 def parse_flags(argv):
     """absl's flag parser, with one sentence for whatever can go wrong in it."""
-    from imp_jax.config import type_in_words
+    from imp_jax.config import type_in_words, unknown_field
 
     try:
         rest = flags.FLAGS(argv)
@@ -53,12 +53,17 @@ def parse_flags(argv):
         match = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
         expected = type_in_words(match[1]) if match else ""
         message = f"{match[1]} is {match[2]!r}; it should be {expected}" if expected else _cannot_load(error)
+    except flags.UnrecognizedFlagError as error:
+        hint = (
+            f"; the config field is set by --config.{error.flagname}" if type_in_words(error.flagname) else ""
+        )
+        message = f"{error}{hint}"
     except flags.Error as error:
         message = str(error)
     except Exception as error:  # a config file is code, and may raise anything
         overridden = re.findall(r"--config\.([\w.]+)", " ".join(argv))
         unknown = [field for field in overridden if not type_in_words(field)]
-        message = f"there is no config field {unknown[0]}" if unknown else _cannot_load(error)
+        message = unknown_field(unknown[0]) if unknown else _cannot_load(error)
     sys.exit(f"error: {message}")
 
 

@@ -55,7 +55,10 @@ def prune_by_magnitude(params: Params, mask: Mask, fraction: float = 0.2) -> tup
 def prune_by_score(
     scores: Scores, params: Params, mask: Mask, fraction: float
 ) -> tuple[Mask, Float[Array, ""]]:
-    """`prune_by_magnitude` by any scores, a tree like `params`: the lowest go. The threshold stays of |θ|."""
+    """`prune_by_magnitude` by any scores, a tree like `params`: the lowest go, negative ones first, nan last.
+
+    The threshold is of |θ|, whatever the score.
+    """
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction is {fraction}; it should lie in [0, 1]")
     alive = _concatenate(mask)

@@ -1,15 +1,17 @@
 """What a run says of itself: config.json, results.csv, TensorBoard event files, and the terminal."""
 
+import contextlib
 import csv
 import io
 import json
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -60,6 +62,26 @@ def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Path:
     except OSError as error:
         raise UserError(f"cannot write to workdir {workdir}: {error.strerror}") from error
     return workdir
+
+
+@contextlib.contextmanager
+def only_writer(workdir: Path) -> Iterator[None]:
+    """Hold `workdir` for this process; the hold ends with the process, however it ends.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    lock = FileLock(workdir / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(
+            f"another process is writing to {workdir}; wait for it to end, or give another --workdir"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -135,7 +157,6 @@ class Display:
         self._console = Console(soft_wrap=True)
         self._rounds, self._epochs, self._first_epoch = rounds, epochs, first_round * epochs
         self._accuracies = ""
-        self._speed = 0.0
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -164,25 +185,24 @@ class Display:
 
     def epoch(self, number: int, epoch: int, images: int, seconds: float) -> None:
         """Epoch `epoch` of round `number` has trained on `images` images, of all members, in `seconds`."""
-        self._speed = images / seconds
         self._progress.update(
             self._task,
             completed=number * self._epochs + epoch + 1,
             description=f"round {number}/{self._rounds - 1} epoch {epoch + 1}/{self._epochs}",
-            speed=self._speed,
+            speed=images / seconds,
             left=self._left(number * self._epochs + epoch + 1),
             accuracies=self._accuracies,
         )
 
-    def round(self, number: int, rows: Sequence[Row]) -> None:
-        """Round `number` is on disk with `rows`."""
+    def round(self, number: int, rows: Sequence[Row], images: int) -> None:
+        """Round `number`, which trained on `images` images of all members, is on disk with `rows`."""
         means = pd.DataFrame(rows).groupby("arm", sort=False)["test_accuracy"].mean()
         self._accuracies = " ".join(f"{arm} {mean:.2%}" for arm, mean in means.items())
         self._progress.update(self._task, accuracies=self._accuracies)
         if self._progress.disable:
             self._console.print(
                 f"round {number}/{self._rounds - 1}  density {rows[0]['density']:.2%}  "
-                f"test accuracy {self._accuracies}  {self._speed:,.0f} images/s  "
+                f"test accuracy {self._accuracies}  {images / rows[0]['seconds']:,.0f} images/s  "
                 f"{rows[0]['seconds']:.1f} s  {self._left((number + 1) * self._epochs)} left",
                 highlight=False,
             )
@@ -193,13 +213,16 @@ class Display:
         return f"{minutes}:{seconds:02}"
 
 
-def print_summary(results: pd.DataFrame, title: str) -> None:
+def print_summary(results: pd.DataFrame) -> None:
     """The result on the terminal: test accuracy over density, a column an arm, mean (min to max)."""
+    replicates = results["replicate"].nunique()
+    title = "Test accuracy in %" + (f", mean (min to max) of {replicates} replicates" if replicates > 1 else "")
     table = Table("round", "density", *results["arm"].unique(), title=title, title_justify="left")
     for (number, density), rows in results.groupby(["round", "density"]):
         cells = []
         for _, of_arm in rows.groupby("arm", sort=False):
             accuracy = 100 * of_arm["test_accuracy"]
-            cells.append(f"{accuracy.mean():.2f} ({accuracy.min():.2f} to {accuracy.max():.2f})")
+            spread = f" ({accuracy.min():.2f} to {accuracy.max():.2f})" if len(accuracy) > 1 else ""
+            cells.append(f"{accuracy.mean():.2f}{spread}")
         table.add_row(str(number), f"{density:.2%}", *cells)
     Console(soft_wrap=True).print(table)

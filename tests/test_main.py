@@ -50,6 +50,8 @@ def config_file(tmp_path):
         ([CONFIG], "--workdir is missing"),
         ([W, CONFIG, "extra"], "'extra' is not a flag"),
         ([W, CONFIG, "--nosuch=1"], "Unknown command line flag 'nosuch'"),
+        ([W, CONFIG, "--rounds=1"], "flag 'rounds'; the config field is set by --config.rounds"),
+        ([W, CONFIG, "--config.optimiser.name=adam"], "did you mean optimizer.name?"),
         ([W, "--config=configs/none.py"], "No such file or directory: 'configs/none.py'"),
         ([W, "--config=configs/none.py", "--config.rounds=3"], "No such file or directory"),
         ([W, "--config=configs"], "Is a directory: 'configs'"),

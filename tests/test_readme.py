@@ -11,7 +11,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
 def test_the_notebook_example_runs_and_gives_what_its_comments_say():
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
     names = {}
     exec(code, names)
     assert names["masking"].density(names["mask"]) == pytest.approx(0.8)

@@ -92,11 +92,22 @@ def test_a_workdir_that_cannot_be_one(tmp_path):
         records.open_workdir(tmp_path / "torn", configs.default())
 
 
+def test_a_workdir_has_one_writer(tmp_path):
+    with (
+        records.only_writer(tmp_path),
+        pytest.raises(UserError, match="another process is writing to"),
+        records.only_writer(tmp_path),
+    ):
+        pass
+    with records.only_writer(tmp_path):  # free again
+        pass
+
+
 def test_one_plain_line_a_round_without_a_terminal(capsys):
     with records.Display(rounds=2, epochs=1, first_round=0) as display:
         for number in range(2):
             display.epoch(number, 0, images=1000, seconds=0.5)
-            display.round(number, rows(number))
+            display.round(number, rows(number), images=3000)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert lines[1].startswith(
@@ -105,11 +116,19 @@ def test_one_plain_line_a_round_without_a_terminal(capsys):
 
 
 def test_summary_has_a_row_a_density(capsys):
-    records.print_summary(pd.DataFrame(rows(0) + rows(10)), "title")
+    records.print_summary(pd.DataFrame(rows(0) + rows(10)))
     out = capsys.readouterr().out
-    assert "title" in out
+    assert out.startswith("Test accuracy in %\n")
     assert "10.74%" in out
-    assert out.count("92.90 (92.90 to 92.90)") == 4
+    assert out.count(" 92.90 ") == 4
+
+
+def test_summary_of_replicates_is_their_mean_and_range(capsys):
+    one, other = pd.DataFrame(rows(0)), pd.DataFrame(rows(0)).assign(replicate=1, test_accuracy=0.949)
+    records.print_summary(pd.concat([one, other]))
+    out = capsys.readouterr().out
+    assert "mean (min to max) of 2 replicates" in out
+    assert out.count("93.90 (92.90 to 94.90)") == 2
 
 
 def test_event_files_hold_a_folder_a_member(tmp_path):

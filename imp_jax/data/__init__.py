@@ -7,6 +7,9 @@ is in this package and `load` prepares it on first use. To add a set, write a TF
 `BUILDERS`; any set of TFDS with an image, a label and the splits train and test is there already.
 """
 
+import contextlib
+import io
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,13 +75,15 @@ def prepare(name: str, data_dir: str | None = None) -> Path:
         if name not in BUILDERS:
             _require_tensorflow(name)
         root = Path(builder.data_path).parent.parent
+        print(f"preparing {name} in {root}", flush=True)
         tfds.disable_progress_bar()
         try:
             root.mkdir(parents=True, exist_ok=True)
-            with FileLock(root / f".{name}.lock"):  # the jobs of an array may all start at once
+            # the jobs of an array may all start at once; and TFDS would tell of downloads there are not
+            with FileLock(root / f".{name}.lock"), contextlib.redirect_stdout(io.StringIO()):
                 _builder(name, data_dir).download_and_prepare()
         except Exception as error:  # TFDS lets through whatever its download library raises
-            raise UserError(f"could not prepare {name} in {root}: {_first_line(error)}") from error
+            raise UserError(f"could not prepare {name} in {root}: {_in_one_line(error)}") from error
     return Path(builder.data_path)
 
 
@@ -101,7 +106,7 @@ def _builder(name, data_dir):
             name,
         )
     except ValueError as error:  # TFDS refuses a set that was prepared in another file format
-        raise UserError(f"cannot read {name} as ArrayRecord files: {_first_line(error)}") from error
+        raise UserError(f"cannot read {name} as ArrayRecord files: {_in_one_line(error)}") from error
 
 
 def _read(builder, split):
@@ -111,7 +116,7 @@ def _read(builder, split):
         images = np.stack([example["image"] for example in examples])
     except Exception as error:  # a torn file surfaces as one of many exceptions of its readers
         raise UserError(
-            f"cannot read {split} of {builder.name} in {builder.data_path}: {_first_line(error)}"
+            f"cannot read {split} of {builder.name} in {builder.data_path}: {_in_one_line(error)}"
         ) from error
     return images, np.array([example["label"] for example in examples], np.int32)
 
@@ -125,5 +130,5 @@ def _require_tensorflow(name):
         ) from error
 
 
-def _first_line(error):
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+def _in_one_line(error):
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 400)
