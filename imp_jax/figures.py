@@ -42,7 +42,7 @@ def accuracy(results: pd.DataFrame) -> Figure:
     _density_axis(axes, results.query("density > 0")["density"].min())
     axes.set_ylabel("Test accuracy (%)")
     axes.grid(alpha=0.3, linewidth=0.6)
-    axes.legend(frameon=False, loc="lower left")
+    axes.legend(frameon=False)
     return figure
 
 
