@@ -75,6 +75,8 @@ def rounds(config: ConfigDict, workdir: str | os.PathLike) -> Iterator[list[reco
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir)))
         finished = checkpoints.rounds()
         results = records.Results(workdir, [row for number in finished for row in checkpoints.rows(number)])
+        if finished:
+            draw(results, workdir)  # a run that died may not have come to it
         if len(finished) == config.rounds:
             return
         if finished:
@@ -99,8 +101,7 @@ def rounds(config: ConfigDict, workdir: str | os.PathLike) -> Iterator[list[reco
         def record(number, networks, rows):
             checkpoints.save(number, networks, rows)
             results.append(rows)
-            figure = figures.to_png(figures.accuracy(results.table()))
-            records.write_atomically(workdir / "figures" / "accuracy.png", figure)
+            draw(results, workdir)
             events.write((number + 1) * config.epochs, **_columns(rows))
             images = len(experiment.members) * experiment.learning_rates.size * config.batch_size
             display.round(number, rows, images)
@@ -118,6 +119,12 @@ def rounds(config: ConfigDict, workdir: str | os.PathLike) -> Iterator[list[reco
                 yield recorded.result()
             recorded = recorder.submit(record, number, networks, rows)  # while the next round trains
         yield recorded.result()
+
+
+def draw(results: records.Results, workdir: Path) -> None:
+    """Refresh figures/accuracy.png."""
+    figure = figures.to_png(figures.accuracy(results.table()))
+    records.write_atomically(workdir / "figures" / "accuracy.png", figure)
 
 
 def setup(config: ConfigDict) -> Experiment:
