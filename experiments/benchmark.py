@@ -1,7 +1,8 @@
 """How fast the main job runs on this machine: `python -m experiments.benchmark lenet`.
 
 Timed is the real thing, `imp.rounds` of a config into a temporary workdir, from one round to the next:
-training, evaluation, pruning, checkpoint, results and figure.
+training, evaluation, pruning, checkpoint, results and figure. Recording goes on beside the next training,
+so the CPU time it takes from that training counts as training.
 """
 
 import argparse

@@ -29,6 +29,7 @@ class Checkpoints:
     def __init__(self, workdir: str | os.PathLike):
         self._manager = ocp.CheckpointManager(
             (Path(workdir) / "checkpoints").absolute(),
+            options=ocp.CheckpointManagerOptions(create=False),  # to read must not make folders
             item_handlers={"networks": ocp.StandardCheckpointHandler(), "rows": ocp.JsonCheckpointHandler()},
         )
 

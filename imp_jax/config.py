@@ -15,13 +15,9 @@ def default() -> ConfigDict:
     """All fields with their meaning. A config file starts from here and states its row of table 1."""
     config = ConfigDict()
     config.seed = 0  # all random keys fold from it
-    config.replicates = (
-        3  # independent repetitions, trained side by side; replicate 0 does not depend on their number
-    )
+    config.replicates = 3  # repetitions, trained side by side; replicate 0 does not depend on their number
     config.arms = ("imp", "reinit")  # what is trained on each round's mask; the mask always comes from imp
-    config.rounds = (
-        25  # trainings, the dense one included: densities (1 − fraction)⁰ … (1 − fraction)^(rounds − 1)
-    )
+    config.rounds = 25  # trainings, the dense one included: densities (1 − fraction)ⁿ for n from 0
     config.epochs = 25  # of each training
     config.batch_size = 60
     config.dtype = "float32"  # of the computation; parameters and optimizer state stay float32
@@ -30,7 +26,9 @@ def default() -> ConfigDict:
 
     config.dataset = ConfigDict()
     config.dataset.name = "mnist5k"
-    config.dataset.data_dir = FieldReference(None, field_type=str)  # None is TFDS's own, ~/tensorflow_datasets
+    config.dataset.data_dir = FieldReference(
+        None, field_type=object
+    )  # None is TFDS's own, ~/tensorflow_datasets
 
     config.model = ConfigDict()
     config.model.name = "lenet"
@@ -117,12 +115,10 @@ def unknown_field(field: str) -> str:
     group = field.rpartition(".")[0]
     siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == group]
     if close:
-        return f"there is no config field {field} (did you mean {close[0]}?)"
-    return (
-        f"there is no config field {field}; {group or 'the config'} has {', '.join(siblings)}"
-        if siblings
-        else (f"there is no config field {field}")
-    )
+        hint = f" (did you mean {close[0]}?)"
+    else:
+        hint = f"; {group or 'the config'} has {', '.join(siblings)}" if siblings else ""
+    return f"there is no config field {field}{hint}"
 
 
 def type_in_words(field: str) -> str:

@@ -18,9 +18,11 @@ def linear_path(params_a: Params, params_b: Params, num_points: int = 20) -> Par
     if num_points < 2:
         raise ValueError(f"num_points is {num_points}; a path needs at least its 2 ends")
     alphas = jnp.linspace(0.0, 1.0, num_points)
-    return jax.tree.map(
-        lambda a, b: jax.vmap(lambda alpha: (1 - alpha) * a + alpha * b)(alphas), params_a, params_b
-    )
+
+    def leaf_path(a, b):
+        return jax.vmap(lambda alpha: ((1 - alpha) * a + alpha * b).astype(a.dtype))(alphas)
+
+    return jax.tree.map(leaf_path, params_a, params_b)
 
 
 def error_barrier(errors: Float[Array, "*paths points"], baseline: str = "mean") -> Float[Array, "*paths"]:

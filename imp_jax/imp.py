@@ -64,19 +64,18 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> None:
 def rounds(config: ConfigDict, workdir: str | os.PathLike) -> Iterator[list[records.Row]]:
     """The rounds of `config` that `workdir` lacks: each one's rows of results.csv, once it is safely on disk.
 
-    Raises:
+    Raises, when the first round is asked for or later:
       UserError: anything wrong with the config, the data or the workdir, before any training and with
         nothing overwritten; a loss that is not finite, with all earlier rounds kept.
     """
     experiment = setup(config)
-    workdir = records.open_workdir(workdir, config)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(records.only_writer(workdir))
+        workdir = stack.enter_context(records.open_workdir(workdir, config))
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir)))
         finished = checkpoints.rounds()
         results = records.Results(workdir, [row for number in finished for row in checkpoints.rows(number)])
         if finished:
-            draw(results, workdir)  # a run that died may not have come to it
+            refresh_figure(results, workdir)  # a run that died may not have come to it
         if len(finished) == config.rounds:
             return
         if finished:
@@ -88,7 +87,7 @@ def rounds(config: ConfigDict, workdir: str | os.PathLike) -> Iterator[list[reco
             tickets = initialize(experiment)
             masks = masking.ones_like(tickets["params"])
         first = len(finished)
-        events = records.Events(workdir, experiment.members, first_epoch=first * config.epochs)
+        events = records.Events(workdir, experiment.members, first_epoch=first * config.epochs + 1)
         stack.enter_context(contextlib.closing(events))
         display = stack.enter_context(records.Display(config.rounds, config.epochs, first))
         recorder = stack.enter_context(ThreadPoolExecutor(max_workers=1))
@@ -101,8 +100,9 @@ def rounds(config: ConfigDict, workdir: str | os.PathLike) -> Iterator[list[reco
         def record(number, networks, rows):
             checkpoints.save(number, networks, rows)
             results.append(rows)
-            draw(results, workdir)
+            refresh_figure(results, workdir)
             events.write((number + 1) * config.epochs, **_columns(rows))
+            events.flush()
             images = len(experiment.members) * experiment.learning_rates.size * config.batch_size
             display.round(number, rows, images)
             return rows
@@ -110,19 +110,24 @@ def rounds(config: ConfigDict, workdir: str | os.PathLike) -> Iterator[list[reco
         recorded = None
         for number in range(first, config.rounds):
             start = time.perf_counter()
-            networks = train(experiment, number, tickets, masks, functools.partial(on_epoch, number))
-            seconds = time.perf_counter() - start
-            masks, thresholds = prune(experiment, number, networks)
-            tickets = reset(experiment, networks)
-            rows = measure(experiment, number, networks, thresholds, seconds)
+            try:
+                networks = train(experiment, number, tickets, masks, functools.partial(on_epoch, number))
+                seconds = time.perf_counter() - start
+                masks, thresholds = prune(experiment, number, networks)
+                tickets = reset(experiment, networks)
+                rows = measure(experiment, number, networks, thresholds, seconds)
+            except UserError:
+                if recorded:
+                    recorded.result()  # a round that could not be recorded is the graver news
+                raise
             if recorded:
                 yield recorded.result()
             recorded = recorder.submit(record, number, networks, rows)  # while the next round trains
         yield recorded.result()
 
 
-def draw(results: records.Results, workdir: Path) -> None:
-    """Refresh figures/accuracy.png."""
+def refresh_figure(results: records.Results, workdir: Path) -> None:
+    """Draw figures/accuracy.png anew."""
     figure = figures.to_png(figures.accuracy(results.table()))
     records.write_atomically(workdir / "figures" / "accuracy.png", figure)
 
@@ -135,7 +140,7 @@ def setup(config: ConfigDict) -> Experiment:
         rewind step beyond the training.
     """
     configs.validate(config)
-    arms = set(config.arms)
+    arms = set(map(str, config.arms))
     if not {"imp"} <= arms <= set(ARMS) or len(arms) < len(config.arms):
         raise UserError(
             f"arms is {config.arms}; it should hold imp, whose masks all arms use, and others of "
@@ -187,8 +192,8 @@ def train(
     """Train the tickets of round `number`, θ⊙m for all members, to the end.
 
     With `rewind_step=k`, round 0 notes imp's weights at step k, and later rounds put them back at step k: the
-    learning rates go on from there, the optimizer starts afresh (Frankle et al. 2020). The control always
-    starts from its random initialisation (ours).
+    learning rates go on from there, the optimizer starts afresh (Frankle et al. 2020); what imp did before k in
+    those rounds is dropped, beside the control, which always starts from its random initialisation (ours).
 
     Args:
       on_epoch: called after each epoch with its index, its metrics as NumPy arrays, and its seconds.

@@ -29,7 +29,7 @@ def main(argv):
             raise UserError(f"{argv[1]!r} is not a flag; flags are written --name=value")
         if _CONFIG.value is None:
             raise UserError("--config is missing; name a config file, such as --config=configs/mnist5k.py")
-        if _WORKDIR.value is None:
+        if not _WORKDIR.value:
             raise UserError("--workdir is missing; say where to keep the run, such as --workdir=runs/mnist5k")
         from imp_jax import imp
 

@@ -39,7 +39,8 @@ def prune_by_magnitude(params: Params, mask: Mask, fraction: float = 0.2) -> tup
     Args:
       params: any Flax parameters; leaves called "kernel" are ranked together, the others left alone.
       mask: what survives so far, shaped like `params`.
-      fraction: share of the survivors to remove, a Python number in [0, 1].
+      fraction: share of the survivors to remove in [0, 1], a static Python number under `jit`; the decimal is
+        taken exactly, so 0.7 of 45 is 31.5 and rounds to 32.
 
     Returns:
       The next mask, a subset of `mask` with exactly round(fraction · survivors) fewer weights (ties in
@@ -67,7 +68,7 @@ def prune_by_score(
     cut = _kth_smallest(rank, alive, count)  # the best score that falls
     below, tied = alive & (rank < cut), alive & (rank == cut)
     places = count - jnp.sum(below, dtype=jnp.int32)
-    removed = (below | (tied & (jnp.cumsum(tied, dtype=jnp.int32) <= places))) & (count > 0)
+    removed = below | (tied & (jnp.cumsum(tied, dtype=jnp.int32) <= places))
     threshold = jnp.max(jnp.abs(_concatenate(params)), where=removed, initial=0.0)
     return _split(alive & ~removed, mask), threshold
 
@@ -96,14 +97,20 @@ def _kth_smallest(values: UInt[Array, " n"], where: Bool[Array, " n"], k: Int[Ar
 
 
 def _rounded_share(total: Int[Array, ""], fraction: float) -> Int[Array, ""]:
-    """round(fraction · total), half to even, in integers: float32 products miss by one from 2²⁴ weights on."""
-    # a denominator below √2³¹ keeps every product inside int32 and is exact for any fraction of four decimals
-    ratio = Fraction(fraction).limit_denominator(46_340)
-    whole, rest = total // ratio.denominator, total % ratio.denominator
-    floor, remainder = jnp.divmod(rest * ratio.numerator, ratio.denominator)
-    floor += whole * ratio.numerator
-    half = 2 * remainder - ratio.denominator
-    return floor + ((half > 0) | ((half == 0) & (floor % 2 == 1)))
+    """round(fraction · total), half to even, in integers: float32 is off by one from 2²⁴ weights on."""
+    ratio = Fraction(float(fraction)).limit_denominator(10**9)  # the decimal as it was written, 0.2 = 1/5
+    numerator, denominator = jnp.uint32(ratio.numerator), jnp.uint32(ratio.denominator)
+
+    def append_bit(i, parts):
+        """From fraction · (the first i bits of total) = whole + rest / denominator to i + 1 bits."""
+        whole, rest = parts
+        bit = (total >> (30 - i)).astype(jnp.uint32) & 1
+        rest = 2 * rest + bit * numerator  # below 3 · 10⁹, so it fits
+        return 2 * whole + rest // denominator, rest % denominator
+
+    whole, rest = jax.lax.fori_loop(0, 31, append_bit, (jnp.uint32(0), jnp.uint32(0)))
+    up = (2 * rest > denominator) | ((2 * rest == denominator) & (whole % 2 == 1))
+    return (whole + up).astype(jnp.int32)
 
 
 def _concatenate(tree: PyTree[Array]) -> Array:

@@ -36,52 +36,47 @@ FIELDS = (
 Row = dict[str, Any]
 
 
-def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Path:
-    """Make `path` this config's workdir, or find it to be so already.
+@contextlib.contextmanager
+def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Iterator[Path]:
+    """Hold `path` as this config's workdir, made now or found to be so; the hold ends with the process.
 
     Raises:
-      UserError: it cannot be written, holds a run of another config (the sentence has the difference), or
-        holds results without a config. Nothing is changed then.
+      UserError: it cannot be written, holds a run of another config (the sentence has the difference) or
+        results without a config, or another process holds it. Nothing that was there is changed then.
     """
     workdir = Path(path)
+    _refuse_other_run(workdir, config)
+    try:
+        for folder in ("figures", "checkpoints"):
+            (workdir / folder).mkdir(parents=True, exist_ok=True)
+        lock = FileLock(workdir / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        message = f"another process is writing to {workdir}; wait for it to end, or give another --workdir"
+        raise UserError(message) from error
+    except OSError as error:
+        raise UserError(f"cannot write to workdir {workdir}: {error.strerror}") from error
+    try:
+        _refuse_other_run(workdir, config)  # another process may have come first
+        write_atomically(workdir / "config.json", configs.to_json(config))
+        yield workdir
+    finally:
+        lock.release()
+
+
+def _refuse_other_run(workdir, config):
     stored = workdir / "config.json"
     if stored.exists():
         try:
             differences = configs.differences(config, json.loads(stored.read_text()))
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {stored}: {error}; give another --workdir or mend it") from error
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"cannot read {stored} as a config; mend it, or give another --workdir") from error
         if differences:
             raise UserError(
                 f"{workdir} holds a run of another config: {'; '.join(differences)}; give another --workdir"
             )
-    elif any((workdir / name).exists() for name in ("results.csv", "checkpoints")):
+    elif (workdir / "results.csv").exists() or any(workdir.glob("checkpoints/*")):
         raise UserError(f"{workdir} holds results but no config.json to tell whose; give another --workdir")
-    try:
-        (workdir / "figures").mkdir(parents=True, exist_ok=True)
-        write_atomically(stored, configs.to_json(config))
-    except OSError as error:
-        raise UserError(f"cannot write to workdir {workdir}: {error.strerror}") from error
-    return workdir
-
-
-@contextlib.contextmanager
-def only_writer(workdir: Path) -> Iterator[None]:
-    """Hold `workdir` for this process; the hold ends with the process, however it ends.
-
-    Raises:
-      UserError: another process holds it.
-    """
-    lock = FileLock(workdir / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(
-            f"another process is writing to {workdir}; wait for it to end, or give another --workdir"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -144,6 +139,10 @@ class Events:
         for name, scalars in values.items():
             for writer, scalar in zip(self._writers, scalars, strict=True):
                 writer.add_scalar(name, float(scalar), epoch)
+
+    def flush(self) -> None:
+        for writer in self._writers:
+            writer.flush()
 
     def close(self) -> None:
         for writer in self._writers:

@@ -17,7 +17,7 @@ def repulsion_loss(
 
     Args:
       params: θ, the network in training.
-      mask: m, the mask of its round.
+      mask: m, the mask of its round, all True for what is never pruned: that counts too (ours).
       earlier_params_list: Θ, the optima of earlier rounds; empty in round 0, where J_r is 0.
       strength: λ_r, 2 repels and −1 attracts in the paper.
 
@@ -28,7 +28,7 @@ def repulsion_loss(
         return jnp.zeros(())
     params = masking.apply(params, mask)
     norm = inner_product(params, params)
-    total = jnp.zeros(())
+    total = 0.0
     for earlier in earlier_params_list:
         earlier = masking.apply(earlier, mask)
         norms = norm * inner_product(earlier, earlier)

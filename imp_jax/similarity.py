@@ -1,7 +1,7 @@
 """Distances between masked trees (section 4.1, appendix B).
 
 Two networks are compared on the intersection m = m₁⊙m₂ of their masks: d(θ₁⊙m, θ₂⊙m). Parameters that are
-never pruned (biases, normalisation) belong to every mask and so to every comparison.
+never pruned (biases, normalisation) belong to every mask and so to every comparison (ours).
 All functions are pure and may be jitted and vmapped.
 """
 
@@ -16,11 +16,13 @@ from imp_jax.masking import Mask, Params
 
 
 def inner_product(params_a: Params, params_b: Params) -> Float[Array, ""]:
-    """⟨a, b⟩ over all leaves, summed in float32 or better."""
-    products = jax.tree.map(
-        lambda a, b: jnp.sum(a * b, dtype=jnp.promote_types(a.dtype, jnp.float32)), params_a, params_b
-    )
-    return sum(jax.tree.leaves(products))
+    """⟨a, b⟩ over all leaves, multiplied and summed in float32 or better."""
+
+    def leaf_product(a, b):
+        wide = jnp.promote_types(a.dtype, jnp.float32)
+        return jnp.sum(a.astype(wide) * b.astype(wide))
+
+    return sum(jax.tree.leaves(jax.tree.map(leaf_product, params_a, params_b)))
 
 
 def angular_distance(params_a: Params, mask_a: Mask, params_b: Params, mask_b: Mask) -> Float[Array, ""]:
@@ -74,4 +76,4 @@ def _norm(params):
 
 def _unit(params):
     norm = _norm(params)
-    return jax.tree.map(lambda p: p / norm, params)
+    return jax.tree.map(lambda p: p / norm, params)  # in the norm's type, float32 or better

@@ -139,7 +139,7 @@ def train_steps(
     """Train all members for `len(learning_rates)` steps of one epoch, from its step `first_step` on.
 
     Each member visits the examples in an order of its own, drawn from its key and the epoch; examples that
-    do not fill a last batch are left out of that epoch. `states` is donated.
+    do not fill a last batch are left out of that epoch (ours). `states` is donated.
     """
 
     def member_order(key):

@@ -13,6 +13,7 @@ def networks(key):
 
 
 def test_a_round_comes_back_as_it_went(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
     rows = [{"replicate": 0, "arm": "imp", "round": 0, "threshold": 0.1234567}]
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.rounds() == []
@@ -33,6 +34,7 @@ def test_a_round_comes_back_as_it_went(tmp_path):
 
 
 def test_a_round_cut_off_while_being_written_is_not_there(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(0, networks(jax.random.key(0)), [])
     checkpoints.close()

@@ -17,6 +17,11 @@ def test_path_has_exact_ends_and_equidistant_points():
     np.testing.assert_allclose(path["b"][:, 0], np.arange(20), rtol=1e-6)
 
 
+def test_a_path_keeps_the_type_of_its_ends():
+    ends = {"w": jnp.ones(3, jnp.bfloat16)}
+    assert connectivity.linear_path(ends, ends)["w"].dtype == jnp.bfloat16
+
+
 def test_a_path_needs_two_points():
     with pytest.raises(ValueError, match="num_points is 1"):
         connectivity.linear_path({"w": jnp.ones(1)}, {"w": jnp.ones(1)}, num_points=1)

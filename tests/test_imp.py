@@ -207,9 +207,13 @@ def test_measured_rows(tiny_experiment):
         ("imp", 0, 1), ("imp", 1, 1), ("reinit", 0, 1), ("reinit", 1, 1),
     ]  # fmt: skip
     for i, row in enumerate(rows):
-        logits = experiment.model.apply(member(networks.trained, i), experiment.dataset.test_images / 255)
-        right = np.asarray(logits).argmax(1) == np.asarray(experiment.dataset.test_labels)
-        assert row["test_accuracy"] == pytest.approx(right.mean())
+        dataset = experiment.dataset
+        for split, images, labels in (("train", *dataset[:2]), ("test", *dataset[2:4])):
+            logits = np.asarray(experiment.model.apply(member(networks.trained, i), images / 255))
+            labels = np.asarray(labels)
+            assert row[f"{split}_accuracy"] == pytest.approx((logits.argmax(1) == labels).mean())
+            losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(labels)), labels]
+            assert row[f"{split}_loss"] == pytest.approx(losses.mean(), rel=1e-4)
         assert row["density"] == pytest.approx((141 - 28) / 141)
         assert row["threshold"] == pytest.approx(float(thresholds[i]))
         assert row["seconds"] == 1.235
@@ -221,6 +225,27 @@ def test_a_loss_that_is_not_finite_stops_with_the_place(tiny_experiment):
         UserError, match=r"loss became nan in round 0, arm imp, replicate [01], at step [1-9] of"
     ):
         list(train_all(experiment))
+
+
+def test_the_step_of_a_broken_loss_counts_from_the_start_of_the_training(tiny_experiment):
+    experiment = tiny_experiment()
+    experiment.learning_rates[1] = np.inf  # the second epoch of 5 steps
+    with pytest.raises(UserError, match=r"at step 6 of the training"):
+        list(train_all(experiment))
+
+
+def test_data_order_differs_between_rounds_arms_and_replicates(tiny_experiment):
+    experiment = tiny_experiment()
+    keys = [imp._keys(experiment, lambda m, n=n: ["data", imp.ARMS[m.arm], n]) for n in range(2)]
+    orders = {tuple(np.asarray(jax.random.permutation(key, 46))) for of_round in keys for key in of_round}
+    assert len(orders) == 8
+
+
+def test_random_pruning_draws_anew_each_round(tiny_experiment):
+    experiment = tiny_experiment(**{"pruning.score": "random", "pruning.fraction": 0.5})
+    networks, _ = next(train_all(experiment))
+    (one, _), (other, _) = (imp.prune(experiment, number, networks) for number in (0, 1))
+    assert not np.array_equal(one["Dense_0"]["kernel"], other["Dense_0"]["kernel"])
 
 
 # --- whole runs, on mnist5k ---
@@ -266,6 +291,22 @@ def test_a_rewinding_run_resumes_to_the_same_results(data_dir, tmp_path, rewind_
         next(rounds)
         rounds.close()
     pd.testing.assert_frame_equal(without_seconds(tmp_path / "whole"), without_seconds(tmp_path / "cut"))
+
+
+def test_a_row_is_there_only_once_its_round_is_on_disk(data_dir, tmp_path, monkeypatch):
+    """And a round that could not be recorded is said before what went wrong after it."""
+    save = imp.Checkpoints.save
+
+    def look_and_save(self, number, *args):
+        assert (tmp_path / "results.csv").read_text().count("\n") == 1 + 2 * number
+        if number == 1:
+            raise OSError("disk full")
+        save(self, number, *args)
+
+    monkeypatch.setattr(imp.Checkpoints, "save", look_and_save)
+    with pytest.raises(OSError, match="disk full"):
+        imp.run(quick_config(data_dir), tmp_path)
+    assert pd.read_csv(tmp_path / "results.csv")["round"].tolist() == [0, 0]
 
 
 def test_divergence_keeps_earlier_rounds(data_dir, tmp_path, monkeypatch):

@@ -26,11 +26,14 @@ def run(*arguments):
 
 
 def test_help_needs_no_jax():
-    began = time.perf_counter()
-    code, out, _ = run("--help")
-    assert "--workdir" in out
-    assert code <= 1  # absl's convention
-    assert time.perf_counter() - began < 2
+    code = (
+        "import runpy, sys; sys.argv = ['main', '--help']\n"
+        "try: runpy.run_module('imp_jax.main', run_name='__main__')\n"
+        "except SystemExit: sys.exit('jax' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "--workdir" in done.stdout
 
 
 @pytest.fixture
@@ -124,7 +127,7 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_results(tmp_path, data_di
     assert code == 0, err
     draw = random.Random(0)
     results = tmp_path / "cut" / "results.csv"
-    for rows in (1, 3, 6):  # kill once so many rows are there, a moment later
+    for rows in (0, 1, 3, 6):  # kill once so many rows are there, a moment later
         process = start(*quick(tmp_path / "cut", data_dir))
         while process.poll() is None and not (
             results.exists() and len(results.read_text().splitlines()) > rows

@@ -68,6 +68,29 @@ def test_counts_of_lenet_over_25_rounds():
         expected, previous = expected - round(0.2 * expected), threshold
 
 
+@pytest.mark.parametrize(
+    ("total", "fraction", "share"),
+    [
+        (266200, 1e-05, 3),
+        (266200, 2e-05, 5),
+        (266200, 0.99999, 266197),
+        (45, 0.7, 32),
+        (5, 0.5, 2),
+        (7, 0.5, 4),
+        (25502912, 0.123456789, round(Fraction("0.123456789") * 25502912)),
+        (9, np.float32(0.2), 2),
+    ],
+)
+def test_rounded_share_of_odd_fractions(total, fraction, share):
+    assert int(pruning._rounded_share(jnp.int32(total), fraction)) == share
+
+
+@given(st.integers(0, 2**31 - 1), st.floats(1e-6, 1))
+@settings(max_examples=100, deadline=None)
+def test_rounded_share_of_any_float(total, fraction):
+    assert abs(int(pruning._rounded_share(jnp.int32(total), fraction)) - Fraction(fraction) * total) <= 0.50001
+
+
 @given(st.integers(0, 2**31 - 1), st.integers(0, 10_000))
 @settings(max_examples=100, deadline=None)
 def test_rounded_share_is_exact(total, numerator):

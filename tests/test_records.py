@@ -60,47 +60,49 @@ def test_an_atomic_write_that_fails_leaves_the_old_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def open_and_leave(path, config):
+    with records.open_workdir(path, config) as workdir:
+        return workdir
+
+
 def test_a_workdir_keeps_its_config(tmp_path):
     config = configs.default()
-    workdir = records.open_workdir(tmp_path / "a" / "b", config)
+    workdir = open_and_leave(tmp_path / "a" / "b", config)
     assert json.loads((workdir / "config.json").read_text())["pruning"] == {
         "score": "magnitude",
         "fraction": 0.2,
     }
-    records.open_workdir(workdir, config)
+    open_and_leave(workdir, config)
     config.rounds = 3
     before = (workdir / "config.json").read_bytes()
     with pytest.raises(UserError, match="holds a run of another config: rounds is 25 there and 3 here"):
-        records.open_workdir(workdir, config)
+        open_and_leave(workdir, config)
     assert (workdir / "config.json").read_bytes() == before
 
 
 def test_a_workdir_that_cannot_be_one(tmp_path):
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(UserError, match="cannot write to workdir"):
-        records.open_workdir(file / "run", configs.default())
-    with pytest.raises(UserError, match="cannot write to workdir"):
-        records.open_workdir(file, configs.default())
+    for path in (file, file / "run"):
+        with pytest.raises(UserError, match="cannot write to workdir"):
+            open_and_leave(path, configs.default())
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "results.csv").touch()
     with pytest.raises(UserError, match=r"holds results but no config.json"):
-        records.open_workdir(tmp_path / "foreign", configs.default())
-    (tmp_path / "torn").mkdir()
-    (tmp_path / "torn" / "config.json").write_text("{")
-    with pytest.raises(UserError, match="cannot read"):
-        records.open_workdir(tmp_path / "torn", configs.default())
+        open_and_leave(tmp_path / "foreign", configs.default())
+    assert [path.name for path in (tmp_path / "foreign").iterdir()] == ["results.csv"]
+    for content in ("{", "[]"):
+        (tmp_path / "torn").mkdir(exist_ok=True)
+        (tmp_path / "torn" / "config.json").write_text(content)
+        with pytest.raises(UserError, match="cannot read"):
+            open_and_leave(tmp_path / "torn", configs.default())
 
 
 def test_a_workdir_has_one_writer(tmp_path):
-    with (
-        records.only_writer(tmp_path),
-        pytest.raises(UserError, match="another process is writing to"),
-        records.only_writer(tmp_path),
-    ):
-        pass
-    with records.only_writer(tmp_path):  # free again
-        pass
+    with records.open_workdir(tmp_path, configs.default()):
+        with pytest.raises(UserError, match="another process is writing to"):
+            open_and_leave(tmp_path, configs.default())
+    open_and_leave(tmp_path, configs.default())  # free again
 
 
 def test_one_plain_line_a_round_without_a_terminal(capsys):

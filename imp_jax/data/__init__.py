@@ -4,10 +4,12 @@
 
 downloads and prepares a set once. `mnist5k`, the default, needs neither network nor TensorFlow: its builder
 is in this package and `load` prepares it on first use. To add a set, write a TFDS builder and name it in
-`BUILDERS`; any set of TFDS with an image, a label and the splits train and test is there already.
+`BUILDERS`; any set of TFDS with images of one size, a class label and the splits train
+and test is there already.
 """
 
 import contextlib
+import difflib
 import io
 import textwrap
 from pathlib import Path
@@ -19,10 +21,11 @@ import tensorflow_datasets as tfds
 from filelock import FileLock
 from jaxtyping import Array, Float, Int, UInt8
 
-from imp_jax.config import UserError, choose
+from imp_jax.config import UserError
 from imp_jax.data.mnist5k import Mnist5k
 
 BUILDERS = {"mnist5k": Mnist5k}
+SETS_OF_TFDS = ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn_cropped")  # to be named in messages
 
 
 class Dataset(NamedTuple):
@@ -42,26 +45,23 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
       UserError: an unknown set, one not prepared yet (the sentence has the command), one that cannot be
         read, or one that is not for image classification.
     """
-    builder = _builder(name, data_dir)
     if name in BUILDERS:
         prepare(name, data_dir)
-    elif not builder.is_prepared():
+    builder = _builder(name, data_dir)
+    if not builder.is_prepared():
         flag = f" --data_dir={data_dir}" if data_dir else ""
         raise UserError(
-            f"dataset.name is {name!r}, which is not prepared in {builder.data_path.parent.parent}; "
+            f"dataset.name is {name!r}, which is not prepared in {_root(data_dir)}; "
             f"prepare it once with: python -m imp_jax.data prepare {name}{flag}"
         )
-    builder = _builder(name, data_dir)  # a builder reads what is on disk when it is made
-    if not {"image", "label"} <= set(builder.info.features) or not {"train", "test"} <= set(
-        builder.info.splits
-    ):
+    features, splits = builder.info.features, builder.info.splits
+    classifies = {"image", "label"} <= set(features) and isinstance(features["label"], tfds.features.ClassLabel)
+    if not classifies or not {"train", "test"} <= set(splits):
         raise UserError(
-            f"dataset.name is {name!r}; it should be a set with the features image and label and the splits "
-            f"train and test, and has {sorted(builder.info.features)} and {sorted(builder.info.splits)}"
+            f"dataset.name is {name!r}; it should be a set with an image, a class label and the splits "
+            f"train and test, and has {sorted(features)} and {sorted(splits)}"
         )
-    return Dataset(
-        *_read(builder, "train"), *_read(builder, "test"), builder.info.features["label"].num_classes
-    )
+    return Dataset(*_read(builder, "train"), *_read(builder, "test"), features["label"].num_classes)
 
 
 def prepare(name: str, data_dir: str | None = None) -> Path:
@@ -74,7 +74,7 @@ def prepare(name: str, data_dir: str | None = None) -> Path:
     if not builder.is_prepared():
         if name not in BUILDERS:
             _require_tensorflow(name)
-        root = Path(builder.data_path).parent.parent
+        root = _root(data_dir)
         print(f"preparing {name} in {root}", flush=True)
         tfds.disable_progress_bar()
         try:
@@ -99,14 +99,19 @@ def _builder(name, data_dir):
         if name in BUILDERS:
             return BUILDERS[name](data_dir=data_dir, file_format="array_record")
         return tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    except tfds.core.DatasetNotFoundError:
-        choose(
-            dict.fromkeys([*BUILDERS, "mnist", "cifar10", "any image-classification set of TFDS"]),
-            "dataset.name",
-            name,
-        )
-    except ValueError as error:  # TFDS refuses a set that was prepared in another file format
-        raise UserError(f"cannot read {name} as ArrayRecord files: {_in_one_line(error)}") from error
+    except tfds.core.DatasetNotFoundError as error:
+        close = difflib.get_close_matches(name, [*BUILDERS, *SETS_OF_TFDS], n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise UserError(
+            f"dataset.name is {name!r}; it should be one of {', '.join([*BUILDERS, *SETS_OF_TFDS])}, "
+            f"or another image-classification set of TFDS{hint}"
+        ) from error
+    except Exception as error:  # an odd name, a missing version, another file format: each raises its own
+        raise UserError(f"dataset.name is {name!r}, which TFDS cannot open: {_in_one_line(error)}") from error
+
+
+def _root(data_dir):
+    return Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
 
 
 def _read(builder, split):
