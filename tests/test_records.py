@@ -99,9 +99,11 @@ def test_a_workdir_that_cannot_be_one(tmp_path):
 
 
 def test_a_workdir_has_one_writer(tmp_path):
-    with records.open_workdir(tmp_path, configs.default()):
-        with pytest.raises(UserError, match="another process is writing to"):
-            open_and_leave(tmp_path, configs.default())
+    with (
+        records.open_workdir(tmp_path, configs.default()),
+        pytest.raises(UserError, match="another process is writing to"),
+    ):
+        open_and_leave(tmp_path, configs.default())
     open_and_leave(tmp_path, configs.default())  # free again
 
 
