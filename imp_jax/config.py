@@ -26,9 +26,8 @@ def default() -> ConfigDict:
 
     config.dataset = ConfigDict()
     config.dataset.name = "mnist5k"
-    config.dataset.data_dir = FieldReference(
-        None, field_type=object
-    )  # None is TFDS's own, ~/tensorflow_datasets
+    # None is TFDS's own, ~/tensorflow_datasets
+    config.dataset.data_dir = FieldReference(None, field_type=object)
 
     config.model = ConfigDict()
     config.model.name = "lenet"
@@ -122,12 +121,11 @@ def unknown_field(field: str) -> str:
 
 
 def type_in_words(field: str) -> str:
-    """What a field should hold, for a message: "an int, like 60". Empty where there is no such field."""
+    """What a field should hold, for a message: "of type int, like 60". Empty where there is no such field."""
     known = _flatten(default())
     if field not in known:
-        return (
-            "a group of fields, set one by one" if any(name.startswith(f"{field}.") for name in known) else ""
-        )
+        is_group = any(name.startswith(f"{field}.") for name in known)
+        return "a group of fields, set one by one" if is_group else ""
     if field in _UNIONS:
         return " or ".join("None" if t is type(None) else f"of type {t.__name__}" for t in _UNIONS[field])
     return f"of type {type(known[field]).__name__}, like {known[field]!r}"
