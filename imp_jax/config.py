@@ -21,6 +21,8 @@ def default() -> ConfigDict:
     config.epochs = 25  # of each training
     config.batch_size = 60
     config.dtype = "float32"  # of the computation; parameters and optimizer state stay float32
+    # how members and steps become programs, "scan" or "step", "vmap" or "unroll"; auto suits network and device
+    config.execution = "auto"
     # step of the dense training whose weights survivors are reset to: 0 is the initialisation, None no reset
     config.rewind_step = FieldReference(0, field_type=object)
 
@@ -28,9 +30,19 @@ def default() -> ConfigDict:
     config.dataset.name = "mnist5k"
     # None is TFDS's own, ~/tensorflow_datasets
     config.dataset.data_dir = FieldReference(None, field_type=object)
+    config.dataset.normalize = (
+        False  # to mean 0 and deviation 1 in each channel of the training set, or to [0, 1]
+    )
+    # of training images: any of "crop" and "flip"; None is what is usual for the set (CIFAR both, MNIST neither)
+    config.dataset.augmentation = FieldReference(None, field_type=object)
+    config.dataset.image_side = 224  # pixels, of the crops of a streamed set (ImageNet)
+    # processes that decode a streamed set: None is one a core, 0 threads of this process
+    config.dataset.workers = FieldReference(None, field_type=object)
 
     config.model = ConfigDict()
-    config.model.name = "lenet"
+    config.model.name = "lenet"  # lenet, conv4, resnet20 and its family by depth, resnet50
+    config.model.width = 1.0  # factor of the number of channels, or of hidden units, for quick runs
+    config.model.norm_affine = False  # learnable scale and bias in the normalisation of ResNets
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adam"  # adam, momentum or sgd
@@ -44,11 +56,17 @@ def default() -> ConfigDict:
     config.pruning = ConfigDict()
     config.pruning.score = "magnitude"  # or random; the lowest scores go
     config.pruning.fraction = 0.2  # of the survivors, removed after each round; one-shot to 30 %: rounds=2, 0.7
+    config.pruning.exclude = ()  # layers never pruned, by name, such as ("projection_*",) of ResNet-50
     return config
 
 
 # what a field of more than one type may hold
-_UNIONS = {"rewind_step": (int, type(None)), "dataset.data_dir": (str, type(None))}
+_UNIONS = {
+    "rewind_step": (int, type(None)),
+    "dataset.data_dir": (str, type(None)),
+    "dataset.augmentation": (tuple, type(None)),
+    "dataset.workers": (int, type(None)),
+}
 _NUMBER = (int, float)
 _BOUNDS = {
     "seed": (lambda v: 0 <= v < 2**32, "from 0 to 2³² − 1"),
@@ -66,7 +84,15 @@ _BOUNDS = {
         lambda v: all(isinstance(e, _NUMBER) and e > 0 for e in v) and list(v) == sorted(set(v)),
         "rising epochs above 0",
     ),
+    "dataset.augmentation": (
+        lambda v: v is None or (all(name in ("crop", "flip") for name in v) and len(set(v)) == len(v)),
+        "None, or any of crop and flip, written as ('crop', 'flip')",
+    ),
+    "dataset.image_side": (lambda v: v >= 1, "at least 1"),
+    "dataset.workers": (lambda v: v is None or v >= 0, "at least 0, or None"),
+    "model.width": (lambda v: 0 < v < float("inf"), "above 0 and finite"),
     "pruning.fraction": (lambda v: 0 < v < 1, "between 0 and 1, both excluded"),
+    "pruning.exclude": (lambda v: all(isinstance(n, str) for n in v), "names of layers, such as ('Dense_2',)"),
 }
 
 

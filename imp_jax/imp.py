@@ -13,11 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pandas as pd
 from jaxtyping import Array, Bool, Float, Key
 from ml_collections import ConfigDict
@@ -44,9 +42,8 @@ class Experiment(NamedTuple):
 
     config: ConfigDict
     members: tuple[Member, ...]
-    dataset: data.Dataset  # arrays on the device
-    model: nn.Module
-    optimizer: optax.GradientTransformationExtraArgs
+    dataset: data.Dataset  # on the device, unless it is streamed
+    recipe: training.Recipe
     score: Callable[..., pruning.Scores]
     learning_rates: Float[np.ndarray, "epochs steps"]
 
@@ -86,6 +83,7 @@ def rounds(config: ConfigDict, workdir: str | os.PathLike) -> Iterator[list[reco
         else:
             tickets = initialize(experiment)
             masks = masking.ones_like(tickets["params"])
+        print(_in_words(experiment, tickets["params"]))
         first = len(finished)
         events = records.Events(workdir, experiment.members, first_epoch=first * config.epochs + 1)
         stack.enter_context(contextlib.closing(events))
@@ -149,10 +147,16 @@ def setup(config: ConfigDict) -> Experiment:
     score = choose(pruning.SCORES, "pruning.score", config.pruning.score)
     optimizer = training.make_optimizer(config)
     choose(training.SCHEDULES, "optimizer.schedule", config.optimizer.schedule)
-    choose(models.MODELS, "model.name", config.model.name)
+    models.find(config.model.name)
 
-    dataset = data.load(config.dataset.name, config.dataset.data_dir)
-    examples = len(dataset.train_images)
+    dataset = data.load(
+        config.dataset.name,
+        config.dataset.data_dir,
+        augmentation=config.dataset.augmentation,
+        image_side=config.dataset.image_side,
+        workers=config.dataset.workers,
+    )
+    examples = dataset.train.examples
     if config.batch_size > examples:
         raise UserError(
             f"batch_size is {config.batch_size}; {config.dataset.name} has {examples} training images, "
@@ -164,12 +168,21 @@ def setup(config: ConfigDict) -> Experiment:
             f"rewind_step is {config.rewind_step}; a training has {learning_rates.size} steps, "
             f"so it should be at most {learning_rates.size - 1}"
         )
+    model = models.create(config, dataset.num_classes, dataset.train.image_shape)
+    params = models.shapes(model, dataset.train.image_shape)["params"]
+    _require_layers(config.pruning.exclude, params)
+    normalize = data.Normalize(tuple(dataset.mean.tolist()), tuple(dataset.std.tolist()))
     return Experiment(
         config=config,
         members=tuple(Member(arm, replicate) for arm in config.arms for replicate in range(config.replicates)),
-        dataset=jax.tree.map(jnp.asarray, dataset)._replace(num_classes=dataset.num_classes),
-        model=models.create(config, dataset.num_classes),
-        optimizer=optimizer,
+        dataset=dataset,
+        recipe=training.Recipe(
+            model=model,
+            optimizer=optimizer,
+            normalize=normalize if config.dataset.normalize else data.Normalize(),
+            augmentation=dataset.augmentation,
+            execution=training.choose_execution(config, params),
+        ),
         score=score,
         learning_rates=learning_rates,
     )
@@ -178,8 +191,8 @@ def setup(config: ConfigDict) -> Experiment:
 def initialize(experiment: Experiment) -> Variables:
     """The random initialisation of every member; reinit has one of its own, kept over the rounds (ours)."""
     keys = _keys(experiment, lambda member: ["reinit" if member.arm == "reinit" else "init"])
-    image = data.to_float(experiment.dataset.train_images[:1])
-    return jax.jit(jax.vmap(lambda key: dict(experiment.model.init(key, image, train=False))))(keys)
+    image = jnp.zeros((1, *experiment.dataset.train.image_shape))
+    return jax.jit(jax.vmap(lambda key: dict(experiment.recipe.model.init(key, image, train=False))))(keys)
 
 
 def train(
@@ -201,13 +214,16 @@ def train(
     Raises:
       UserError: a loss that is not finite.
     """
-    config, optimizer = experiment.config, experiment.optimizer
+    config, recipe, split = experiment.config, experiment.recipe, experiment.dataset.train
     epochs, steps = experiment.learning_rates.shape
     rewind_step = config.rewind_step or 0
     rewound = jnp.array([member.arm == "imp" for member in experiment.members])
     keys = _keys(experiment, lambda member: ["data", ARMS[member.arm], number])
 
-    states = training.init_states(tickets, masks, optimizer=optimizer)
+    if isinstance(split, data.Streamed):
+        batches = split.training_batches(np.asarray(jax.random.key_data(keys)), epochs, config.batch_size)
+
+    states = training.init_states(tickets, masks, optimizer=recipe.optimizer)
     for epoch in range(epochs):
         start = time.perf_counter()
         pieces = []
@@ -217,21 +233,16 @@ def train(
                 if number == 0:
                     tickets = _where_member(rewound, states.variables, tickets)
                 else:
-                    fresh = training.init_states(tickets, masks, optimizer=optimizer)
+                    fresh = training.init_states(tickets, masks, optimizer=recipe.optimizer)
                     states = _where_member(rewound, fresh, states)
-            states, metrics = training.train_steps(
-                states,
-                masks,
-                experiment.dataset.train_images,
-                experiment.dataset.train_labels,
-                keys,
-                epoch,
-                first,
-                experiment.learning_rates[epoch, first:last],
-                batch_size=config.batch_size,
-                model=experiment.model,
-                optimizer=optimizer,
-            )
+            rates = experiment.learning_rates[epoch, first:last]
+            if isinstance(split, data.Streamed):
+                states, metrics = training.train_on_stream(states, masks, batches, rates, recipe=recipe)
+            else:
+                options = {"batch_size": config.batch_size, "recipe": recipe}
+                states, metrics = training.train_steps(
+                    states, masks, split, keys, epoch, first, rates, **options
+                )
             pieces.append(metrics)
         metrics = jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)  # the one wait for the device
         _require_finite(experiment, number, epoch * steps, metrics.loss)
@@ -250,6 +261,7 @@ def prune(experiment: Experiment, number: int, networks: Round) -> tuple[Mask, F
         jnp.array([members.index(Member("imp", member.replicate)) for member in members]),
         score=experiment.score,
         fraction=experiment.config.pruning.fraction,
+        exclude=tuple(experiment.config.pruning.exclude),
     )
     return masks, np.asarray(thresholds)
 
@@ -277,19 +289,19 @@ def measure(
     Raises:
       UserError: a training loss that is not finite, left by the last step.
     """
-    evaluate = functools.partial(training.evaluate, networks.trained, model=experiment.model)
-    dataset = experiment.dataset
-    train_loss, train_correct = evaluate(dataset.train_images, dataset.train_labels)
-    test_loss, test_correct = evaluate(dataset.test_images, dataset.test_labels)
+    dataset, recipe = experiment.dataset, experiment.recipe
+    train_loss, train_correct = training.evaluate(networks.trained, dataset.train, recipe=recipe)
+    test_loss, test_correct = training.evaluate(networks.trained, dataset.test, recipe=recipe)
     _require_finite(experiment, number, experiment.learning_rates.size, np.asarray(train_loss)[None])
-    prunable_weights = masking.size(networks.mask) // len(experiment.members)
+    exclude = tuple(experiment.config.pruning.exclude)
+    prunable_weights = masking.size(networks.mask, exclude) // len(experiment.members)
     columns = {
-        "density": np.asarray(_survivors(networks.mask)) / prunable_weights,
+        "density": np.asarray(_survivors(networks.mask, exclude)) / prunable_weights,
         "threshold": thresholds,
         "train_loss": train_loss,
-        "train_accuracy": np.asarray(train_correct) / len(dataset.train_images),
+        "train_accuracy": np.asarray(train_correct) / dataset.train.examples,
         "test_loss": test_loss,
-        "test_accuracy": np.asarray(test_correct) / len(dataset.test_images),
+        "test_accuracy": np.asarray(test_correct) / dataset.test.examples,
     }
     columns = {name: np.asarray(column) for name, column in columns.items()}
     return [
@@ -300,18 +312,18 @@ def measure(
     ]
 
 
-@functools.partial(jax.jit, static_argnames=("score", "fraction"))
-def _prune_members(params, masks, keys, imp_of, *, score, fraction):
+@functools.partial(jax.jit, static_argnames=("score", "fraction", "exclude"))
+def _prune_members(params, masks, keys, imp_of, *, score, fraction, exclude):
     def member(params, mask, key):
-        return pruning.prune_by_score(score(params, key), params, mask, fraction)
+        return pruning.prune_by_score(score(params, key), params, mask, fraction, exclude)
 
     masks, thresholds = jax.vmap(member)(params, masks, keys)
     return jax.tree.map(lambda mask: mask[imp_of], masks), thresholds
 
 
-@jax.jit
-def _survivors(masks):
-    return jax.vmap(masking.survivors)(masks)
+@functools.partial(jax.jit, static_argnames="exclude")
+def _survivors(masks, exclude):
+    return jax.vmap(lambda mask: masking.survivors(mask, exclude))(masks)
 
 
 @jax.jit
@@ -331,6 +343,30 @@ def _keys(experiment: Experiment, path: Callable[[Member], list[Any]]) -> Key[Ar
         return key
 
     return jnp.stack([key(member) for member in experiment.members])
+
+
+def _in_words(experiment, params):
+    """The network and its data, for the terminal."""
+    config, members = experiment.config, len(experiment.members)
+    count = sum(leaf.size for leaf in jax.tree.leaves(params)) // members
+    weights = masking.size(params, config.pruning.exclude) // members
+    height, width, channels = experiment.dataset.train.image_shape
+    return (
+        f"{config.model.name} on {config.dataset.name} ({height} × {width} × {channels}): {count:,} parameters, "
+        f"{weights:,} of them weights to prune; {members} members"
+    )
+
+
+def _require_layers(patterns, params):
+    """Refuse a pattern of `pruning.exclude` that names no layer with weights, or patterns that name all."""
+    prunable = [masking.prunable(params, exclude) for exclude in ((), patterns, *([p] for p in patterns))]
+    for pattern, rest in zip(patterns, prunable[2:], strict=True):
+        if rest == prunable[0]:
+            raise UserError(
+                f"pruning.exclude has {pattern!r}, which names no layer to prune; there are {', '.join(params)}"
+            )
+    if not any(jax.tree.leaves(prunable[1])):
+        raise UserError(f"pruning.exclude is {patterns}; it should leave some of {', '.join(params)} to prune")
 
 
 def _require_finite(experiment, number, first_step, losses):

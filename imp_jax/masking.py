@@ -2,10 +2,13 @@
 
 A mask is a tree shaped like `params` with boolean leaves: True survives, False is pruned. Only weights
 (the leaves called "kernel") may be pruned, appendix A.3; every other leaf of a mask is all True.
-All functions are pure and may be jitted, and vmapped over a leading axis of members.
+All functions are pure and may be jitted, and vmapped over a leading axis of members. Where they take `exclude`,
+it names layers that are not to be pruned either, as patterns such as "projection_*".
 """
 
+import fnmatch
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,29 +19,32 @@ Params = PyTree[Float[Array, "..."]]
 Mask = PyTree[Bool[Array, "..."]]
 
 
-def prunable(params: PyTree) -> PyTree[bool]:
+def prunable(params: PyTree, exclude: Sequence[str] = ()) -> PyTree[bool]:
     """Which leaves of `params` (or of a mask) may be pruned: the kernels, the output layer's included.
 
-    Decided by the last name on a leaf's path, so it works on any Flax parameters; biases and the
-    parameters of normalisation layers never count (appendix A.3).
+    Decided by the names on a leaf's path, so it works on any Flax parameters; biases and the parameters of
+    normalisation layers never count (appendix A.3), nor does what lies in a layer that `exclude` names.
     """
 
-    def is_kernel(path, _):
-        name = getattr(path[-1], "key", getattr(path[-1], "name", None)) if path else None
-        return name == "kernel"
+    def is_prunable(path, _):
+        names = [str(getattr(key, "key", getattr(key, "name", None))) for key in path]
+        excluded = any(fnmatch.filter(names[:-1], pattern) for pattern in exclude)
+        return names[-1:] == ["kernel"] and not excluded
 
-    return jax.tree_util.tree_map_with_path(is_kernel, params)
+    return jax.tree_util.tree_map_with_path(is_prunable, params)
 
 
-def prunable_leaves(tree: PyTree[Array]) -> list[Array]:
+def prunable_leaves(tree: PyTree[Array], exclude: Sequence[str] = ()) -> list[Array]:
     """The prunable leaves of `tree`, in tree order.
 
     Raises:
-      ValueError: `tree` has no leaf called "kernel", so there is nothing to prune.
+      ValueError: `tree` has no leaf called "kernel", or `exclude` names them all: there is nothing to prune.
     """
-    leaves = [x for x, keep in zip(jax.tree.leaves(tree), jax.tree.leaves(prunable(tree)), strict=True) if keep]
+    keep = jax.tree.leaves(prunable(tree, exclude))
+    leaves = [leaf for leaf, prunable in zip(jax.tree.leaves(tree), keep, strict=True) if prunable]
     if not leaves:
-        raise ValueError("the tree has no leaf called 'kernel', so there is nothing to prune")
+        left = f" outside of {', '.join(exclude)}" if exclude else ""
+        raise ValueError(f"the tree has no leaf called 'kernel'{left}, so there is nothing to prune")
     return leaves
 
 
@@ -52,31 +58,31 @@ def apply(params: Params, mask: Mask) -> Params:
     return jax.tree.map(lambda p, m: jnp.where(m, p, jnp.zeros_like(p)), params, mask)
 
 
-def survivors(mask: Mask) -> Int[Array, ""]:
+def survivors(mask: Mask, exclude: Sequence[str] = ()) -> Int[Array, ""]:
     """The number of prunable weights that survive.
 
     Raises:
       ValueError: no leaf is prunable.
     """
-    return sum(jnp.sum(m, dtype=jnp.int32) for m in prunable_leaves(mask))
+    return sum(jnp.sum(m, dtype=jnp.int32) for m in prunable_leaves(mask, exclude))
 
 
-def size(tree: PyTree[Array]) -> int:
+def size(tree: PyTree[Array], exclude: Sequence[str] = ()) -> int:
     """The number of prunable weights, pruned or not.
 
     Raises:
       ValueError: no leaf is prunable.
     """
-    return sum(math.prod(jnp.shape(leaf)) for leaf in prunable_leaves(tree))
+    return sum(math.prod(jnp.shape(leaf)) for leaf in prunable_leaves(tree, exclude))
 
 
-def density(mask: Mask) -> Float[Array, ""]:
+def density(mask: Mask, exclude: Sequence[str] = ()) -> Float[Array, ""]:
     """The surviving fraction of the prunable weights, in [0, 1]; sparsity is 1 − density.
 
     Raises:
       ValueError: no leaf is prunable.
     """
-    return survivors(mask) / size(mask)
+    return survivors(mask, exclude) / size(mask, exclude)
 
 
 def masked(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

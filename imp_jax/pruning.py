@@ -5,6 +5,7 @@ those with the lowest scores go (section 2.1, appendix A.3). To add a score, wri
 signature of `magnitude` and name it in `SCORES`.
 """
 
+from collections.abc import Sequence
 from fractions import Fraction
 
 import jax
@@ -33,7 +34,9 @@ def random(params: Params, key: Key[Array, ""]) -> Scores:
 SCORES = {"magnitude": magnitude, "random": random}
 
 
-def prune_by_magnitude(params: Params, mask: Mask, fraction: float = 0.2) -> tuple[Mask, Float[Array, ""]]:
+def prune_by_magnitude(
+    params: Params, mask: Mask, fraction: float = 0.2, exclude: Sequence[str] = ()
+) -> tuple[Mask, Float[Array, ""]]:
     """One cut of IMP: remove the `fraction` of the survivors that is smallest in magnitude, over all layers.
 
     Args:
@@ -41,6 +44,7 @@ def prune_by_magnitude(params: Params, mask: Mask, fraction: float = 0.2) -> tup
       mask: what survives so far, shaped like `params`.
       fraction: share of the survivors to remove in [0, 1], a static Python number under `jit`; the decimal is
         taken exactly, so 0.7 of 45 is 31.5 and rounds to 32.
+      exclude: layers that are left alone too, as patterns of their names such as "projection_*".
 
     Returns:
       The next mask, a subset of `mask` with exactly round(fraction · survivors) fewer weights (ties in
@@ -50,11 +54,11 @@ def prune_by_magnitude(params: Params, mask: Mask, fraction: float = 0.2) -> tup
     Raises:
       ValueError: `fraction` outside [0, 1], or no leaf of `params` is prunable.
     """
-    return prune_by_score(jax.tree.map(jnp.abs, params), params, mask, fraction)
+    return prune_by_score(jax.tree.map(jnp.abs, params), params, mask, fraction, exclude)
 
 
 def prune_by_score(
-    scores: Scores, params: Params, mask: Mask, fraction: float
+    scores: Scores, params: Params, mask: Mask, fraction: float, exclude: Sequence[str] = ()
 ) -> tuple[Mask, Float[Array, ""]]:
     """`prune_by_magnitude` by any scores, a tree like `params`: the lowest go, negative ones first, nan last.
 
@@ -62,15 +66,15 @@ def prune_by_score(
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction is {fraction}; it should lie in [0, 1]")
-    alive = _concatenate(mask)
+    alive = _concatenate(mask, exclude)
     count = _rounded_share(jnp.sum(alive, dtype=jnp.int32), fraction)
-    rank = _ordered_integers(_concatenate(scores))
+    rank = _ordered_integers(_concatenate(scores, exclude))
     cut = _kth_smallest(rank, alive, count)  # the best score that falls
     below, tied = alive & (rank < cut), alive & (rank == cut)
     places = count - jnp.sum(below, dtype=jnp.int32)
     removed = below | (tied & (jnp.cumsum(tied, dtype=jnp.int32) <= places))
-    threshold = jnp.max(jnp.abs(_concatenate(params)), where=removed, initial=0.0)
-    return _split(alive & ~removed, mask), threshold
+    threshold = jnp.max(jnp.abs(_concatenate(params, exclude)), where=removed, initial=0.0)
+    return _split(alive & ~removed, mask, exclude), threshold
 
 
 def _ordered_integers(values: Float[Array, " n"]) -> UInt[Array, " n"]:
@@ -113,15 +117,15 @@ def _rounded_share(total: Int[Array, ""], fraction: float) -> Int[Array, ""]:
     return (whole + up).astype(jnp.int32)
 
 
-def _concatenate(tree: PyTree[Array]) -> Array:
-    return jnp.concatenate([jnp.ravel(leaf) for leaf in masking.prunable_leaves(tree)])
+def _concatenate(tree: PyTree[Array], exclude) -> Array:
+    return jnp.concatenate([jnp.ravel(leaf) for leaf in masking.prunable_leaves(tree, exclude)])
 
 
-def _split(flat: Array, mask: Mask) -> Mask:
+def _split(flat: Array, mask: Mask, exclude) -> Mask:
     """`flat` in the places of the prunable leaves of `mask`; the inverse of `_concatenate`."""
     leaves, treedef = jax.tree.flatten(mask)
     start = 0
-    for i, keep in enumerate(jax.tree.leaves(masking.prunable(mask))):
+    for i, keep in enumerate(jax.tree.leaves(masking.prunable(mask, exclude))):
         if keep:
             leaves[i] = flat[start : start + leaves[i].size].reshape(leaves[i].shape)
             start += leaves[i].size

@@ -1,10 +1,11 @@
-"""The train step, many steps in one compiled program, and evaluation.
+"""The train step, an epoch in one compiled program or step by step, and evaluation.
 
-Every tree of `train_steps` and `evaluate` leads with an axis of members, which train side by side under
-vmap. Masks, learning rates and keys are arguments: one compiled program serves every round.
+Every tree of `train_steps`, `train_on_stream` and `evaluate` leads with an axis of members, which train side by
+side. Masks, learning rates and keys are arguments: one compiled program serves every round.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -15,11 +16,52 @@ import optax
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 from ml_collections import ConfigDict
 
-from imp_jax import data, masking
+from imp_jax import masking
 from imp_jax.config import choose
+from imp_jax.data import InMemory, Normalize, Streamed
+from imp_jax.data.augmentation import augment
 from imp_jax.masking import Mask, Params
 
 Variables = dict[str, Any]  # what model.init returns: "params", and collections such as "batch_stats"
+
+
+class Execution(NamedTuple):
+    """How members and steps become programs; results differ by rounding only."""
+
+    scan: bool = True  # all steps of an epoch in one program, or a program a step
+    unroll: bool = False  # members one after the other in a program, or vmapped
+
+
+EXECUTIONS = {
+    "scan_vmap": Execution(scan=True, unroll=False),
+    "scan_unroll": Execution(scan=True, unroll=True),
+    "step_vmap": Execution(scan=False, unroll=False),
+    "step_unroll": Execution(scan=False, unroll=True),
+}
+
+
+def choose_execution(config: ConfigDict, params: PyTree[jax.ShapeDtypeStruct]) -> Execution:
+    """What `config.execution` says; `auto` is a scan over vmapped members, but for convolutions on a CPU.
+
+    XLA's convolutions on a CPU are many times slower inside a loop and under vmap (jax-ml/jax issue 12868).
+
+    Raises:
+      UserError: an unknown name.
+    """
+    convolutional = any(leaf.ndim == 4 for leaf in jax.tree.leaves(params))
+    auto = "step_unroll" if convolutional and jax.default_backend() == "cpu" else "scan_vmap"
+    options = {"auto": EXECUTIONS[auto], **EXECUTIONS}
+    return choose(options, "execution", config.execution)
+
+
+class Recipe(NamedTuple):
+    """What a step is, besides its state and data; static under jit."""
+
+    model: nn.Module
+    optimizer: optax.GradientTransformationExtraArgs | None = None  # None where nothing is trained
+    normalize: Normalize = Normalize()
+    augmentation: tuple[str, ...] = ()  # of images in memory; a stream has made its own
+    execution: Execution = Execution()
 
 
 class TrainState(NamedTuple):
@@ -99,15 +141,14 @@ def train_step(
     labels: Int[Array, " batch"],
     learning_rate: Float[Array, ""],
     *,
-    model: nn.Module,
-    optimizer: optax.GradientTransformationExtraArgs,
+    recipe: Recipe,
 ) -> tuple[TrainState, Metrics]:
     """One step of one member; its metrics are scalars, of the batch before the step."""
 
     def loss_fn(params):
-        logits, model_state = model.apply(
+        logits, model_state = recipe.model.apply(
             {"params": params, **state.model_state},
-            data.to_float(images),
+            recipe.normalize(images),
             train=True,
             mutable=list(state.model_state),
         )
@@ -116,77 +157,202 @@ def train_step(
         return loss, (model_state, jnp.mean(logits.argmax(-1) == labels))
 
     (loss, (model_state, accuracy)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-    directions, opt_state = optimizer.update(gradients, state.opt_state, state.params, mask=mask)
+    directions, opt_state = recipe.optimizer.update(gradients, state.opt_state, state.params, mask=mask)
     params = jax.tree.map(lambda p, d: p - learning_rate * d, state.params, directions)
     return TrainState(params, model_state, opt_state), Metrics(loss, accuracy)
 
 
-@functools.partial(jax.jit, static_argnames=("batch_size", "model", "optimizer"), donate_argnames=("states",))
+def train_members(
+    states: TrainState,
+    masks: Mask,
+    images: UInt8[Array, "members batch height width channels"],
+    labels: Int[Array, "members batch"],
+    learning_rate: Float[Array, ""],
+    *,
+    recipe: Recipe,
+) -> tuple[TrainState, Metrics]:
+    """`train_step` of all members, each on a batch of its own."""
+    step = functools.partial(train_step, recipe=recipe)
+    return _over_members(step, (0, 0, 0, 0, None), recipe)(states, masks, images, labels, learning_rate)
+
+
 def train_steps(
     states: TrainState,
     masks: Mask,
-    images: UInt8[Array, "examples height width channels"],
-    labels: Int[Array, " examples"],
+    split: InMemory,
     keys: Key[Array, " members"],
-    epoch: Int[Array, ""],
-    first_step: Int[Array, ""],
-    learning_rates: Float[Array, " steps"],
+    epoch: int,
+    first_step: int,
+    learning_rates: Float[np.ndarray, " steps"],
     *,
     batch_size: int,
-    model: nn.Module,
-    optimizer: optax.GradientTransformationExtraArgs,
+    recipe: Recipe,
 ) -> tuple[TrainState, Metrics]:
     """Train all members for `len(learning_rates)` steps of one epoch, from its step `first_step` on.
 
-    Each member visits the examples in an order of its own, drawn from its key and the epoch; examples that
-    do not fill a last batch are left out of that epoch (ours). `states` is donated.
+    Each member visits the examples in an order, and augments them in a way, drawn from its key and the epoch;
+    examples that do not fill a last batch are left out of that epoch (ours). `states` is donated.
     """
-
-    def member_order(key):
-        return jax.random.permutation(jax.random.fold_in(key, epoch), len(images))
-
-    steps = len(learning_rates)
-    order = jax.lax.dynamic_slice_in_dim(
-        jax.vmap(member_order)(keys), first_step * batch_size, steps * batch_size, axis=1
+    options = {"batch_size": batch_size, "recipe": recipe}
+    if recipe.execution.scan:
+        return _scan_steps(states, masks, split, keys, epoch, first_step, learning_rates, **options)
+    draws = _draw_epoch_alone(keys, epoch, split.examples)
+    return _step_by_step(
+        lambda states, *inputs: _step_alone(states, masks, split, draws, inputs, **options),
+        states,
+        enumerate(learning_rates, start=first_step),
     )
-    batches = order.reshape(len(keys), steps, batch_size).swapaxes(0, 1)
-    member_step = functools.partial(train_step, model=model, optimizer=optimizer)
-
-    def step(states, inputs):
-        batch, learning_rate = inputs
-        return jax.vmap(member_step, in_axes=(0, 0, 0, 0, None))(
-            states, masks, images[batch], labels[batch], learning_rate
-        )
-
-    return jax.lax.scan(step, states, (batches, learning_rates))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "batch_size"))
-def evaluate(
-    variables: Variables,
-    images: UInt8[Array, "examples height width channels"],
-    labels: Int[Array, " examples"],
+def train_on_stream(
+    states: TrainState,
+    masks: Mask,
+    batches: Iterator[tuple[UInt8[Array, "members batch height width channels"], Int[Array, "members batch"]]],
+    learning_rates: Float[np.ndarray, " steps"],
     *,
-    model: nn.Module,
-    batch_size: int = 1000,
-) -> tuple[Float[Array, " members"], Int[Array, " members"]]:
-    """Mean cross-entropy (nats) and number of examples classified right, of every member over a whole set."""
-    examples = len(images)
-    batch_size = min(batch_size, examples)
-    # the last batch is filled up with examples seen before, which count for nothing
-    indices = jnp.arange(-(-examples // batch_size) * batch_size).reshape(-1, batch_size)
+    recipe: Recipe,
+) -> tuple[TrainState, Metrics]:
+    """Train all members on the next `len(learning_rates)` batches of a stream. `states` is donated."""
+    return _step_by_step(
+        lambda states, rate, batch: _train_members_alone(states, masks, *batch, rate, recipe=recipe),
+        states,
+        zip(learning_rates, batches, strict=False),  # rates first: no batch is taken in vain
+    )
 
-    def member_sums(variables, images, labels, counts):
-        logits = model.apply(variables, data.to_float(images), train=False).astype(jnp.float32)
+
+def evaluate(
+    variables: Variables, split: InMemory | Streamed, *, recipe: Recipe, batch_size: int | None = None
+) -> tuple[Float[Array, " members"], Int[Array, " members"]]:
+    """Mean cross-entropy (nats) and number of examples classified right, of every member over a whole split.
+
+    Args:
+      batch_size: changes nothing but memory and rounding; None is 1000 small images or 250 large ones.
+    """
+    batch_size = min(batch_size or (250 if isinstance(split, Streamed) else 1000), split.examples)
+    numbers = np.arange(-(-split.examples // batch_size))
+    if isinstance(split, Streamed):
+        batches = (_filled(*batch, batch_size) for batch in split.evaluation_batches(batch_size))
+        sums = _collect(_batch_sums_alone(variables, *batch, recipe=recipe) for batch in batches)
+    elif recipe.execution.scan:
+        sums = _scan_sums(variables, split, numbers, batch_size=batch_size, recipe=recipe)
+    else:
+        sums = _collect(_sums_alone(variables, split, i, batch_size=batch_size, recipe=recipe) for i in numbers)
+    losses, correct = sums
+    return losses.sum(0) / split.examples, correct.sum(0)
+
+
+def _draw_epoch(keys, epoch, examples):
+    """For each member the order of the examples in an epoch, and the key of its augmentations."""
+
+    def of_member(key):
+        order_key, augmentation_key = jax.random.split(jax.random.fold_in(key, epoch))
+        return jax.random.permutation(order_key, examples), augmentation_key
+
+    return jax.vmap(of_member)(keys)
+
+
+def _step(states, masks, split, draws, inputs, *, batch_size, recipe):
+    """Step number `inputs[0]` of an epoch of all members, on images in memory, at the rate `inputs[1]`."""
+    number, learning_rate = inputs
+
+    def member_batch(order, key):
+        batch = jax.lax.dynamic_slice_in_dim(order, number * batch_size, batch_size)
+        images = augment(jax.random.fold_in(key, number), split.images[batch], recipe.augmentation)
+        return images, split.labels[batch]
+
+    images, labels = jax.vmap(member_batch)(*draws)
+    return train_members(states, masks, images, labels, learning_rate, recipe=recipe)
+
+
+@functools.partial(jax.jit, static_argnames=("batch_size", "recipe"), donate_argnames=("states",))
+def _scan_steps(states, masks, split, keys, epoch, first_step, learning_rates, *, batch_size, recipe):
+    draws = _draw_epoch(keys, epoch, split.examples)
+    numbers = first_step + jnp.arange(len(learning_rates))
+    step = functools.partial(_step, batch_size=batch_size, recipe=recipe)
+    return jax.lax.scan(
+        lambda states, inputs: step(states, masks, split, draws, inputs), states, (numbers, learning_rates)
+    )
+
+
+def _batch_sums(variables, images, labels, counted, *, recipe):
+    """Of each member the sum of the losses, and the number right, over the examples of a batch that count."""
+
+    def of_member(variables, images, labels, counted):
+        logits = recipe.model.apply(variables, recipe.normalize(images), train=False).astype(jnp.float32)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         correct = logits.argmax(-1) == labels
-        return jnp.sum(losses, where=counts), jnp.sum(correct, where=counts, dtype=jnp.int32)
+        return jnp.sum(losses, where=counted), jnp.sum(correct, where=counted, dtype=jnp.int32)
 
-    def batch_sums(batch):
-        where = batch % examples
-        return jax.vmap(member_sums, in_axes=(0, None, None, None))(
-            variables, images[where], labels[where], batch < examples
-        )
+    return _over_members(of_member, (0, None, None, None), recipe)(variables, images, labels, counted)
 
-    losses, correct = jax.lax.map(batch_sums, indices)
-    return losses.sum(0) / examples, correct.sum(0)
+
+def _sums(variables, split, number, *, batch_size, recipe):
+    """`_batch_sums` of batch `number`; the last one is filled up with examples that count for nothing."""
+    batch = number * batch_size + jnp.arange(batch_size)
+    where = batch % split.examples
+    counted = batch < split.examples
+    return _batch_sums(variables, split.images[where], split.labels[where], counted, recipe=recipe)
+
+
+@functools.partial(jax.jit, static_argnames=("batch_size", "recipe"))
+def _scan_sums(variables, split, numbers, *, batch_size, recipe):
+    return jax.lax.map(
+        lambda number: _sums(variables, split, number, batch_size=batch_size, recipe=recipe), numbers
+    )
+
+
+def _filled(images, labels, batch_size):
+    """A batch of `batch_size` examples, of which the last may not count, so that one program serves all."""
+    missing = batch_size - len(labels)
+    images = jnp.pad(images, [(0, missing)] + [(0, 0)] * 3)
+    return images, jnp.pad(labels, (0, missing)), np.arange(batch_size) < batch_size - missing
+
+
+# the same functions as programs of their own, where a step or a batch is not part of a larger one
+_draw_epoch_alone = jax.jit(_draw_epoch, static_argnums=2)
+_step_alone = jax.jit(_step, static_argnames=("batch_size", "recipe"), donate_argnames="states")
+_train_members_alone = jax.jit(train_members, static_argnames="recipe", donate_argnames="states")
+_batch_sums_alone = jax.jit(_batch_sums, static_argnames="recipe")
+_sums_alone = jax.jit(_sums, static_argnames=("batch_size", "recipe"))
+
+
+def _step_by_step(step, states, inputs):
+    """`step(states, *inputs)` again and again, a program each; the metrics are stacked as by a scan."""
+
+    def all_metrics():
+        nonlocal states
+        for step_inputs in inputs:
+            states, metrics = step(states, *step_inputs)
+            yield metrics
+
+    metrics = _collect(all_metrics())
+    return states, metrics
+
+
+def _collect(outputs):
+    """The outputs of programs started one after the other, stacked; two at most are under way."""
+    collected = []
+    for output in outputs:
+        collected.append(output)
+        if len(collected) > 1:  # or the host would run ahead, and batches pile up on the device
+            jax.block_until_ready(collected[-2])
+    return jax.tree.map(lambda *parts: np.stack(parts), *collected)
+
+
+def _over_members(function, in_axes, recipe):
+    """`function` of one member as a function of all, which lead the arguments whose axis is 0."""
+    if not recipe.execution.unroll:
+        return jax.vmap(function, in_axes)
+
+    def unrolled(*arguments):
+        def of_member(i):
+            return [
+                jax.tree.map(lambda leaf: leaf[i], argument) if axis == 0 else argument
+                for argument, axis in zip(arguments, in_axes, strict=True)
+            ]
+
+        members = len(jax.tree.leaves(arguments[0])[0])
+        outputs = [function(*of_member(i)) for i in range(members)]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+    return unrolled

@@ -30,15 +30,24 @@ def tiny_experiment():
         draw = np.random.default_rng(0)
         images = draw.integers(0, 256, (46, 4, 4, 1), np.uint8)
         labels = (images.mean((1, 2, 3)) / 256 * 60).astype(np.int32) % 3
+        images, labels = jnp.asarray(images), jnp.asarray(labels)
         dataset = data.Dataset(
-            *(jnp.asarray(x) for x in (images, labels, images[:13], labels[:13])), num_classes=3
+            data.InMemory(images, labels),
+            data.InMemory(images[:13], labels[:13]),
+            num_classes=3,
+            augmentation=(),
+            mean=np.zeros(1, np.float32),
+            std=np.ones(1, np.float32),
         )
         return imp.Experiment(
             config=config,
             members=tuple(imp.Member(arm, r) for arm in config.arms for r in range(config.replicates)),
             dataset=dataset,
-            model=LeNet(num_classes=3, widths=(6, 5)),
-            optimizer=training.make_optimizer(config),
+            recipe=training.Recipe(
+                LeNet(num_classes=3, widths=(6, 5)),
+                training.make_optimizer(config),
+                execution=training.EXECUTIONS.get(config.execution, training.Execution()),
+            ),
             score=imp.pruning.SCORES[config.pruning.score],
             learning_rates=training.learning_rates(config, len(images) // config.batch_size),
         )

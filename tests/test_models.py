@@ -1,31 +1,161 @@
+"""Shapes, parameter counts and initial distributions of the networks against closed forms."""
+
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from imp_jax import config as configs
-from imp_jax import models
+from imp_jax import masking, models
 from imp_jax.config import UserError
+from imp_jax.models.conv import Conv4
+from imp_jax.models.initializers import kaiming_normal
+from imp_jax.models.lenet import LeNet
+from imp_jax.models.resnet import CifarResNet, ResNet50
+
+CIFAR = (32, 32, 3)
 
 
-def lenet(**overrides):
+def create(name, image_shape=CIFAR, num_classes=10, dtype="float32", **model):
     config = configs.default()
-    config.update(overrides)
-    model = models.create(config, num_classes=10)
-    return model, model.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
+    config.dtype = dtype
+    config.model.update({"name": name, **model})
+    configs.validate(config)
+    return models.create(config, num_classes, image_shape)
 
 
-def test_lenet_has_the_parameters_of_table_1():
-    _, params = lenet()
-    assert (
-        sum(p.size for p in jax.tree.leaves(params))
-        == 784 * 300 + 300 + 300 * 100 + 100 + 100 * 10 + 10
-        == 266_610
-    )
+def shapes(model, image_shape=CIFAR):
+    """The shapes of a model's variables, nothing computed."""
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return jax.eval_shape(lambda image: model.init(jax.random.key(0), image, train=False), image)
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+# --- parameter counts (table 1) ---
+
+
+def test_lenet():
+    params = shapes(create("lenet", (28, 28, 1)), (28, 28, 1))["params"]
+    assert count(params) == 784 * 300 + 300 + 300 * 100 + 100 + 100 * 10 + 10 == 266_610
+
+
+def test_conv4():
+    convolutions = 9 * (3 * 64 + 64 * 64 + 64 * 128 + 128 * 128)
+    dense = 8 * 8 * 128 * 256 + 256 * 256 + 256 * 10
+    biases = 64 + 64 + 128 + 128 + 256 + 256 + 10
+    params = shapes(create("conv4"))["params"]
+    assert count(params) == convolutions + dense + biases == 2_425_930
+    assert masking.size(params) == convolutions + dense
+
+
+def cifar_resnet_counts(depth):
+    """Weights of the convolutions and the output layer, and channels that are normalised."""
+    n = (depth - 2) // 6
+    convolutions = 3 * 16 + (2 * n) * 16**2 + 16 * 32 + (2 * n - 1) * 32**2 + 32 * 64 + (2 * n - 1) * 64**2
+    return 9 * convolutions + 64 * 10, 16 + 2 * n * (16 + 32 + 64)
+
+
+@pytest.mark.parametrize("depth", [20, 26, 32, 44, 56, 110])
+def test_cifar_resnets(depth):
+    weights, normalised = cifar_resnet_counts(depth)
+    plain = shapes(create(f"resnet{depth}"))
+    affine = shapes(create(f"resnet{depth}", norm_affine=True))
+    assert count(plain["params"]) == weights + 10  # the output layer's biases
+    assert count(affine["params"]) == weights + 10 + 2 * normalised
+    assert count(plain["batch_stats"]) == 2 * normalised
+    assert masking.size(plain["params"]) == masking.size(affine["params"]) == weights
+    if depth == 20:
+        assert (count(plain["params"]), count(affine["params"])) == (268_346, 269_722)
+
+
+def test_resnet50():
+    weights, normalised = 7 * 7 * 3 * 64, 64
+    inputs = 64
+    for stage, blocks in enumerate((3, 4, 6, 3)):
+        c = 64 * 2**stage
+        for block in range(blocks):
+            weights += inputs * c + 9 * c * c + c * 4 * c
+            normalised += c + c + 4 * c
+            if block == 0:
+                weights += inputs * 4 * c
+                normalised += 4 * c
+            inputs = 4 * c
+    weights += 2048 * 1000
+    image_shape = (224, 224, 3)
+    plain = shapes(create("resnet50", image_shape, 1000), image_shape)["params"]
+    affine = shapes(create("resnet50", image_shape, 1000, norm_affine=True), image_shape)["params"]
+    assert count(plain) == weights + 1000
+    assert count(affine) == weights + 1000 + 2 * normalised == 25_557_032
+    assert masking.size(affine) == weights
+
+
+def test_resnet50_is_version_1_5():
+    """The stride is in the 3 × 3 convolution: the 1 × 1 one before it still sees the larger image."""
+    model = ResNet50(num_classes=10, width=0.125)
+    image = jnp.ones((1, 64, 64, 3))
+
+    def intermediates():
+        variables = model.init(jax.random.key(0), image)
+        return model.apply(variables, image, capture_intermediates=True, mutable=["intermediates"])[1]
+
+    outputs = jax.eval_shape(intermediates)["intermediates"]
+    sides = [outputs[f"Conv_{i}"]["__call__"][0].shape[1] for i in range(1 + 3 * 16)]
+    # stem; 3 blocks at 16; then the first block of a stage has 1 × 1 at the old size and 3 × 3 at the new
+    assert sides == [32] + [16] * 9 + [16, 8, 8] + [8] * 9 + [8, 4, 4] + [4] * 15 + [4, 2, 2] + [2] * 6
+
+
+# --- the CIFAR family in NumPy ---
+
+
+def numpy_conv(x, kernel, stride):
+    """3 × 3, padded by one, by its definition."""
+    n, h, w, _ = x.shape
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    out = np.zeros((n, h, w, kernel.shape[-1]))
+    for i in range(3):
+        for j in range(3):
+            out += padded[:, i : i + h, j : j + w] @ kernel[i, j]
+    return out[:, ::stride, ::stride]
+
+
+def numpy_norm(x):
+    return (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5)
+
+
+def test_a_cifar_resnet_against_numpy():
+    model = CifarResNet(depth=8, width=0.25)
+    images = np.random.default_rng(0).normal(size=(5, 8, 8, 3))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    apply = functools.partial(model.apply, train=True, mutable=["batch_stats"])
+    logits, state = jax.jit(apply)(variables, images)
+    kernels = [np.float64(variables["params"][f"Conv_{i}"]["kernel"]) for i in range(7)]
+
+    x = np.maximum(numpy_norm(numpy_conv(images, kernels[0], 1)), 0)
+    for block, (channels, stride) in enumerate([(4, 1), (8, 2), (16, 2)]):
+        y = np.maximum(numpy_norm(numpy_conv(x, kernels[1 + 2 * block], stride)), 0)
+        y = numpy_norm(numpy_conv(y, kernels[2 + 2 * block], 1))
+        shortcut = np.zeros_like(y)
+        shortcut[..., : x.shape[-1]] = x[:, ::stride, ::stride]
+        x = np.maximum(y + shortcut, 0)
+        assert x.shape[-1] == channels
+    head = variables["params"]["Dense_0"]
+    np.testing.assert_allclose(logits, x.mean((1, 2)) @ head["kernel"] + head["bias"], rtol=1e-3, atol=1e-4)
+    first = numpy_conv(images, kernels[0], 1)
+    running = state["batch_stats"]["BatchNorm_0"]
+    np.testing.assert_allclose(running["mean"], 0.1 * first.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(running["var"], 0.9 + 0.1 * first.var((0, 1, 2)), rtol=1e-4)
+
+
+# --- initialisation ---
 
 
 def test_lenet_starts_kaiming_uniform_with_zero_biases():
-    _, params = lenet()
+    params = LeNet().init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
     for layer in params.values():
         limit = np.sqrt(6 / layer["kernel"].shape[0])  # gain √2: variance 2 / fan-in, uniform
         assert 0.99 * limit < np.abs(layer["kernel"]).max() <= limit
@@ -33,12 +163,74 @@ def test_lenet_starts_kaiming_uniform_with_zero_biases():
         np.testing.assert_array_equal(layer["bias"], 0)
 
 
-def test_bfloat16_computes_in_bf16_on_float32_parameters():
-    model, params = lenet(dtype="bfloat16")
-    assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    assert model.apply({"params": params}, jnp.ones((2, 28, 28, 1))).dtype == jnp.bfloat16
+def test_convolutional_networks_start_kaiming_normal_with_zero_biases():
+    for model in (Conv4(), CifarResNet()):
+        params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *CIFAR)))["params"]
+        for layer in params.values():
+            fan_in = np.prod(layer["kernel"].shape[:-1])
+            few = 4 / np.sqrt(layer["kernel"].size)  # four standard errors of a standard deviation, and more
+            assert np.std(layer["kernel"]) == pytest.approx(np.sqrt(2 / fan_in), rel=few)
+            np.testing.assert_array_equal(layer.get("bias", 0), 0)
+
+
+def test_kaiming_normal_is_not_truncated():
+    draws = kaiming_normal(jax.random.key(0), (100, 2000)) / np.sqrt(2 / 100)
+    beyond_two = np.mean(np.abs(draws) > 2)
+    assert beyond_two == pytest.approx(0.0455, abs=0.003)  # of a normal; Flax's he_normal has none
+    assert np.var(draws) == pytest.approx(1, abs=0.02)
+
+
+# --- options ---
+
+
+@pytest.mark.parametrize("name", ["lenet", "conv4", "resnet20", "resnet50"])
+def test_bfloat16_computes_in_bf16_on_float32_variables(name):
+    model = create(name, dtype="bfloat16", width=0.25)
+    images = jnp.ones((2, *CIFAR))
+
+    def outputs():
+        variables = model.init(jax.random.key(0), images)
+        return variables, *model.apply(variables, images, train=True, mutable=["batch_stats"])
+
+    variables, logits, state = jax.eval_shape(outputs)
+    assert logits.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves((variables, state))} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", ["lenet", "conv4", "resnet20", "resnet50"])
+def test_width_scales_every_hidden_layer(name):
+    full, half = shapes(create(name))["params"], shapes(create(name, width=0.5))["params"]
+    for layer, leaves in full.items():
+        out, half_out = leaves["kernel"].shape[-1] if "kernel" in leaves else 0, 0
+        if out:
+            half_out = half[layer]["kernel"].shape[-1]
+            assert half_out == (10 if out == 10 else out // 2)
+
+
+def test_grey_images_suit_every_convolutional_network():
+    for name in ("conv4", "resnet20"):
+        params = shapes(create(name, (28, 28, 1)), (28, 28, 1))["params"]
+        assert params["Conv_0"]["kernel"].shape[:3] == (3, 3, 1)
+
+
+def test_unsuitable_images_are_said():
+    with pytest.raises(UserError, match=r"'lenet', which takes images of 1 to 64 .*; those .* 224 × 224"):
+        create("lenet", (224, 224, 3))
+    with pytest.raises(UserError, match=r"'resnet50', which takes images of at least 32 .* 28 × 28"):
+        create("resnet50", (28, 28, 1))
+
+
+def test_a_depth_that_is_not_6n_plus_2_is_said():
+    for depth in (21, 2, 18):
+        with pytest.raises(UserError, match=rf"depth is {depth}; it should be 6n \+ 2, such as 20"):
+            create(f"resnet{depth}")
+
+
+def test_affine_normalisation_where_there_is_none_is_said():
+    with pytest.raises(UserError, match="model.norm_affine is True; conv4 has no normalisation"):
+        create("conv4", norm_affine=True)
 
 
 def test_unknown_model_is_said_with_a_suggestion():
     with pytest.raises(UserError, match=r"model.name is 'lenett'; .* \(did you mean lenet\?\)"):
-        lenet(model={"name": "lenett"})
+        create("lenett")

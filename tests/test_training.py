@@ -11,6 +11,8 @@ import pytest
 from imp_jax import config as configs
 from imp_jax import masking, training
 from imp_jax.config import UserError
+from imp_jax.data import Normalize
+from imp_jax.data.augmentation import augment
 from imp_jax.models.lenet import LeNet
 
 
@@ -124,13 +126,25 @@ def numpy_training(config, params, mask, images, labels, orders, rates):
     return params, losses
 
 
+def order(key, epoch):
+    """How a member visits the 46 examples of the tiny experiment in an epoch."""
+    key, _ = jax.random.split(jax.random.fold_in(key, epoch))
+    return np.asarray(jax.random.permutation(key, 46))
+
+
 @pytest.mark.parametrize(
-    ("name", "rate", "decay"),
-    [("adam", 12e-4, 0.0), ("adam", 1e-2, 0.05), ("momentum", 0.1, 0.05), ("sgd", 0.1, 0.0)],
+    ("name", "rate", "decay", "execution"),
+    [
+        ("adam", 12e-4, 0.0, "scan_vmap"),
+        ("adam", 1e-2, 0.05, "scan_unroll"),
+        ("momentum", 0.1, 0.05, "step_vmap"),
+        ("sgd", 0.1, 0.0, "step_unroll"),
+    ],
 )
-def test_two_epochs_against_numpy(tiny_experiment, name, rate, decay):
+def test_two_epochs_against_numpy(tiny_experiment, name, rate, decay, execution):
     """Optimizer, schedule with warm-up, masks and data order, for every member of the batched program."""
     experiment = tiny_experiment(
+        execution=execution,
         **{
             "optimizer.name": name,
             "optimizer.learning_rate": rate,
@@ -138,37 +152,28 @@ def test_two_epochs_against_numpy(tiny_experiment, name, rate, decay):
             "optimizer.schedule": "step",
             "optimizer.milestones": (1,),
             "optimizer.warmup_epochs": 0.5,
-        }
+        },
     )
-    config, model, dataset = experiment.config, experiment.model, experiment.dataset
+    config, model, dataset = experiment.config, experiment.recipe.model, experiment.dataset
     members = 3
     keys = jax.random.split(jax.random.key(3), members)
     variables = jax.vmap(lambda key: model.init(key, jnp.zeros((1, 4, 4, 1))))(keys)
     mask = masking.ones_like(variables["params"])
     for layer, key in zip(LAYERS, jax.random.split(jax.random.key(4), 3), strict=True):
         mask[layer]["kernel"] = jax.random.bernoulli(key, 0.6, mask[layer]["kernel"].shape)
-    states = training.init_states(variables, mask, optimizer=experiment.optimizer)
+    states = training.init_states(variables, mask, optimizer=experiment.recipe.optimizer)
     losses = []
     for epoch in range(2):
+        rates = experiment.learning_rates[epoch]
         states, metrics = training.train_steps(
-            states,
-            mask,
-            dataset.train_images,
-            dataset.train_labels,
-            keys,
-            epoch,
-            0,
-            experiment.learning_rates[epoch],
-            batch_size=config.batch_size,
-            model=model,
-            optimizer=experiment.optimizer,
+            states, mask, dataset.train, keys, epoch, 0, rates, batch_size=8, recipe=experiment.recipe
         )
         losses.append(metrics.loss)
     losses = np.concatenate(losses)
 
-    images, labels = np.asarray(dataset.train_images), np.asarray(dataset.train_labels)
+    images, labels = (np.asarray(array) for array in dataset.train)
     for i in range(members):
-        orders = [np.asarray(jax.random.permutation(jax.random.fold_in(keys[i], e), 46)) for e in range(2)]
+        orders = [order(keys[i], epoch) for epoch in range(2)]
         params, expected = numpy_training(
             config,
             jax.tree.map(lambda x, i=i: np.asarray(x[i]), variables["params"]),
@@ -186,18 +191,16 @@ def test_two_epochs_against_numpy(tiny_experiment, name, rate, decay):
 @pytest.mark.parametrize("name", ["adam", "momentum"])
 def test_pruned_weights_are_zero_after_every_step(tiny_experiment, name):
     experiment = tiny_experiment(**{"optimizer.name": name, "optimizer.weight_decay": 0.1})
-    variables = experiment.model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))
+    variables = experiment.recipe.model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))
     mask = masking.ones_like(variables["params"])
     mask["Dense_0"]["kernel"] = jax.random.bernoulli(jax.random.key(1), 0.5, (16, 6))
     pruned = ~np.asarray(mask["Dense_0"]["kernel"])
-    states = training.init_states(*add_member_axis((variables, mask)), optimizer=experiment.optimizer)
+    states = training.init_states(*add_member_axis((variables, mask)), optimizer=experiment.recipe.optimizer)
     state = jax.tree.map(lambda x: x[0], states)
-    step = jax.jit(
-        functools.partial(training.train_step, model=experiment.model, optimizer=experiment.optimizer)
-    )
+    step = jax.jit(functools.partial(training.train_step, recipe=experiment.recipe))
     for i in range(5):
         batch = slice(8 * i, 8 * i + 8)
-        images, labels = experiment.dataset.train_images[batch], experiment.dataset.train_labels[batch]
+        images, labels = (array[batch] for array in experiment.dataset.train)
         before = state
         state, _ = step(state, mask, images, labels, 0.01)
         np.testing.assert_array_equal(np.asarray(state.params["Dense_0"]["kernel"])[pruned], 0)
@@ -208,54 +211,50 @@ def add_member_axis(tree):
     return jax.tree.map(lambda x: jnp.asarray(x)[None], tree)
 
 
-def test_vmapped_program_equals_the_unbatched_step(tiny_experiment):
+@pytest.mark.parametrize("execution", training.EXECUTIONS)
+def test_every_program_equals_the_step_of_each_member(tiny_experiment, execution):
     """`train_steps` over members is `train_step` of each, one after the other."""
-    experiment = tiny_experiment()
-    model, optimizer, dataset = experiment.model, experiment.optimizer, experiment.dataset
+    experiment = tiny_experiment(execution=execution)
+    recipe = experiment.recipe._replace(
+        normalize=Normalize((0.4,), (0.3,)), augmentation=("crop", "flip"), model=Normalised()
+    )
     keys = jax.random.split(jax.random.key(0), 3)
-    variables = jax.vmap(lambda key: model.init(key, jnp.zeros((1, 4, 4, 1))))(keys)
+    variables = jax.vmap(lambda key: dict(recipe.model.init(key, jnp.zeros((1, 4, 4, 1)))))(keys)
     masks = jax.tree.map(lambda p: jax.random.bernoulli(keys[0], 0.8, p.shape), variables["params"])
-    states = training.init_states(variables, masks, optimizer=optimizer)
+    states = training.init_states(variables, masks, optimizer=recipe.optimizer)
     singles = [jax.tree.map(lambda x, i=i: jnp.copy(x[i]), states) for i in range(3)]
     rates = experiment.learning_rates[0]
-    data = (dataset.train_images, dataset.train_labels)
-    states, metrics = training.train_steps(
-        states, masks, *data, keys, 0, 0, rates, batch_size=8, model=model, optimizer=optimizer
-    )
+    split = experiment.dataset.train
+    states, metrics = training.train_steps(states, masks, split, keys, 0, 0, rates, batch_size=8, recipe=recipe)
+    assert metrics.loss.shape == (5, 3)
+    step = jax.jit(functools.partial(training.train_step, recipe=recipe))
     for i, state in enumerate(singles):
-        order = jax.random.permutation(jax.random.fold_in(keys[i], 0), 46)
+        _, augmentation_key = jax.random.split(jax.random.fold_in(keys[i], 0))
         mask = jax.tree.map(lambda x, i=i: x[i], masks)
-        for step, rate in enumerate(rates):
-            batch = order[8 * step : 8 * step + 8]
-            state, one = training.train_step(
-                state, mask, data[0][batch], data[1][batch], rate, model=model, optimizer=optimizer
-            )
-            assert one.loss == pytest.approx(float(metrics.loss[step, i]), rel=1e-5)
-            assert one.accuracy == pytest.approx(float(metrics.accuracy[step, i]))
+        for number, rate in enumerate(rates):
+            batch = order(keys[i], 0)[8 * number : 8 * number + 8]
+            key = jax.random.fold_in(augmentation_key, number)
+            images = augment(key, split.images[batch], ("crop", "flip"))
+            state, one = step(state, mask, images, split.labels[batch], rate)
+            assert one.loss == pytest.approx(float(metrics.loss[number, i]), rel=1e-5)
+            assert one.accuracy == pytest.approx(float(metrics.accuracy[number, i]))
         jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a, b[i], rtol=1e-4, atol=1e-6), state, states)
 
 
-def test_an_epoch_in_two_pieces_is_the_epoch(tiny_experiment):
-    experiment = tiny_experiment()
+@pytest.mark.parametrize("execution", ["scan_vmap", "step_unroll"])
+def test_an_epoch_in_two_pieces_is_the_epoch(tiny_experiment, execution):
+    experiment = tiny_experiment(execution=execution)
+    recipe = experiment.recipe._replace(augmentation=("crop",))
     keys = jax.random.split(jax.random.key(0), 2)
-    variables = jax.vmap(lambda key: experiment.model.init(key, jnp.zeros((1, 4, 4, 1))))(keys)
+    variables = jax.vmap(lambda key: experiment.recipe.model.init(key, jnp.zeros((1, 4, 4, 1))))(keys)
     masks = masking.ones_like(variables["params"])
-    data = (experiment.dataset.train_images, experiment.dataset.train_labels)
 
     def run(*pieces):
-        states = training.init_states(variables, masks, optimizer=experiment.optimizer)
+        states = training.init_states(variables, masks, optimizer=experiment.recipe.optimizer)
         for first, last in pieces:
+            split, rates = experiment.dataset.train, experiment.learning_rates[1, first:last]
             states, _ = training.train_steps(
-                states,
-                masks,
-                *data,
-                keys,
-                1,
-                first,
-                experiment.learning_rates[1, first:last],
-                batch_size=8,
-                model=experiment.model,
-                optimizer=experiment.optimizer,
+                states, masks, split, keys, 1, first, rates, batch_size=8, recipe=recipe
             )
         return states.params
 
@@ -276,41 +275,30 @@ def test_running_statistics_are_carried_and_never_masked(tiny_experiment):
     model = Normalised()
     variables = add_member_axis(dict(model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))))
     masks = masking.ones_like(variables["params"])
-    states = training.init_states(variables, masks, optimizer=experiment.optimizer)
-    images, labels = experiment.dataset.train_images, experiment.dataset.train_labels
+    states = training.init_states(variables, masks, optimizer=experiment.recipe.optimizer)
+    split, rates = experiment.dataset.train, experiment.learning_rates[0, :1]
+    recipe = experiment.recipe._replace(model=model)
     key = jax.random.split(jax.random.key(0), 1)
-    order = jax.random.permutation(jax.random.fold_in(key[0], 0), 46)[:8]
     kernel = np.asarray(variables["params"]["Dense_0"]["kernel"][0])
-    x = np.asarray(images)[order].reshape(8, -1) / 255 @ kernel
-    states, _ = training.train_steps(
-        states,
-        masks,
-        images,
-        labels,
-        key,
-        0,
-        0,
-        experiment.learning_rates[0, :1],
-        batch_size=8,
-        model=model,
-        optimizer=experiment.optimizer,
-    )
+    x = np.asarray(split.images)[order(key[0], 0)[:8]].reshape(8, -1) / 255 @ kernel
+    states, _ = training.train_steps(states, masks, split, key, 0, 0, rates, batch_size=8, recipe=recipe)
     np.testing.assert_allclose(
         states.model_state["batch_stats"]["BatchNorm_0"]["mean"][0], 0.1 * x.mean(0), rtol=1e-4
     )
-    loss, correct = training.evaluate(states.variables, images, labels, model=model)
+    loss, correct = training.evaluate(states.variables, split, recipe=recipe)
     assert np.isfinite(loss).all()
     assert 0 <= correct[0] <= 46
 
 
-@pytest.mark.parametrize("batch_size", [7, 13, 1000])
-def test_evaluation_counts_every_example_once(tiny_experiment, batch_size):
+@pytest.mark.parametrize("execution", training.EXECUTIONS)
+@pytest.mark.parametrize("batch_size", [7, 23, None])
+def test_evaluation_counts_every_example_once(tiny_experiment, batch_size, execution):
     """Also where the last batch is not full."""
-    experiment = tiny_experiment()
+    experiment = tiny_experiment(execution=execution)
     keys = jax.random.split(jax.random.key(0), 2)
-    variables = jax.vmap(lambda key: experiment.model.init(key, jnp.zeros((1, 4, 4, 1))))(keys)
-    images, labels = experiment.dataset.train_images, experiment.dataset.train_labels
-    loss, correct = training.evaluate(variables, images, labels, model=experiment.model, batch_size=batch_size)
+    variables = jax.vmap(lambda key: experiment.recipe.model.init(key, jnp.zeros((1, 4, 4, 1))))(keys)
+    images, labels = split = experiment.dataset.train
+    loss, correct = training.evaluate(variables, split, recipe=experiment.recipe, batch_size=batch_size)
     x, y = np.asarray(images).reshape(46, -1) / 255, np.asarray(labels)
     for i in range(2):
         logits, _ = forward(jax.tree.map(lambda p, i=i: np.asarray(p[i]), variables["params"]), x)
@@ -324,17 +312,15 @@ def test_bfloat16_keeps_float32_state(tiny_experiment):
     variables = add_member_axis(model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1))))
     masks = masking.ones_like(variables["params"])
     states, metrics = training.train_steps(
-        training.init_states(variables, masks, optimizer=experiment.optimizer),
+        training.init_states(variables, masks, optimizer=experiment.recipe.optimizer),
         masks,
-        experiment.dataset.train_images,
-        experiment.dataset.train_labels,
+        experiment.dataset.train,
         jax.random.split(jax.random.key(0), 1),
         0,
         0,
         experiment.learning_rates[0],
         batch_size=8,
-        model=model,
-        optimizer=experiment.optimizer,
+        recipe=experiment.recipe._replace(model=model),
     )
     assert metrics.loss.dtype == jnp.float32
     assert {x.dtype for x in jax.tree.leaves((states.params, states.opt_state)) if x.ndim > 1} == {

@@ -1,17 +1,19 @@
 """Image-classification sets from TensorFlow Datasets, read from ArrayRecord files without TensorFlow.
 
-    python -m imp_jax.data prepare mnist --data_dir=…
+    python -m imp_jax.data prepare cifar10 --data_dir=…
 
 downloads and prepares a set once. `mnist5k`, the default, needs neither network nor TensorFlow: its builder
-is in this package and `load` prepares it on first use. To add a set, write a TFDS builder and name it in
-`BUILDERS`; any set of TFDS with images of one size, a class label and the splits train
-and test is there already.
+is in this package and `load` prepares it on first use. Sets whose images have one size are held in memory; others,
+as ImageNet, are streamed. To add a set, write a TFDS builder and name it in `BUILDERS`; any set of TFDS with an
+image, a class label and the splits train and test (or validation) is there already.
 """
 
 import contextlib
 import difflib
 import io
-import textwrap
+import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,23 +25,69 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from imp_jax.config import UserError
 from imp_jax.data.mnist5k import Mnist5k
+from imp_jax.data.source import Source, in_one_line
+from imp_jax.data.streaming import Streamed
 
 BUILDERS = {"mnist5k": Mnist5k}
-SETS_OF_TFDS = ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn_cropped")  # to be named in messages
+SETS_OF_TFDS = ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn_cropped", "imagenet2012")  # for messages
+
+# How the training images of a set are usually augmented; those of sets not named here are left as they are.
+USUAL_AUGMENTATION = dict.fromkeys(("cifar10", "cifar100", "imagenet2012"), ("crop", "flip"))
+TEST_SPLIT = {"imagenet2012": "validation"}  # its test split has no labels
+
+STATISTICS_IMAGES = 10_000  # of a streamed set, spread evenly over the training split (ours)
+
+
+class InMemory(NamedTuple):
+    """A whole split; pixels as they are stored, 0 to 255."""
+
+    images: UInt8[Array, "examples height width channels"]
+    labels: Int[Array, " examples"]  # int32, 0 to num_classes − 1
+
+    @property
+    def examples(self) -> int:
+        return len(self.labels)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.images.shape[1:]
 
 
 class Dataset(NamedTuple):
-    """A whole set in memory; pixels as they are stored, 0 to 255."""
-
-    train_images: UInt8[np.ndarray, "train height width channels"]
-    train_labels: Int[np.ndarray, " train"]  # int32, 0 to num_classes − 1
-    test_images: UInt8[np.ndarray, "test height width channels"]
-    test_labels: Int[np.ndarray, " test"]
+    train: InMemory | Streamed
+    test: InMemory | Streamed
     num_classes: int
+    augmentation: tuple[str, ...]  # of training images
+    mean: Float[np.ndarray, " channels"]  # of the pixels of the training set, in [0, 1]
+    std: Float[np.ndarray, " channels"]
 
 
-def load(name: str, data_dir: str | None = None) -> Dataset:
-    """Read the set `name` from `data_dir` (None: TFDS's own, ~/tensorflow_datasets) into memory.
+class Normalize(NamedTuple):
+    """From stored pixels to what a network sees: (pixel / 255 − mean) / std, channel by channel, as float32."""
+
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    def __call__(
+        self, images: UInt8[Array, "*batch height width channels"]
+    ) -> Float[Array, "*batch height width channels"]:
+        return (images.astype(jnp.float32) / 255 - jnp.array(self.mean)) / jnp.array(self.std)
+
+
+def load(
+    name: str,
+    data_dir: str | os.PathLike | None = None,
+    *,
+    augmentation: Sequence[str] | None = None,
+    image_side: int = 224,
+    workers: int | None = None,
+) -> Dataset:
+    """Open the set `name` in `data_dir` (None: TFDS's own, ~/tensorflow_datasets), on the device if it is held.
+
+    Args:
+      augmentation: of training images, names of `AUGMENTATIONS`; None is what is usual for the set.
+      image_side: pixels, of a streamed set's crops.
+      workers: processes that decode a streamed set; None is one a core.
 
     Raises:
       UserError: an unknown set, one not prepared yet (the sentence has the command), one that cannot be
@@ -54,27 +102,35 @@ def load(name: str, data_dir: str | None = None) -> Dataset:
             f"dataset.name is {name!r}, which is not prepared in {_root(data_dir)}; "
             f"prepare it once with: python -m imp_jax.data prepare {name}{flag}"
         )
-    features, splits = builder.info.features, builder.info.splits
-    classifies = {"image", "label"} <= set(features) and isinstance(features["label"], tfds.features.ClassLabel)
-    if not classifies or not {"train", "test"} <= set(splits):
-        raise UserError(
-            f"dataset.name is {name!r}; it should be a set with an image, a class label and the splits "
-            f"train and test, and has {sorted(features)} and {sorted(splits)}"
-        )
-    return Dataset(*_read(builder, "train"), *_read(builder, "test"), features["label"].num_classes)
+    test_split = _test_split(builder)
+    augmentation = USUAL_AUGMENTATION.get(name, ()) if augmentation is None else tuple(augmentation)
+    streamed = None in builder.info.features["image"].shape
+    splits = []
+    for split in ("train", test_split):
+        source = Source(builder, split, decode=not streamed)
+        if streamed:
+            splits.append(
+                Streamed(source, image_side, augmentation, os.cpu_count() if workers is None else workers)
+            )
+        else:
+            splits.append(InMemory(*map(jnp.asarray, source.read_all())))
+    mean, std = _statistics(splits[0], Path(builder.data_path))
+    return Dataset(*splits, builder.info.features["label"].num_classes, augmentation, mean, std)
 
 
-def prepare(name: str, data_dir: str | None = None) -> Path:
+def prepare(name: str, data_dir: str | os.PathLike | None = None) -> Path:
     """Download and prepare the set `name` as ArrayRecord files, unless that is done; returns its folder.
 
     Raises:
-      UserError: an unknown set, no TensorFlow or no network where they are needed, or no place to write.
+      UserError: an unknown set, no TensorFlow, no network or no archives where they are needed, or no place to
+        write.
     """
     builder = _builder(name, data_dir)
     if not builder.is_prepared():
+        root = _root(data_dir)
         if name not in BUILDERS:
             _require_tensorflow(name)
-        root = _root(data_dir)
+        _require_archives(builder, root)
         print(f"preparing {name} in {root}", flush=True)
         tfds.disable_progress_bar()
         try:
@@ -83,15 +139,8 @@ def prepare(name: str, data_dir: str | None = None) -> Path:
             with FileLock(root / f".{name}.lock"), contextlib.redirect_stdout(io.StringIO()):
                 _builder(name, data_dir).download_and_prepare()
         except Exception as error:  # TFDS lets through whatever its download library raises
-            raise UserError(f"could not prepare {name} in {root}: {_in_one_line(error)}") from error
+            raise UserError(f"could not prepare {name} in {root}: {in_one_line(error)}") from error
     return Path(builder.data_path)
-
-
-def to_float(
-    images: UInt8[Array, "*batch height width channels"],
-) -> Float[Array, "*batch height width channels"]:
-    """Pixels from 0…255 to [0, 1], as float32."""
-    return images.astype(jnp.float32) / 255
 
 
 def _builder(name, data_dir):
@@ -107,23 +156,51 @@ def _builder(name, data_dir):
             f"or another image-classification set of TFDS{hint}"
         ) from error
     except Exception as error:  # an odd name, a missing version, another file format: each raises its own
-        raise UserError(f"dataset.name is {name!r}, which TFDS cannot open: {_in_one_line(error)}") from error
+        raise UserError(f"dataset.name is {name!r}, which TFDS cannot open: {in_one_line(error)}") from error
 
 
 def _root(data_dir):
     return Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
 
 
-def _read(builder, split):
-    try:
-        source = builder.as_data_source(split=split)
-        examples = source.__getitems__(range(len(source)))
-        images = np.stack([example["image"] for example in examples])
-    except Exception as error:  # a torn file surfaces as one of many exceptions of its readers
+def _test_split(builder):
+    """The split that a network is tested on, of a set that classifies images."""
+    features, splits = builder.info.features, builder.info.splits
+    classifies = {"image", "label"} <= set(features) and isinstance(features["label"], tfds.features.ClassLabel)
+    test_split = TEST_SPLIT.get(builder.name, "test" if "test" in splits else "validation")
+    if not classifies or not {"train", test_split} <= set(splits):
         raise UserError(
-            f"cannot read {split} of {builder.name} in {builder.data_path}: {_in_one_line(error)}"
-        ) from error
-    return images, np.array([example["label"] for example in examples], np.int32)
+            f"dataset.name is {builder.name!r}; it should be a set with an image, a class label and the splits "
+            f"train and {test_split}, and has {sorted(features)} and {sorted(splits)}"
+        )
+    return test_split
+
+
+def _statistics(train, folder):
+    """Mean and standard deviation of each channel, computed once and kept beside the records."""
+    path = folder / "statistics.json"
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        kept = json.loads(path.read_text())
+        return np.array(kept["mean"], np.float32), np.array(kept["std"], np.float32)
+    channels = train.image_shape[-1]
+    counts = np.zeros((channels, 256), np.int64)  # of the 256 values a pixel may have
+    if isinstance(train, InMemory):
+        batches = np.array_split(np.asarray(train.images), -(-train.examples // 1000))
+    else:
+        examples = np.unique(np.linspace(0, train.examples - 1, STATISTICS_IMAGES, dtype=int))
+        batches = (np.asarray(images) for images, _ in train.evaluation_batches(100, examples.tolist()))
+    for images in batches:
+        for channel in range(channels):
+            counts[channel] += np.bincount(images[..., channel].ravel(), minlength=256)
+    values = np.arange(256) / 255
+    mean = counts @ values / counts.sum(1)
+    std = np.sqrt(counts @ values**2 / counts.sum(1) - mean**2)
+    std = np.where(std > 0, std, 1)  # of a channel that is the same everywhere
+    with contextlib.suppress(OSError):  # a folder that is shared may be read-only
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        aside.write_text(json.dumps({"mean": mean.tolist(), "std": std.tolist()}) + "\n")
+        aside.replace(path)
+    return mean.astype(np.float32), std.astype(np.float32)
 
 
 def _require_tensorflow(name):
@@ -135,5 +212,12 @@ def _require_tensorflow(name):
         ) from error
 
 
-def _in_one_line(error):
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 400)
+def _require_archives(builder, root):
+    """Refuse a set that is to be downloaded by hand, as ImageNet, and was not."""
+    folder = root / "downloads" / "manual"
+    instructions = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
+    if instructions and not (folder.is_dir() and any(folder.iterdir())):
+        raise UserError(
+            f"{builder.name} is not downloaded automatically; put its archives into {folder}: "
+            f"{' '.join(instructions.split())}"
+        )

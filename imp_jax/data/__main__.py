@@ -10,7 +10,7 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m imp_jax.data", description="Prepare data sets.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("prepare", help="download a set of TFDS and write it as ArrayRecord files")
-    command.add_argument("name", help="mnist, mnist5k, or any other image-classification set of TFDS")
+    command.add_argument("name", help="cifar10, or any other image-classification set of TFDS")
     command.add_argument("--data_dir", help="where to keep it (default: ~/tensorflow_datasets)")
     arguments = parser.parse_args()
     logging.set_verbosity(logging.ERROR)

@@ -1,0 +1,21 @@
+"""Conv-4 on CIFAR-10: a row of table 1 (figures 12, 13, 21 to 23).
+
+python -m imp_jax.data prepare cifar10    # once, needs the network and `pip install -e ".[prepare]"`
+python -m imp_jax.main --config=configs/conv4.py --workdir=runs/conv4
+"""
+
+from imp_jax.config import default
+
+
+def get_config():
+    config = default()
+    config.dataset.name = "cifar10"
+    config.dataset.normalize = True
+    config.epochs = 75
+    config.batch_size = 128
+    config.model.name = "conv4"
+    config.optimizer.name = "momentum"
+    config.optimizer.learning_rate = 0.01
+    config.optimizer.schedule = "cosine"
+    config.optimizer.weight_decay = 1e-5
+    return config

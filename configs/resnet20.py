@@ -1,0 +1,22 @@
+"""ResNet-20 on CIFAR-10: a row of table 1 (figures 1 to 11).
+
+python -m imp_jax.data prepare cifar10    # once, needs the network and `pip install -e ".[prepare]"`
+python -m imp_jax.main --config=configs/resnet20.py --workdir=runs/resnet20 --config.batch_size=1024
+"""
+
+from imp_jax.config import default
+
+
+def get_config():
+    config = default()
+    config.dataset.name = "cifar10"
+    config.dataset.normalize = True
+    config.epochs = 85
+    config.batch_size = 128
+    config.model.name = "resnet20"
+    config.optimizer.name = "momentum"
+    config.optimizer.learning_rate = 0.1
+    config.optimizer.schedule = "step"
+    config.optimizer.milestones = (56, 71)
+    config.optimizer.weight_decay = 1e-5
+    return config

@@ -1,0 +1,28 @@
+"""ResNet-50 on ImageNet, one cut to 30 %: a row of table 1 (table of appendix C).
+
+python -m imp_jax.data prepare imagenet2012    # once, with the two archives in downloads/manual
+python -m imp_jax.main --config=configs/resnet50.py --workdir=runs/resnet50
+"""
+
+from imp_jax.config import default
+
+
+def get_config():
+    config = default()
+    config.dataset.name = "imagenet2012"
+    config.dataset.normalize = True
+    config.replicates = 1
+    config.arms = ("imp",)
+    config.rounds = 2
+    config.epochs = 90
+    config.batch_size = 1024
+    config.dtype = "bfloat16"
+    config.model.name = "resnet50"
+    config.model.norm_affine = True  # the usual ResNet-50; 25.5 M parameters in table 1
+    config.optimizer.name = "momentum"
+    config.optimizer.learning_rate = 0.4
+    config.optimizer.schedule = "step"
+    config.optimizer.milestones = (30, 60, 80)
+    config.optimizer.weight_decay = 1e-5
+    config.pruning.fraction = 0.7
+    return config

@@ -1,0 +1,184 @@
+"""Splits that stay on disk: JPEGs of various sizes, decoded and cropped batch by batch (ImageNet).
+
+An example of the stream is a pure function of its place in the training: a stream begins at any step, and is the
+same with any number of workers.
+"""
+
+import functools
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import grain
+import jax
+import numpy as np
+from absl import flags
+from jaxtyping import Int, UInt8, UInt32
+from PIL import Image
+
+from imp_jax.config import UserError
+from imp_jax.data.source import Source, in_one_line
+
+Crop = UInt8[np.ndarray, "side side 3"]
+Box = tuple[float, float, float, float]  # left, upper, right, lower, in pixels
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A split on disk, whose images are served as crops of `side` × `side` pixels in RGB."""
+
+    source: Source
+    side: int
+    augmentation: tuple[str, ...]  # of training images: "crop" to a random part of the image, "flip"
+    workers: int  # processes that decode; 0 decodes in threads of this one
+
+    @property
+    def examples(self) -> int:
+        return len(self.source)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return (self.side, self.side, 3)
+
+    def training_batches(
+        self, seeds: UInt32[np.ndarray, "members words"], epochs: int, batch_size: int, first_step: int = 0
+    ) -> Iterator[tuple[UInt8[jax.Array, "members batch side side 3"], Int[jax.Array, "members batch"]]]:
+        """The batches of a training from step `first_step` on, on the device a little before they are needed.
+
+        In each epoch each member visits the examples in an order and in crops of its own, drawn from its seed;
+        examples that do not fill a last batch are left out of that epoch.
+
+        Raises:
+          UserError: an example that cannot be read.
+        """
+        visits = _Visits(self, tuple(tuple(map(int, seed)) for seed in seeds), epochs, batch_size)
+        batches = grain.MapDataset.source(visits)[first_step * len(seeds) * batch_size :].batch(batch_size)
+        return _on_device(self._decode(batches).batch(len(seeds), drop_remainder=True))
+
+    def evaluation_batches(
+        self, batch_size: int, examples: Sequence[int] | None = None
+    ) -> Iterator[tuple[UInt8[jax.Array, "batch side side 3"], Int[jax.Array, " batch"]]]:
+        """The central crops of all examples, or of those named, in order; the last batch may be smaller.
+
+        Raises:
+          UserError: an example that cannot be read.
+        """
+        views = _Views(self, range(self.examples) if examples is None else examples)
+        return _on_device(self._decode(grain.MapDataset.source(views).batch(batch_size)))
+
+    def _decode(self, batches):
+        # whoever decodes makes a whole batch: its make-up does not depend on their number
+        threads = 1 if self.workers else 2
+        batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
+        if self.workers:
+            if not flags.FLAGS.is_parsed():  # in a notebook; Grain's workers have flags of their own
+                flags.FLAGS.mark_as_parsed()
+            batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.workers))
+        return batches
+
+
+@dataclass(frozen=True)
+class _Visits:
+    """What a training sees, image by image: of each step the members, of each member its batch."""
+
+    split: Streamed
+    seeds: tuple[tuple[int, ...], ...]
+    epochs: int
+    batch_size: int
+
+    def __len__(self):
+        return self.epochs * self._steps * len(self.seeds) * self.batch_size
+
+    def __getitem__(self, index):
+        step, index = divmod(index, len(self.seeds) * self.batch_size)
+        member, place = divmod(index, self.batch_size)
+        epoch, step = divmod(step, self._steps)
+        seed = (*self.seeds[member], epoch)
+        place += step * self.batch_size
+        example = int(_order(seed, self.split.examples)[place])
+        draw = np.random.default_rng((*seed, 1, place))
+        return _read(self.split, example, draw)
+
+    @property
+    def _steps(self):
+        return self.split.examples // self.batch_size
+
+
+@dataclass(frozen=True)
+class _Views:
+    """What an evaluation sees."""
+
+    split: Streamed
+    examples: Sequence[int]
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, index):
+        return _read(self.split, self.examples[index], draw=None)
+
+
+@functools.lru_cache(maxsize=16)  # of every member; images of an epoch come one after the other
+def _order(seed, examples):
+    return np.random.default_rng((*seed, 0)).permutation(examples).astype(np.uint32)
+
+
+def _read(split, example, draw):
+    """Image and label of an example: a random view by `draw`, or the central one."""
+    record = split.source[example]
+    try:
+        image = Image.open(io.BytesIO(record["image"]))
+        if draw is not None and "crop" in split.augmentation:
+            crop = resized(image, random_box(draw, *image.size), split.side)
+        else:
+            crop = resized(image, central_box(*image.size), split.side)
+    except Exception as error:  # Pillow raises many kinds on a damaged image
+        raise UserError(
+            f"cannot decode example {example} of {split.source.name}, {split.source.file(example)}: "
+            f"{in_one_line(error)}"
+        ) from error
+    if draw is not None and "flip" in split.augmentation and draw.random() < 0.5:
+        crop = crop[:, ::-1]
+    return crop, np.int32(record["label"])
+
+
+def random_box(draw: np.random.Generator, width: int, height: int) -> Box:
+    """A random part of an image: 8 to 100 % of its area, 3 : 4 to 4 : 3 in shape (Szegedy et al. 2015).
+
+    Where ten draws do not fit into the image, the central part nearest to such a shape.
+    """
+    for _ in range(10):
+        area = draw.uniform(0.08, 1) * width * height
+        ratio = np.exp(draw.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, upper = draw.integers(0, width - w + 1), draw.integers(0, height - h + 1)
+            return (left, upper, left + w, upper + h)
+    w, h = min(width, height * 4 / 3), min(height, width * 4 / 3)
+    return ((width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2)
+
+
+def central_box(width: int, height: int) -> Box:
+    """The central square with 224 / 256 of the shorter side: resize to 256, crop 224, in one."""
+    side = min(width, height) * 224 / 256
+    return ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
+
+
+def resized(image: Image.Image, box: Box, side: int) -> Crop:
+    """The part `box` of an image, `side` × `side` in RGB."""
+    width, height = image.size
+    # JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where that still has a pixel for each wanted one
+    left, upper, right, lower = box
+    image.draft("RGB", (int(width * side / (right - left)), int(height * side / (lower - upper))))
+    scale = np.array([image.size[0] / width, image.size[1] / height] * 2)
+    image = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR, box=tuple(scale * box))
+    return np.asarray(image)
+
+
+def _on_device(batches):
+    """Iterate with batches put on the device ahead of their use."""
+    iterator = iter(grain.experimental.device_put(batches, jax.local_devices()[0], cpu_buffer_size=2))
+    try:
+        yield from iterator
+    finally:
+        iterator.close()  # ends the workers, also where a training stops half-way
