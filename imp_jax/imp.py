@@ -352,8 +352,8 @@ def _in_words(experiment, params):
     weights = masking.size(params, config.pruning.exclude) // members
     height, width, channels = experiment.dataset.train.image_shape
     return (
-        f"{config.model.name} on {config.dataset.name} ({height} × {width} × {channels}): {count:,} parameters, "
-        f"{weights:,} of them weights to prune; {members} members"
+        f"{config.model.name} on {config.dataset.name} ({height} × {width} × {channels}): "
+        f"{count:,} parameters, {weights:,} of them weights to prune; {members} members"
     )
 
 

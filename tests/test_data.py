@@ -119,7 +119,7 @@ def test_a_preparation_that_was_cut_off_counts_for_nothing(tmp_path):
     folders.write_mnist(tmp_path)
     folder = next(tmp_path.glob("mnist/*"))
     folder.rename(folder.with_name(f"incomplete.ABC_{folder.name}"))  # as TFDS calls it until it is whole
-    with pytest.raises(UserError, match="not prepared in .*; prepare it once with"):
+    with pytest.raises(UserError, match=r"not prepared in .*; prepare it once with"):
         data.load("mnist", tmp_path)
 
 

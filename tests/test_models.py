@@ -227,7 +227,7 @@ def test_a_depth_that_is_not_6n_plus_2_is_said():
 
 
 def test_affine_normalisation_where_there_is_none_is_said():
-    with pytest.raises(UserError, match="model.norm_affine is True; conv4 has no normalisation"):
+    with pytest.raises(UserError, match=r"model\.norm_affine is True; conv4 has no normalisation"):
         create("conv4", norm_affine=True)
 
 

@@ -1,4 +1,4 @@
-"""Streams of JPEGs: geometry of the crops, order, exact resumption, damage; on a small folder of ImageNet's form."""
+"""Streams of JPEGs: geometry of the crops, order, exact resumption, damage; on a small ImageNet."""
 
 import io
 import pickle

@@ -3,9 +3,9 @@
     python -m imp_jax.data prepare cifar10 --data_dir=…
 
 downloads and prepares a set once. `mnist5k`, the default, needs neither network nor TensorFlow: its builder
-is in this package and `load` prepares it on first use. Sets whose images have one size are held in memory; others,
-as ImageNet, are streamed. To add a set, write a TFDS builder and name it in `BUILDERS`; any set of TFDS with an
-image, a class label and the splits train and test (or validation) is there already.
+is in this package and `load` prepares it on first use. Sets whose images have one size are held in memory;
+others, such as ImageNet, are streamed. To add a set, write a TFDS builder and name it in `BUILDERS`; any set of
+TFDS with an image, a class label and the splits train and test (or validation) is there already.
 """
 
 import contextlib

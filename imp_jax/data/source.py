@@ -1,4 +1,4 @@
-"""One split of a prepared set: random access to its ArrayRecord files, and the name of the file that is damaged."""
+"""A split of a prepared set: random access to its ArrayRecord files, and the name of one that is damaged."""
 
 import itertools
 import textwrap

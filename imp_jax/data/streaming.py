@@ -1,7 +1,7 @@
 """Splits that stay on disk: JPEGs of various sizes, decoded and cropped batch by batch (ImageNet).
 
-An example of the stream is a pure function of its place in the training: a stream begins at any step, and is the
-same with any number of workers.
+An example of the stream is a pure function of its place in the training: a stream begins at any step, and is
+the same with any number of workers.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """The networks, by the name a config gives them.
 
 A model is a Flax Linen module called as `model(images, train=…)` that returns logits. It has the fields
-`num_classes`, `dtype` and `width`, where it likes others of `config.model`, and says in `image_sides` what images
+`num_classes`, `width` and `dtype`, with normalisation `norm_affine` too, and says in `image_sides` which images
 suit it. To add one, write the module and name it in `MODELS`.
 """
 
