@@ -1,8 +1,11 @@
-"""How fast the main job runs on this machine: `python -m experiments.benchmark lenet`.
+"""How fast this machine trains: `python -m experiments.benchmark lenet|conv4|resnet20|resnet50`.
 
-Timed is the real thing, `imp.rounds` of a config into a temporary workdir, from one round to the next:
-training, evaluation, pruning, checkpoint, results and figure. Recording goes on beside the next training,
-so the CPU time it takes from that training counts as training.
+For lenet the real thing is timed, `imp.rounds` of configs/mnist5k.py into a temporary workdir, from one round
+to the next: training, evaluation, pruning, checkpoint, results and figure. Recording goes on beside the next
+training, so the CPU time it takes from that training counts as training.
+
+For the others the training steps of their configs are timed, on random images in the real shapes: in memory
+with augmentation for CIFAR-10, and as they come from a stream, whose decoding is not timed, for ImageNet.
 """
 
 import argparse
@@ -16,26 +19,41 @@ import time
 
 from absl import logging
 
-CONFIGS = {"lenet": "mnist5k"}
+CONFIGS = {"lenet": "mnist5k", "conv4": "conv4", "resnet20": "resnet20", "resnet50": "resnet50"}
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m experiments.benchmark", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("network", choices=CONFIGS)
-    parser.add_argument("--rounds", type=int, default=8, help="rounds to time (default: 8)")
+    parser.add_argument("--rounds", type=int, default=8, help="lenet: rounds to time (default: 8)")
+    parser.add_argument("--repeats", type=int, default=5, help="others: timings to take (default: 5)")
+    parser.add_argument("--steps", type=int, default=4, help="others: steps of a timing (default: 4)")
+    parser.add_argument("--members", type=int, default=2, help="others: networks side by side (default: 2)")
+    parser.add_argument("--batch_size", type=int, help="others: default is the config's")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="others: default is the config's")
+    parser.add_argument("--execution", default="auto", help="others: as in the config (default: auto)")
     arguments = parser.parse_args()
-    if arguments.rounds < 1:
-        sys.exit(f"error: --rounds is {arguments.rounds}; it should be at least 1")
+    for name in ("rounds", "repeats", "steps", "members", "batch_size"):
+        if (getattr(arguments, name) or 1) < 1:
+            sys.exit(f"error: --{name} is {getattr(arguments, name)}; it should be at least 1")
     logging.set_verbosity(logging.ERROR)
-    benchmark(CONFIGS[arguments.network], arguments.rounds)
+    from imp_jax.config import UserError
+
+    try:
+        if arguments.network == "lenet":
+            benchmark_rounds(CONFIGS[arguments.network], arguments.rounds)
+        else:
+            benchmark_steps(arguments)
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
-def benchmark(config_name: str, timed_rounds: int) -> None:
+def benchmark_rounds(config_name: str, timed_rounds: int) -> None:
     """Time `timed_rounds` rounds of a config and print the table."""
-    import jax
-    from rich.console import Console
-    from rich.table import Table
-
     from imp_jax import data, imp
 
     config = importlib.import_module(f"configs.{config_name}").get_config()
@@ -55,18 +73,94 @@ def benchmark(config_name: str, timed_rounds: int) -> None:
     trainings = trainings[2:]
     other = [1 - training / whole for training, whole in zip(trainings, rounds, strict=True)]
 
-    device = jax.devices()[0].device_kind
-    title = f"configs/{config_name}.py, {members} members on {device}, JAX {jax.__version__}"
-    table = Table("quantity", "median", "min", "max", title=title)
+    print_table(
+        f"configs/{config_name}.py, {members} members",
+        {
+            "images/s, all members, whole round": ([images / seconds for seconds in rounds], "{:,.0f}"),
+            "images/s, all members, training": ([images / seconds for seconds in trainings], "{:,.0f}"),
+            "seconds a round": (rounds, "{:.2f}"),
+            "share of a round not training": (other, "{:.1%}"),
+            "start, data, compilation (s)": ([first - 2 * statistics.median(rounds)], "{:.2f}"),
+        },
+    )
 
-    def add(name, values, pattern):
-        table.add_row(name, *[pattern.format(f(values)) for f in (statistics.median, min, max)])
 
-    add("images/s, all members, whole round", [images / seconds for seconds in rounds], "{:,.0f}")
-    add("images/s, all members, training", [images / seconds for seconds in trainings], "{:,.0f}")
-    add("seconds a round", rounds, "{:.2f}")
-    add("share of a round not training", other, "{:.1%}")
-    table.add_row("start, data, compilation (s)", f"{first - 2 * statistics.median(rounds):.2f}", "", "")
+def benchmark_steps(arguments: argparse.Namespace) -> None:
+    """Time training steps of a convolutional network and print the table."""
+    import jax
+
+    from imp_jax import config as configs
+    from imp_jax import data, masking, models, training
+
+    config = importlib.import_module(f"configs.{CONFIGS[arguments.network]}").get_config()
+    config.batch_size = arguments.batch_size or config.batch_size
+    config.dtype = arguments.dtype or config.dtype
+    config.execution = arguments.execution
+    configs.validate(config)
+    members, steps, batch_size = arguments.members, arguments.steps, config.batch_size
+    streamed = config.dataset.name == "imagenet2012"
+    image_shape, num_classes = ((224, 224, 3), 1000) if streamed else ((32, 32, 3), 10)
+
+    model = models.create(config, num_classes, image_shape)
+    recipe = training.Recipe(
+        model,
+        training.make_optimizer(config),
+        normalize=data.Normalize((0.5,) * 3, (0.25,) * 3),
+        augmentation=() if streamed else ("crop", "flip"),
+        execution=training.choose_execution(config, models.shapes(model, image_shape)["params"]),
+    )
+    key = jax.random.key(0)
+    keys = jax.random.split(key, members)
+    image = jax.numpy.zeros((1, *image_shape))
+    variables = jax.jit(jax.vmap(lambda key: dict(model.init(key, image, train=False))))(keys)
+    masks = masking.ones_like(variables["params"])
+    states = training.init_states(variables, masks, optimizer=recipe.optimizer)
+    rates = training.learning_rates(config, steps)[0]
+    leading = (members, batch_size) if streamed else (steps * batch_size,)
+    images = jax.random.bits(key, (*leading, *image_shape), "uint8")
+    labels = jax.random.randint(key, leading, 0, num_classes)
+
+    seconds = []
+    for repeat in range(1 + arguments.repeats):
+        start = time.perf_counter()
+        if streamed:
+            batches = itertools.repeat((images, labels))
+            states, metrics = training.train_on_stream(states, masks, batches, rates, recipe=recipe)
+        else:
+            split = data.InMemory(images, labels)
+            options = {"batch_size": batch_size, "recipe": recipe}
+            states, metrics = training.train_steps(states, masks, split, keys, repeat, 0, rates, **options)
+        jax.block_until_ready((states, metrics))
+        seconds.append((time.perf_counter() - start) / steps)
+    compiling, *seconds = seconds
+
+    execution = next(name for name, value in training.EXECUTIONS.items() if value == recipe.execution)
+    print_table(
+        f"{arguments.network}, {members} members, batch {batch_size}, {config.dtype}, {execution}",
+        {
+            "images/s, all members": ([members * batch_size / s for s in seconds], "{:,.0f}"),
+            "step of all members (ms)": ([1e3 * s for s in seconds], "{:,.1f}"),
+            "compilation (s)": ([steps * (compiling - statistics.median(seconds))], "{:.1f}"),
+        },
+    )
+
+
+def print_table(title: str, quantities: dict[str, tuple[list[float], str]]) -> None:
+    """Median, minimum and maximum of each quantity, and the memory the process has needed."""
+    import jax
+    from rich.console import Console
+    from rich.table import Table
+
+    device = jax.devices()[0]
+    table = Table(
+        "quantity", "median", "min", "max", title=f"{title} on {device.device_kind}, JAX {jax.__version__}"
+    )
+    for name, (values, pattern) in quantities.items():
+        spread = [pattern.format(f(values)) for f in (min, max)] if len(values) > 1 else ["", ""]
+        table.add_row(name, pattern.format(statistics.median(values)), *spread)
+    on_device = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    if on_device:
+        table.add_row("peak device memory (GiB)", f"{on_device / 2**30:.2f}", "", "")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     table.add_row("peak host memory (GiB)", f"{peak:.2f}", "", "")
     Console(soft_wrap=True).print(table)

@@ -30,7 +30,9 @@ def default() -> ConfigDict:
     config.dataset.name = "mnist5k"
     # None is TFDS's own, ~/tensorflow_datasets
     config.dataset.data_dir = FieldReference(None, field_type=object)
-    config.dataset.normalize = False  # to mean 0 and deviation 1 in each channel of the training set, or to [0, 1]
+    config.dataset.normalize = (
+        False  # to mean 0 and deviation 1 in each channel of the training set, or to [0, 1]
+    )
     # of training images: any of "crop" and "flip"; None is what is usual for the set (both for CIFAR)
     config.dataset.augmentation = FieldReference(None, field_type=object)
     config.dataset.image_side = 224  # pixels, of the crops of a streamed set (ImageNet)

@@ -353,7 +353,7 @@ def _in_words(experiment, params):
     height, width, channels = experiment.dataset.train.image_shape
     return (
         f"{config.model.name} on {config.dataset.name} ({height} × {width} × {channels}): "
-        f"{count:,} parameters, {weights:,} of them weights to prune; {members} members"
+        f"{count:,} parameters, {weights:,} of them weights to prune; {members} member{'s' * (members > 1)}"
     )
 
 

@@ -157,6 +157,15 @@ def test_a_set_without_labels_is_said(tmp_path):
         data.load("mnist", tmp_path)
 
 
+def test_a_set_too_large_for_the_device_is_said_before_it_is_read(tmp_path, monkeypatch):
+    folders.write_mnist(tmp_path)
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1024, "SC_PHYS_PAGES": 50}.get)
+    with pytest.raises(
+        UserError, match=r"'mnist', whose 50 images .* take 0.0 GiB; it should take at most half"
+    ):
+        data.load("mnist", tmp_path)
+
+
 def test_archives_that_are_missing_are_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", sys)  # that is not what is missing here
     with pytest.raises(

@@ -11,6 +11,7 @@ import pytest
 from imp_jax import config as configs
 from imp_jax import imp, masking, pruning, training
 from imp_jax.config import UserError
+from tests import folders
 
 
 def train_all(experiment, rounds=3):
@@ -246,6 +247,23 @@ def test_random_pruning_draws_anew_each_round(tiny_experiment):
     assert not np.array_equal(one["Dense_0"]["kernel"], other["Dense_0"]["kernel"])
 
 
+@pytest.mark.parametrize("execution", ["scan_unroll", "step_vmap", "step_unroll"])
+def test_every_execution_gives_the_same_rounds(tiny_experiment, execution):
+    for (one, thresholds), (other, expected) in zip(
+        train_all(tiny_experiment(execution=execution)), train_all(tiny_experiment()), strict=True
+    ):
+        assert_trees_close(one.trained, other.trained)
+        np.testing.assert_allclose(thresholds, expected, rtol=1e-4)
+
+
+def test_excluded_layers_stay_dense(tiny_experiment):
+    experiment = tiny_experiment(**{"pruning.exclude": ("Dense_0",), "pruning.fraction": 0.5})
+    (_, _), (networks, thresholds) = train_all(experiment, rounds=2)
+    assert networks.mask["Dense_0"]["kernel"].all()
+    rows = imp.measure(experiment, 1, networks, thresholds, seconds=0.0)
+    assert rows[0]["density"] == pytest.approx((45 - 22) / 45)  # of the 6 · 5 + 5 · 3 others
+
+
 # --- whole runs, on mnist5k ---
 
 
@@ -289,6 +307,77 @@ def test_a_rewinding_run_resumes_to_the_same_results(data_dir, tmp_path, rewind_
         next(rounds)
         rounds.close()
     pd.testing.assert_frame_equal(without_seconds(tmp_path / "whole"), without_seconds(tmp_path / "cut"))
+
+
+def test_a_convolutional_network_on_grey_images(data_dir, tmp_path, capsys):
+    config = quick_config(data_dir, rounds=2, batch_size=100, **{"model.name": "resnet8", "model.width": 0.25})
+    config.update_from_flattened_dict(
+        {
+            "arms": ("imp",),
+            "dataset.normalize": True,
+            "dataset.augmentation": ("crop",),
+            "optimizer.learning_rate": 1e-2,
+        }
+    )
+    imp.run(config, tmp_path)
+    weights = 9 * (4 + 2 * 4 * 4 + 4 * 8 + 8 * 8 + 8 * 16 + 16 * 16) + 16 * 10
+    said = f"(28 × 28 × 1): {weights + 10:,} parameters, {weights:,} of them weights to prune; 1 member"
+    assert f"resnet8 on mnist5k {said}" in capsys.readouterr().out
+    results = pd.read_csv(tmp_path / "results.csv")
+    assert results["density"][1] == pytest.approx(1 - round(0.2 * weights) / weights)
+    assert (results["test_accuracy"] > 0.2).all()  # chance is 0.1
+
+
+def test_a_streamed_run(tmp_path):
+    """ImageNet in small, the output layer unpruned; a run that was cut off goes on to the same results."""
+    folders.write_imagenet(tmp_path / "data")
+    config = quick_config(str(tmp_path / "data"), rounds=2, epochs=2, batch_size=4, rewind_step=4)
+    config.update_from_flattened_dict(
+        {
+            "dataset.name": "imagenet2012",
+            "dataset.image_side": 32,
+            "dataset.workers": 0,
+            "dataset.normalize": True,
+            "model.width": 0.1,
+            "pruning.exclude": ("Dense_2",),
+        }
+    )
+    imp.run(config, tmp_path / "whole")
+    rounds = imp.rounds(config, tmp_path / "cut")
+    next(rounds)
+    rounds.close()
+    imp.run(config, tmp_path / "cut")
+    results = without_seconds(tmp_path / "whole")
+    pd.testing.assert_frame_equal(results, without_seconds(tmp_path / "cut"))
+    assert results["density"].round(2).tolist() == [1, 1, 0.8, 0.8]
+    assert np.isfinite(results["train_loss"]).all()
+
+
+def test_a_stream_trains_on_the_batches_it_serves(tmp_path):
+    """Against `train_step` of each member on the batches, read apart."""
+    folders.write_imagenet(tmp_path)
+    config = quick_config(str(tmp_path), epochs=2, batch_size=4, execution="step_vmap")
+    config.update_from_flattened_dict(
+        {
+            "dataset.name": "imagenet2012",
+            "dataset.image_side": 8,
+            "dataset.workers": 0,
+            "optimizer.name": "momentum",
+            "model.width": 0.1,
+        }
+    )
+    experiment = imp.setup(config)
+    tickets = imp.initialize(experiment)
+    masks = masking.ones_like(tickets["params"])
+    networks = imp.train(experiment, 0, tickets, masks)
+    keys = imp._keys(experiment, lambda m: ["data", imp.ARMS[m.arm], 0])
+    states = training.init_states(tickets, masks, optimizer=experiment.recipe.optimizer)
+    for i in range(2):
+        state, mask = member(states, i), member(masks, i)
+        batches = experiment.dataset.train.training_batches(jax.random.key_data(keys)[i : i + 1], 2, 4)
+        for (images, labels), rate in zip(batches, experiment.learning_rates.ravel(), strict=True):
+            state, _ = training.train_step(state, mask, images[0], labels[0], rate, recipe=experiment.recipe)
+        assert_trees_close(member(networks.trained["params"], i), state.params)
 
 
 def test_a_row_is_there_only_once_its_round_is_on_disk(data_dir, tmp_path, monkeypatch):

@@ -53,6 +53,20 @@ def test_density_is_vmappable_and_jittable():
     np.testing.assert_allclose(jax.jit(jax.vmap(masking.density))(masks), [0.5, 0.25])
 
 
+def test_excluded_layers_are_not_prunable():
+    params = small_params()
+    assert not any(jax.tree.leaves(masking.prunable(params, ["*"])))
+    assert masking.prunable(params, ["co*"])["conv"] == {"kernel": False, "bias": False}
+    assert masking.prunable(params, ["kernel"]) == masking.prunable(params)  # patterns are of layers
+    mask = masking.ones_like(params)
+    mask["head"]["kernel"] = jnp.zeros((4, 2), bool)
+    assert masking.size(mask, ["conv"]) == 8
+    assert masking.survivors(mask, ["conv"]) == 0
+    assert masking.density(mask, ["he?d"]) == 1
+    with pytest.raises(ValueError, match=r"no leaf called 'kernel' outside of conv, head"):
+        masking.density(mask, ["conv", "head"])
+
+
 def test_nothing_to_prune_is_an_error():
     with pytest.raises(ValueError, match="no leaf called 'kernel'"):
         masking.density({"bias": jnp.ones(3, bool)})

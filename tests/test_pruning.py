@@ -115,6 +115,18 @@ def test_pruned_weights_do_not_come_back():
     assert threshold == 1
 
 
+def test_excluded_layers_keep_their_weights():
+    params = {name: {"kernel": jnp.arange(1.0, 11.0)} for name in ("projection_1", "conv", "head")}
+    params["conv"]["kernel"] *= 100
+    mask, threshold = pruning.prune_by_magnitude(
+        params, masking.ones_like(params), 0.25, exclude=("projection_*",)
+    )
+    assert mask["projection_1"]["kernel"].all()
+    np.testing.assert_array_equal(mask["head"]["kernel"], np.arange(10) >= 5)  # 5 of 20, the smallest
+    assert mask["conv"]["kernel"].all()
+    assert threshold == 5
+
+
 def test_vmapped_over_members_equals_one_by_one():
     params = {"kernel": jax.random.normal(jax.random.key(0), (4, 50))}
     mask = {"kernel": jax.random.bernoulli(jax.random.key(1), 0.7, (4, 50))}

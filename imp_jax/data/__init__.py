@@ -12,11 +12,13 @@ import contextlib
 import difflib
 import io
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
@@ -106,6 +108,8 @@ def load(
     augmentation = USUAL_AUGMENTATION.get(name, ()) if augmentation is None else tuple(augmentation)
     streamed = None in builder.info.features["image"].shape
     splits = []
+    if not streamed:
+        _require_memory(builder, ("train", test_split))
     for split in ("train", test_split):
         source = Source(builder, split, decode=not streamed)
         if streamed:
@@ -174,6 +178,19 @@ def _test_split(builder):
             f"train and {test_split}, and has {sorted(features)} and {sorted(splits)}"
         )
     return test_split
+
+
+def _require_memory(builder, splits):
+    """Refuse a set that the device cannot hold beside a network in training, before it is read."""
+    examples = sum(builder.info.splits[split].num_examples for split in splits)
+    needed = examples * math.prod(builder.info.features["image"].shape)
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    there = statistics.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there / 2:
+        raise UserError(
+            f"dataset.name is {builder.name!r}, whose {examples:,} images are held in memory and take "
+            f"{needed / 2**30:.1f} GiB; it should take at most half of the device's {there / 2**30:.1f} GiB"
+        )
 
 
 def _statistics(train, folder):

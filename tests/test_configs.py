@@ -1,0 +1,42 @@
+"""The config files are table 1 of the paper."""
+
+import pytest
+
+from configs import conv4, lenet, mnist5k, resnet20, resnet50
+from imp_jax import config as configs
+
+# epochs, batch size, optimizer, learning rate, schedule, milestones, weight decay, fraction pruned a round
+TABLE_1 = {
+    lenet: ("lenet", "mnist", 25, 60, "adam", 12e-4, "constant", (), 0, 0.2),
+    resnet20: ("resnet20", "cifar10", 85, 128, "momentum", 0.1, "step", (56, 71), 1e-5, 0.2),
+    conv4: ("conv4", "cifar10", 75, 128, "momentum", 0.01, "cosine", (), 1e-5, 0.2),
+    resnet50: ("resnet50", "imagenet2012", 90, 1024, "momentum", 0.4, "step", (30, 60, 80), 1e-5, 0.7),
+}
+
+
+@pytest.mark.parametrize("module", TABLE_1, ids=lambda module: module.__name__)
+def test_table_1(module):
+    config = module.get_config()
+    configs.validate(config)
+    optimizer = config.optimizer
+    assert TABLE_1[module] == (
+        config.model.name,
+        config.dataset.name,
+        config.epochs,
+        config.batch_size,
+        optimizer.name,
+        optimizer.learning_rate,
+        optimizer.schedule,
+        optimizer.milestones,
+        optimizer.weight_decay,
+        config.pruning.fraction,
+    )
+    assert optimizer.momentum == 0.9
+    assert optimizer.warmup_epochs == 0
+    assert config.rounds == (2 if module is resnet50 else 25)
+
+
+@pytest.mark.parametrize("module", [*TABLE_1, mnist5k], ids=lambda module: module.__name__)
+def test_a_docstring_has_the_command(module):
+    name = module.__name__.replace("configs.", "")
+    assert f"python -m imp_jax.main --config=configs/{name}.py --workdir=runs/{name}" in module.__doc__
