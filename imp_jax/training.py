@@ -196,7 +196,7 @@ def train_steps(
     options = {"batch_size": batch_size, "recipe": recipe}
     if recipe.execution.scan:
         return _scan_steps(states, masks, split, keys, epoch, first_step, learning_rates, **options)
-    draws = _draw_epoch_alone(keys, epoch, split.examples)
+    draws = _draw_epoch_alone(keys, epoch, examples=split.examples)
     return _step_by_step(
         lambda states, *inputs: _step_alone(states, masks, split, draws, inputs, **options),
         states,
@@ -308,12 +308,34 @@ def _filled(images, labels, batch_size):
     return images, jnp.pad(labels, (0, missing)), np.arange(batch_size) < batch_size - missing
 
 
-# the same functions as programs of their own, where a step or a batch is not part of a larger one
-_draw_epoch_alone = jax.jit(_draw_epoch, static_argnums=2)
-_step_alone = jax.jit(_step, static_argnames=("batch_size", "recipe"), donate_argnames="states")
-_train_members_alone = jax.jit(train_members, static_argnames="recipe", donate_argnames="states")
-_batch_sums_alone = jax.jit(_batch_sums, static_argnames="recipe")
-_sums_alone = jax.jit(_sums, static_argnames=("batch_size", "recipe"))
+def _alone(function, **options):
+    """`function` as a program of its own, where a step or a batch is not part of a larger one."""
+
+    @functools.cache
+    def program():  # not before its first call: the options depend on the device
+        return jax.jit(function, compiler_options=_compiler_options(), **options)
+
+    return lambda *args, **kwargs: program()(*args, **kwargs)
+
+
+@functools.cache
+def _compiler_options():
+    """Keeps XLA on a CPU from handing convolutions to YNNPACK, whose weight gradients take twice the time."""
+    kinds = ("INDIVIDUAL_DOT", "REDUCE")  # what it is left: by default INDIVIDUAL_CONVOLUTION too
+    fusions = ",".join(f"LIBRARY_FUSION_TYPE_{kind}" for kind in kinds)
+    options = {"xla_cpu_experimental_ynn_fusion_type": fusions} if jax.default_backend() == "cpu" else {}
+    try:
+        jax.jit(jnp.negative, compiler_options=options)(0.0)
+    except jax.errors.JaxRuntimeError:  # an experimental option: this XLA does not know it
+        return {}
+    return options
+
+
+_draw_epoch_alone = _alone(_draw_epoch, static_argnames="examples")
+_step_alone = _alone(_step, static_argnames=("batch_size", "recipe"), donate_argnames="states")
+_train_members_alone = _alone(train_members, static_argnames="recipe", donate_argnames="states")
+_batch_sums_alone = _alone(_batch_sums, static_argnames="recipe")
+_sums_alone = _alone(_sums, static_argnames=("batch_size", "recipe"))
 
 
 def _step_by_step(step, states, inputs):

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from imp_jax import config as configs
 from imp_jax import masking, models
 from imp_jax.config import UserError
-from imp_jax.models.conv import Conv4
+from imp_jax.models.conv import Conv4, max_pool
 from imp_jax.models.initializers import kaiming_normal
 from imp_jax.models.lenet import LeNet
 from imp_jax.models.resnet import CifarResNet, ResNet50
@@ -149,6 +150,16 @@ def test_a_cifar_resnet_against_numpy():
     running = state["batch_stats"]["BatchNorm_0"]
     np.testing.assert_allclose(running["mean"], 0.1 * first.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(running["var"], 0.9 + 0.1 * first.var((0, 1, 2)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 8, 3), (2, 7, 5, 3)])
+def test_max_pool_and_its_gradient_are_flaxs(shape):
+    x = jax.random.normal(jax.random.key(0), shape)
+    weights = jax.random.normal(jax.random.key(1), nn.max_pool(x, (2, 2), (2, 2)).shape)
+    np.testing.assert_array_equal(max_pool(x), nn.max_pool(x, (2, 2), (2, 2)))
+    ours = jax.grad(lambda x: jnp.sum(weights * max_pool(x)))(x)
+    flaxs = jax.grad(lambda x: jnp.sum(weights * nn.max_pool(x, (2, 2), (2, 2))))(x)
+    np.testing.assert_array_equal(ours, flaxs)
 
 
 # --- initialisation ---
