@@ -11,13 +11,17 @@ with augmentation for CIFAR-10, and as they come from a stream, whose decoding i
 import argparse
 import importlib
 import itertools
+import os
 import resource
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 
 from absl import logging
+
+from imp_jax.config import UserError
 
 CONFIGS = {"lenet": "mnist5k", "conv4": "conv4", "resnet20": "resnet20", "resnet50": "resnet50"}
 
@@ -36,14 +40,19 @@ def main():
     parser.add_argument("--batch_size", type=int, help="others: default is the config's")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="others: default is the config's")
     parser.add_argument("--execution", default="auto", help="others: as in the config (default: auto)")
+    parser.add_argument(
+        "--torch", action="store_true", help="conv4, resnet20: eager PyTorch in turn, on the CPU"
+    )
     arguments = parser.parse_args()
     for name in ("rounds", "repeats", "steps", "members", "batch_size"):
         if (getattr(arguments, name) or 1) < 1:
             sys.exit(f"error: --{name} is {getattr(arguments, name)}; it should be at least 1")
     logging.set_verbosity(logging.ERROR)
-    from imp_jax.config import UserError
-
     try:
+        if arguments.torch and arguments.network not in ("conv4", "resnet20"):
+            raise UserError(
+                f"--torch is for conv4 and resnet20; there is no {arguments.network} in PyTorch here"
+            )
         if arguments.network == "lenet":
             benchmark_rounds(CONFIGS[arguments.network], arguments.rounds)
         else:
@@ -120,29 +129,67 @@ def benchmark_steps(arguments: argparse.Namespace) -> None:
     images = jax.random.bits(key, (*leading, *image_shape), "uint8")
     labels = jax.random.randint(key, leading, 0, num_classes)
 
-    seconds = []
-    for repeat in range(1 + arguments.repeats):
-        start = time.perf_counter()
+    def ours():
+        nonlocal states
         if streamed:
             batches = itertools.repeat((images, labels))
-            states, metrics = training.train_on_stream(states, masks, batches, rates, recipe=recipe)
+            states, _ = training.train_on_stream(states, masks, batches, rates, recipe=recipe)
         else:
             split = data.InMemory(images, labels)
             options = {"batch_size": batch_size, "recipe": recipe}
-            states, metrics = training.train_steps(states, masks, split, keys, repeat, 0, rates, **options)
-        jax.block_until_ready((states, metrics))
-        seconds.append((time.perf_counter() - start) / steps)
-    compiling, *seconds = seconds
+            states, _ = training.train_steps(states, masks, split, keys, 0, 0, rates, **options)
+        jax.block_until_ready(states)
+
+    contenders = {"imp_jax": ours} | (torch_contenders(arguments, batch_size) if arguments.torch else {})
+    seconds = {name: [] for name in contenders}
+    for _ in range(1 + arguments.repeats):
+        for name, train in contenders.items():
+            start = time.perf_counter()
+            train()
+            seconds[name].append((time.perf_counter() - start) / steps)
+    compiling = seconds["imp_jax"][0]
+    seconds = {name: times[1:] for name, times in seconds.items()}
+    ours, *others = seconds.values()
 
     execution = next(name for name, value in training.EXECUTIONS.items() if value == recipe.execution)
     print_table(
         f"{arguments.network}, {members} members, batch {batch_size}, {config.dtype}, {execution}",
         {
-            "images/s, all members": ([members * batch_size / s for s in seconds], "{:,.0f}"),
-            "step of all members (ms)": ([1e3 * s for s in seconds], "{:,.1f}"),
-            "compilation (s)": ([steps * (compiling - statistics.median(seconds))], "{:.1f}"),
+            "images/s, all members": ([members * batch_size / s for s in ours], "{:,.0f}"),
+            "step of all members (ms)": ([1e3 * s for s in ours], "{:,.1f}"),
+            "compilation (s)": ([steps * (compiling - statistics.median(ours))], "{:.1f}"),
+        }
+        | {
+            f"our time over that of {name}": ([a / b for a, b in zip(ours, times, strict=True)], "{:.2f}")
+            for name, times in zip(list(seconds)[1:], others, strict=True)
         },
     )
+
+
+def torch_contenders(arguments: argparse.Namespace, batch_size: int) -> dict[str, Callable[[], None]]:
+    """The same number of steps of as many networks in eager PyTorch, in both layouts, on all cores."""
+    try:
+        import torch
+
+        from experiments import torch_reference
+    except ImportError as error:
+        raise UserError('--torch needs PyTorch: pip install -e ".[bench]"') from error
+    torch.set_num_threads(os.cpu_count())
+    examples, count = arguments.steps * batch_size, arguments.steps * arguments.members
+
+    def contender(memory_format):
+        step = torch_reference.stepper(arguments.network, batch_size, examples, memory_format)
+
+        def train():
+            for _ in range(count):
+                step()
+
+        return train
+
+    return {
+        "PyTorch": contender(torch.contiguous_format),
+        "PyTorch, channels last": contender(torch.channels_last),
+    }
 
 
 def print_table(title: str, quantities: dict[str, tuple[list[float], str]]) -> None:

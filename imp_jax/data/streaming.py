@@ -165,14 +165,8 @@ def central_box(width: int, height: int) -> Box:
 
 
 def resized(image: Image.Image, box: Box, side: int) -> Crop:
-    """The part `box` of an image, `side` × `side` in RGB."""
-    width, height = image.size
-    # JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where that still has a pixel for each wanted one
-    left, upper, right, lower = box
-    image.draft("RGB", (int(width * side / (right - left)), int(height * side / (lower - upper))))
-    scale = np.array([image.size[0] / width, image.size[1] / height] * 2)
-    image = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR, box=tuple(scale * box))
-    return np.asarray(image)
+    """The part `box` of an image in RGB, resized to `side` × `side` with antialiasing."""
+    return np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR, box=box))
 
 
 def _on_device(batches):
