@@ -171,7 +171,6 @@ def setup(config: ConfigDict) -> Experiment:
     model = models.create(config, dataset.num_classes, dataset.train.image_shape)
     params = models.shapes(model, dataset.train.image_shape)["params"]
     _require_layers(config.pruning.exclude, params)
-    normalize = data.Normalize(tuple(dataset.mean.tolist()), tuple(dataset.std.tolist()))
     return Experiment(
         config=config,
         members=tuple(Member(arm, replicate) for arm in config.arms for replicate in range(config.replicates)),
@@ -179,7 +178,7 @@ def setup(config: ConfigDict) -> Experiment:
         recipe=training.Recipe(
             model=model,
             optimizer=optimizer,
-            normalize=normalize if config.dataset.normalize else data.Normalize(),
+            normalize=data.statistics(dataset) if config.dataset.normalize else data.Normalize(),
             augmentation=dataset.augmentation,
             execution=training.choose_execution(config, params),
         ),

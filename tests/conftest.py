@@ -36,8 +36,7 @@ def tiny_experiment():
             data.InMemory(images[:13], labels[:13]),
             num_classes=3,
             augmentation=(),
-            mean=np.zeros(1, np.float32),
-            std=np.ones(1, np.float32),
+            folder=None,
         )
         return imp.Experiment(
             config=config,

@@ -12,6 +12,7 @@ from imp_jax import config as configs
 from imp_jax import masking, models
 from imp_jax.config import UserError
 from imp_jax.models.conv import Conv4, max_pool
+from imp_jax.models.convolution import conv_general_dilated
 from imp_jax.models.initializers import kaiming_normal
 from imp_jax.models.lenet import LeNet
 from imp_jax.models.resnet import CifarResNet, ResNet50
@@ -245,3 +246,27 @@ def test_affine_normalisation_where_there_is_none_is_said():
 def test_unknown_model_is_said_with_a_suggestion():
     with pytest.raises(UserError, match=r"model.name is 'lenett'; .* \(did you mean lenet\?\)"):
         create("lenett")
+
+
+@pytest.mark.parametrize("batch", [5, 40])  # one group; two and a half
+def test_convolution_by_groups_is_the_convolution(batch):
+    images = jax.random.normal(jax.random.key(0), (batch, 6, 7, 3))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 4))
+    weights = jax.random.normal(jax.random.key(2), (batch, 3, 4, 4))
+    layout = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+
+    def by(convolve):
+        def output(images, kernel):
+            return convolve(images, kernel, (2, 2), ((1, 1), (1, 1)), **layout)
+
+        def loss(*inputs):
+            return jnp.sum(weights * output(*inputs))
+
+        return output(images, kernel), jax.grad(loss, argnums=(0, 1))(images, kernel)
+
+    for a, b in zip(
+        jax.tree.leaves(by(conv_general_dilated)),
+        jax.tree.leaves(by(jax.lax.conv_general_dilated)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)

@@ -37,7 +37,7 @@ SETS_OF_TFDS = ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn_cropped",
 USUAL_AUGMENTATION = dict.fromkeys(("cifar10", "cifar100", "imagenet2012"), ("crop", "flip"))
 TEST_SPLIT = {"imagenet2012": "validation"}  # its test split has no labels
 
-STATISTICS_IMAGES = 10_000  # of a streamed set, spread evenly over the training split (ours)
+STATISTICS_IMAGES = 10_000  # of a stream, that its mean and deviation are taken from
 
 
 class InMemory(NamedTuple):
@@ -60,8 +60,7 @@ class Dataset(NamedTuple):
     test: InMemory | Streamed
     num_classes: int
     augmentation: tuple[str, ...]  # of training images
-    mean: Float[np.ndarray, " channels"]  # of the pixels of the training set, in [0, 1]
-    std: Float[np.ndarray, " channels"]
+    folder: Path
 
 
 class Normalize(NamedTuple):
@@ -118,8 +117,8 @@ def load(
             )
         else:
             splits.append(InMemory(*map(jnp.asarray, source.read_all())))
-    mean, std = _statistics(splits[0], Path(builder.data_path))
-    return Dataset(*splits, builder.info.features["label"].num_classes, augmentation, mean, std)
+    num_classes = builder.info.features["label"].num_classes
+    return Dataset(*splits, num_classes, augmentation, Path(builder.data_path))
 
 
 def prepare(name: str, data_dir: str | os.PathLike | None = None) -> Path:
@@ -145,6 +144,37 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None) -> Path:
         except Exception as error:  # TFDS lets through whatever its download library raises
             raise UserError(f"could not prepare {name} in {root}: {in_one_line(error)}") from error
     return Path(builder.data_path)
+
+
+def statistics(dataset: Dataset) -> Normalize:
+    """Mean and standard deviation of each channel over the training images, as the normalisation by them.
+
+    Computed once and kept as statistics.json beside the records; of a stream, from 10,000 central crops spread
+    evenly over the split (ours).
+    """
+    path, train = dataset.folder / "statistics.json", dataset.train
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        kept = json.loads(path.read_text())
+        return Normalize(tuple(kept["mean"]), tuple(kept["std"]))
+    if isinstance(train, InMemory):
+        batches = np.array_split(np.asarray(train.images), -(-train.examples // 1000))
+    else:
+        examples = np.unique(np.linspace(0, train.examples - 1, STATISTICS_IMAGES, dtype=int))
+        batches = (np.asarray(images) for images, _ in train.evaluation_batches(100, examples.tolist()))
+    channels = train.image_shape[-1]
+    counts = np.zeros((channels, 256), np.int64)  # of the 256 values a pixel may have
+    for images in batches:
+        for channel in range(channels):
+            counts[channel] += np.bincount(images[..., channel].ravel(), minlength=256)
+    values = np.arange(256) / 255
+    mean = counts @ values / counts.sum(1)
+    std = np.sqrt(counts @ values**2 / counts.sum(1) - mean**2)
+    std = np.where(std > 0, std, 1)  # of a channel that is the same everywhere
+    with contextlib.suppress(OSError):  # a folder that is shared may be read-only
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        aside.write_text(json.dumps({"mean": mean.tolist(), "std": std.tolist()}) + "\n")
+        aside.replace(path)
+    return Normalize(tuple(mean.tolist()), tuple(std.tolist()))
 
 
 def _builder(name, data_dir):
@@ -191,33 +221,6 @@ def _require_memory(builder, splits):
             f"dataset.name is {builder.name!r}, whose {examples:,} images are held in memory and take "
             f"{needed / 2**30:.1f} GiB; it should take at most half of the device's {there / 2**30:.1f} GiB"
         )
-
-
-def _statistics(train, folder):
-    """Mean and standard deviation of each channel, computed once and kept beside the records."""
-    path = folder / "statistics.json"
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        kept = json.loads(path.read_text())
-        return np.array(kept["mean"], np.float32), np.array(kept["std"], np.float32)
-    channels = train.image_shape[-1]
-    counts = np.zeros((channels, 256), np.int64)  # of the 256 values a pixel may have
-    if isinstance(train, InMemory):
-        batches = np.array_split(np.asarray(train.images), -(-train.examples // 1000))
-    else:
-        examples = np.unique(np.linspace(0, train.examples - 1, STATISTICS_IMAGES, dtype=int))
-        batches = (np.asarray(images) for images, _ in train.evaluation_batches(100, examples.tolist()))
-    for images in batches:
-        for channel in range(channels):
-            counts[channel] += np.bincount(images[..., channel].ravel(), minlength=256)
-    values = np.arange(256) / 255
-    mean = counts @ values / counts.sum(1)
-    std = np.sqrt(counts @ values**2 / counts.sum(1) - mean**2)
-    std = np.where(std > 0, std, 1)  # of a channel that is the same everywhere
-    with contextlib.suppress(OSError):  # a folder that is shared may be read-only
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_text(json.dumps({"mean": mean.tolist(), "std": std.tolist()}) + "\n")
-        aside.replace(path)
-    return mean.astype(np.float32), std.astype(np.float32)
 
 
 def _require_tensorflow(name):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from imp_jax.config import UserError
+from imp_jax.models.convolution import conv_general_dilated
 from imp_jax.models.initializers import kaiming_normal
 
 
@@ -101,6 +102,7 @@ def _layers(module, train):
             use_bias=False,
             dtype=module.dtype,
             kernel_init=kaiming_normal,
+            conv_general_dilated=conv_general_dilated,
             name=name,
         )
 
