@@ -149,8 +149,8 @@ def test_a_cifar_resnet_against_numpy():
     np.testing.assert_allclose(logits, x.mean((1, 2)) @ head["kernel"] + head["bias"], rtol=1e-3, atol=1e-4)
     first = numpy_conv(images, kernels[0], 1)
     running = state["batch_stats"]["BatchNorm_0"]
-    np.testing.assert_allclose(running["mean"], 0.1 * first.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(running["var"], 0.9 + 0.1 * first.var((0, 1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(running["mean"], 0.2 * first.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(running["var"], 0.8 + 0.2 * first.var((0, 1, 2)), rtol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 8, 3), (2, 7, 5, 3)])
