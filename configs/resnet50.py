@@ -2,6 +2,10 @@
 
 python -m imp_jax.data prepare imagenet2012    # once, with the two archives in downloads/manual
 python -m imp_jax.main --config=configs/resnet50.py --workdir=runs/resnet50
+
+Expected: 76.1 % dense and 2.4 points less at 30 % (Frankle et al. 2020, in appendix C); with
+--config.optimizer.learning_rate=0.1 72.1 % and 2.0 points less (appendix C).
+Cost: 231 million images; not measured on a GPU. A core decodes about 500 images/s.
 """
 
 from imp_jax.config import default

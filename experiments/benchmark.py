@@ -45,8 +45,9 @@ def main():
     )
     arguments = parser.parse_args()
     for name in ("rounds", "repeats", "steps", "members", "batch_size"):
-        if (getattr(arguments, name) or 1) < 1:
-            sys.exit(f"error: --{name} is {getattr(arguments, name)}; it should be at least 1")
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            sys.exit(f"error: --{name} is {value}; it should be at least 1")
     logging.set_verbosity(logging.ERROR)
     try:
         if arguments.torch and arguments.network not in ("conv4", "resnet20"):

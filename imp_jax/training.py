@@ -41,15 +41,17 @@ EXECUTIONS = {
 
 
 def choose_execution(config: ConfigDict, params: PyTree[jax.ShapeDtypeStruct]) -> Execution:
-    """What `config.execution` says; `auto` is a scan over vmapped members, but for convolutions on a CPU.
+    """What `config.execution` says; `auto` is a scan over vmapped members, but for convolutional networks.
 
-    XLA's convolutions on a CPU are many times slower inside a loop and under vmap (jax-ml/jax issue 12868).
+    Under vmap over kernels a convolution becomes a grouped one, whose gradients are slow on every device; and
+    XLA's convolutions on a CPU are many times slower inside a loop (jax-ml/jax issue 12868).
 
     Raises:
       UserError: an unknown name.
     """
-    convolutional = any(leaf.ndim == 4 for leaf in jax.tree.leaves(params))
-    auto = "step_unroll" if convolutional and jax.default_backend() == "cpu" else "scan_vmap"
+    auto = "scan_vmap"
+    if any(leaf.ndim == 4 for leaf in jax.tree.leaves(params)):
+        auto = "step_unroll" if jax.default_backend() == "cpu" else "scan_unroll"
     options = {"auto": EXECUTIONS[auto], **EXECUTIONS}
     return choose(options, "execution", config.execution)
 

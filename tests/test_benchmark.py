@@ -2,17 +2,41 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_the_lenet_benchmark_prints_its_table():
-    command = [sys.executable, "-m", "experiments.benchmark", "lenet", "--rounds=1"]
-    done = subprocess.run(
+
+def benchmark(*arguments):
+    command = [sys.executable, "-m", "experiments.benchmark", *arguments]
+    return subprocess.run(
         command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False
     )
+
+
+def test_the_lenet_benchmark_prints_its_table():
+    done = benchmark("lenet", "--rounds=1")
     assert done.returncode == 0, done.stderr
-    for quantity in (
-        "all members, whole round",
-        "share of a round not training",
-        "compilation",
-        "peak host memory",
-    ):
+    for quantity in ("all members, whole round", "share of a round not training", "compilation", "host memory"):
         assert quantity in done.stdout
+
+
+def test_the_benchmark_of_steps_prints_its_table():
+    done = benchmark("conv4", "--members=1", "--batch_size=4", "--steps=2", "--repeats=2")
+    assert done.returncode == 0, done.stderr
+    assert "conv4, 1 members, batch 4, float32, step_unroll on" in done.stdout
+    for quantity in ("images/s, all members", "step of all members", "compilation", "host memory"):
+        assert quantity in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("conv4", "--steps=0"), "error: --steps is 0; it should be at least 1"),
+        (("conv4", "--execution=loop"), "error: execution is 'loop'; it should be one of auto"),
+        (("lenet", "--torch"), "error: --torch is for conv4 and resnet20"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(arguments, sentence):
+    done = benchmark(*arguments)
+    assert done.returncode == 1
+    assert done.stderr.startswith(sentence)
+    assert len(done.stderr.splitlines()) == 1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from imp_jax import config as configs
-from imp_jax import masking, training
+from imp_jax import masking, models, training
 from imp_jax.config import UserError
 from imp_jax.data import Normalize
 from imp_jax.data.augmentation import augment
@@ -63,6 +63,22 @@ def test_unknown_schedule_and_optimizer():
         training.learning_rates(settings(**{"optimizer.schedule": "stepp"}), 5)
     with pytest.raises(UserError, match=r"optimizer.name is 'adamw'.*adam, momentum, sgd"):
         training.make_optimizer(settings(**{"optimizer.name": "adamw"}))
+
+
+# --- execution ---
+
+
+def test_convolutions_run_step_by_step_on_a_cpu():
+    def chosen(name, **overrides):
+        model = models.find(name)()
+        params = models.shapes(model, (32, 32, 3))["params"]
+        return training.choose_execution(settings(**overrides), params)
+
+    assert chosen("lenet") == (True, False)  # scan, vmap
+    assert chosen("conv4") == chosen("resnet20") == (False, True)  # a program a step, members unrolled
+    assert chosen("conv4", execution="scan_unroll") == (True, True)
+    with pytest.raises(UserError, match=r"execution is 'scan'; it should be one of auto, scan_vmap"):
+        chosen("lenet", execution="scan")
 
 
 # --- a network, its gradient and its optimizers in NumPy ---
