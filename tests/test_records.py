@@ -71,6 +71,7 @@ def test_a_workdir_keeps_its_config(tmp_path):
     assert json.loads((workdir / "config.json").read_text())["pruning"] == {
         "score": "magnitude",
         "fraction": 0.2,
+        "exclude": [],
     }
     open_and_leave(workdir, config)
     config.rounds = 3
