@@ -213,10 +213,16 @@ def test_bfloat16_computes_in_bf16_on_float32_variables(name):
 def test_width_scales_every_hidden_layer(name):
     full, half = shapes(create(name))["params"], shapes(create(name, width=0.5))["params"]
     for layer, leaves in full.items():
-        out, half_out = leaves["kernel"].shape[-1] if "kernel" in leaves else 0, 0
-        if out:
-            half_out = half[layer]["kernel"].shape[-1]
+        if "kernel" in leaves:
+            out, half_out = leaves["kernel"].shape[-1], half[layer]["kernel"].shape[-1]
             assert half_out == (10 if out == 10 else out // 2)
+
+
+@pytest.mark.parametrize("name", ["lenet", "conv4", "resnet20", "resnet50"])
+def test_a_tiny_width_leaves_a_unit_a_layer(name):
+    params = shapes(create(name, width=1e-6))["params"]
+    assert masking.size(params) > 0
+    assert all(leaf.size > 0 for leaf in jax.tree.leaves(params))
 
 
 def test_grey_images_suit_every_convolutional_network():

@@ -37,12 +37,12 @@ class Conv4(nn.Module):
         del train  # the same in training and evaluation
         x = images
         for features in (64, 128):
-            features = round(self.width * features)
+            features = max(1, round(self.width * features))
             for _ in range(2):
                 x = nn.relu(nn.Conv(features, (3, 3), dtype=self.dtype, kernel_init=kaiming_normal)(x))
             x = max_pool(x)
         x = x.reshape(len(x), -1)
         for _ in range(2):
-            features = round(self.width * 256)
+            features = max(1, round(self.width * 256))
             x = nn.relu(nn.Dense(features, dtype=self.dtype, kernel_init=kaiming_normal)(x))
         return nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=kaiming_normal)(x)

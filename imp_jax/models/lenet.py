@@ -25,6 +25,6 @@ class LeNet(nn.Module):
         del train  # the same in training and evaluation
         x = images.reshape(len(images), -1)
         for features in self.widths:
-            features = round(self.width * features)
+            features = max(1, round(self.width * features))
             x = nn.relu(nn.Dense(features, dtype=self.dtype, kernel_init=kaiming_uniform)(x))
         return nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=kaiming_uniform)(x)

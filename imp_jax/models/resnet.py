@@ -46,9 +46,9 @@ class CifarResNet(nn.Module):
     def __call__(self, images: Float[Array, "batch height width channels"], train: bool = False):
         # running statistics of about five batches (ours): of the usual ten they lag behind a high rate
         conv, norm = _layers(self, train, momentum=0.8)
-        x = nn.relu(norm()(conv(round(16 * self.width), (3, 3))(images)))
+        x = nn.relu(norm()(conv(max(1, round(16 * self.width)), (3, 3))(images)))
         for stage, channels in enumerate((16, 32, 64)):
-            channels = round(channels * self.width)
+            channels = max(1, round(channels * self.width))
             for block in range((self.depth - 2) // 6):
                 stride = 2 if stage > 0 and block == 0 else 1
                 y = nn.relu(norm()(conv(channels, (3, 3), stride)(x)))
@@ -75,10 +75,10 @@ class ResNet50(nn.Module):
     @nn.compact
     def __call__(self, images: Float[Array, "batch height width channels"], train: bool = False):
         conv, norm = _layers(self, train, momentum=0.9)
-        x = nn.relu(norm()(conv(round(64 * self.width), (7, 7), 2)(images)))
+        x = nn.relu(norm()(conv(max(1, round(64 * self.width)), (7, 7), 2)(images)))
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for stage, blocks in enumerate((3, 4, 6, 3)):
-            channels = round(64 * 2**stage * self.width)
+            channels = max(1, round(64 * 2**stage * self.width))
             for block in range(blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
                 y = nn.relu(norm()(conv(channels, (1, 1))(x)))
