@@ -19,6 +19,9 @@ def get_config():
     config.epochs = 85
     config.batch_size = 128
     config.model.name = "resnet20"
+    config.model.norm_momentum = (
+        0.8  # (ours) for trainings of few steps, where a mean over ten batches lags behind
+    )
     config.optimizer.name = "momentum"
     config.optimizer.learning_rate = 0.1
     config.optimizer.schedule = "step"

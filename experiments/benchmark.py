@@ -153,8 +153,9 @@ def benchmark_steps(arguments: argparse.Namespace) -> None:
     ours, *others = seconds.values()
 
     execution = next(name for name, value in training.EXECUTIONS.items() if value == recipe.execution)
+    networks = f"{members} member{'s' * (members > 1)}"
     print_table(
-        f"{arguments.network}, {members} members, batch {batch_size}, {config.dtype}, {execution}",
+        f"{arguments.network}, {networks}, batch {batch_size}, {config.dtype}, {execution}",
         {
             "images/s, all members": ([members * batch_size / s for s in ours], "{:,.0f}"),
             "step of all members (ms)": ([1e3 * s for s in ours], "{:,.1f}"),

@@ -21,7 +21,8 @@ def default() -> ConfigDict:
     config.epochs = 25  # of each training
     config.batch_size = 60
     config.dtype = "float32"  # of the computation; parameters and optimizer state stay float32
-    # how members and steps become programs, "scan" or "step", "vmap" or "unroll"; auto suits network and device
+    # how members and steps become programs: scan_vmap, scan_unroll, step_vmap, step_unroll (streams always
+    # go step by step); auto suits network and device
     config.execution = "auto"
     # step of the dense training whose weights survivors are reset to: 0 is the initialisation, None no reset
     config.rewind_step = FieldReference(0, field_type=object)
@@ -33,16 +34,17 @@ def default() -> ConfigDict:
     config.dataset.normalize = (
         False  # to mean 0 and deviation 1 in each channel of the training set, or to [0, 1]
     )
-    # of training images: any of "crop" and "flip"; None is what is usual for the set (both for CIFAR)
+    # of training images: any of "crop" and "flip"; None is what is usual (both for CIFAR and ImageNet)
     config.dataset.augmentation = FieldReference(None, field_type=object)
-    config.dataset.image_side = 224  # pixels, of the crops of a streamed set (ImageNet)
-    # processes that decode a streamed set: None is one a core, 0 threads of this process
+    config.dataset.image_side = 224  # pixels, of the crops of a streamed set (ImageNet); no other set reads it
+    # processes that decode a streamed set: None is one a core, 0 threads of this process; no other set reads it
     config.dataset.workers = FieldReference(None, field_type=object)
 
     config.model = ConfigDict()
     config.model.name = "lenet"  # lenet, conv4, resnet20 and its family by depth, resnet50
     config.model.width = 1.0  # factor of the number of channels, or of hidden units, for quick runs
     config.model.norm_affine = False  # learnable scale and bias in the normalisation of ResNets
+    config.model.norm_momentum = 0.9  # how much of the running statistics of ResNets a step keeps
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adam"  # adam, momentum or sgd
@@ -84,12 +86,9 @@ _BOUNDS = {
         lambda v: all(isinstance(e, _NUMBER) and e > 0 for e in v) and list(v) == sorted(set(v)),
         "rising epochs above 0",
     ),
-    "dataset.augmentation": (
-        lambda v: v is None or (all(name in ("crop", "flip") for name in v) and len(set(v)) == len(v)),
-        "None, or any of crop and flip, written as ('crop', 'flip')",
-    ),
     "dataset.image_side": (lambda v: v >= 1, "at least 1"),
     "dataset.workers": (lambda v: v is None or v >= 0, "at least 0, or None"),
+    "model.norm_momentum": (lambda v: 0 <= v < 1, "in [0, 1)"),
     "model.width": (lambda v: 0 < v < float("inf"), "above 0 and finite"),
     "pruning.fraction": (lambda v: 0 < v < 1, "between 0 and 1, both excluded"),
     "pruning.exclude": (lambda v: all(isinstance(n, str) for n in v), "names of layers, such as ('Dense_2',)"),
@@ -101,7 +100,7 @@ def validate(config: ConfigDict) -> None:
 
     Raises:
       UserError: an unknown or missing field, a wrong type, a value out of range. Names of models, data sets,
-        optimizers, schedules, scores and arms are checked by `choose`, where each is looked up.
+        augmentations, optimizers, schedules, scores and arms are checked by `choose`, where each is looked up.
     """
     if not isinstance(config, ConfigDict):
         raise UserError(

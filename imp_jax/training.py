@@ -43,8 +43,9 @@ EXECUTIONS = {
 def choose_execution(config: ConfigDict, params: PyTree[jax.ShapeDtypeStruct]) -> Execution:
     """What `config.execution` says; `auto` is a scan over vmapped members, but for convolutional networks.
 
-    Under vmap over kernels a convolution becomes a grouped one, whose gradients are slow on every device; and
-    XLA's convolutions on a CPU are many times slower inside a loop (jax-ml/jax issue 12868).
+    Under vmap over kernels a convolution becomes a grouped one, whose gradients are slow at the paper's batch
+    sizes; and XLA's convolutions on a CPU are many times slower inside a loop (jax-ml/jax issue 12868). The
+    README has the measured table, of a CPU; that a GPU does not like grouped ones either is assumed.
 
     Raises:
       UserError: an unknown name.

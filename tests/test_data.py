@@ -67,12 +67,28 @@ def test_statistics_are_computed_once_and_kept(tmp_path):
     dataset = data.load("cifar10", tmp_path)
     computed = data.statistics(dataset)
     file = next(tmp_path.glob("cifar10/*/statistics.json"))
-    assert json.loads(file.read_text()) == {"mean": list(computed.mean), "std": list(computed.std)}
-    file.write_text('{"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}')
+    kept = {"image_shape": [32, 32, 3], "mean": list(computed.mean), "std": list(computed.std)}
+    assert json.loads(file.read_text()) == kept
+    file.write_text(json.dumps(kept | {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}))
     assert data.statistics(dataset) == ((0.1, 0.2, 0.3), (1, 1, 1))
-    file.write_text('{"mean": [0.1')  # a torn file is written anew
-    assert data.statistics(dataset) == computed
-    assert json.loads(file.read_text())["std"] == list(computed.std)
+    torn = '{"image_shape": [32, 32, 3], "mean": [0.1'
+    of_other_images = json.dumps(kept | {"image_shape": [64, 64, 3], "mean": [0.1, 0.2, 0.3]})
+    odd = [{"mean": None}, {"mean": [0.1], "std": [1]}, {"std": [1, 0, 1]}, {"mean": ["a"] * 3}]
+    for content in (torn, "[]", of_other_images, *(json.dumps(kept | change) for change in odd)):
+        file.write_text(content)  # such a file is written anew
+        assert data.statistics(dataset) == computed
+        assert json.loads(file.read_text()) == kept
+
+
+@pytest.mark.parametrize("value", range(0, 256, 15))
+def test_a_channel_that_is_the_same_everywhere_is_only_centred(tmp_path, value):
+    images = np.zeros((7, 2, 2, 2), np.uint8) + np.array([value, 0], np.uint8)
+    images[0, 0, 0, 1] = 255
+    split = data.InMemory(images, np.zeros(7, np.int32))
+    normalize = data.statistics(data.Dataset(split, split, 1, (), tmp_path))
+    assert normalize.std[0] == 1
+    assert normalize.std[1] == pytest.approx(np.sqrt(1 / 28 * 27 / 28))
+    assert normalize.mean == pytest.approx((value / 255, 1 / 28))
 
 
 def test_sets_of_tfds_are_read_by_name(tmp_path):
@@ -83,7 +99,11 @@ def test_sets_of_tfds_are_read_by_name(tmp_path):
     assert cifar10.train.images.shape == (30, 32, 32, 3)
     assert cifar10.train.images.dtype == np.uint8
     assert (mnist.augmentation, cifar10.augmentation) == ((), ("crop", "flip"))
+    assert data.load("cifar10:3.0.2", tmp_path).augmentation == ("crop", "flip")
     assert data.load("cifar10", tmp_path, augmentation=("flip",)).augmentation == ("flip",)
+    for augmentation in (("mirror",), ("flip", "flip")):
+        with pytest.raises(UserError, match=r"augmentation is .*; it should be None, or any of crop and flip"):
+            data.load("cifar10", tmp_path, augmentation=augmentation)
     for dataset in (mnist, cifar10):
         np.testing.assert_array_equal(np.bincount(dataset.test.labels), 2)
         brightness = [np.asarray(dataset.train.images)[dataset.train.labels == c].mean() for c in range(10)]
@@ -94,7 +114,7 @@ def test_a_damaged_file_is_named(tmp_path):
     folders.write_mnist(tmp_path)
     file = next(tmp_path.glob("mnist/*/mnist-train*"))
     file.write_bytes(file.read_bytes()[:500])
-    with pytest.raises(UserError, match=f"cannot read train of mnist, {file}: .*prepare the set again"):
+    with pytest.raises(UserError, match=f"cannot read train of mnist, {file}: .*; remove {file.parent} and"):
         data.load("mnist", tmp_path)
 
 
@@ -152,8 +172,25 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path):
 
 def test_a_set_without_labels_is_said(tmp_path):
     folders.write("mnist", tmp_path, {"train": list(folders.random_examples(3, (28, 28, 1)))})
+    with pytest.raises(UserError, match=r"should be a set with the splits train and validation, and has train"):
+        data.load("mnist", tmp_path)
     with pytest.raises(
-        UserError, match=r"should be a set with .* the splits train and validation, and has .*'train'"
+        UserError, match=r"'celeb_a'; it should be a set with an image and a class label, and has"
+    ):
+        data.prepare("celeb_a", tmp_path)  # before anything is downloaded
+
+
+def test_a_set_prepared_in_another_format_is_said(tmp_path):
+    folders.write_mnist(tmp_path)
+    info = next(tmp_path.glob("mnist/*/dataset_info.json"))
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(
+        UserError, match=f"prepared in {tmp_path} in another format than ArrayRecord; prepare it"
+    ):
+        data.load("mnist", tmp_path)
+    info.write_text("{")
+    with pytest.raises(
+        UserError, match=f"cannot open: .*; if its folder in {tmp_path} is damaged, remove that"
     ):
         data.load("mnist", tmp_path)
 

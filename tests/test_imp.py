@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from imp_jax import config as configs
-from imp_jax import imp, masking, pruning, training
+from imp_jax import data, imp, masking, pruning, training
 from imp_jax.config import UserError
 from tests import folders
 
@@ -322,6 +322,19 @@ def test_a_rewinding_run_resumes_to_the_same_results(data_dir, tmp_path, rewind_
         next(rounds)
         rounds.close()
     pd.testing.assert_frame_equal(without_seconds(tmp_path / "whole"), without_seconds(tmp_path / "cut"))
+
+
+def test_a_step_normalises_and_augments_as_the_config_says(data_dir, tmp_path):
+    folders.write_cifar10(tmp_path)
+    config = quick_config(str(tmp_path), batch_size=10, **{"model.name": "conv4", "dataset.name": "cifar10"})
+    assert imp.setup(config).recipe.normalize == data.Normalize()
+    assert imp.setup(config).recipe.augmentation == ("crop", "flip")
+    config.dataset.normalize, config.dataset.augmentation = True, ("flip",)
+    recipe = imp.setup(config).recipe
+    pixels = np.asarray(data.load("cifar10", tmp_path).train.images) / 255
+    np.testing.assert_allclose(recipe.normalize.mean, pixels.mean((0, 1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(recipe.normalize.std, pixels.std((0, 1, 2)), rtol=1e-5)
+    assert recipe.augmentation == ("flip",)
 
 
 def test_a_convolutional_network_on_grey_images(data_dir, tmp_path, capsys):

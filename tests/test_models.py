@@ -130,7 +130,7 @@ def numpy_norm(x):
 
 
 def test_a_cifar_resnet_against_numpy():
-    model = CifarResNet(depth=8, width=0.25)
+    model = CifarResNet(depth=8, width=0.25, norm_momentum=0.8)
     images = np.random.default_rng(0).normal(size=(5, 8, 8, 3))
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     apply = functools.partial(model.apply, train=True, mutable=["batch_stats"])
@@ -151,6 +151,58 @@ def test_a_cifar_resnet_against_numpy():
     running = state["batch_stats"]["BatchNorm_0"]
     np.testing.assert_allclose(running["mean"], 0.2 * first.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(running["var"], 0.8 + 0.2 * first.var((0, 1, 2)), rtol=1e-4)
+
+
+def test_conv4_against_numpy():
+    model = Conv4(width=0.1)
+    images = np.random.default_rng(0).normal(size=(5, 8, 8, 3))
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    params = jax.tree.map(lambda leaf: leaf + 0.1, params)  # biases that count
+    logits = jax.jit(model.apply)({"params": params}, images)
+    x = images
+    for i in range(4):
+        x = np.maximum(
+            numpy_conv(x, np.float64(params[f"Conv_{i}"]["kernel"]), 1) + params[f"Conv_{i}"]["bias"], 0
+        )
+        if i in (1, 3):
+            n, h, w, channels = x.shape
+            x = x.reshape(n, h // 2, 2, w // 2, 2, channels).max((2, 4))
+    x = x.reshape(5, -1)
+    for i in range(3):
+        x = x @ np.float64(params[f"Dense_{i}"]["kernel"]) + params[f"Dense_{i}"]["bias"]
+        x = np.maximum(x, 0) if i < 2 else x
+    np.testing.assert_allclose(logits, x, rtol=1e-4, atol=1e-4)
+
+
+def test_resnet50_against_numpy():
+    model = ResNet50(num_classes=10, width=0.05)
+    images = np.random.default_rng(0).normal(size=(4, 64, 64, 3))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    apply = functools.partial(model.apply, train=True, mutable=["batch_stats"])
+    logits, state = jax.jit(apply)(variables, images)
+    convolutions = (np.float64(variables["params"][f"Conv_{i}"]["kernel"]) for i in range(49))
+
+    def layer(x, stride=1, kernel=None):
+        kernel = next(convolutions) if kernel is None else np.float64(kernel)
+        side = len(kernel)
+        padded = np.pad(x, ((0, 0), (side // 2,) * 2, (side // 2,) * 2, (0, 0)))
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (side, side), (1, 2))[:, ::stride, ::stride]
+        return numpy_norm(np.einsum("nhwcij,ijco->nhwo", windows, kernel))
+
+    x = np.maximum(layer(images, 2), 0)
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))  # zeros, which no maximum after a ReLU minds
+    x = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))[:, ::2, ::2].max((4, 5))
+    for stage, blocks in enumerate((3, 4, 6, 3)):
+        for block in range(blocks):
+            stride = 2 if stage > 0 and block == 0 else 1
+            y = layer(np.maximum(layer(np.maximum(layer(x), 0), stride), 0))
+            if block == 0:
+                x = layer(x, stride, variables["params"][f"projection_{stage}"]["kernel"])
+            x = np.maximum(x + y, 0)
+    head = variables["params"]["Dense_0"]
+    np.testing.assert_allclose(logits, x.mean((1, 2)) @ head["kernel"] + head["bias"], rtol=1e-2, atol=1e-2)
+    assert next(convolutions, None) is None
+    assert (state["batch_stats"]["BatchNorm_0"]["var"] != variables["batch_stats"]["BatchNorm_0"]["var"]).all()
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 8, 3), (2, 7, 5, 3)])
@@ -207,6 +259,15 @@ def test_bfloat16_computes_in_bf16_on_float32_variables(name):
     variables, logits, state = jax.eval_shape(outputs)
     assert logits.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves((variables, state))} == {jnp.dtype("float32")}
+
+
+def test_bfloat16_logits_are_those_of_float32_to_its_precision():
+    exact, rounded = (create("resnet8", dtype=dtype, width=0.5) for dtype in ("float32", "bfloat16"))
+    images = jax.random.normal(jax.random.key(0), (16, *CIFAR))
+    variables = jax.jit(exact.init)(jax.random.key(1), images)
+    exact, rounded = (jax.jit(model.apply)(variables, images) for model in (exact, rounded))
+    error = np.abs(rounded.astype(np.float32) - exact).max() / np.abs(exact).max()
+    assert 1e-5 < error < 0.05  # 8 bits of mantissa, through 8 layers
 
 
 @pytest.mark.parametrize("name", ["lenet", "conv4", "resnet20", "resnet50"])

@@ -22,8 +22,8 @@ def imagenet(tmp_path_factory):
     return path
 
 
-def load(path, workers=0, **options):
-    return data.load("imagenet2012", path, image_side=32, workers=workers, **options)
+def load(path, workers=0, image_side=32, **options):
+    return data.load("imagenet2012", path, image_side=image_side, workers=workers, **options)
 
 
 def listed(batches):
@@ -188,6 +188,10 @@ def test_statistics_of_a_stream_are_kept(imagenet):
     np.testing.assert_allclose(computed.mean, images.mean((0, 1, 2)), rtol=1e-5)
     np.testing.assert_allclose(computed.std, images.std((0, 1, 2)), rtol=1e-5)
     assert next(imagenet.glob("imagenet2012/*/statistics.json")).exists()
+    assert data.statistics(dataset) == computed
+    smaller = load(imagenet, image_side=8)
+    images = np.concatenate([images for images, _ in listed(smaller.train.evaluation_batches(5))]) / 255
+    np.testing.assert_allclose(data.statistics(smaller).std, images.std((0, 1, 2)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -26,6 +26,7 @@ from filelock import FileLock
 from jaxtyping import Array, Float, Int, UInt8
 
 from imp_jax.config import UserError
+from imp_jax.data.augmentation import AUGMENTATIONS
 from imp_jax.data.mnist5k import Mnist5k
 from imp_jax.data.source import Source, in_one_line
 from imp_jax.data.streaming import Streamed
@@ -92,7 +93,7 @@ def load(
 
     Raises:
       UserError: an unknown set, one not prepared yet (the sentence has the command), one that cannot be
-        read, or one that is not for image classification.
+        read, or one that is not for image classification; an unknown augmentation.
     """
     if name in BUILDERS:
         prepare(name, data_dir)
@@ -103,22 +104,28 @@ def load(
             f"dataset.name is {name!r}, which is not prepared in {_root(data_dir)}; "
             f"prepare it once with: python -m imp_jax.data prepare {name}{flag}"
         )
+    _require_labelled_images(builder)
     test_split = _test_split(builder)
-    augmentation = USUAL_AUGMENTATION.get(name, ()) if augmentation is None else tuple(augmentation)
     streamed = None in builder.info.features["image"].shape
+    if augmentation is None:
+        augmentation = USUAL_AUGMENTATION.get(builder.name, ())
+    _require_known(augmentation, Streamed.augmentations if streamed else AUGMENTATIONS)
     splits = []
     if not streamed:
         _require_memory(builder, ("train", test_split))
     for split in ("train", test_split):
         source = Source(builder, split, decode=not streamed)
         if streamed:
+            source[0]  # a split without labels is said now, and not after a training
             splits.append(
-                Streamed(source, image_side, augmentation, os.cpu_count() if workers is None else workers)
+                Streamed(
+                    source, image_side, tuple(augmentation), os.cpu_count() if workers is None else workers
+                )
             )
         else:
             splits.append(InMemory(*map(jnp.asarray, source.read_all())))
     num_classes = builder.info.features["label"].num_classes
-    return Dataset(*splits, num_classes, augmentation, Path(builder.data_path))
+    return Dataset(*splits, num_classes, tuple(augmentation), Path(builder.data_path))
 
 
 def prepare(name: str, data_dir: str | os.PathLike | None = None) -> Path:
@@ -129,6 +136,7 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None) -> Path:
         write.
     """
     builder = _builder(name, data_dir)
+    _require_labelled_images(builder)
     if not builder.is_prepared():
         root = _root(data_dir)
         if name not in BUILDERS:
@@ -153,26 +161,35 @@ def statistics(dataset: Dataset) -> Normalize:
     evenly over the split (ours).
     """
     path, train = dataset.folder / "statistics.json", dataset.train
-    with contextlib.suppress(OSError, ValueError, KeyError):
+    height, width, channels = train.image_shape
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         kept = json.loads(path.read_text())
-        return Normalize(tuple(kept["mean"]), tuple(kept["std"]))
+        mean, std = (np.array(kept[name], np.float64) for name in ("mean", "std"))
+        of_these_images = kept["image_shape"] == [height, width, channels]
+        if (
+            of_these_images
+            and mean.shape == std.shape == (channels,)
+            and np.isfinite(mean).all()
+            and (std > 0).all()
+        ):
+            return Normalize(tuple(mean.tolist()), tuple(std.tolist()))
     if isinstance(train, InMemory):
         batches = np.array_split(np.asarray(train.images), -(-train.examples // 1000))
     else:
         examples = np.unique(np.linspace(0, train.examples - 1, STATISTICS_IMAGES, dtype=int))
         batches = (np.asarray(images) for images, _ in train.evaluation_batches(100, examples.tolist()))
-    channels = train.image_shape[-1]
     counts = np.zeros((channels, 256), np.int64)  # of the 256 values a pixel may have
     for images in batches:
         for channel in range(channels):
             counts[channel] += np.bincount(images[..., channel].ravel(), minlength=256)
     values = np.arange(256) / 255
     mean = counts @ values / counts.sum(1)
-    std = np.sqrt(counts @ values**2 / counts.sum(1) - mean**2)
-    std = np.where(std > 0, std, 1)  # of a channel that is the same everywhere
+    std = np.sqrt((counts * (values - mean[:, None]) ** 2).sum(1) / counts.sum(1))
+    std[np.count_nonzero(counts, axis=1) == 1] = 1  # of a channel that is the same everywhere
     with contextlib.suppress(OSError):  # a folder that is shared may be read-only
         aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_text(json.dumps({"mean": mean.tolist(), "std": std.tolist()}) + "\n")
+        kept = {"image_shape": train.image_shape, "mean": mean.tolist(), "std": std.tolist()}
+        aside.write_text(json.dumps(kept) + "\n")
         aside.replace(path)
     return Normalize(tuple(mean.tolist()), tuple(std.tolist()))
 
@@ -190,24 +207,48 @@ def _builder(name, data_dir):
             f"or another image-classification set of TFDS{hint}"
         ) from error
     except Exception as error:  # an odd name, a missing version, another file format: each raises its own
-        raise UserError(f"dataset.name is {name!r}, which TFDS cannot open: {in_one_line(error)}") from error
+        hint = f"if its folder in {_root(data_dir)} is damaged, remove that and prepare the set again"
+        if "File format is already set" in str(error):
+            hint = (
+                f"it is prepared in {_root(data_dir)} in another format than ArrayRecord; prepare it with "
+                f"another --data_dir, or remove its folder there"
+            )
+        raise UserError(
+            f"dataset.name is {name!r}, which TFDS cannot open: {in_one_line(error)}; {hint}"
+        ) from error
 
 
 def _root(data_dir):
     return Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
 
 
-def _test_split(builder):
-    """The split that a network is tested on, of a set that classifies images."""
-    features, splits = builder.info.features, builder.info.splits
-    classifies = {"image", "label"} <= set(features) and isinstance(features["label"], tfds.features.ClassLabel)
-    test_split = TEST_SPLIT.get(builder.name, "test" if "test" in splits else "validation")
-    if not classifies or not {"train", test_split} <= set(splits):
+def _require_labelled_images(builder):
+    features = dict(builder.info.features)
+    if "image" not in features or not isinstance(features.get("label"), tfds.features.ClassLabel):
         raise UserError(
-            f"dataset.name is {builder.name!r}; it should be a set with an image, a class label and the splits "
-            f"train and {test_split}, and has {sorted(features)} and {sorted(splits)}"
+            f"dataset.name is {builder.name!r}; it should be a set with an image and a class label, and has "
+            f"{', '.join(features)}"
+        )
+
+
+def _test_split(builder):
+    """The split that a network is tested on."""
+    splits = builder.info.splits
+    test_split = TEST_SPLIT.get(builder.name, "test" if "test" in splits else "validation")
+    if not {"train", test_split} <= set(splits):
+        raise UserError(
+            f"dataset.name is {builder.name!r}; it should be a set with the splits train and {test_split}, and "
+            f"has {', '.join(splits)}"
         )
     return test_split
+
+
+def _require_known(augmentation, known):
+    if not set(augmentation) <= set(known) or len(set(augmentation)) < len(augmentation):
+        raise UserError(
+            f"dataset.augmentation is {augmentation!r}; it should be None, or any of {' and '.join(known)}, "
+            f"none twice, written as ('crop', 'flip')"
+        )
 
 
 def _require_memory(builder, splits):

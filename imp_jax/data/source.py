@@ -22,6 +22,7 @@ class Source:
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str, *, decode: bool):
         self.name = f"{split} of {builder.name}"
+        self._folder = builder.data_path
         self.num_classes = builder.info.features["label"].num_classes
         info = builder.info.splits[split]
         self.files = [str(path) for path in info.filepaths]
@@ -81,7 +82,7 @@ class Source:
             )
 
     def _damage(self, files, error):
-        return f"{files[0]}: {in_one_line(error)}; remove the folder and prepare the set again"
+        return f"{files[0]}: {in_one_line(error)}; remove {self._folder} and prepare the set again"
 
 
 def in_one_line(error: Exception) -> str:

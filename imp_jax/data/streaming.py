@@ -8,6 +8,7 @@ import functools
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import grain
 import jax
@@ -29,8 +30,10 @@ class Streamed:
 
     source: Source
     side: int
-    augmentation: tuple[str, ...]  # of training images: "crop" to a random part of the image, "flip"
+    augmentation: tuple[str, ...]  # of training images
     workers: int  # processes that decode; 0 decodes in threads of this one
+
+    augmentations: ClassVar = ("crop", "flip")  # there are: to a random part of the image, and left to right
 
     @property
     def examples(self) -> int:

@@ -1,8 +1,8 @@
 """The networks, by the name a config gives them.
 
 A model is a Flax Linen module called as `model(images, train=…)` that returns logits. It has the fields
-`num_classes`, `width` and `dtype`, with normalisation `norm_affine` too, and says in `image_sides` which images
-suit it. To add one, write the module and name it in `MODELS`.
+`num_classes`, `width` and `dtype`, with normalisation `norm_affine` and `norm_momentum` too, and says in
+`image_sides` which images suit it. To add one, write the module and name it in `MODELS`.
 """
 
 import functools
@@ -34,7 +34,7 @@ def find(name: str) -> Callable[..., nn.Module]:
     Raises:
       UserError: an unknown name, or a ResNet's depth that is not 6n + 2.
     """
-    depth = re.fullmatch(r"resnet(\d+)", name)
+    depth = re.fullmatch(r"resnet([1-9][0-9]*)", name)
     if depth and name not in MODELS:
         model = functools.partial(CifarResNet, depth=int(depth[1]))
         model()  # has its depth checked
@@ -51,7 +51,7 @@ def create(config: ConfigDict, num_classes: int, image_shape: tuple[int, int, in
     name = config.model.name
     model = find(name)(num_classes=num_classes, width=config.model.width, dtype=jnp.dtype(config.dtype))
     if hasattr(model, "norm_affine"):
-        model = model.copy(norm_affine=config.model.norm_affine)
+        model = model.copy(norm_affine=config.model.norm_affine, norm_momentum=config.model.norm_momentum)
     elif config.model.norm_affine:
         raise UserError(f"model.norm_affine is True; {name} has no normalisation, so it should be False")
     _require_suitable(name, model, image_shape)
@@ -71,5 +71,5 @@ def _require_suitable(name, model, image_shape):
         height, width, _ = image_shape
         raise UserError(
             f"model.name is {name!r}, which takes images of {sides} pixels a side; those of the data set are "
-            f"{height} × {width}"
+            f"{height} × {width} (dataset.image_side says so for sets that are streamed)"
         )

@@ -31,6 +31,7 @@ class CifarResNet(nn.Module):
     num_classes: int = 10
     width: float = 1.0  # factor of the number of channels
     norm_affine: bool = False
+    norm_momentum: float = 0.9
     dtype: Any = jnp.float32
 
     image_sides: ClassVar = (8, 96)  # pixels; larger images would stay large through all layers
@@ -44,8 +45,7 @@ class CifarResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "batch height width channels"], train: bool = False):
-        # running statistics of about five batches (ours): of the usual ten they lag behind a high rate
-        conv, norm = _layers(self, train, momentum=0.8)
+        conv, norm = _layers(self, train)
         x = nn.relu(norm()(conv(max(1, round(16 * self.width)), (3, 3))(images)))
         for stage, channels in enumerate((16, 32, 64)):
             channels = max(1, round(channels * self.width))
@@ -68,13 +68,14 @@ class ResNet50(nn.Module):
     num_classes: int = 1000
     width: float = 1.0  # factor of the number of channels
     norm_affine: bool = False
+    norm_momentum: float = 0.9
     dtype: Any = jnp.float32
 
     image_sides: ClassVar = (32, None)  # pixels; the last stage sees a 32nd of them
 
     @nn.compact
     def __call__(self, images: Float[Array, "batch height width channels"], train: bool = False):
-        conv, norm = _layers(self, train, momentum=0.9)
+        conv, norm = _layers(self, train)
         x = nn.relu(norm()(conv(max(1, round(64 * self.width)), (7, 7), 2)(images)))
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for stage, blocks in enumerate((3, 4, 6, 3)):
@@ -91,7 +92,7 @@ class ResNet50(nn.Module):
         return nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=kaiming_normal)(x.mean((1, 2)))
 
 
-def _layers(module, train, momentum):
+def _layers(module, train):
     """The convolution, without bias and padded like PyTorch's, and the normalisation of `module`."""
 
     def conv(features, kernel_size, stride=1, name=None):
@@ -110,7 +111,7 @@ def _layers(module, train, momentum):
     norm = functools.partial(
         nn.BatchNorm,
         use_running_average=not train,
-        momentum=momentum,
+        momentum=module.norm_momentum,
         epsilon=1e-5,
         use_scale=module.norm_affine,
         use_bias=module.norm_affine,
