@@ -22,7 +22,7 @@ def test_the_lenet_benchmark_prints_its_table():
 def test_the_benchmark_of_steps_prints_its_table():
     done = benchmark("conv4", "--members=1", "--batch_size=4", "--steps=2", "--repeats=2")
     assert done.returncode == 0, done.stderr
-    assert "conv4, 1 members, batch 4, float32, step_unroll on" in done.stdout
+    assert "conv4, 1 member, batch 4, float32, step_unroll on" in done.stdout
     for quantity in ("images/s, all members", "step of all members", "compilation", "host memory"):
         assert quantity in done.stdout
 
