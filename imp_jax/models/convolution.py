@@ -26,4 +26,7 @@ def conv_general_dilated(
         return lax.conv_general_dilated(images, kernel, *args, **kwargs)
     size = max(GROUP, -(-len(images) // MOST_GROUPS))
     groups = [images[first : first + size] for first in range(0, len(images), size)]
-    return jnp.concatenate([lax.conv_general_dilated(group, kernel, *args, **kwargs) for group in groups])
+    outputs = [lax.conv_general_dilated(group, kernel, *args, **kwargs) for group in groups]
+    if len(outputs) == 1:  # XLA of JAX 0.12 fuses it with a mean that follows, and in bfloat16 gives nan
+        return lax.optimization_barrier(outputs[0])
+    return jnp.concatenate(outputs)
