@@ -68,6 +68,7 @@ def benchmark_rounds(config_name: str, timed_rounds: int) -> None:
 
     config = importlib.import_module(f"configs.{config_name}").get_config()
     config.rounds = timed_rounds + 2
+    config.instability.rounds = ()  # rounds of other size, compiled once more
     examples = data.load(config.dataset.name, config.dataset.data_dir).train.examples
     members = len(config.arms) * config.replicates
     images = members * config.epochs * (examples // config.batch_size) * config.batch_size

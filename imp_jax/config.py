@@ -59,6 +59,17 @@ def default() -> ConfigDict:
     config.pruning.score = "magnitude"  # or random; the lowest scores go
     config.pruning.fraction = 0.2  # of the survivors, removed after each round; one-shot to 30 %: rounds=2, 0.7
     config.pruning.exclude = ()  # layers never pruned, by name, such as ("projection_*",) of ResNet-50
+
+    config.instability = ConfigDict()
+    # rounds in which the ticket is trained once more, the arm twin, with other data order and augmentation
+    config.instability.rounds = (5, 10, 15)
+
+    config.analysis = ConfigDict()
+    config.analysis.path_points = 20  # of a linear path, ends included
+    config.analysis.batch_norm = (
+        "interpolate"  # statistics on a path: interpolate, or reestimate on training data
+    )
+    config.analysis.baseline = "mean"  # what a barrier is measured from: mean, linear or max of a path's ends
     return config
 
 
@@ -88,6 +99,13 @@ _BOUNDS = {
     ),
     "dataset.image_side": (lambda v: v >= 1, "at least 1"),
     "dataset.workers": (lambda v: v is None or v >= 0, "at least 0, or None"),
+    "instability.rounds": (
+        lambda v: all(type(n) is int and n >= 0 for n in v),
+        "rounds from 0, written as (5, 10); those the run does not reach count for nothing",
+    ),
+    "analysis.path_points": (lambda v: v >= 2, "at least 2, the ends"),
+    "analysis.batch_norm": (lambda v: v in ("interpolate", "reestimate"), "interpolate or reestimate"),
+    "analysis.baseline": (lambda v: v in ("mean", "linear", "max"), "mean, linear or max"),
     "model.norm_momentum": (lambda v: 0 <= v < 1, "in [0, 1)"),
     "model.width": (lambda v: 0 < v < float("inf"), "above 0 and finite"),
     "pruning.fraction": (lambda v: 0 < v < 1, "between 0 and 1, both excluded"),
@@ -159,6 +177,22 @@ def type_in_words(field: str) -> str:
 def to_json(config: ConfigDict) -> str:
     """The config as it is kept in a workdir's config.json."""
     return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(stored: dict) -> ConfigDict:
+    """The config of a config.json's content.
+
+    Raises:
+      UserError: as `validate`, for the file of another version.
+    """
+    fields = {name: tuple(v) if isinstance(v, list) else v for name, v in _flatten(stored).items()}
+    config = default()
+    for field in fields:
+        if field not in _flatten(config):
+            raise UserError(unknown_field(field))
+    config.update_from_flattened_dict(fields)
+    validate(config)
+    return config
 
 
 def differences(config: ConfigDict, stored: dict) -> list[str]:

@@ -1,10 +1,17 @@
 """Linear paths between networks, and the error barrier on them (sections 2.1 and 4.3)."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
+from imp_jax.data import InMemory, Streamed
 from imp_jax.masking import Params
+from imp_jax.training import Recipe, Variables, example_sums, sum_over_batches
+
+ESTIMATION_IMAGES = 5000  # of the training set, that normalisation statistics are re-estimated from (ours)
+CHUNK_BYTES = 2**30  # of the weights of the points that are evaluated at once
 
 
 def linear_path(params_a: Params, params_b: Params, num_points: int = 20) -> Params:
@@ -49,3 +56,147 @@ def error_barrier(errors: Float[Array, "*paths points"], baseline: str = "mean")
     else:
         raise ValueError(f"baseline is {baseline!r}; it should be one of 'mean', 'linear', 'max'")
     return jnp.max(errors - base, axis=-1)
+
+
+def path_metrics(
+    variables_a: Variables,
+    variables_b: Variables,
+    split: InMemory | Streamed,
+    *,
+    recipe: Recipe,
+    num_points: int = 20,
+    batch_norm: str = "interpolate",
+    train: InMemory | Streamed | None = None,
+) -> tuple[Float[np.ndarray, " points"], Float[np.ndarray, " points"]]:
+    """Mean cross-entropy (nats) and error, in [0, 1], of the networks at the points of `linear_path`.
+
+    Points are vmapped, as many at once as fit, but taken one by one where `recipe` unrolls its members. The
+    first layer sees the same images at every point and is affine in its weights: it is computed for the two
+    ends only, which makes a path of LeNet cost five evaluations and not twenty.
+
+    Args:
+      variables_a, variables_b: what `model.init` returns, of one network each.
+      split: what the networks are evaluated on, whole.
+      batch_norm: "interpolate" takes normalisation statistics to lie on the path like the weights (ours);
+        "reestimate" takes them from 5,000 images of `train`, anew at every point.
+
+    Raises:
+      ValueError: `num_points` below 2; an unknown `batch_norm`, or "reestimate" without `train` or with a model
+        that has statistics but no field `norm_momentum`.
+    """
+    (params_a, state_a), (params_b, state_b) = map(_parted, (variables_a, variables_b))
+    states = linear_path(state_a, state_b, num_points)
+    path = (params_a, params_b, jnp.linspace(0.0, 1.0, num_points), states)
+    if batch_norm == "reestimate":
+        path = (*path[:3], _reestimated(path, train, recipe))
+    elif batch_norm != "interpolate":
+        raise ValueError(f"batch_norm is {batch_norm!r}; it should be one of 'interpolate', 'reestimate'")
+    losses, correct = _over_chunks(_path_sums, path, split, recipe)
+    return losses / split.examples, 1 - correct / split.examples
+
+
+def _parted(variables):
+    return variables["params"], {name: leaves for name, leaves in variables.items() if name != "params"}
+
+
+def _over_chunks(function, path, split, recipe, batch_size=None):
+    """`sum_over_batches` of a function of a path, a few of its points at a time."""
+    params_a, params_b, alphas, states = path
+    # a stream would be decoded again for every chunk
+    chunk = len(alphas) if isinstance(split, Streamed) else _points_at_once(params_a, recipe)
+    sums = []
+    for first in range(0, len(alphas), chunk):
+        points = jax.tree.map(lambda leaf: leaf[first : first + chunk], (alphas, states))  # noqa: B023
+        networks = (params_a, params_b, *points)
+        sums.append(sum_over_batches(function, networks, split, recipe=recipe, batch_size=batch_size))
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *sums)
+
+
+def _points_at_once(params, recipe):
+    if recipe.execution.unroll:
+        return 1
+    return max(1, CHUNK_BYTES // sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+
+
+def _over_points(function, alphas, states, recipe):
+    """`function(alpha, state)` at each point, stacked."""
+    if len(alphas) == 1:  # no loop, in which a CPU's convolutions are slow
+        point = function(*jax.tree.map(lambda leaf: leaf[0], (alphas, states)))
+        return jax.tree.map(lambda leaf: leaf[None], point)
+    if recipe.execution.unroll:
+        return jax.lax.map(lambda point: function(*point), (alphas, states))
+    return jax.vmap(function)(alphas, states)
+
+
+def _path_sums(path, images, labels, counted, *, recipe):
+    """The sums of `example_sums` at each point."""
+    params_a, params_b, alphas, states = path
+    images = recipe.normalize(images)
+
+    def at(alpha, state):
+        logits = _apply_between(recipe.model, params_a, params_b, alpha, state, images, train=False)
+        return example_sums(logits, labels, counted)
+
+    return _over_points(at, alphas, states, recipe)
+
+
+def _batch_statistics(path, images, labels, counted, *, recipe):
+    """The normalisation statistics of one batch, at each point."""
+    del labels, counted
+    params_a, params_b, alphas, states = path
+    images = recipe.normalize(images)
+    model = recipe.model.copy(norm_momentum=0.0)  # which keeps nothing of the statistics before
+
+    def at(alpha, state):
+        options = {"train": True, "mutable": list(state)}
+        return _apply_between(model, params_a, params_b, alpha, state, images, **options)[1]
+
+    return _over_points(at, alphas, states, recipe)
+
+
+def _reestimated(path, train, recipe):
+    """The mean of the statistics of some batches of training images, at each point."""
+    states = path[3]
+    if not states:
+        return states
+    if train is None or not hasattr(recipe.model, "norm_momentum"):
+        raise ValueError(
+            "batch_norm is 'reestimate'; it needs `train` and a model with the field norm_momentum"
+        )
+    batch_size = min(250, train.examples)
+    batches = min(ESTIMATION_IMAGES, train.examples) // batch_size
+    examples = range(batches * batch_size)
+    if isinstance(train, Streamed):
+        parts = zip(*train.evaluation_batches(batch_size, examples), strict=True)
+        images, labels = map(jnp.concatenate, parts)
+    else:
+        images, labels = train.images[: len(examples)], train.labels[: len(examples)]
+    sums = _over_chunks(_batch_statistics, path, InMemory(images, labels), recipe, batch_size)
+    return jax.tree.map(lambda leaf: leaf / batches, sums)
+
+
+def _apply_between(model, params_a, params_b, alpha, state, images, **options):
+    """`model.apply` at θ(α), with the first layer's output taken from those of the ends."""
+
+    def between(a, b):
+        return ((1 - alpha) * a + alpha * b).astype(a.dtype)
+
+    first = True
+
+    def intercept(layer, args, kwargs, context):
+        nonlocal first
+        if not (first and isinstance(context.module, nn.Dense | nn.Conv)):
+            return layer(*args, **kwargs)
+        first = False
+        module = context.module.clone(parent=None, name=None)
+
+        def output(params):
+            for name in context.module.path:
+                params = params[name]
+            return module.apply({"params": params}, *args, **kwargs)
+
+        return between(output(params_a), output(params_b))
+
+    params = jax.tree.map(between, params_a, params_b)
+    with nn.intercept_methods(intercept):
+        return model.apply({"params": params, **state}, images, **options)

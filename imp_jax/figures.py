@@ -1,6 +1,8 @@
 """Tables → matplotlib figures. No JAX here: in a notebook, pass a DataFrame and get the Figure back."""
 
 import io
+import itertools
+from collections.abc import Sequence
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -11,6 +13,7 @@ STYLES = {
     "imp": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
     "reinit": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
 }
+PATHS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00")
 LABELS = {"imp": "IMP", "reinit": "random reinitialisation"}
 DENSITY_TICKS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
 
@@ -21,36 +24,181 @@ def accuracy(results: pd.DataFrame) -> Figure:
     Args:
       results: the columns arm, density and test_accuracy of results.csv.
     """
+    return _over_density(results, "test_accuracy", 100, "Test accuracy (%)")
+
+
+def threshold(results: pd.DataFrame) -> Figure:
+    """The pruning threshold over density (figure 6), drawn like `accuracy`.
+
+    Args:
+      results: the columns arm, density and threshold of results.csv.
+    """
+    return _over_density(results, "threshold", 1, "Pruning threshold")
+
+
+def distances(distances: pd.DataFrame, metric: str = "angular") -> Figure:
+    """The matrix of distances between rounds (figures 4, 9 to 11), the mean over replicates, imp beside reinit.
+
+    Both arms have one colour scale; the last row and column compare with the initialisation.
+
+    Args:
+      distances: distances.csv.
+      metric: angular, cosine or euclidean.
+    """
+    table = distances[distances["metric"] == metric]
+    means = table.groupby(["arm", "round_a", "round_b"], sort=False)["distance"].mean()
+    rounds = sorted(table["round_a"].unique(), key=lambda number: (number < 0, number))
+    matrices = {arm: means[arm].unstack().loc[rounds, rounds] for arm in table["arm"].unique()}
+    limit = max(1.0 if metric != "euclidean" else 0.0, *(matrix.max().max() for matrix in matrices.values()))
+    figure = Figure(figsize=(0.9 + 3.2 * len(matrices), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(matrices), squeeze=False, sharey=True)[0]
+    for axes, (arm, matrix) in zip(panels, matrices.items(), strict=True):
+        image = axes.imshow(matrix, vmin=0, vmax=limit, cmap="viridis")
+        axes.set_title(LABELS.get(arm, arm), fontsize="medium")
+        axes.set_xlabel("Pruning round")
+        step = max(1, len(rounds) // 5)
+        places = [place for place in range(0, len(rounds) - 1, step) if place < len(rounds) - 1 - step / 2]
+        ticks = [*places, len(rounds) - 1]
+        labels = ["init" if rounds[place] < 0 else f"{rounds[place]}" for place in ticks]
+        axes.set_xticks(ticks, labels)
+        axes.set_yticks(ticks, labels)
+        for line in (axes.axhline, axes.axvline):  # the initialisation apart
+            line(len(rounds) - 1.5, color="white", linewidth=1)
+    panels[0].set_ylabel("Pruning round")
+    names = {"angular": "Angle (2∠/π)", "cosine": "Cosine distance", "euclidean": "Euclidean distance"}
+    figure.colorbar(image, ax=panels, label=names.get(metric, metric), shrink=0.9)
+    return figure
+
+
+def histograms(histograms: pd.DataFrame, number: int = 10) -> Figure:
+    """The surviving weights of one round (figure 5), all replicates together, imp beside reinit.
+
+    Args:
+      histograms: histograms.csv.
+      number: the round; the last one there is, if the run is shorter.
+    """
+    number = min(number, histograms["round"].max())
+    table = histograms[histograms["round"] == number]
+    arms = table["arm"].unique()
+    figure = Figure(figsize=(0.6 + 3 * len(arms), 2.9), layout="constrained")
+    panels = figure.subplots(1, len(arms), squeeze=False, sharex=True, sharey=True)[0]
+    limit = 0.0
+    for axes, arm in zip(panels, arms, strict=True):
+        bins = table[table["arm"] == arm].groupby("left").agg({"right": "first", "count": "sum"})
+        edges = [*bins.index, bins["right"].iloc[-1]]
+        shares = 100 * bins["count"] / bins["count"].sum()
+        seen = bins[bins["count"] > bins["count"].sum() / 1e4]  # a few far out would narrow the rest
+        limit = max(limit, seen["right"].max(), -seen.index.min())
+        axes.stairs(shares, edges, fill=True, color=STYLES.get(arm, {}).get("color"))
+        axes.set_title(f"{LABELS.get(arm, arm)}, round {number}", fontsize="medium")
+        axes.set_xlabel("Weight")
+        axes.grid(alpha=0.3, linewidth=0.6)
+        axes.set_axisbelow(True)
+    panels[0].set_xlim(-1.05 * limit, 1.05 * limit)
+    panels[0].set_ylabel("Surviving weights (%)")
+    return figure
+
+
+def barriers(
+    paths: pd.DataFrame, barriers: pd.DataFrame, results: pd.DataFrame, rounds: Sequence[int] | None = None
+) -> Figure:
+    """Error on the paths between successive rounds at some densities, and the barrier over density (figure 8).
+
+    Args:
+      paths, barriers, results: paths.csv, barriers.csv and results.csv.
+      rounds: of the paths, which end in them; None is three: the first, the last, and one half-way.
+    """
+    paths, barriers = (
+        table[(table["kind"] == "successive") & (table["split"] == "test")] for table in (paths, barriers)
+    )
+    there = sorted(paths["round"].unique())
+    rounds = rounds or sorted({there[0], there[(len(there) - 1) // 2], there[-1]})
+    density = _densities(results)
+    figure = Figure(figsize=(7.6, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for number, color, line in zip(
+        rounds, itertools.cycle(PATHS), itertools.cycle(("-", "--", ":", "-.")), strict=False
+    ):
+        means = 100 * paths[paths["round"] == number].groupby("alpha")["error"].mean()
+        label = f"{100 * density[number - 1]:.2g} → {100 * density[number]:.2g} %"
+        left.plot(means.index, means, color=color, linestyle=line, linewidth=1.6, label=label)
+    left.set_xlabel("Position α on the path between two rounds")
+    left.set_ylabel("Test error (%)")
+    left.set_ylim(bottom=0)
+    left.legend(frameon=False, title="Densities", fontsize="small", title_fontsize="small")
+    left.grid(alpha=0.3, linewidth=0.6)
+    table = barriers.assign(density=barriers["round"].map(density))
+    _error_bars(right, table, "barrier", 100, **STYLES["imp"])
+    _density_axis(right, table["density"].min())
+    right.set_ylabel("Error barrier (percentage points)")
+    right.grid(alpha=0.3, linewidth=0.6)
+    return figure
+
+
+def instability(barriers: pd.DataFrame, results: pd.DataFrame) -> Figure:
+    """The error barrier between a ticket's network and its twin over density (figure 2), mean, min and max.
+
+    Args:
+      barriers, results: barriers.csv and results.csv.
+    """
+    table = barriers[(barriers["kind"] == "instability") & (barriers["split"] == "test")]
+    density = _densities(results)
+    table = table.assign(density=table["round"].map(density))
+    figure = Figure(figsize=(4.4, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    _error_bars(axes, table, "barrier", 100, **STYLES["imp"])
+    for number, rows in table.groupby("round"):
+        place = (density[number], 100 * rows["barrier"].max())
+        axes.annotate(
+            f"round {number}", place, (0, 5), textcoords="offset points", ha="center", fontsize="small"
+        )
+    axes.margins(y=0.2)
+    _density_axis(axes, table["density"].min() / 1.5)  # with room for the words
+    axes.set_ylabel("Instability (percentage points of error)")
+    axes.grid(alpha=0.3, linewidth=0.6)
+    return figure
+
+
+def to_bytes(figure: Figure, format: str = "png") -> bytes:
+    """The figure as the bytes of a PNG file at print resolution, or of a PDF."""
+    buffer = io.BytesIO()
+    # without the date, so that the same figure is the same file
+    figure.savefig(buffer, format=format, dpi=150, metadata={"CreationDate": None} if format == "pdf" else None)
+    return buffer.getvalue()
+
+
+def _over_density(results, column, scale, label):
+    """A column over density, a line an arm."""
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
     axes = figure.add_subplot()
-    for arm, rows in results.groupby("arm", sort=False):
-        over = 100 * rows.groupby("density")["test_accuracy"].agg(["mean", "min", "max"]).sort_index(
-            ascending=False
-        )
-        axes.errorbar(
-            over.index,
-            over["mean"],
-            # the mean of equal values may miss them by rounding, and matplotlib takes no negative bar
-            yerr=[(over["mean"] - over["min"]).clip(lower=0), (over["max"] - over["mean"]).clip(lower=0)],
-            label=LABELS.get(arm, arm),
-            markersize=3.5,
-            linewidth=1.4,
-            elinewidth=0.9,
-            capsize=2,
-            **STYLES.get(arm, {}),
-        )
+    for arm, rows in results[results["arm"] != "twin"].groupby("arm", sort=False):
+        _error_bars(axes, rows, column, scale, label=LABELS.get(arm, arm), **STYLES.get(arm, {}))
     _density_axis(axes, results.query("density > 0")["density"].min())
-    axes.set_ylabel("Test accuracy (%)")
+    axes.set_ylabel(label)
     axes.grid(alpha=0.3, linewidth=0.6)
     axes.legend(frameon=False)
     return figure
 
 
-def to_png(figure: Figure) -> bytes:
-    """The figure as the bytes of a PNG file, at print resolution."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
+def _error_bars(axes, rows, column, scale, **style):
+    """The mean of a column at each density, with bars from minimum to maximum."""
+    over = scale * rows.groupby("density")[column].agg(["mean", "min", "max"]).sort_index(ascending=False)
+    axes.errorbar(
+        over.index,
+        over["mean"],
+        # the mean of equal values may miss them by rounding, and matplotlib takes no negative bar
+        yerr=[(over["mean"] - over["min"]).clip(lower=0), (over["max"] - over["mean"]).clip(lower=0)],
+        markersize=3.5,
+        linewidth=1.4,
+        elinewidth=0.9,
+        capsize=2,
+        **style,
+    )
+
+
+def _densities(results):
+    """The density of each round."""
+    return results.groupby("round")["density"].first()
 
 
 def _density_axis(axes, lowest):

@@ -2,6 +2,8 @@
 
 What is trained in a round is a member, one (arm, replicate) pair: `imp` is the ticket itself, `reinit` the
 control, a different random initialisation under the same mask. Members lead every batched tree, arm by arm.
+In the rounds of `instability.rounds` a `twin` of each ticket trains beside them, with other data order and
+augmentation; it leaves a checkpoint and rows of results, and no trace in later rounds.
 """
 
 import contextlib
@@ -28,7 +30,7 @@ from imp_jax.masking import Mask
 from imp_jax.training import Metrics, TrainState, Variables
 
 # What an arm's keys fold in; the numbers are part of a run's randomness, so they never change.
-ARMS = {"imp": 0, "reinit": 1}
+ARMS = {"imp": 0, "reinit": 1, "twin": 2}
 _DRAWS = {"init": 0, "reinit": 1, "data": 2, "score": 3}
 
 
@@ -55,7 +57,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> None:
         print(f"{workdir} is finished: all {config.rounds} rounds were there, nothing to do")
     workdir = Path(workdir)
     records.print_summary(pd.read_csv(workdir / "results.csv"))
-    print(f"results: {workdir / 'results.csv'}\nfigure:  {workdir / 'figures' / 'accuracy.png'}")
+    print(f"results: {workdir / 'results.csv'}")
 
 
 def rounds(config: ConfigDict, workdir: str | os.PathLike) -> Iterator[list[records.Row]]:
@@ -78,8 +80,9 @@ def rounds(config: ConfigDict, workdir: str | os.PathLike) -> Iterator[list[reco
         if finished:
             print(f"{workdir} has rounds 0 to {finished[-1]}; going on with round {finished[-1] + 1}")
             last = checkpoints.restore(finished[-1])
-            masks, _ = prune(experiment, finished[-1], last)
-            tickets = reset(experiment, last)
+            with_twins = in_round(experiment, finished[-1])
+            masks, _ = prune(with_twins, finished[-1], last)
+            tickets = reset(with_twins, last)
         else:
             tickets = initialize(experiment)
             masks = masking.ones_like(tickets["params"])
@@ -92,28 +95,30 @@ def rounds(config: ConfigDict, workdir: str | os.PathLike) -> Iterator[list[reco
 
         def on_epoch(number, epoch, metrics, seconds):
             done = number * config.epochs + epoch + 1
-            events.write(done, epoch_loss=metrics.loss.mean(0), epoch_accuracy=metrics.accuracy.mean(0))
+            loss, accuracy = (metric.mean(0)[: len(experiment.members)] for metric in metrics)  # without twins
+            events.write(done, epoch_loss=loss, epoch_accuracy=accuracy)
             display.epoch(number, epoch, metrics.loss.size * config.batch_size, seconds)
 
         def record(number, networks, rows):
             checkpoints.save(number, networks, rows)
             results.append(rows)
             refresh_figure(results, workdir)
-            events.write((number + 1) * config.epochs, **_columns(rows))
+            events.write((number + 1) * config.epochs, **_columns(rows[: len(experiment.members)]))
             events.flush()
-            images = len(experiment.members) * experiment.learning_rates.size * config.batch_size
+            images = len(rows) * experiment.learning_rates.size * config.batch_size
             display.round(number, rows, images)
             return rows
 
         recorded = None
         for number in range(first, config.rounds):
             start = time.perf_counter()
+            with_twins = in_round(experiment, number)
             try:
-                networks = train(experiment, number, tickets, masks, functools.partial(on_epoch, number))
+                networks = train(with_twins, number, tickets, masks, functools.partial(on_epoch, number))
                 seconds = time.perf_counter() - start
-                masks, thresholds = prune(experiment, number, networks)
-                tickets = reset(experiment, networks)
-                rows = measure(experiment, number, networks, thresholds, seconds)
+                masks, thresholds = prune(with_twins, number, networks)
+                tickets = reset(with_twins, networks)
+                rows = measure(with_twins, number, networks, thresholds, seconds)
             except UserError:
                 if recorded:
                     recorded.result()  # a round that could not be recorded is the graver news
@@ -126,7 +131,7 @@ def rounds(config: ConfigDict, workdir: str | os.PathLike) -> Iterator[list[reco
 
 def refresh_figure(results: records.Results, workdir: Path) -> None:
     """Draw figures/accuracy.png anew."""
-    figure = figures.to_png(figures.accuracy(results.table()))
+    figure = figures.to_bytes(figures.accuracy(results.table()))
     records.write_atomically(workdir / "figures" / "accuracy.png", figure)
 
 
@@ -139,10 +144,10 @@ def setup(config: ConfigDict) -> Experiment:
     """
     configs.validate(config)
     arms = set(map(str, config.arms))
-    if not {"imp"} <= arms <= set(ARMS) or len(arms) < len(config.arms):
+    if not {"imp"} <= arms <= {"imp", "reinit"} or len(arms) < len(config.arms):
         raise UserError(
-            f"arms is {config.arms}; it should hold imp, whose masks all arms use, and others of "
-            f"{', '.join(ARMS)}, none twice, written as ('imp', 'reinit')"
+            f"arms is {config.arms}; it should hold imp, whose masks all arms use, and reinit or not, none "
+            f"twice, written as ('imp', 'reinit'); the rounds of twins are in instability.rounds"
         )
     score = choose(pruning.SCORES, "pruning.score", config.pruning.score)
     optimizer = training.make_optimizer(config)
@@ -173,7 +178,7 @@ def setup(config: ConfigDict) -> Experiment:
     _require_layers(config.pruning.exclude, params)
     return Experiment(
         config=config,
-        members=tuple(Member(arm, replicate) for arm in config.arms for replicate in range(config.replicates)),
+        members=members(config),
         dataset=dataset,
         recipe=training.Recipe(
             model=model,
@@ -185,6 +190,17 @@ def setup(config: ConfigDict) -> Experiment:
         score=score,
         learning_rates=learning_rates,
     )
+
+
+def members(config: ConfigDict, number: int | None = None) -> tuple[Member, ...]:
+    """The members of every round, or of round `number`: last among them, where the config asks, are twins."""
+    arms = (*config.arms, *(["twin"] if number in config.instability.rounds else []))
+    return tuple(Member(arm, replicate) for arm in arms for replicate in range(config.replicates))
+
+
+def in_round(experiment: Experiment, number: int) -> Experiment:
+    """The experiment with all members of round `number`."""
+    return experiment._replace(members=members(experiment.config, number))
 
 
 def initialize(experiment: Experiment) -> Variables:
@@ -203,6 +219,8 @@ def train(
 ) -> Round:
     """Train the tickets of round `number`, θ⊙m for all members, to the end.
 
+    `tickets` and `masks` are those of all members but twins, which share imp's.
+
     With `rewind_step=k`, round 0 notes imp's weights at step k, and later rounds put them back at step k: the
     learning rates go on from there, the optimizer starts afresh (Frankle et al. 2020); what imp did before k in
     those rounds is dropped, beside the control, which always starts from its random initialisation (ours).
@@ -216,7 +234,8 @@ def train(
     config, recipe, split = experiment.config, experiment.recipe, experiment.dataset.train
     epochs, steps = experiment.learning_rates.shape
     rewind_step = config.rewind_step or 0
-    rewound = jnp.array([member.arm == "imp" for member in experiment.members])
+    rewound = jnp.array([member.arm in ("imp", "twin") for member in experiment.members])
+    tickets, masks = _with_twins_as_imp(experiment, (tickets, masks))
     keys = _keys(experiment, lambda member: ["data", ARMS[member.arm], number])
 
     if isinstance(split, data.Streamed):
@@ -230,6 +249,7 @@ def train(
         for first, last in [(0, cut), (cut, steps)] if 0 < cut < steps else [(0, steps)]:
             if rewind_step > 0 and first == cut:
                 if number == 0:
+                    states = _with_twins_as_imp(experiment, states)  # they part at step k
                     tickets = _where_member(rewound, states.variables, tickets)
                 else:
                     fresh = training.init_states(tickets, masks, optimizer=recipe.optimizer)
@@ -251,7 +271,10 @@ def train(
 
 
 def prune(experiment: Experiment, number: int, networks: Round) -> tuple[Mask, Float[np.ndarray, " members"]]:
-    """The masks after round `number`, every arm's from its replicate's imp, and each member's own threshold."""
+    """The masks after round `number`, every arm's from its replicate's imp, and each member's own threshold.
+
+    A round's twins are given a threshold, and no mask: no later round trains them.
+    """
     members = experiment.members
     masks, thresholds = _prune_members(
         networks.trained["params"],
@@ -262,7 +285,7 @@ def prune(experiment: Experiment, number: int, networks: Round) -> tuple[Mask, F
         fraction=experiment.config.pruning.fraction,
         exclude=tuple(experiment.config.pruning.exclude),
     )
-    return masks, np.asarray(thresholds)
+    return _without_twins(experiment, masks), np.asarray(thresholds)
 
 
 def reset(experiment: Experiment, networks: Round) -> Variables:
@@ -271,9 +294,9 @@ def reset(experiment: Experiment, networks: Round) -> Variables:
     With `rewind_step=None`, imp goes on from its trained weights; the control is still reset (ours).
     """
     if experiment.config.rewind_step is not None:
-        return networks.initial
+        return _without_twins(experiment, networks.initial)
     goes_on = jnp.array([member.arm == "imp" for member in experiment.members])
-    return _where_member(goes_on, networks.trained, networks.initial)
+    return _without_twins(experiment, _where_member(goes_on, networks.trained, networks.initial))
 
 
 def measure(
@@ -331,6 +354,20 @@ def _where_member(chosen: Bool[Array, " members"], one: TrainState | Variables, 
     return jax.tree.map(lambda a, b: jnp.where(chosen.reshape(-1, *[1] * (a.ndim - 1)), a, b), one, other)
 
 
+def _with_twins_as_imp(experiment, tree):
+    """`tree`, of all members or of all but twins, with imp's leaves for the twins."""
+    members = experiment.members
+    if "twin" not in {member.arm for member in members}:
+        return tree
+    source = [members.index(m if m.arm != "twin" else Member("imp", m.replicate)) for m in members]
+    return jax.tree.map(lambda leaf: leaf[np.array(source)], tree)
+
+
+def _without_twins(experiment, tree):
+    others = sum(member.arm != "twin" for member in experiment.members)  # twins come last
+    return tree if others == len(experiment.members) else jax.tree.map(lambda leaf: leaf[:others], tree)
+
+
 def _keys(experiment: Experiment, path: Callable[[Member], list[Any]]) -> Key[Array, " members"]:
     """One key a member, folded from seed → replicate → a named draw → numbers, whatever the other members."""
 
@@ -347,12 +384,16 @@ def _keys(experiment: Experiment, path: Callable[[Member], list[Any]]) -> Key[Ar
 def _in_words(experiment, params):
     """The network and its data, for the terminal."""
     config, members = experiment.config, len(experiment.members)
+    twins = [str(n) for n in sorted(set(config.instability.rounds)) if n < config.rounds]
+    trained = f"{members} member{'s' * (members > 1)}"
+    if twins:
+        trained += f", with {config.replicates} more in round {', '.join(twins)}"
     count = sum(leaf.size for leaf in jax.tree.leaves(params)) // members
     weights = masking.size(params, config.pruning.exclude) // members
     height, width, channels = experiment.dataset.train.image_shape
     return (
         f"{config.model.name} on {config.dataset.name} ({height} × {width} × {channels}): "
-        f"{count:,} parameters, {weights:,} of them weights to prune; {members} member{'s' * (members > 1)}"
+        f"{count:,} parameters, {weights:,} of them weights to prune; {trained}"
     )
 
 

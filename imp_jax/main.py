@@ -31,9 +31,10 @@ def main(argv):
             raise UserError("--config is missing; name a config file, such as --config=configs/mnist5k.py")
         if not _WORKDIR.value:
             raise UserError("--workdir is missing; say where to keep the run, such as --workdir=runs/mnist5k")
-        from imp_jax import imp
+        from imp_jax import analysis, imp
 
         imp.run(_CONFIG.value, _WORKDIR.value)
+        analysis.run(_WORKDIR.value)
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -195,7 +195,7 @@ class Display:
 
     def round(self, number: int, rows: Sequence[Row], images: int) -> None:
         """Round `number`, which trained on `images` images of all members, is on disk with `rows`."""
-        means = pd.DataFrame(rows).groupby("arm", sort=False)["test_accuracy"].mean()
+        means = pd.DataFrame(rows).query("arm != 'twin'").groupby("arm", sort=False)["test_accuracy"].mean()
         self._accuracies = " ".join(f"{arm} {mean:.2%}" for arm, mean in means.items())
         self._progress.update(self._task, accuracies=self._accuracies)
         if self._progress.disable:
@@ -214,6 +214,7 @@ class Display:
 
 def print_summary(results: pd.DataFrame) -> None:
     """The result on the terminal: test accuracy over density, a column an arm, mean (min to max)."""
+    results = results[results["arm"] != "twin"]
     replicates = results["replicate"].nunique()
     title = "Test accuracy in %" + (f", mean (min to max) of {replicates} replicates" if replicates > 1 else "")
     table = Table("round", "density", *results["arm"].unique(), title=title, title_justify="left")

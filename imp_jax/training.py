@@ -5,7 +5,7 @@ side. Masks, learning rates and keys are arguments: one compiled program serves 
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 from ml_collections import ConfigDict
 
 from imp_jax import masking
@@ -229,19 +229,49 @@ def evaluate(
     """Mean cross-entropy (nats) and number of examples classified right, of every member over a whole split.
 
     Args:
-      batch_size: changes nothing but memory and rounding; None is 1000 small images or 250 large ones.
+      batch_size: changes nothing but memory and rounding; see `sum_over_batches`.
+    """
+    losses, correct = sum_over_batches(_member_sums, variables, split, recipe=recipe, batch_size=batch_size)
+    return losses / split.examples, correct
+
+
+def sum_over_batches(
+    function: Callable[..., PyTree[Array]],
+    networks: PyTree[Array],
+    split: InMemory | Streamed,
+    *,
+    recipe: Recipe,
+    batch_size: int | None = None,
+) -> PyTree[Array]:
+    """The sum of `function(networks, images, labels, counted, recipe=recipe)` over all batches of a split.
+
+    Args:
+      function: traced, and static: one that is defined once. `counted` [batch] is False for the examples that
+        fill up the last batch and should count for nothing.
+      batch_size: None is 1000 small images or 250 large ones.
     """
     batch_size = min(batch_size or (250 if isinstance(split, Streamed) else 1000), split.examples)
     numbers = np.arange(-(-split.examples // batch_size))
     if isinstance(split, Streamed):
         batches = (_filled(*batch, batch_size) for batch in split.evaluation_batches(batch_size))
-        sums = _collect(_batch_sums_alone(variables, *batch, recipe=recipe) for batch in batches)
-    elif recipe.execution.scan:
-        sums = _scan_sums(variables, split, numbers, batch_size=batch_size, recipe=recipe)
+        sums = _collect(_stream_sums_alone(function, networks, *batch, recipe=recipe) for batch in batches)
     else:
-        sums = _collect(_sums_alone(variables, split, i, batch_size=batch_size, recipe=recipe) for i in numbers)
-    losses, correct = sums
-    return losses.sum(0) / split.examples, correct.sum(0)
+        options = {"batch_size": batch_size, "recipe": recipe}
+        if recipe.execution.scan:
+            sums = _scan_sums(function, networks, split, numbers, **options)
+        else:
+            sums = _collect(_sums_alone(function, networks, split, i, **options) for i in numbers)
+    return jax.tree.map(lambda leaf: leaf.sum(0), sums)
+
+
+def example_sums(
+    logits: Float[Array, "batch classes"], labels: Int[Array, " batch"], counted: Bool[Array, " batch"]
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """The sum of the cross-entropies (nats), and the number right, over the examples that count."""
+    logits = logits.astype(jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    correct = logits.argmax(-1) == labels
+    return jnp.sum(losses, where=counted), jnp.sum(correct, where=counted, dtype=jnp.int32)
 
 
 def _draw_epoch(keys, epoch, examples):
@@ -277,31 +307,33 @@ def _scan_steps(states, masks, split, keys, epoch, first_step, learning_rates, *
     )
 
 
-def _batch_sums(variables, images, labels, counted, *, recipe):
-    """Of each member the sum of the losses, and the number right, over the examples of a batch that count."""
+def _member_sums(variables, images, labels, counted, *, recipe):
+    """`example_sums` of each member."""
 
     def of_member(variables, images, labels, counted):
-        logits = recipe.model.apply(variables, recipe.normalize(images), train=False).astype(jnp.float32)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        correct = logits.argmax(-1) == labels
-        return jnp.sum(losses, where=counted), jnp.sum(correct, where=counted, dtype=jnp.int32)
+        logits = recipe.model.apply(variables, recipe.normalize(images), train=False)
+        return example_sums(logits, labels, counted)
 
     return _over_members(of_member, (0, None, None, None), recipe)(variables, images, labels, counted)
 
 
-def _sums(variables, split, number, *, batch_size, recipe):
-    """`_batch_sums` of batch `number`; the last one is filled up with examples that count for nothing."""
+def _sums(function, networks, split, number, *, batch_size, recipe):
+    """`function` of batch `number`; the last one is filled up with examples that count for nothing."""
     batch = number * batch_size + jnp.arange(batch_size)
     where = batch % split.examples
     counted = batch < split.examples
-    return _batch_sums(variables, split.images[where], split.labels[where], counted, recipe=recipe)
+    return function(networks, split.images[where], split.labels[where], counted, recipe=recipe)
 
 
-@functools.partial(jax.jit, static_argnames=("batch_size", "recipe"))
-def _scan_sums(variables, split, numbers, *, batch_size, recipe):
+@functools.partial(jax.jit, static_argnames=("function", "batch_size", "recipe"))
+def _scan_sums(function, networks, split, numbers, *, batch_size, recipe):
     return jax.lax.map(
-        lambda number: _sums(variables, split, number, batch_size=batch_size, recipe=recipe), numbers
+        lambda number: _sums(function, networks, split, number, batch_size=batch_size, recipe=recipe), numbers
     )
+
+
+def _stream_sums(function, networks, images, labels, counted, *, recipe):
+    return function(networks, images, labels, counted, recipe=recipe)
 
 
 def _filled(images, labels, batch_size):
@@ -337,8 +369,8 @@ def _compiler_options():
 _draw_epoch_alone = _alone(_draw_epoch, static_argnames="examples")
 _step_alone = _alone(_step, static_argnames=("batch_size", "recipe"), donate_argnames="states")
 _train_members_alone = _alone(train_members, static_argnames="recipe", donate_argnames="states")
-_batch_sums_alone = _alone(_batch_sums, static_argnames="recipe")
-_sums_alone = _alone(_sums, static_argnames=("batch_size", "recipe"))
+_stream_sums_alone = _alone(_stream_sums, static_argnames=("function", "recipe"))
+_sums_alone = _alone(_sums, static_argnames=("function", "batch_size", "recipe"))
 
 
 def _step_by_step(step, states, inputs):

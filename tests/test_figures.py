@@ -37,7 +37,7 @@ def test_accuracy_draws_means_with_min_and_max():
 
 def test_one_round_and_an_unknown_arm_are_drawn_too():
     table = pd.DataFrame({"arm": ["other"], "density": [1.0], "test_accuracy": [0.5]})
-    assert figures.to_png(figures.accuracy(table)).startswith(b"\x89PNG")
+    assert figures.to_bytes(figures.accuracy(table)).startswith(b"\x89PNG")
 
 
 def test_equal_replicates_are_drawn():

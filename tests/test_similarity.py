@@ -71,16 +71,59 @@ def test_empty_intersection():
     assert similarity.euclidean_distance(a, mask_a, b, mask_b) == 0
 
 
-@pytest.mark.parametrize("distance", DISTANCES)
-def test_matrix_is_the_pairwise_function(distance):
-    keys = jax.random.split(jax.random.key(0), 4)
+def random_networks(count=5):
+    keys = jax.random.split(jax.random.key(0), count)
     params = [{"kernel": jax.random.normal(key, (30,)), "bias": jax.random.normal(key, (3,))} for key in keys]
     masks = [{"kernel": jax.random.bernoulli(key, 0.7, (30,)), "bias": jnp.ones(3, bool)} for key in keys]
-    matrix = similarity.distance_matrix(params, masks, distance=distance)
+    return params, masks
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_matrix_is_the_pairwise_function(distance):
+    params, masks = random_networks()
+    matrix = jax.jit(lambda *trees: similarity.distance_matrix(*trees, distance=distance))(params, masks)
     expected = [
         [distance(p, m, q, n) for q, n in zip(params, masks, strict=True)]
         for p, m in zip(params, masks, strict=True)
     ]
     np.testing.assert_allclose(matrix, expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(np.diag(matrix), 0, atol=1e-6)
-    np.testing.assert_allclose(matrix, matrix.T, rtol=1e-6)
+    np.testing.assert_array_equal(np.diag(matrix), 0)
+    np.testing.assert_array_equal(matrix, matrix.T)
+
+
+def test_matrices_are_those_of_each_distance():
+    params, masks = random_networks()
+    stacked = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) for trees in (params, masks)]
+    matrices = jax.jit(similarity.distance_matrices)(*stacked)
+    assert list(matrices) == ["angular", "cosine", "euclidean"]
+    for matrix, distance in zip(matrices.values(), DISTANCES, strict=True):
+        expected = similarity.distance_matrix(params, masks, distance=distance)
+        np.testing.assert_allclose(matrix, expected, atol=1e-6)
+
+
+def test_matrix_of_parallel_opposite_and_disjoint_networks():
+    a = {"kernel": jax.random.normal(jax.random.key(0), (100_000,)).at[0].set(2.0)}
+    params = [a, a, jax.tree.map(lambda x: 1e-3 * x, a), jax.tree.map(jnp.negative, a)]
+    matrix = similarity.distance_matrix(params, [masking.ones_like(a)] * 4)
+    expected = [[0, 0, 0, 2], [0, 0, 0, 2], [0, 0, 0, 2], [2, 2, 2, 0]]
+    np.testing.assert_allclose(matrix, expected, atol=1e-3)
+
+    first = {"kernel": jnp.zeros(100_000, bool).at[0].set(True)}
+    others = jax.tree.map(jnp.logical_not, first)
+    nothing = {"kernel": jnp.zeros(100_000, bool)}
+    for distance in (similarity.angular_distance, similarity.cosine_distance):
+        matrix = similarity.distance_matrix([a, a, a], [first, others, nothing], distance=distance)
+        np.testing.assert_array_equal(matrix, np.where(np.diag([1, 1, 0]) == 1, 0, np.nan))
+    matrix = similarity.distance_matrix([a] * 3, [first, others, nothing], similarity.euclidean_distance)
+    np.testing.assert_array_equal(matrix, 0)
+
+
+def test_matrix_of_a_distance_of_ones_own():
+    params, masks = random_networks()
+
+    def biases(params_a, mask_a, params_b, mask_b):
+        return jnp.abs(params_a["bias"] - params_b["bias"]).sum()
+
+    matrix = similarity.distance_matrix(params, masks, distance=biases)
+    each = np.stack([p["bias"] for p in params])
+    np.testing.assert_allclose(matrix, np.abs(each[:, None] - each).sum(-1), rtol=1e-5)

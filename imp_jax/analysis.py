@@ -1,0 +1,345 @@
+"""A finished run → tables, figures and a report: all the paper looks at (section 4, appendices B and E).
+
+    python -m imp_jax.analysis --workdir=runs/mnist5k
+
+computes what `analysis/*.csv` in the workdir lacks, as `imp_jax.main` does at the end of a run, and draws the
+figures. In a notebook, `load(workdir)` gives the tables, and the networks of a round on request.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+from absl import logging
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.progress import track
+
+from imp_jax import config as configs
+from imp_jax import connectivity, figures, imp, masking, records, report, similarity, weights
+from imp_jax.checkpoints import Checkpoints, Round
+from imp_jax.config import UserError
+
+INITIALISATION = -1  # the "round" of the weights that survivors are reset to, in distances.csv
+BINS = 101  # of a histogram; an odd number, so that one is centred on 0
+
+# The tables, a csv file each, with their columns.
+TABLES = {
+    # between the trained networks of two rounds, on the weights both keep
+    "distances": ("replicate", "arm", "metric", "round_a", "round_b", "distance"),
+    # kind successive: from the round before; instability: from imp to its twin. Error in [0, 1], loss in nats
+    "paths": ("replicate", "kind", "round", "split", "alpha", "loss", "error"),
+    "barriers": ("replicate", "kind", "round", "split", "barrier", "loss_barrier"),  # of those paths
+    # surviving weights in intervals from left to right, the same for all members of a round
+    "histograms": ("replicate", "arm", "round", "left", "right", "count"),
+    # Sarle's coefficient, and the share of survivors below half the round's own threshold
+    "weights": ("replicate", "arm", "round", "survivors", "bimodality", "near_zero"),
+    # of the mask, which all arms share; units have no path of surviving weights from input to output
+    "layers": ("replicate", "round", "layer", "weights", "survivors", "units", "dead_units"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A workdir in a notebook: its config, results.csv, and the tables of `TABLES` as far as they are there."""
+
+    workdir: Path
+    config: ConfigDict
+    results: pd.DataFrame
+    distances: pd.DataFrame
+    paths: pd.DataFrame
+    barriers: pd.DataFrame
+    histograms: pd.DataFrame
+    weights: pd.DataFrame
+    layers: pd.DataFrame
+
+    def round(self, number: int) -> Round:
+        """The networks of round `number`: every leaf leads with the members, in the order of `members`."""
+        with contextlib.closing(Checkpoints(self.workdir)) as checkpoints:
+            if number not in checkpoints.rounds():
+                raise UserError(f"{self.workdir} has no round {number}; it has {checkpoints.rounds()}")
+            return checkpoints.restore(number)
+
+    def members(self, number: int) -> tuple[imp.Member, ...]:
+        """The (arm, replicate) pairs that round `number` trained."""
+        return imp.members(self.config, number)
+
+
+def load(workdir: str | os.PathLike) -> Run:
+    """All tables of a workdir; those that are not computed yet are empty.
+
+    Raises:
+      UserError: a folder without a run.
+    """
+    workdir = Path(workdir)
+    config = _stored_config(workdir)
+    results = workdir / "results.csv"
+    results = pd.read_csv(results) if results.exists() else pd.DataFrame(columns=list(records.FIELDS))
+    return Run(workdir, config, results, **{name: _read(workdir, name) for name in TABLES})
+
+
+def run(workdir: str | os.PathLike, data_dir: str | os.PathLike | None = None) -> None:
+    """Compute what the tables of a workdir lack, draw all figures, and write report.html.
+
+    Args:
+      data_dir: where the data set is, if not where the config says.
+
+    Raises:
+      UserError: a folder without a run or without a finished round, or that cannot be written; another process
+        at work there; the data set is absent.
+    """
+    workdir = Path(workdir)
+    config = _stored_config(workdir)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(records.open_workdir(workdir, config))
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir)))
+        if not checkpoints.rounds():
+            raise UserError(f"{workdir} has no finished round to analyse")
+        (workdir / "analysis").mkdir(exist_ok=True)
+        setting = config.copy_and_resolve_references()
+        if data_dir:
+            setting.dataset.data_dir = str(data_dir)
+        compute(checkpoints, config, functools.cache(lambda: imp.setup(setting)), workdir)
+    done = load(workdir)
+    drawn = draw(done)
+    records.write_atomically(workdir / "report.html", report.html(done, drawn))
+    print(
+        f"tables:  {workdir / 'analysis'}\nfigures: {workdir / 'figures'}\nreport:  {workdir / 'report.html'}"
+    )
+
+
+def compute(checkpoints: Checkpoints, config: ConfigDict, experiment: Any, workdir: Path) -> None:
+    """Bring the tables up to the rounds of `checkpoints`, one by one; `experiment()` is asked if needed."""
+    tables = {name: _read(workdir, name) for name in TABLES}
+    finished = checkpoints.rounds()
+    results = pd.DataFrame(row for number in finished for row in checkpoints.rows(number))
+
+    def lacking(name):
+        return set(finished) - set(tables[name]["round"])
+
+    there = set(zip(tables["paths"]["kind"], tables["paths"]["round"], strict=True))
+    paths = [
+        (kind, number) for number in finished for kind in _kinds(config, number) if (kind, number) not in there
+    ]
+    of_weights = lacking("histograms") | lacking("weights") | lacking("layers")
+    of_distances = set(tables["distances"]["round_a"]) != {INITIALISATION, *finished}
+    needed = {number for _, number in paths} | of_weights | (set(finished) if of_distances else set())
+    needed |= {number - 1 for kind, number in paths if kind == "successive"}
+
+    networks, before = [], None
+    console = Console()
+    progress = {"description": "analysing", "console": console, "disable": not console.is_terminal}
+    for number in track(sorted(needed), transient=True, **progress):
+        now = checkpoints.restore(number)
+        if number in of_weights:
+            new = _weights(experiment(), number, now, results[results["round"] == number])
+            for name, rows in new.items():
+                tables[name] = _with_rows(tables[name][tables[name]["round"] != number], rows)
+        kinds = [kind for kind, path_number in paths if path_number == number]
+        if kinds:
+            rows = [row for kind in kinds for row in _paths(experiment(), number, kind, before, now)]
+            tables["paths"] = _with_rows(tables["paths"], rows)
+            _write(workdir, "paths", tables["paths"])  # the one that takes long
+        if of_distances:
+            if number == 0:
+                networks.append((now.initial["params"], now.mask))
+            networks.append((now.trained["params"], now.mask))
+        before = now
+
+    if of_distances:
+        tables["distances"] = _table("distances", _distances(config, finished, networks))
+    tables["barriers"] = _barriers(tables["paths"], config.analysis.baseline)
+    for name, table in tables.items():
+        _write(workdir, name, table)
+
+
+def draw(run: Run) -> dict[str, bytes]:
+    """Write every figure that the tables give as PNG and PDF; returns the PNGs by name."""
+    drawn = {"accuracy": figures.accuracy(run.results), "threshold": figures.threshold(run.results)}
+    for metric in similarity.METRICS:
+        drawn[f"distances_{metric}"] = figures.distances(run.distances, metric)
+    drawn["histograms"] = figures.histograms(run.histograms)
+    if (run.barriers["kind"] == "successive").any():
+        drawn["barriers"] = figures.barriers(run.paths, run.barriers, run.results)
+    if (run.barriers["kind"] == "instability").any():
+        drawn["instability"] = figures.instability(run.barriers, run.results)
+    pngs = {}
+    for name, figure in drawn.items():
+        pngs[name] = figures.to_bytes(figure)
+        records.write_atomically(run.workdir / "figures" / f"{name}.png", pngs[name])
+        records.write_atomically(run.workdir / "figures" / f"{name}.pdf", figures.to_bytes(figure, "pdf"))
+    return pngs
+
+
+def _kinds(config, number):
+    """The paths that end in round `number`."""
+    return ["successive"] * (number > 0) + ["instability"] * (number in config.instability.rounds)
+
+
+def _paths(experiment, number, kind, before, now):
+    """Rows of the paths of one kind that end in round `number`, of every replicate on both splits."""
+    config, dataset = experiment.config, experiment.dataset
+    members = imp.members(config, number)
+    options = {
+        "recipe": experiment.recipe,
+        "num_points": config.analysis.path_points,
+        "batch_norm": config.analysis.batch_norm,
+        "train": dataset.train,
+    }
+
+    def network(round_, arm, replicate):
+        index = members.index(imp.Member(arm, replicate))
+        return jax.tree.map(lambda leaf: leaf[index], round_.trained)
+
+    for replicate in range(config.replicates):
+        imp_network = network(now, "imp", replicate)
+        if kind == "successive":
+            ends = network(before, "imp", replicate), imp_network
+        else:
+            ends = imp_network, network(now, "twin", replicate)
+        for split in ("train", "test"):
+            losses, errors = connectivity.path_metrics(*ends, getattr(dataset, split), **options)
+            alphas = np.linspace(0, 1, len(losses))
+            for alpha, loss, error in zip(alphas, losses, errors, strict=True):
+                yield replicate, kind, number, split, alpha, float(loss), float(error)
+
+
+def _barriers(paths, baseline):
+    rows = []
+    for key, points in paths.groupby(["replicate", "kind", "round", "split"], sort=False):
+        points = points.sort_values("alpha")
+        barriers = (connectivity.error_barrier(points[of].to_numpy(), baseline) for of in ("error", "loss"))
+        rows.append((*key, *map(float, barriers)))
+    return _table("barriers", rows)
+
+
+def _distances(config, finished, networks):
+    """Rows of the matrices of every arm and replicate, over the initialisation and all rounds."""
+    rounds = [INITIALISATION, *finished]
+    matrices = jax.jit(similarity.distance_matrices)
+    for index, member in enumerate(imp.members(config)):
+        stacked = jax.tree.map(lambda *leaves: jnp.stack([leaf[index] for leaf in leaves]), *networks)  # noqa: B023
+        for metric, matrix in matrices(*stacked).items():
+            for (a, b), distance in np.ndenumerate(np.asarray(matrix)):
+                yield member.replicate, member.arm, metric, rounds[a], rounds[b], float(distance)
+
+
+def _weights(experiment, number, networks, results):
+    """Rows of the tables histograms, weights and layers of one round."""
+    members = imp.members(experiment.config)
+    arms = slice(len(members))
+    params, masks = jax.tree.map(lambda leaf: leaf[arms], (networks.trained["params"], networks.mask))
+    by_member = results.set_index(["arm", "replicate"])["threshold"]
+    thresholds = np.array([by_member[member] for member in members], np.float32)
+    exclude = tuple(experiment.config.pruning.exclude)
+    counts, limit, bimodality, near_zero, survivors = _weights_of_members(
+        params, masks, thresholds, exclude=exclude
+    )
+    edges = np.linspace(-float(limit), float(limit), BINS + 1)
+    rows = {"histograms": [], "weights": [], "layers": []}
+    for i, (arm, replicate) in enumerate(members):
+        of_member = (replicate, arm, number)
+        rows["histograms"] += [
+            (*of_member, *bin) for bin in zip(edges[:-1], edges[1:], counts[i].tolist(), strict=True)
+        ]
+        rows["weights"].append((*of_member, int(survivors[i]), float(bimodality[i]), float(near_zero[i])))
+        if arm == "imp":
+            variables, mask = jax.tree.map(lambda leaf: leaf[i], (networks.trained, networks.mask))  # noqa: B023
+            rows["layers"] += [(replicate, number, *row) for row in _layers(experiment, variables, mask)]
+    return rows
+
+
+@functools.partial(jax.jit, static_argnames="exclude")
+def _weights_of_members(params, masks, thresholds, *, exclude):
+    limit = jnp.max(jnp.stack([jnp.abs(leaf).max() for leaf in masking.prunable_leaves(params, exclude)]))
+
+    def of_member(params, mask, threshold):
+        return (
+            weights.histogram(params, mask, limit, BINS, exclude),
+            weights.bimodality(params, mask, exclude),
+            weights.share_near_zero(params, mask, threshold, exclude),
+            masking.survivors(mask, exclude),
+        )
+
+    counts, *scalars = jax.vmap(of_member)(params, masks, thresholds)
+    return counts, limit, *scalars
+
+
+def _layers(experiment, variables, mask):
+    """Weights, survivors, units and dead units of each layer with weights."""
+    survivors = weights.survivors_by_layer(mask)
+    dead = _dead_units(experiment.recipe.model, variables, mask, experiment.dataset.train.image_shape)
+    kernels = weights.kernels(mask)
+    for layer, kernel in kernels.items():
+        yield layer, kernel.size, int(survivors[layer]), kernel.shape[-1], int(dead[layer])
+
+
+_dead_units = jax.jit(weights.dead_units, static_argnums=(0, 3))
+
+
+def _stored_config(workdir):
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise UserError(f"{workdir} is not the workdir of a run: it has no config.json")
+    try:
+        return configs.from_json(json.loads(path.read_text()))
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"cannot read {path} as a config: {error}") from error
+
+
+def _table(name, rows: Iterable):
+    return pd.DataFrame(list(rows), columns=list(TABLES[name]))
+
+
+def _with_rows(table, rows):
+    new = pd.DataFrame(rows, columns=table.columns)
+    return pd.concat([table, new]) if len(table) else new
+
+
+def _read(workdir, name):
+    """A table as it is on disk; empty where there is none, or one of another make."""
+    path = workdir / "analysis" / f"{name}.csv"
+    with contextlib.suppress(FileNotFoundError, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeError):
+        table = pd.read_csv(path)
+        if tuple(table.columns) == TABLES[name]:
+            return table
+    return _table(name, [])
+
+
+def _write(workdir, name, table):
+    keys = [column for column in ("replicate", "arm", "kind", "metric", "round", "round_a") if column in table]
+    table = table.sort_values(keys, kind="stable")
+    content = table.to_csv(index=False, float_format="%.9g")
+    path = workdir / "analysis" / f"{name}.csv"
+    if not path.exists() or path.read_text() != content:
+        records.write_atomically(path, content)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m imp_jax.analysis", description=__doc__.split("\n")[0])
+    parser.add_argument("--workdir", required=True, help="of a run of imp_jax.main, finished or not")
+    parser.add_argument("--data_dir", help="where the data set is, if not where the config says")
+    arguments = parser.parse_args()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        run(arguments.workdir, arguments.data_dir)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on after the last finished round", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""report.html: one file with a run's config, results and figures, to be sent to a colleague."""
+
+import base64
+import html as markup
+import json
+from typing import Any
+
+import pandas as pd
+
+from imp_jax import config as configs
+
+CAPTIONS = {
+    "accuracy": "Test accuracy over density; mean of the replicates, bars from minimum to maximum.",
+    "threshold": "Pruning threshold, the largest magnitude removed after a round, over density.",
+    "distances_angular": "Angles between the trained networks of all rounds, on the weights that both keep, "
+    "and with the initialisation (last row and column): 0 the same direction, 1 orthogonal.",
+    "distances_cosine": "Cosine distances between the same networks.",
+    "distances_euclidean": "Euclidean distances between the same networks.",
+    "histograms": "Surviving weights after training, all replicates together.",
+    "barriers": "Test error on the linear paths between the optima of successive rounds, and its largest "
+    "increase over the ends.",
+    "instability": "Instability: the error barrier between two trainings of a ticket that differ in data order "
+    "and augmentation.",
+}
+STYLE = """
+body { font: 15px/1.5 sans-serif; color: #222; max-width: 60em; margin: 2em auto; padding: 0 1em }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .15em .9em; text-align: right; border-bottom: 1px solid #ddd }
+figure { margin: 2em 0 } figure img { max-width: 100% } figcaption { color: #555 }
+pre { background: #f6f6f6; padding: 1em; overflow-x: auto }
+"""
+
+
+def html(run: Any, drawn: dict[str, bytes]) -> str:
+    """The report of an `analysis.Run` and its figures, PNG files by name; it needs no other file."""
+    title = f"{run.config.model.name} on {run.config.dataset.name}: {run.workdir.resolve().name}"
+    pictures = "\n".join(
+        f'<figure><img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+        f"<figcaption>{markup.escape(CAPTIONS[name])}</figcaption></figure>"
+        for name, png in drawn.items()
+    )
+    config = json.dumps(json.loads(configs.to_json(run.config)), indent=2)
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{markup.escape(title)}</title><style>{STYLE}</style></head>
+<body>
+<h1>{markup.escape(title)}</h1>
+<h2>Results</h2>
+{_results(run).to_html(index=False, border=0, na_rep="–", justify="right")}
+<h2>Figures</h2>
+{pictures}
+<h2>Config</h2>
+<pre>{markup.escape(config)}</pre>
+</body></html>
+"""
+
+
+def _results(run) -> pd.DataFrame:
+    """A row a round: mean and range of the test accuracy of each arm, and its other figures."""
+    rows = []
+    for number, results in run.results.groupby("round"):
+        row = {"round": number, "density": f"{results['density'].iloc[0]:.2%}"}
+        for arm, of_arm in results[results["arm"] != "twin"].groupby("arm", sort=False):
+            accuracy = 100 * of_arm["test_accuracy"]
+            row[f"{arm}: test accuracy (%)"] = (
+                f"{accuracy.mean():.2f} ({accuracy.min():.2f} to {accuracy.max():.2f})"
+            )
+            row[f"{arm}: threshold"] = f"{of_arm['threshold'].mean():.4f}"
+            of_weights = run.weights[(run.weights["round"] == number) & (run.weights["arm"] == arm)]
+            row[f"{arm}: bimodality"] = f"{of_weights['bimodality'].mean():.3f}"
+        barriers = run.barriers[(run.barriers["round"] == number) & (run.barriers["split"] == "test")]
+        for kind, name in (("successive", "barrier (points)"), ("instability", "instability (points)")):
+            of_kind = barriers[barriers["kind"] == kind]["barrier"]
+            row[name] = f"{100 * of_kind.mean():.2f}" if len(of_kind) else None
+        rows.append(row)
+    return pd.DataFrame(rows)
