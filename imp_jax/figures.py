@@ -120,7 +120,7 @@ def barriers(
         rounds, itertools.cycle(PATHS), itertools.cycle(("-", "--", ":", "-.")), strict=False
     ):
         means = 100 * paths[paths["round"] == number].groupby("alpha")["error"].mean()
-        label = f"{100 * density[number - 1]:.2g} → {100 * density[number]:.2g} %"
+        label = " → ".join(f"{float(f'{100 * density[end]:.2g}'):g}" for end in (number - 1, number)) + " %"
         left.plot(means.index, means, color=color, linestyle=line, linewidth=1.6, label=label)
     left.set_xlabel("Position α on the path between two rounds")
     left.set_ylabel("Test error (%)")

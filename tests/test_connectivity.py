@@ -3,7 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imp_jax import connectivity
+from imp_jax import connectivity, data, training
+from imp_jax.models.conv import Conv4
+from imp_jax.models.lenet import LeNet
+from imp_jax.models.resnet import CifarResNet
+from imp_jax.training import EXECUTIONS, Recipe
+from tests import folders
 
 
 def test_path_has_exact_ends_and_equidistant_points():
@@ -48,3 +53,116 @@ def test_no_barrier_in_a_bowl_and_many_paths_at_once():
 def test_unknown_baseline_is_refused():
     with pytest.raises(ValueError, match="baseline is 'median'"):
         connectivity.error_barrier(jnp.ones(3), baseline="median")
+
+
+# --- the networks on a path ---
+
+
+def random_split(examples=30, side=8, channels=3):
+    draw = np.random.default_rng(0)
+    images = draw.integers(0, 256, (examples, side, side, channels), np.uint8)
+    return data.InMemory(jnp.asarray(images), jnp.asarray(draw.integers(0, 10, examples, np.int32)))
+
+
+def two_networks(model, shape=(8, 8, 3)):
+    """With biases and statistics that count."""
+
+    def init(key):
+        variables = jax.jit(model.init)(key, jnp.zeros((1, *shape)))
+        return jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.uniform(key, leaf.shape), dict(variables))
+
+    return init(jax.random.key(0)), init(jax.random.key(1))
+
+
+NETWORKS = {
+    "lenet": LeNet(widths=(20, 10)),
+    "conv4": Conv4(width=0.1),
+    "resnet8": CifarResNet(depth=8, width=0.25, norm_affine=True),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "execution"),
+    [("lenet", "scan_vmap"), ("conv4", "scan_unroll"), ("resnet8", "step_unroll")],
+)
+def test_path_metrics_are_those_of_the_points_one_by_one(name, execution):
+    model, split = NETWORKS[name], random_split()
+    a, b = two_networks(model)
+    recipe = Recipe(model, normalize=data.Normalize((0.4,) * 3, (0.3,) * 3), execution=EXECUTIONS[execution])
+    losses, errors = connectivity.path_metrics(a, b, split, recipe=recipe, num_points=5)
+    points = connectivity.linear_path(a, b, 5)  # statistics too
+    logits = jax.jit(jax.vmap(lambda v: model.apply(v, recipe.normalize(split.images))))(points)
+    chosen = jax.nn.log_softmax(logits)[:, np.arange(30), split.labels]
+    np.testing.assert_allclose(losses, -chosen.mean(-1), rtol=1e-4)
+    np.testing.assert_allclose(errors, np.mean(logits.argmax(-1) != split.labels, axis=-1), atol=1e-6)
+
+
+def test_the_ends_of_a_path_are_the_networks_themselves():
+    split = random_split(2500)  # the last batch is half empty
+    ends = two_networks(NETWORKS["lenet"])
+    recipe = Recipe(NETWORKS["lenet"])
+    losses, errors = connectivity.path_metrics(*ends, split, recipe=recipe)
+    for end, variables in zip((0, -1), ends, strict=True):
+        own_loss, correct = training.evaluate(
+            jax.tree.map(lambda leaf: leaf[None], variables), split, recipe=recipe
+        )
+        assert losses[end] == pytest.approx(float(own_loss[0]), rel=1e-6)
+        assert errors[end] == pytest.approx(1 - int(correct[0]) / 2500, abs=1e-9)
+    assert errors.shape == (20,)
+
+
+def test_chunks_of_points_change_nothing(monkeypatch):
+    split, (a, b), recipe = random_split(), two_networks(NETWORKS["lenet"]), Recipe(NETWORKS["lenet"])
+    at_once = connectivity.path_metrics(a, b, split, recipe=recipe, num_points=7)
+    monkeypatch.setattr(connectivity, "CHUNK_BYTES", 3 * 4 * (192 * 20 + 20 + 20 * 10 + 10 + 10 * 10 + 10))
+    assert connectivity._points_at_once(a["params"], recipe) == 3
+    np.testing.assert_allclose(
+        connectivity.path_metrics(a, b, split, recipe=recipe, num_points=7), at_once, rtol=1e-6
+    )
+
+
+def test_reestimated_statistics_are_those_of_the_training_images():
+    """Of a single batch they are the batch's own, with which the network is trained."""
+    model, split = NETWORKS["resnet8"], random_split()
+    a, b = two_networks(model)
+    recipe = Recipe(model, execution=EXECUTIONS["step_unroll"])
+    losses, errors = connectivity.path_metrics(
+        a, b, split, recipe=recipe, num_points=3, batch_norm="reestimate", train=split
+    )
+    images = recipe.normalize(split.images)
+    train_mode = jax.jit(
+        lambda variables: model.apply(variables, images, train=True, mutable=["batch_stats"])[0]
+    )
+    points = connectivity.linear_path(a, b, 3)
+    logits = np.stack([train_mode(jax.tree.map(lambda leaf, i=i: leaf[i], points)) for i in range(3)])
+    chosen = jax.nn.log_softmax(logits)[:, np.arange(30), split.labels]
+    np.testing.assert_allclose(losses, -chosen.mean(-1), rtol=1e-3)
+    np.testing.assert_allclose(errors, np.mean(logits.argmax(-1) != split.labels, axis=-1), atol=1e-6)
+    interpolated, _ = connectivity.path_metrics(a, b, split, recipe=recipe, num_points=3)
+    assert np.abs(interpolated - losses).max() > 0.01
+
+
+def test_a_path_on_a_stream_is_the_path_on_its_images(tmp_path):
+    folders.write_imagenet(tmp_path)
+    streamed = data.load("imagenet2012", tmp_path, image_side=16, workers=0).test
+    images, labels = map(jnp.concatenate, zip(*streamed.evaluation_batches(4), strict=True))
+    model = CifarResNet(depth=8, width=0.25)
+    ends = two_networks(model, (16, 16, 3))
+    recipe = Recipe(model, execution=EXECUTIONS["step_unroll"])
+    for options in ({}, {"batch_norm": "reestimate", "train": streamed}):
+        on_stream = connectivity.path_metrics(*ends, streamed, recipe=recipe, num_points=3, **options)
+        if options:
+            options["train"] = data.InMemory(images, labels)
+        held = connectivity.path_metrics(
+            *ends, data.InMemory(images, labels), recipe=recipe, num_points=3, **options
+        )
+        np.testing.assert_allclose(on_stream, held, rtol=1e-4)
+
+
+def test_bad_ways_to_have_statistics_are_said():
+    a, b = two_networks(NETWORKS["resnet8"])
+    recipe = Recipe(NETWORKS["resnet8"])
+    with pytest.raises(ValueError, match="batch_norm is 'recompute'; it should be one of 'interpolate'"):
+        connectivity.path_metrics(a, b, random_split(), recipe=recipe, batch_norm="recompute")
+    with pytest.raises(ValueError, match="'reestimate'; it needs `train`"):
+        connectivity.path_metrics(a, b, random_split(), recipe=recipe, batch_norm="reestimate")

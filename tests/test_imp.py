@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from imp_jax import config as configs
-from imp_jax import data, imp, masking, pruning, training
+from imp_jax import connectivity, data, imp, masking, pruning, training
 from imp_jax.config import UserError
 from tests import folders
 
@@ -473,3 +473,107 @@ def test_imp_beats_its_control_on_mnist5k(data_dir, tmp_path):
     assert last["density"].mean()["imp"] == pytest.approx(0.5**6, abs=1e-5)
     assert last["test_accuracy"].mean()["imp"] > last["test_accuracy"].mean()["reinit"] + 0.01
     assert last["threshold"].mean()["imp"] > last["threshold"].mean()["reinit"]
+
+
+# --- twins ---
+
+
+def train_with_twins(experiment, number=1):
+    """What rounds 0 to `number` leave, twins in the last."""
+    for n, networks in enumerate(rounds_with_twins(experiment, number + 1)):
+        if n == number:
+            return networks
+
+
+def rounds_with_twins(experiment, rounds):
+    tickets = imp.initialize(experiment)
+    masks = masking.ones_like(tickets["params"])
+    for number in range(rounds):
+        of_round = imp.in_round(experiment, number)
+        networks = imp.train(of_round, number, tickets, masks)
+        yield networks
+        masks, thresholds = imp.prune(of_round, number, networks)
+        assert len(thresholds) == len(of_round.members)
+        tickets = imp.reset(of_round, networks)
+
+
+def test_a_twin_is_the_ticket_trained_with_other_noise(tiny_experiment):
+    experiment = tiny_experiment(**{"instability.rounds": (1,)})
+    members = imp.members(experiment.config, 1)
+    assert members == (*experiment.members, ("twin", 0), ("twin", 1))
+    networks = train_with_twins(experiment)
+    for replicate in range(2):
+        ticket, twin = (members.index(imp.Member(arm, replicate)) for arm in ("imp", "twin"))
+        assert_trees_equal(member(networks.initial, ticket), member(networks.initial, twin))
+        assert_trees_equal(member(networks.mask, ticket), member(networks.mask, twin))
+        a, b = (member(networks.trained, i)["params"]["Dense_0"]["kernel"] for i in (ticket, twin))
+        assert np.abs(a - b).max() > 1e-3
+        np.testing.assert_array_equal(a == 0, b == 0)
+
+
+def test_a_twin_differs_in_its_data_keys_only(tiny_experiment, monkeypatch):
+    monkeypatch.setitem(imp.ARMS, "twin", imp.ARMS["imp"])
+    networks = train_with_twins(tiny_experiment(**{"instability.rounds": (1,)}))
+    for replicate in range(2):
+        assert_trees_equal(member(networks.trained, replicate), member(networks.trained, 4 + replicate))
+
+
+def test_without_order_and_augmentation_there_is_no_instability(tiny_experiment):
+    """All images in one batch: the order is that of a sum."""
+    experiment = tiny_experiment(**{"instability.rounds": (1,), "batch_size": 46})
+    networks = train_with_twins(experiment)
+    assert_trees_close(member(networks.trained, 0), member(networks.trained, 4))
+    ends = (member(networks.trained, i) for i in (0, 4))
+    _, errors = connectivity.path_metrics(*ends, experiment.dataset.train, recipe=experiment.recipe)
+    assert connectivity.error_barrier(errors) == 0
+
+
+@pytest.mark.parametrize("rewind_step", [0, None, 3])
+def test_twins_leave_no_trace_in_the_others(tiny_experiment, rewind_step):
+    """But for rounding, as another number of members is another program."""
+    plain, twins = (
+        list(rounds_with_twins(tiny_experiment(**{"instability.rounds": r, "rewind_step": rewind_step}), 3))
+        for r in ((), (0, 1))
+    )
+    for a, b in zip(plain, twins, strict=True):
+        b = jax.tree.map(lambda leaf: leaf[:4], b)
+        assert_trees_close(tuple(a[:2]), tuple(b[:2]))
+        assert_trees_equal(a.mask, b.mask)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_twin_of_a_rewound_ticket_parts_at_the_rewind_step(tiny_experiment, number):
+    """With nothing left to train after it, it ends where imp does."""
+    steps = 2 * (46 // 8)
+    apart, together = (
+        train_with_twins(tiny_experiment(**{"instability.rounds": (number,), "rewind_step": step}), number)
+        for step in (steps - 2, steps - 1)
+    )
+    # of the last step only the batch differs: the difference is that of one step, and smaller than of two
+    one, two = (
+        np.abs(
+            member(n.trained, 0)["params"]["Dense_0"]["kernel"]
+            - member(n.trained, 4)["params"]["Dense_0"]["kernel"]
+        )
+        for n in (together, apart)
+    )
+    assert 0 < one.max() <= 2 * 12e-4 * 1.01  # Adam moves a weight by at most about the learning rate
+    assert one.max() < two.max() <= 4 * 12e-4 * 1.5
+    for networks in (apart, together):
+        assert_trees_equal(member(networks.initial, 0), member(networks.initial, 4))
+
+
+def test_a_run_with_twins_resumes_to_the_same_results(data_dir, tmp_path):
+    config = quick_config(data_dir, rounds=3)
+    config.instability.rounds = (1, 2, 9)
+    imp.run(config, tmp_path / "whole")
+    for _ in range(3):
+        rounds = imp.rounds(config, tmp_path / "cut")
+        next(rounds)
+        rounds.close()
+    results = without_seconds(tmp_path / "whole")
+    pd.testing.assert_frame_equal(results, without_seconds(tmp_path / "cut"))
+    assert list(results[results["arm"] == "twin"]["round"].unique()) == [1, 2]
+    of_round = results[results["round"] == 1].set_index(["arm", "replicate"])
+    assert of_round.loc[("twin", 0), "density"] == of_round.loc[("imp", 0), "density"]
+    assert of_round.loc[("twin", 0), "test_loss"] != of_round.loc[("imp", 0), "test_loss"]

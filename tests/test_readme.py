@@ -7,7 +7,8 @@ import pytest
 
 from imp_jax import config as configs
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 def test_the_notebook_example_runs_and_gives_what_its_comments_say():

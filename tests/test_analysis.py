@@ -1,0 +1,255 @@
+"""The tables, figures and report of a small real run, against the networks in its checkpoints."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import nbclient
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+
+from imp_jax import analysis, connectivity, figures, imp, masking, similarity, training
+from imp_jax import config as configs
+from imp_jax.config import UserError
+from tests.test_readme import ROOT
+
+ROUNDS = 4
+
+
+@pytest.fixture(scope="module")
+def analysed(data_dir, tmp_path_factory):
+    """A narrow LeNet on mnist5k with a twin in round 2, analysed."""
+    config = configs.default()
+    config.update({"replicates": 2, "rounds": ROUNDS, "epochs": 1, "batch_size": 100})
+    config.dataset.data_dir = data_dir
+    config.model.width = 0.1
+    config.instability.rounds = (2,)
+    config.analysis.path_points = 5
+    workdir = tmp_path_factory.mktemp("analysed")
+    imp.run(config, workdir)
+    analysis.run(workdir)
+    return workdir
+
+
+@pytest.fixture
+def copy(analysed, tmp_path):
+    """A copy of it that a test may harm."""
+    return shutil.copytree(analysed, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def run(analysed):
+    return analysis.load(analysed)
+
+
+def network(run, number, arm, replicate):
+    index = run.members(number).index((arm, replicate))
+    networks = run.round(number)
+    return jax.tree.map(lambda leaf: leaf[index], networks)
+
+
+def test_distances_are_the_pairwise_function_of_the_networks(run):
+    assert len(run.distances) == 2 * 2 * 3 * (ROUNDS + 1) ** 2
+    distance = run.distances.set_index(["metric", "arm", "replicate", "round_a", "round_b"])["distance"]
+    for arm, replicate in (("imp", 1), ("reinit", 0)):
+        early, late = (network(run, number, arm, replicate) for number in (1, 3))
+        initial = network(run, 0, arm, replicate)
+        for metric, function in similarity.METRICS.items():
+            expected = function(early.trained["params"], early.mask, late.trained["params"], late.mask)
+            assert distance[metric, arm, replicate, 1, 3] == pytest.approx(float(expected), rel=1e-4)
+            assert distance[metric, arm, replicate, 3, 1] == distance[metric, arm, replicate, 1, 3]
+            expected = function(initial.initial["params"], initial.mask, late.trained["params"], late.mask)
+            assert distance[metric, arm, replicate, -1, 3] == pytest.approx(float(expected), rel=1e-4)
+            assert distance[metric, arm, replicate, 2, 2] == 0
+
+
+def test_the_ends_of_paths_are_the_results(run):
+    paths = run.paths[run.paths["kind"] == "successive"]
+    assert len(run.paths) == (ROUNDS - 1 + 1) * 2 * 2 * 5
+    accuracy = run.results[run.results["arm"] == "imp"].set_index(["replicate", "round"])
+    for (replicate, number, split), path in paths.groupby(["replicate", "round", "split"]):
+        np.testing.assert_allclose(path["alpha"], np.linspace(0, 1, 5))
+        for row, end in ((0, number - 1), (-1, number)):
+            result = accuracy.loc[(replicate, end)]
+            assert path["error"].iloc[row] == pytest.approx(1 - result[f"{split}_accuracy"], abs=1e-6)
+            assert path["loss"].iloc[row] == pytest.approx(result[f"{split}_loss"], rel=1e-5)
+
+
+def test_instability_is_the_barrier_between_a_ticket_and_its_twin(run):
+    experiment = imp.setup(run.config)
+    ends = (network(run, 2, arm, 1).trained for arm in ("imp", "twin"))
+    points = connectivity.linear_path(*ends, 5)
+    losses, correct = training.evaluate(points, experiment.dataset.test, recipe=experiment.recipe)
+    row = run.barriers.query("kind == 'instability' and replicate == 1 and split == 'test'")
+    assert list(row["round"]) == [2]
+    errors = 1 - np.asarray(correct) / 1000
+    assert row["barrier"].item() == pytest.approx(errors.max() - (errors[0] + errors[-1]) / 2, abs=1e-6)
+    losses = np.asarray(losses)
+    assert row["loss_barrier"].item() == pytest.approx(losses.max() - (losses[0] + losses[-1]) / 2, abs=1e-5)
+
+
+def test_barriers_are_there_for_every_round_but_the_first(run):
+    successive = run.barriers[run.barriers["kind"] == "successive"]
+    assert sorted(successive["round"]) == sorted([*range(1, ROUNDS)] * 4)
+
+
+def test_weights_are_those_of_the_networks(run):
+    threshold = run.results.set_index(["arm", "replicate", "round"])["threshold"]
+    of_network = run.weights.set_index(["arm", "replicate", "round"])
+    for arm, replicate, number in (("imp", 0, 0), ("reinit", 1, 3)):
+        trained, mask = network(run, number, arm, replicate)[1:]
+        pairs = zip(*(masking.prunable_leaves(tree) for tree in (trained["params"], mask)), strict=True)
+        values = np.concatenate([np.asarray(leaf)[np.asarray(keep)] for leaf, keep in pairs])
+        row = of_network.loc[(arm, replicate, number)]
+        assert row["survivors"] == len(values)
+        near = np.mean(np.abs(values) < threshold[arm, replicate, number] / 2)
+        assert row["near_zero"] == pytest.approx(near, abs=1e-6)
+        bins = run.histograms.query("arm == @arm and replicate == @replicate and round == @number")
+        assert bins["count"].sum() == len(values)
+        inside = (values >= bins["left"].iloc[60]) & (values < bins["right"].iloc[60])
+        assert abs(bins["count"].iloc[60] - inside.sum()) <= 1  # a value on an edge may round to either side
+
+
+def test_layers_add_up_to_the_survivors(run):
+    survivors = run.weights.query("arm == 'imp'").set_index(["replicate", "round"])["survivors"]
+    by_layer = run.layers.groupby(["replicate", "round"])
+    pd.testing.assert_series_equal(by_layer["survivors"].sum(), survivors.sort_index())
+    assert (by_layer["weights"].sum() == 784 * 30 + 30 * 10 + 10 * 10).all()
+    assert list(run.layers["units"][:3]) == [30, 10, 10]
+
+
+def test_only_what_is_missing_is_computed(copy, monkeypatch):
+    before = {path.name: path.read_text() for path in (copy / "analysis").glob("*.csv")}
+    assert {f"{name}.csv" for name in analysis.TABLES} == set(before)
+
+    def forbidden(*_, **__):
+        raise AssertionError("computed again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(connectivity, "path_metrics", forbidden)
+        patch.setattr(similarity, "distance_matrices", forbidden)
+        patch.setattr(imp, "setup", forbidden)  # the data set is not even opened
+        analysis.run(copy)
+        (copy / "analysis" / "barriers.csv").unlink()  # it comes from the paths
+        analysis.run(copy)
+    paths = pd.read_csv(copy / "analysis" / "paths.csv")
+    paths[paths["round"] != 2].to_csv(copy / "analysis" / "paths.csv", index=False)
+    (copy / "analysis" / "layers.csv").write_text("torn")
+    (copy / "analysis" / "distances.csv").unlink()
+    computed = []
+    path_metrics = connectivity.path_metrics
+
+    def counted(*ends_and_split, **options):
+        computed.append(1)
+        return path_metrics(*ends_and_split, **options)
+
+    monkeypatch.setattr(connectivity, "path_metrics", counted)
+    analysis.run(copy)
+    assert len(computed) == 2 * 2 * 2  # kinds, replicates and splits of round 2
+    for name, content in before.items():
+        a, b = (pd.read_csv(file) for file in (copy / "analysis" / name, pd.io.common.StringIO(content)))
+        pd.testing.assert_frame_equal(a, b, rtol=1e-5)
+
+
+def test_a_run_under_way_is_analysed_as_far_as_it_is(copy):
+    for number in (2, 3):
+        shutil.rmtree(copy / "checkpoints" / str(number))
+    shutil.rmtree(copy / "analysis")
+    analysis.run(copy)
+    run = analysis.load(copy)
+    assert set(run.distances["round_a"]) == {-1, 0, 1}
+    assert set(run.paths["round"]) == {1}
+
+
+def test_every_figure_is_drawn_as_png_and_pdf(analysed):
+    names = {"accuracy", "threshold", "histograms", "barriers", "instability"}
+    names |= {f"distances_{metric}" for metric in ("angular", "cosine", "euclidean")}
+    assert {path.name for path in (analysed / "figures").iterdir()} == {
+        f"{name}.{suffix}" for name in names for suffix in ("png", "pdf")
+    }
+    assert (analysed / "figures" / "barriers.png").read_bytes().startswith(b"\x89PNG")
+    assert (analysed / "figures" / "barriers.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_the_report_is_one_file_with_everything(analysed, run):
+    report = (analysed / "report.html").read_text()
+    assert len(re.findall(r'<img alt="\w+" src="data:image/png;base64,', report)) == 8
+    assert not re.findall(r'(?:src|href)="(?!data:)', report)
+    means = 100 * run.results.query("arm == 'imp'").groupby("round")["test_accuracy"].mean()
+    for mean in means:
+        assert f"{mean:.2f} (" in report
+    assert "&quot;path_points&quot;: 5" in report
+
+
+def test_figures_of_the_tables(run):
+    left, right = figures.barriers(run.paths, run.barriers, run.results).axes
+    expected = run.paths.query("kind == 'successive' and split == 'test' and round == 1")
+    np.testing.assert_allclose(left.lines[0].get_ydata(), 100 * expected.groupby("alpha")["error"].mean())
+    assert len(left.get_legend().get_texts()) == 3
+    barriers = run.barriers.query("kind == 'successive' and split == 'test'").groupby("round")["barrier"].mean()
+    np.testing.assert_allclose(right.lines[0].get_ydata(orig=False), 100 * barriers)
+
+    imp_axes, reinit_axes, _ = figures.distances(run.distances, "cosine").axes
+    cosine = run.distances.query("metric == 'cosine'")
+    for axes, arm in ((imp_axes, "imp"), (reinit_axes, "reinit")):
+        of_arm = cosine[cosine["arm"] == arm].groupby(["round_a", "round_b"])["distance"].mean()
+        shown = axes.images[0].get_array()
+        assert shown[1, 3] == pytest.approx(of_arm[1, 3])
+        assert shown[-1, 2] == pytest.approx(of_arm[-1, 2])  # the initialisation comes last
+        assert axes.images[0].get_clim() == imp_axes.images[0].get_clim()
+    assert [label.get_text() for label in imp_axes.get_xticklabels()][-1] == "init"
+
+    panels = figures.histograms(run.histograms).axes  # round 10 by default, and the last where there is none
+    assert [axes.get_title() for axes in panels] == ["IMP, round 3", "random reinitialisation, round 3"]
+    assert panels[0].patches[0].get_data().values.sum() == pytest.approx(100)
+    instability = figures.instability(run.barriers, run.results).axes[0]
+    expected = run.barriers.query("kind == 'instability' and split == 'test'")["barrier"].mean()
+    assert instability.lines[0].get_ydata(orig=False) == pytest.approx([100 * expected])
+
+
+def test_folders_that_cannot_be_analysed_are_said(copy, tmp_path):
+    with pytest.raises(UserError, match=r"is not the workdir of a run: it has no config\.json"):
+        analysis.run(tmp_path)
+    shutil.rmtree(copy / "checkpoints")
+    (copy / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="has no finished round to analyse"):
+        analysis.run(copy)
+    with pytest.raises(UserError, match=r"has no round 1; it has \[\]"):
+        analysis.load(copy).round(1)
+    stored = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(stored | {"colour": 1}))
+    with pytest.raises(UserError, match="there is no config field colour"):
+        analysis.run(copy)
+    (copy / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"cannot read .*config\.json as a config"):
+        analysis.run(copy)
+
+
+def test_the_command(copy, tmp_path):
+    def command(*arguments):
+        command = [sys.executable, "-m", "imp_jax.analysis", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    (copy / "report.html").unlink()
+    done = command(f"--workdir={copy}")
+    assert done.returncode == 0, done.stderr
+    assert f"report:  {copy / 'report.html'}" in done.stdout
+    assert (copy / "report.html").exists()
+    refused = command(f"--workdir={tmp_path / 'absent'}")
+    assert refused.returncode == 1
+    assert refused.stderr.count("\n") == 1
+    assert "absent is not the workdir of a run" in refused.stderr
+
+
+def test_the_notebook_runs_from_top_to_bottom(analysed, monkeypatch):
+    monkeypatch.setenv("IMP_WORKDIR", str(analysed))
+    notebook = nbformat.read(ROOT / "experiments" / "notebooks" / "explore_run.ipynb", as_version=4)
+    resources = {"metadata": {"path": str(ROOT / "experiments" / "notebooks")}}
+    nbclient.NotebookClient(notebook, timeout=120, resources=resources).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 6
