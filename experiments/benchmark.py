@@ -1,4 +1,4 @@
-"""How fast this machine trains: `python -m experiments.benchmark lenet|conv4|resnet20|resnet50`.
+"""How fast this machine is: `python -m experiments.benchmark lenet|conv4|resnet20|resnet50|analysis`.
 
 For lenet the real thing is timed, `imp.rounds` of configs/mnist5k.py into a temporary workdir, from one round
 to the next: training, evaluation, pruning, checkpoint, results and figure. Recording goes on beside the next
@@ -6,13 +6,18 @@ training, so the CPU time it takes from that training counts as training.
 
 For the others the training steps of their configs are timed, on random images in the real shapes: in memory
 with augmentation for CIFAR-10, and as they come from a stream, whose decoding is not timed, for ImageNet.
+
+For analysis, a run of configs/mnist5k.py with trainings of one epoch is analysed again and again.
 """
 
 import argparse
+import contextlib
 import importlib
+import io
 import itertools
 import os
 import resource
+import shutil
 import statistics
 import sys
 import tempfile
@@ -32,8 +37,10 @@ def main():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("network", choices=CONFIGS)
-    parser.add_argument("--rounds", type=int, default=8, help="lenet: rounds to time (default: 8)")
+    parser.add_argument("subject", choices=[*CONFIGS, "analysis"])
+    parser.add_argument(
+        "--rounds", type=int, help="lenet: to time (default: 8); analysis: of the run (default: 25)"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="others: timings to take (default: 5)")
     parser.add_argument("--steps", type=int, default=4, help="others: steps of a timing (default: 4)")
     parser.add_argument("--members", type=int, default=2, help="others: networks side by side (default: 2)")
@@ -50,12 +57,14 @@ def main():
             sys.exit(f"error: --{name} is {value}; it should be at least 1")
     logging.set_verbosity(logging.ERROR)
     try:
-        if arguments.torch and arguments.network not in ("conv4", "resnet20"):
+        if arguments.torch and arguments.subject not in ("conv4", "resnet20"):
             raise UserError(
-                f"--torch is for conv4 and resnet20; there is no {arguments.network} in PyTorch here"
+                f"--torch is for conv4 and resnet20; there is no {arguments.subject} in PyTorch here"
             )
-        if arguments.network == "lenet":
-            benchmark_rounds(CONFIGS[arguments.network], arguments.rounds)
+        if arguments.subject == "lenet":
+            benchmark_rounds(CONFIGS[arguments.subject], arguments.rounds or 8)
+        elif arguments.subject == "analysis":
+            benchmark_analysis(arguments.rounds or 25, arguments.repeats)
         else:
             benchmark_steps(arguments)
     except UserError as error:
@@ -103,7 +112,7 @@ def benchmark_steps(arguments: argparse.Namespace) -> None:
     from imp_jax import config as configs
     from imp_jax import data, masking, models, training
 
-    config = importlib.import_module(f"configs.{CONFIGS[arguments.network]}").get_config()
+    config = importlib.import_module(f"configs.{CONFIGS[arguments.subject]}").get_config()
     config.batch_size = arguments.batch_size or config.batch_size
     config.dtype = arguments.dtype or config.dtype
     config.execution = arguments.execution
@@ -156,7 +165,7 @@ def benchmark_steps(arguments: argparse.Namespace) -> None:
     execution = next(name for name, value in training.EXECUTIONS.items() if value == recipe.execution)
     networks = f"{members} member{'s' * (members > 1)}"
     print_table(
-        f"{arguments.network}, {networks}, batch {batch_size}, {config.dtype}, {execution}",
+        f"{arguments.subject}, {networks}, batch {batch_size}, {config.dtype}, {execution}",
         {
             "images/s, all members": ([members * batch_size / s for s in ours], "{:,.0f}"),
             "step of all members (ms)": ([1e3 * s for s in ours], "{:,.1f}"),
@@ -165,6 +174,46 @@ def benchmark_steps(arguments: argparse.Namespace) -> None:
         | {
             f"our time over that of {name}": ([a / b for a, b in zip(ours, times, strict=True)], "{:.2f}")
             for name, times in zip(list(seconds)[1:], others, strict=True)
+        },
+    )
+
+
+def benchmark_analysis(rounds: int, repeats: int) -> None:
+    """Time the analyses of a run of 3 replicates, and its paths, and print the table."""
+    import jax
+
+    from imp_jax import analysis, connectivity, imp, training
+
+    config = importlib.import_module("configs.mnist5k").get_config()
+    config.rounds, config.epochs = rounds, 1
+    with tempfile.TemporaryDirectory() as workdir, contextlib.redirect_stdout(io.StringIO()):
+        imp.run(config, workdir)
+        analyses = []
+        for _ in range(1 + repeats):
+            shutil.rmtree(f"{workdir}/analysis", ignore_errors=True)
+            start = time.perf_counter()
+            analysis.run(workdir)
+            analyses.append(time.perf_counter() - start)
+        networks = analysis.load(workdir).round(rounds - 1).trained
+    first, *analyses = analyses
+
+    experiment = imp.setup(config)
+    split, recipe = experiment.dataset.train, experiment.recipe
+    one, other = (jax.tree.map(lambda leaf, i=i: leaf[i], networks) for i in (0, 1))
+    alone = jax.tree.map(lambda leaf: leaf[:1], networks)
+    ratios = []
+    for _ in range(1 + 10 * repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(training.evaluate(alone, split, recipe=recipe))
+        between = time.perf_counter()
+        connectivity.path_metrics(one, other, split, recipe=recipe, num_points=20)
+        ratios.append((time.perf_counter() - between) / (between - start))
+    print_table(
+        f"analyses of configs/mnist5k.py with 1 epoch, {len(experiment.members)} members, {rounds} rounds",
+        {
+            "all analyses, figures and report (s)": (analyses, "{:.1f}"),
+            "the first time, compilation included (s)": ([first], "{:.1f}"),
+            "a path of 20 points over one evaluation": (ratios[1:], "{:.1f}"),
         },
     )
 
@@ -181,7 +230,7 @@ def torch_contenders(arguments: argparse.Namespace, batch_size: int) -> dict[str
     examples, count = arguments.steps * batch_size, arguments.steps * arguments.members
 
     def contender(memory_format):
-        step = torch_reference.stepper(arguments.network, batch_size, examples, memory_format)
+        step = torch_reference.stepper(arguments.subject, batch_size, examples, memory_format)
 
         def train():
             for _ in range(count):

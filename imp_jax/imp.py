@@ -387,7 +387,7 @@ def _in_words(experiment, params):
     twins = [str(n) for n in sorted(set(config.instability.rounds)) if n < config.rounds]
     trained = f"{members} member{'s' * (members > 1)}"
     if twins:
-        trained += f", with {config.replicates} more in round {', '.join(twins)}"
+        trained += f", with {config.replicates} more in round{'s' * (len(twins) > 1)} {', '.join(twins)}"
     count = sum(leaf.size for leaf in jax.tree.leaves(params)) // members
     weights = masking.size(params, config.pruning.exclude) // members
     height, width, channels = experiment.dataset.train.image_shape

@@ -27,6 +27,18 @@ def test_the_benchmark_of_steps_prints_its_table():
         assert quantity in done.stdout
 
 
+def test_the_benchmark_of_analyses_prints_its_table():
+    done = benchmark("analysis", "--rounds=2", "--repeats=1")
+    assert done.returncode == 0, done.stderr
+    assert "6 members, 2 rounds on" in done.stdout
+    for quantity in (
+        "all analyses, figures and report",
+        "compilation included",
+        "20 points over one evaluation",
+    ):
+        assert quantity in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
