@@ -30,6 +30,7 @@ from imp_jax import config as configs
 from imp_jax import connectivity, figures, imp, masking, records, report, similarity, weights
 from imp_jax.checkpoints import Checkpoints, Round
 from imp_jax.config import UserError
+from imp_jax.data.source import in_one_line
 
 INITIALISATION = -1  # the "round" of the weights that survivors are reset to, in distances.csv
 BINS = 101  # of a histogram; an odd number, so that one is centred on 0
@@ -39,7 +40,7 @@ TABLES = {
     # between the trained networks of two rounds, on the weights both keep
     "distances": ("replicate", "arm", "metric", "round_a", "round_b", "distance"),
     # kind successive: from the round before; instability: from imp to its twin. Error in [0, 1], loss in nats
-    "paths": ("replicate", "kind", "round", "split", "alpha", "loss", "error"),
+    "paths": ("replicate", "kind", "round", "split", "alpha", "loss", "error", "batch_norm"),
     "barriers": ("replicate", "kind", "round", "split", "barrier", "loss_barrier"),  # of those paths
     # surviving weights in intervals from left to right, the same for all members of a round
     "histograms": ("replicate", "arm", "round", "left", "right", "count"),
@@ -69,7 +70,7 @@ class Run:
         with contextlib.closing(Checkpoints(self.workdir)) as checkpoints:
             if number not in checkpoints.rounds():
                 raise UserError(f"{self.workdir} has no round {number}; it has {checkpoints.rounds()}")
-            return checkpoints.restore(number)
+            return _restore(checkpoints, number)
 
     def members(self, number: int) -> tuple[imp.Member, ...]:
         """The (arm, replicate) pairs that round `number` trained."""
@@ -101,19 +102,24 @@ def run(workdir: str | os.PathLike, data_dir: str | os.PathLike | None = None) -
     """
     workdir = Path(workdir)
     config = _stored_config(workdir)
+    setting = config.copy_and_resolve_references()
+    if data_dir:
+        setting.dataset.data_dir = str(data_dir)
     with contextlib.ExitStack() as stack:
         stack.enter_context(records.open_workdir(workdir, config))
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir)))
-        if not checkpoints.rounds():
+        finished = checkpoints.rounds()
+        if not finished:
             raise UserError(f"{workdir} has no finished round to analyse")
-        (workdir / "analysis").mkdir(exist_ok=True)
-        setting = config.copy_and_resolve_references()
-        if data_dir:
-            setting.dataset.data_dir = str(data_dir)
-        compute(checkpoints, config, functools.cache(lambda: imp.setup(setting)), workdir)
-    done = load(workdir)
-    drawn = draw(done)
-    records.write_atomically(workdir / "report.html", report.html(done, drawn))
+        try:
+            (workdir / "analysis").mkdir(exist_ok=True)
+            # a run that died may have left it behind its checkpoints
+            records.Results(workdir, [row for number in finished for row in checkpoints.rows(number)])
+            compute(checkpoints, config, functools.cache(lambda: imp.setup(setting)), workdir)
+            done = load(workdir)
+            records.write_atomically(workdir / "report.html", report.html(done, draw(done)))
+        except OSError as error:
+            raise UserError(f"cannot write the analyses of {workdir}: {error}") from error
     print(
         f"tables:  {workdir / 'analysis'}\nfigures: {workdir / 'figures'}\nreport:  {workdir / 'report.html'}"
     )
@@ -121,9 +127,12 @@ def run(workdir: str | os.PathLike, data_dir: str | os.PathLike | None = None) -
 
 def compute(checkpoints: Checkpoints, config: ConfigDict, experiment: Any, workdir: Path) -> None:
     """Bring the tables up to the rounds of `checkpoints`, one by one; `experiment()` is asked if needed."""
-    tables = {name: _read(workdir, name) for name in TABLES}
     finished = checkpoints.rounds()
-    results = pd.DataFrame(row for number in finished for row in checkpoints.rows(number))
+    results = pd.read_csv(workdir / "results.csv")
+    tables = {name: _read(workdir, name) for name in TABLES}
+    for name in set(TABLES) - {"distances"}:
+        tables[name] = tables[name][tables[name]["round"].isin(finished)]
+    tables["paths"] = _as_configured(tables["paths"], config.analysis)
 
     def lacking(name):
         return set(finished) - set(tables[name]["round"])
@@ -141,7 +150,7 @@ def compute(checkpoints: Checkpoints, config: ConfigDict, experiment: Any, workd
     console = Console()
     progress = {"description": "analysing", "console": console, "disable": not console.is_terminal}
     for number in track(sorted(needed), transient=True, **progress):
-        now = checkpoints.restore(number)
+        now = _restore(checkpoints, number)
         if number in of_weights:
             new = _weights(experiment(), number, now, results[results["round"] == number])
             for name, rows in new.items():
@@ -183,7 +192,7 @@ def draw(run: Run) -> dict[str, bytes]:
 
 
 def _kinds(config, number):
-    """The paths that end in round `number`."""
+    """The kinds of the paths that end in round `number`."""
     return ["successive"] * (number > 0) + ["instability"] * (number in config.instability.rounds)
 
 
@@ -212,7 +221,20 @@ def _paths(experiment, number, kind, before, now):
             losses, errors = connectivity.path_metrics(*ends, getattr(dataset, split), **options)
             alphas = np.linspace(0, 1, len(losses))
             for alpha, loss, error in zip(alphas, losses, errors, strict=True):
-                yield replicate, kind, number, split, alpha, float(loss), float(error)
+                yield replicate, kind, number, split, alpha, float(loss), float(error), options["batch_norm"]
+
+
+def _as_configured(paths, settings):
+    """The rows of paths with as many points and such statistics as the config asks for."""
+    points = paths.groupby(["replicate", "kind", "round", "split"])["alpha"].transform("size")
+    return paths[(points == settings.path_points) & (paths["batch_norm"] == settings.batch_norm)]
+
+
+def _restore(checkpoints, number):
+    try:
+        return checkpoints.restore(number)
+    except Exception as error:  # of a damaged or missing one each reader raises its own
+        raise UserError(f"the checkpoint of round {number} cannot be read: {in_one_line(error)}") from error
 
 
 def _barriers(paths, baseline):

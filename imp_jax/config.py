@@ -196,7 +196,7 @@ def from_json(stored: dict) -> ConfigDict:
 
 
 def differences(config: ConfigDict, stored: dict) -> list[str]:
-    """Where `config` and a config.json's content differ, a phrase a field."""
+    """Where `config` and a config.json's content ask for other trainings, a phrase a field."""
     here, there = _flatten(json.loads(to_json(config))), _flatten(stored)
     absent = object()
 
@@ -206,7 +206,7 @@ def differences(config: ConfigDict, stored: dict) -> list[str]:
     return [
         f"{field} is {show(there.get(field, absent))} there and {show(here.get(field, absent))} here"
         for field in sorted(here | there)
-        if here.get(field, absent) != there.get(field, absent)
+        if here.get(field, absent) != there.get(field, absent) and not field.startswith("analysis.")
     ]
 
 

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from imp_jax import data
 from imp_jax.data import InMemory, Streamed
 from imp_jax.masking import Params
 from imp_jax.training import Recipe, Variables, example_sums, sum_over_batches
 
 ESTIMATION_IMAGES = 5000  # of the training set, that normalisation statistics are re-estimated from (ours)
-CHUNK_BYTES = 2**30  # of the weights of the points that are evaluated at once
 
 
 def linear_path(params_a: Params, params_b: Params, num_points: int = 20) -> Params:
@@ -70,9 +70,10 @@ def path_metrics(
 ) -> tuple[Float[np.ndarray, " points"], Float[np.ndarray, " points"]]:
     """Mean cross-entropy (nats) and error, in [0, 1], of the networks at the points of `linear_path`.
 
-    Points are vmapped, as many at once as fit, but taken one by one where `recipe` unrolls its members. The
-    first layer sees the same images at every point and is affine in its weights: it is computed for the two
-    ends only, which makes a path of LeNet cost five evaluations and not twenty.
+    Points are vmapped, as many at once as the device's memory holds with their activations. They are taken one
+    by one where `recipe` unrolls its members, and all in one pass where the split is streamed. The first layer
+    sees the same images at every point and is affine in its weights: it is computed for the two ends only, and
+    a path of LeNet costs five evaluations and not twenty.
 
     Args:
       variables_a, variables_b: what `model.init` returns, of one network each.
@@ -102,8 +103,10 @@ def _parted(variables):
 def _over_chunks(function, path, split, recipe, batch_size=None):
     """`sum_over_batches` of a function of a path, a few of its points at a time."""
     params_a, params_b, alphas, states = path
-    # a stream would be decoded again for every chunk
-    chunk = len(alphas) if isinstance(split, Streamed) else _points_at_once(params_a, recipe)
+    batch_size = batch_size or min(1000, split.examples)
+    chunk = _points_at_once(params_a, states, split, batch_size, recipe)
+    if isinstance(split, Streamed):  # it would be decoded again for every chunk
+        chunk, batch_size = len(alphas), min(250, batch_size)
     sums = []
     for first in range(0, len(alphas), chunk):
         points = jax.tree.map(lambda leaf: leaf[first : first + chunk], (alphas, states))  # noqa: B023
@@ -112,10 +115,25 @@ def _over_chunks(function, path, split, recipe, batch_size=None):
     return jax.tree.map(lambda *parts: np.concatenate(parts), *sums)
 
 
-def _points_at_once(params, recipe):
+def _points_at_once(params, states, split, batch_size, recipe):
+    """How many networks, with the outputs of all their layers on a batch, fit into a quarter of the device."""
     if recipe.execution.unroll:
         return 1
-    return max(1, CHUNK_BYTES // sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+    state = jax.tree.map(lambda leaf: leaf[0], states)
+    images = jax.ShapeDtypeStruct((batch_size, *split.image_shape), jnp.float32)
+
+    def outputs(params, images):
+        return recipe.model.apply(
+            {"params": params, **state},
+            images,
+            train=False,
+            capture_intermediates=True,
+            mutable=["intermediates"],
+        )
+
+    held = jax.tree.leaves((params, jax.eval_shape(outputs, params, images)))
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in held)
+    return max(1, data.device_memory() // 4 // needed)
 
 
 def _over_points(function, alphas, states, recipe):

@@ -45,11 +45,11 @@ def distances(distances: pd.DataFrame, metric: str = "angular") -> Figure:
       distances: distances.csv.
       metric: angular, cosine or euclidean.
     """
-    table = distances[distances["metric"] == metric]
+    table = _some(distances[distances["metric"] == metric], f"distances of metric {metric!r}")
     means = table.groupby(["arm", "round_a", "round_b"], sort=False)["distance"].mean()
     rounds = sorted(table["round_a"].unique(), key=lambda number: (number < 0, number))
     matrices = {arm: means[arm].unstack().loc[rounds, rounds] for arm in table["arm"].unique()}
-    limit = max(1.0 if metric != "euclidean" else 0.0, *(matrix.max().max() for matrix in matrices.values()))
+    limit = max(1.0 if metric == "angular" else 0.0, *(matrix.max().max() for matrix in matrices.values()))
     figure = Figure(figsize=(0.9 + 3.2 * len(matrices), 3.4), layout="constrained")
     panels = figure.subplots(1, len(matrices), squeeze=False, sharey=True)[0]
     for axes, (arm, matrix) in zip(panels, matrices.items(), strict=True):
@@ -77,12 +77,12 @@ def histograms(histograms: pd.DataFrame, number: int = 10) -> Figure:
       histograms: histograms.csv.
       number: the round; the last one there is, if the run is shorter.
     """
-    number = min(number, histograms["round"].max())
+    number = min(number, _some(histograms, "histograms")["round"].max())
     table = histograms[histograms["round"] == number]
     arms = table["arm"].unique()
     figure = Figure(figsize=(0.6 + 3 * len(arms), 2.9), layout="constrained")
     panels = figure.subplots(1, len(arms), squeeze=False, sharex=True, sharey=True)[0]
-    limit = 0.0
+    limit = 1e-9  # of a network without survivors there is no more
     for axes, arm in zip(panels, arms, strict=True):
         bins = table[table["arm"] == arm].groupby("left").agg({"right": "first", "count": "sum"})
         edges = [*bins.index, bins["right"].iloc[-1]]
@@ -109,29 +109,30 @@ def barriers(
       rounds: of the paths, which end in them; None is three: the first, the last, and one half-way.
     """
     paths, barriers = (
-        table[(table["kind"] == "successive") & (table["split"] == "test")] for table in (paths, barriers)
+        _some(table[table["kind"] == "successive"], "paths of kind 'successive'") for table in (paths, barriers)
     )
-    there = sorted(paths["round"].unique())
+    there = sorted(map(int, paths["round"].unique()))
     rounds = rounds or sorted({there[0], there[(len(there) - 1) // 2], there[-1]})
+    if not set(rounds) <= set(there):
+        raise ValueError(f"rounds is {rounds}; the paths end in the rounds {there}")
     density = _densities(results)
     figure = Figure(figsize=(7.6, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for number, color, line in zip(
         rounds, itertools.cycle(PATHS), itertools.cycle(("-", "--", ":", "-.")), strict=False
     ):
-        means = 100 * paths[paths["round"] == number].groupby("alpha")["error"].mean()
+        errors = 100 * paths[(paths["round"] == number) & (paths["split"] == "test")].groupby("alpha")[
+            "error"
+        ].agg(["mean", "min", "max"])
         label = " → ".join(f"{float(f'{100 * density[end]:.2g}'):g}" for end in (number - 1, number)) + " %"
-        left.plot(means.index, means, color=color, linestyle=line, linewidth=1.6, label=label)
+        left.plot(errors.index, errors["mean"], color=color, linestyle=line, linewidth=1.6, label=label)
+        left.fill_between(errors.index, errors["min"], errors["max"], color=color, alpha=0.15, linewidth=0)
     left.set_xlabel("Position α on the path between two rounds")
     left.set_ylabel("Test error (%)")
-    left.set_ylim(bottom=0)
     left.legend(frameon=False, title="Densities", fontsize="small", title_fontsize="small")
     left.grid(alpha=0.3, linewidth=0.6)
-    table = barriers.assign(density=barriers["round"].map(density))
-    _error_bars(right, table, "barrier", 100, **STYLES["imp"])
-    _density_axis(right, table["density"].min())
+    _barriers_over_density(right, barriers, density)
     right.set_ylabel("Error barrier (percentage points)")
-    right.grid(alpha=0.3, linewidth=0.6)
     return figure
 
 
@@ -141,21 +142,19 @@ def instability(barriers: pd.DataFrame, results: pd.DataFrame) -> Figure:
     Args:
       barriers, results: barriers.csv and results.csv.
     """
-    table = barriers[(barriers["kind"] == "instability") & (barriers["split"] == "test")]
+    table = _some(barriers[barriers["kind"] == "instability"], "barriers of kind 'instability'")
     density = _densities(results)
-    table = table.assign(density=table["round"].map(density))
     figure = Figure(figsize=(4.4, 3.2), layout="constrained")
     axes = figure.add_subplot()
-    _error_bars(axes, table, "barrier", 100, **STYLES["imp"])
+    _barriers_over_density(axes, table, density)
     for number, rows in table.groupby("round"):
         place = (density[number], 100 * rows["barrier"].max())
         axes.annotate(
             f"round {number}", place, (0, 5), textcoords="offset points", ha="center", fontsize="small"
         )
     axes.margins(y=0.2)
-    _density_axis(axes, table["density"].min() / 1.5)  # with room for the words
+    _density_axis(axes, table["round"].map(density).min() / 1.5)  # with room for the words
     axes.set_ylabel("Instability (percentage points of error)")
-    axes.grid(alpha=0.3, linewidth=0.6)
     return figure
 
 
@@ -163,8 +162,25 @@ def to_bytes(figure: Figure, format: str = "png") -> bytes:
     """The figure as the bytes of a PNG file at print resolution, or of a PDF."""
     buffer = io.BytesIO()
     # without the date, so that the same figure is the same file
-    figure.savefig(buffer, format=format, dpi=150, metadata={"CreationDate": None} if format == "pdf" else None)
+    figure.savefig(buffer, format=format, dpi=200, metadata={"CreationDate": None} if format == "pdf" else None)
     return buffer.getvalue()
+
+
+def _some(table, what):
+    if table.empty:
+        raise ValueError(f"there are no {what} in the table to draw")
+    return table
+
+
+def _barriers_over_density(axes, barriers, density):
+    """The barriers of one kind on both splits; where only the test error rises, it may be chance."""
+    table = barriers.assign(density=barriers["round"].map(density))
+    styles = {"test": STYLES["imp"], "train": {"color": "#666666", "linestyle": ":", "marker": "^"}}
+    for split, style in styles.items():
+        _error_bars(axes, table[table["split"] == split], "barrier", 100, label=f"{split} set", **style)
+    _density_axis(axes, table["density"].min())
+    axes.legend(frameon=False, fontsize="small")
+    axes.grid(alpha=0.3, linewidth=0.6)
 
 
 def _over_density(results, column, scale, label):
@@ -181,8 +197,10 @@ def _over_density(results, column, scale, label):
 
 
 def _error_bars(axes, rows, column, scale, **style):
-    """The mean of a column at each density, with bars from minimum to maximum."""
-    over = scale * rows.groupby("density")[column].agg(["mean", "min", "max"]).sort_index(ascending=False)
+    """The mean of a column at each density above 0, with bars from minimum to maximum."""
+    over = scale * rows.query("density > 0").groupby("density")[column].agg(["mean", "min", "max"]).sort_index(
+        ascending=False
+    )
     axes.errorbar(
         over.index,
         over["mean"],
@@ -204,7 +222,7 @@ def _densities(results):
 def _density_axis(axes, lowest):
     """Logarithmic, dense on the left, as in the paper."""
     axes.set_xscale("log")
-    end = min(lowest, 0.5) / 1.15
+    end = max(min(lowest, 0.5), 1e-9) / 1.15
     axes.set_xlim(1.15, end)
     axes.xaxis.set_major_locator(FixedLocator([tick for tick in DENSITY_TICKS if tick >= end]))
     axes.xaxis.set_minor_locator(NullLocator())

@@ -18,7 +18,7 @@ CAPTIONS = {
     "distances_euclidean": "Euclidean distances between the same networks.",
     "histograms": "Surviving weights after training, all replicates together.",
     "barriers": "Test error on the linear paths between the optima of successive rounds, and its largest "
-    "increase over the ends.",
+    "increase over the baseline of the config.",
     "instability": "Instability: the error barrier between two trainings of a ticket that differ in data order "
     "and augmentation.",
 }
@@ -39,12 +39,13 @@ def html(run: Any, drawn: dict[str, bytes]) -> str:
         f"<figcaption>{markup.escape(CAPTIONS[name])}</figcaption></figure>"
         for name, png in drawn.items()
     )
+    replicates = f"{run.config.replicates} replicate{'s' * (run.config.replicates > 1)}"
     config = json.dumps(json.loads(configs.to_json(run.config)), indent=2)
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{markup.escape(title)}</title><style>{STYLE}</style></head>
 <body>
 <h1>{markup.escape(title)}</h1>
-<h2>Results</h2>
+<h2>Results, mean (minimum to maximum) of {replicates}</h2>
 {_results(run).to_html(index=False, border=0, na_rep="–", justify="right")}
 <h2>Figures</h2>
 {pictures}
@@ -67,6 +68,9 @@ def _results(run) -> pd.DataFrame:
             row[f"{arm}: threshold"] = f"{of_arm['threshold'].mean():.4f}"
             of_weights = run.weights[(run.weights["round"] == number) & (run.weights["arm"] == arm)]
             row[f"{arm}: bimodality"] = f"{of_weights['bimodality'].mean():.3f}"
+            row[f"{arm}: near zero"] = f"{of_weights['near_zero'].mean():.2%}"
+        layers = run.layers[run.layers["round"] == number]
+        row["dead units"] = f"{layers['dead_units'].sum() / layers['units'].sum():.1%}"
         barriers = run.barriers[(run.barriers["round"] == number) & (run.barriers["split"] == "test")]
         for kind, name in (("successive", "barrier (points)"), ("instability", "instability (points)")):
             of_kind = barriers[barriers["kind"] == kind]["barrier"]

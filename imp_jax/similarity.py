@@ -59,13 +59,13 @@ def distance_matrix(
 ) -> Float[Array, "networks networks"]:
     """Distances between all pairs of networks (figures 4, 9 to 11), each pair on its own intersection.
 
-    The three distances of this module come from Gram products of all networks at once, with cosines right to
-    float32: an angular distance below 1e-3 is not told from 0. Any other function is called pair by pair.
-    nan as in `distance`; the diagonal is 0 elsewhere.
+    The three distances of this module come from Gram products of all networks at once, right to float32 in the
+    cosines, where an angular distance below 1e-3 is not told from 0, and in the squared distances from the mean
+    network. Any other function is called pair by pair. nan as in `distance`; the diagonal is 0 elsewhere.
     """
     params, masks = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) for trees in (params, masks))
-    if distance in _OF_GRAM:
-        return _OF_GRAM[distance](*gram_products(params, masks))
+    if distance in _BY_GRAM:
+        return _BY_GRAM[distance](params, masks)
 
     def row(network):
         return jax.vmap(lambda p, m: distance(*network, p, m))(params, masks)
@@ -75,8 +75,7 @@ def distance_matrix(
 
 def distance_matrices(params: Params, masks: Mask) -> dict[str, Float[Array, "networks networks"]]:
     """The angular, cosine and Euclidean `distance_matrix` of stacked networks, which lead every leaf."""
-    products = gram_products(params, masks)
-    return {metric: _OF_GRAM[distance](*products) for metric, distance in METRICS.items()}
+    return {metric: _BY_GRAM[distance](params, masks) for metric, distance in METRICS.items()}
 
 
 def gram_products(
@@ -99,23 +98,29 @@ def gram_products(
     return (products + products.T) / 2, squares  # symmetric to the bit
 
 
-def _angular(products, squares):
-    return _zero_diagonal(2 / jnp.pi * jnp.arccos(_cosines(products, squares)))
+def _angular(params, masks):
+    return _zero_diagonal(2 / jnp.pi * jnp.arccos(_cosines(params, masks)))
 
 
-def _cosine(products, squares):
-    return _zero_diagonal(1 - _cosines(products, squares))
+def _cosine(params, masks):
+    return _zero_diagonal(1 - _cosines(params, masks))
 
 
-def _euclidean(products, squares):
+def _euclidean(params, masks):
+    def from_mean(leaf):  # networks far from 0 and near each other would cancel
+        leaf = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+        return leaf - leaf.mean(0)
+
+    products, squares = gram_products(jax.tree.map(from_mean, params), masks)
     return _zero_diagonal(jnp.sqrt(jnp.maximum(squares + squares.T - 2 * products, 0)))
 
 
-_OF_GRAM = {angular_distance: _angular, cosine_distance: _cosine, euclidean_distance: _euclidean}
+_BY_GRAM = {angular_distance: _angular, cosine_distance: _cosine, euclidean_distance: _euclidean}
 METRICS = {"angular": angular_distance, "cosine": cosine_distance, "euclidean": euclidean_distance}
 
 
-def _cosines(products, squares):
+def _cosines(params, masks):
+    products, squares = gram_products(params, masks)
     # roots apart, as the product of two squared norms may overflow; rounding may leave [−1, 1]
     return jnp.clip(products / (jnp.sqrt(squares) * jnp.sqrt(squares.T)), -1, 1)
 

@@ -1,5 +1,6 @@
 """The tables, figures and report of a small real run, against the networks in its checkpoints."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ import pytest
 
 from imp_jax import analysis, connectivity, figures, imp, masking, similarity, training
 from imp_jax import config as configs
+from imp_jax.checkpoints import Checkpoints
 from imp_jax.config import UserError
 from tests.test_readme import ROOT
 
@@ -109,6 +111,8 @@ def test_weights_are_those_of_the_networks(run):
         assert row["survivors"] == len(values)
         near = np.mean(np.abs(values) < threshold[arm, replicate, number] / 2)
         assert row["near_zero"] == pytest.approx(near, abs=1e-6)
+        z = (values - values.mean()) / values.std()
+        assert row["bimodality"] == pytest.approx((np.mean(z**3) ** 2 + 1) / np.mean(z**4), rel=1e-3)
         bins = run.histograms.query("arm == @arm and replicate == @replicate and round == @number")
         assert bins["count"].sum() == len(values)
         inside = (values >= bins["left"].iloc[60]) & (values < bins["right"].iloc[60])
@@ -121,6 +125,26 @@ def test_layers_add_up_to_the_survivors(run):
     pd.testing.assert_series_equal(by_layer["survivors"].sum(), survivors.sort_index())
     assert (by_layer["weights"].sum() == 784 * 30 + 30 * 10 + 10 * 10).all()
     assert list(run.layers["units"][:3]) == [30, 10, 10]
+
+
+def test_dead_units_are_counted_by_layer(copy, run):
+    """In a checkpoint whose mask has no way into two units, and none out of a third."""
+    networks = run.round(3)
+    kernels = {name: np.array(layer["kernel"]) for name, layer in networks.mask.items()}
+    kernels["Dense_0"][:, :, :2] = False
+    kernels["Dense_1"][:, 2] = False
+    mask = {name: {**networks.mask[name], "kernel": kernel} for name, kernel in kernels.items()}
+    with contextlib.closing(Checkpoints(copy)) as checkpoints:
+        rows = checkpoints.rows(3)
+        shutil.rmtree(copy / "checkpoints" / "3")
+    with contextlib.closing(Checkpoints(copy)) as checkpoints:
+        checkpoints.save(3, networks._replace(mask=mask), rows)
+    (copy / "analysis" / "layers.csv").unlink()
+    analysis.run(copy)
+    layers = analysis.load(copy).layers.query("round == 3 and replicate == 0").set_index("layer")["dead_units"]
+    before = run.layers.query("round == 3 and replicate == 0").set_index("layer")["dead_units"]
+    assert layers["Dense_0"] == before["Dense_0"] + 3
+    assert before["Dense_0"] == 0
 
 
 def test_only_what_is_missing_is_computed(copy, monkeypatch):
@@ -156,6 +180,44 @@ def test_only_what_is_missing_is_computed(copy, monkeypatch):
         pd.testing.assert_frame_equal(a, b, rtol=1e-5)
 
 
+def test_a_single_missing_round_of_paths(copy):
+    """Nothing else asks for the round before it."""
+    file = copy / "analysis" / "paths.csv"
+    before = pd.read_csv(file)
+    before[(before["round"] != 2) | (before["kind"] != "successive")].to_csv(file, index=False)
+    analysis.run(copy)
+    pd.testing.assert_frame_equal(pd.read_csv(file), before, rtol=1e-5)
+
+
+def test_other_settings_of_the_analysis_need_no_other_run(copy):
+    config = analysis.load(copy).config
+    config.analysis.baseline, config.analysis.path_points = "max", 3
+    imp.run(config, copy)
+    analysis.run(copy)
+    run = analysis.load(copy)
+    assert len(run.paths) == (ROUNDS - 1 + 1) * 2 * 2 * 3
+    for key, path in run.paths.groupby(["replicate", "kind", "round", "split"]):
+        errors = path["error"].to_numpy()
+        row = run.barriers.set_index(["replicate", "kind", "round", "split"]).loc[key]
+        assert row["barrier"] == pytest.approx(errors.max() - max(errors[0], errors[-1]), abs=1e-6)
+    config.analysis.batch_norm = "reestimate"
+    imp.run(config, copy)
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        path_metrics = connectivity.path_metrics
+        patch.setattr(connectivity, "path_metrics", lambda *a, **k: asked.append(k) or path_metrics(*a, **k))
+        analysis.run(copy)
+    assert {(k["batch_norm"], k["train"].examples) for k in asked} == {("reestimate", 4000)}
+    assert set(analysis.load(copy).paths["batch_norm"]) == {"reestimate"}
+
+
+def test_results_that_were_cut_off_are_mended(copy):
+    whole = (copy / "results.csv").read_text()
+    (copy / "results.csv").write_text(whole[: len(whole) // 2])
+    analysis.run(copy)
+    assert (copy / "results.csv").read_text() == whole
+
+
 def test_a_run_under_way_is_analysed_as_far_as_it_is(copy):
     for number in (2, 3):
         shutil.rmtree(copy / "checkpoints" / str(number))
@@ -184,6 +246,12 @@ def test_the_report_is_one_file_with_everything(analysed, run):
     for mean in means:
         assert f"{mean:.2f} (" in report
     assert "&quot;path_points&quot;: 5" in report
+    barriers = run.barriers.query("split == 'test'").groupby(["kind", "round"])["barrier"].mean()
+    for of_kind in barriers:
+        assert f"<td>{100 * of_kind:.2f}</td>" in report
+    dead = run.layers.groupby("round")[["dead_units", "units"]].sum()
+    for share in dead["dead_units"] / dead["units"]:
+        assert f"<td>{share:.1%}</td>" in report
 
 
 def test_figures_of_the_tables(run):
@@ -193,6 +261,12 @@ def test_figures_of_the_tables(run):
     assert len(left.get_legend().get_texts()) == 3
     barriers = run.barriers.query("kind == 'successive' and split == 'test'").groupby("round")["barrier"].mean()
     np.testing.assert_allclose(right.lines[0].get_ydata(orig=False), 100 * barriers)
+
+    test, train = right.containers
+    assert [test.get_label(), train.get_label()] == ["test set", "train set"]
+    thresholds = figures.threshold(run.results).axes[0].lines[0].get_ydata(orig=False)
+    expected = run.results.query("arm == 'imp'").groupby("round")["threshold"].mean()
+    np.testing.assert_allclose(thresholds, expected)
 
     imp_axes, reinit_axes, _ = figures.distances(run.distances, "cosine").axes
     cosine = run.distances.query("metric == 'cosine'")
@@ -212,9 +286,25 @@ def test_figures_of_the_tables(run):
     assert instability.lines[0].get_ydata(orig=False) == pytest.approx([100 * expected])
 
 
+def test_what_cannot_be_drawn_is_said(run):
+    with pytest.raises(ValueError, match=r"rounds is \[0\]; the paths end in the rounds \[1, 2, 3\]"):
+        figures.barriers(run.paths, run.barriers, run.results, rounds=[0])
+    with pytest.raises(ValueError, match="no distances of metric 'angle'"):
+        figures.distances(run.distances, "angle")
+    with pytest.raises(ValueError, match="no barriers of kind 'instability'"):
+        figures.instability(run.barriers[run.barriers["kind"] != "instability"], run.results)
+
+
 def test_folders_that_cannot_be_analysed_are_said(copy, tmp_path):
     with pytest.raises(UserError, match=r"is not the workdir of a run: it has no config\.json"):
         analysis.run(tmp_path)
+    (copy / "report.html").unlink()
+    (copy / "report.html").mkdir()
+    with pytest.raises(UserError, match="cannot write the analyses of"):
+        analysis.run(copy)
+    shutil.rmtree(copy / "checkpoints" / "1" / "networks")
+    with pytest.raises(UserError, match="the checkpoint of round 1 cannot be read"):
+        analysis.load(copy).round(1)
     shutil.rmtree(copy / "checkpoints")
     (copy / "checkpoints").mkdir()
     with pytest.raises(UserError, match="has no finished round to analyse"):
@@ -236,7 +326,12 @@ def test_the_command(copy, tmp_path):
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     (copy / "report.html").unlink()
-    done = command(f"--workdir={copy}")
+    (copy / "analysis" / "paths.csv").unlink()
+    stored = json.loads((copy / "config.json").read_text())
+    data_dir = stored["dataset"]["data_dir"]
+    stored["dataset"]["data_dir"] = "/moved"
+    (copy / "config.json").write_text(json.dumps(stored))
+    done = command(f"--workdir={copy}", f"--data_dir={data_dir}")
     assert done.returncode == 0, done.stderr
     assert f"report:  {copy / 'report.html'}" in done.stdout
     assert (copy / "report.html").exists()

@@ -114,8 +114,10 @@ def test_the_ends_of_a_path_are_the_networks_themselves():
 def test_chunks_of_points_change_nothing(monkeypatch):
     split, (a, b), recipe = random_split(), two_networks(NETWORKS["lenet"]), Recipe(NETWORKS["lenet"])
     at_once = connectivity.path_metrics(a, b, split, recipe=recipe, num_points=7)
-    monkeypatch.setattr(connectivity, "CHUNK_BYTES", 3 * 4 * (192 * 20 + 20 + 20 * 10 + 10 + 10 * 10 + 10))
-    assert connectivity._points_at_once(a["params"], recipe) == 3
+    weights = 192 * 20 + 20 + 20 * 10 + 10 + 10 * 10 + 10
+    outputs = 30 * (20 + 10 + 10 + 10)  # of three layers and the whole network
+    monkeypatch.setattr(data, "device_memory", lambda: 4 * 4 * (3 * (weights + outputs) + 1))
+    assert connectivity._points_at_once(a["params"], {}, split, 30, recipe) == 3
     np.testing.assert_allclose(
         connectivity.path_metrics(a, b, split, recipe=recipe, num_points=7), at_once, rtol=1e-6
     )
@@ -140,6 +142,29 @@ def test_reestimated_statistics_are_those_of_the_training_images():
     np.testing.assert_allclose(errors, np.mean(logits.argmax(-1) != split.labels, axis=-1), atol=1e-6)
     interpolated, _ = connectivity.path_metrics(a, b, split, recipe=recipe, num_points=3)
     assert np.abs(interpolated - losses).max() > 0.01
+
+
+def test_reestimated_statistics_are_the_mean_over_batches():
+    """The first 500 of 600 images, in batches of 250."""
+    model, train, split = NETWORKS["resnet8"], random_split(600), random_split(20)
+    ends = two_networks(model)
+    recipe = Recipe(model, execution=EXECUTIONS["step_unroll"])
+    losses, _ = connectivity.path_metrics(
+        *ends, split, recipe=recipe, num_points=2, batch_norm="reestimate", train=train
+    )
+    images = recipe.normalize(train.images)
+    variables = {**ends[1], "batch_stats": jax.tree.map(jnp.zeros_like, ends[1]["batch_stats"])}
+
+    def statistics(images):  # from zero a step goes a tenth of the way
+        _, state = model.apply(variables, images, train=True, mutable=["batch_stats"])
+        return jax.tree.map(lambda leaf: 10 * leaf, state["batch_stats"])
+
+    halves = [jax.jit(statistics)(images[first : first + 250]) for first in (0, 250)]
+    means = jax.tree.map(lambda *leaves: sum(leaves) / 2, *halves)
+    logits = jax.jit(model.apply)({**ends[1], "batch_stats": means}, recipe.normalize(split.images))
+    assert losses[-1] == pytest.approx(
+        float(-jax.nn.log_softmax(logits)[np.arange(20), split.labels].mean()), rel=1e-3
+    )
 
 
 def test_a_path_on_a_stream_is_the_path_on_its_images(tmp_path):

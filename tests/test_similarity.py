@@ -118,6 +118,13 @@ def test_matrix_of_parallel_opposite_and_disjoint_networks():
     np.testing.assert_array_equal(matrix, 0)
 
 
+def test_euclidean_distances_of_near_networks_do_not_cancel():
+    a = {"kernel": jax.random.normal(jax.random.key(0), (100_000,))}
+    b = jax.tree.map(lambda x: x + 1e-4 * jax.random.normal(jax.random.key(1), x.shape), a)
+    matrix = similarity.distance_matrix([a, b], [masking.ones_like(a)] * 2, similarity.euclidean_distance)
+    assert matrix[0, 1] == pytest.approx(1e-4 * np.sqrt(100_000), rel=0.01)
+
+
 def test_matrix_of_a_distance_of_ones_own():
     params, masks = random_networks()
 

@@ -194,6 +194,12 @@ def statistics(dataset: Dataset) -> Normalize:
     return Normalize(tuple(mean.tolist()), tuple(std.tolist()))
 
 
+def device_memory() -> int:
+    """Bytes of memory of the first device; of a CPU, those of the machine."""
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    return statistics.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def _builder(name, data_dir):
     try:
         if name in BUILDERS:
@@ -255,8 +261,7 @@ def _require_memory(builder, splits):
     """Refuse a set that the device cannot hold beside a network in training, before it is read."""
     examples = sum(builder.info.splits[split].num_examples for split in splits)
     needed = examples * math.prod(builder.info.features["image"].shape)
-    statistics = jax.local_devices()[0].memory_stats() or {}
-    there = statistics.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    there = device_memory()
     if needed > there / 2:
         raise UserError(
             f"dataset.name is {builder.name!r}, whose {examples:,} images are held in memory and take "
