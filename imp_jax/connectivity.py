@@ -123,13 +123,8 @@ def _points_at_once(params, states, split, batch_size, recipe):
     images = jax.ShapeDtypeStruct((batch_size, *split.image_shape), jnp.float32)
 
     def outputs(params, images):
-        return recipe.model.apply(
-            {"params": params, **state},
-            images,
-            train=False,
-            capture_intermediates=True,
-            mutable=["intermediates"],
-        )
+        options = {"capture_intermediates": True, "mutable": ["intermediates"]}
+        return recipe.model.apply({"params": params, **state}, images, train=False, **options)[1]
 
     held = jax.tree.leaves((params, jax.eval_shape(outputs, params, images)))
     needed = sum(leaf.size * leaf.dtype.itemsize for leaf in held)

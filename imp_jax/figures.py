@@ -121,9 +121,8 @@ def barriers(
     for number, color, line in zip(
         rounds, itertools.cycle(PATHS), itertools.cycle(("-", "--", ":", "-.")), strict=False
     ):
-        errors = 100 * paths[(paths["round"] == number) & (paths["split"] == "test")].groupby("alpha")[
-            "error"
-        ].agg(["mean", "min", "max"])
+        of_round = paths[(paths["round"] == number) & (paths["split"] == "test")]
+        errors = 100 * of_round.groupby("alpha")["error"].agg(["mean", "min", "max"])
         label = " → ".join(f"{float(f'{100 * density[end]:.2g}'):g}" for end in (number - 1, number)) + " %"
         left.plot(errors.index, errors["mean"], color=color, linestyle=line, linewidth=1.6, label=label)
         left.fill_between(errors.index, errors["min"], errors["max"], color=color, alpha=0.15, linewidth=0)
@@ -198,9 +197,8 @@ def _over_density(results, column, scale, label):
 
 def _error_bars(axes, rows, column, scale, **style):
     """The mean of a column at each density above 0, with bars from minimum to maximum."""
-    over = scale * rows.query("density > 0").groupby("density")[column].agg(["mean", "min", "max"]).sort_index(
-        ascending=False
-    )
+    by_density = rows.query("density > 0").groupby("density")[column]
+    over = scale * by_density.agg(["mean", "min", "max"]).sort_index(ascending=False)
     axes.errorbar(
         over.index,
         over["mean"],

@@ -114,6 +114,8 @@ def test_fields_are_overridden_from_the_command_line(tmp_path, data_dir):
     assert code == 0, err
     assert len(pd.read_csv(tmp_path / "results.csv")) == 2
     assert "Test accuracy in %" in out
+    assert f"report:  {tmp_path / 'report.html'}" in out  # the analyses follow by themselves
+    assert set(pd.read_csv(tmp_path / "analysis" / "barriers.csv")["round"]) == {1}
 
 
 def quick(workdir, data_dir):
