@@ -13,9 +13,8 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -125,8 +124,10 @@ def run(workdir: str | os.PathLike, data_dir: str | os.PathLike | None = None) -
     )
 
 
-def compute(checkpoints: Checkpoints, config: ConfigDict, experiment: Any, workdir: Path) -> None:
-    """Bring the tables up to the rounds of `checkpoints`, one by one; `experiment()` is asked if needed."""
+def compute(
+    checkpoints: Checkpoints, config: ConfigDict, experiment: Callable[[], imp.Experiment], workdir: Path
+) -> None:
+    """Bring the tables up to the rounds of `checkpoints`, one by one; `experiment` is called if needed."""
     finished = checkpoints.rounds()
     results = pd.read_csv(workdir / "results.csv")
     tables = {name: _read(workdir, name) for name in TABLES}

@@ -1,5 +1,17 @@
 """Fixtures of many tests: a prepared data folder, and an experiment of milliseconds a round."""
 
+import os
+import tempfile
+
+# what several tests, or the processes they start, compile alike is compiled once; JAX reads this when imported
+_COMPILED = tempfile.TemporaryDirectory()
+os.environ |= {
+    "JAX_COMPILATION_CACHE_DIR": _COMPILED.name,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+
+# ruff: noqa: E402
 import jax.numpy as jnp
 import numpy as np
 import pytest

@@ -1,10 +1,11 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from imp_jax import connectivity, data, training
-from imp_jax.models.conv import Conv4
 from imp_jax.models.lenet import LeNet
 from imp_jax.models.resnet import CifarResNet
 from imp_jax.training import EXECUTIONS, Recipe
@@ -64,6 +65,7 @@ def random_split(examples=30, side=8, channels=3):
     return data.InMemory(jnp.asarray(images), jnp.asarray(draw.integers(0, 10, examples, np.int32)))
 
 
+@functools.cache
 def two_networks(model, shape=(8, 8, 3)):
     """With biases and statistics that count."""
 
@@ -76,22 +78,19 @@ def two_networks(model, shape=(8, 8, 3)):
 
 NETWORKS = {
     "lenet": LeNet(widths=(20, 10)),
-    "conv4": Conv4(width=0.1),
     "resnet8": CifarResNet(depth=8, width=0.25, norm_affine=True),
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "execution"),
-    [("lenet", "scan_vmap"), ("conv4", "scan_unroll"), ("resnet8", "step_unroll")],
-)
+@pytest.mark.parametrize(("name", "execution"), [("lenet", "scan_vmap"), ("resnet8", "step_unroll")])
 def test_path_metrics_are_those_of_the_points_one_by_one(name, execution):
     model, split = NETWORKS[name], random_split()
     a, b = two_networks(model)
     recipe = Recipe(model, normalize=data.Normalize((0.4,) * 3, (0.3,) * 3), execution=EXECUTIONS[execution])
     losses, errors = connectivity.path_metrics(a, b, split, recipe=recipe, num_points=5)
     points = connectivity.linear_path(a, b, 5)  # statistics too
-    logits = jax.jit(jax.vmap(lambda v: model.apply(v, recipe.normalize(split.images))))(points)
+    apply = jax.jit(lambda variables: model.apply(variables, recipe.normalize(split.images)))
+    logits = np.stack([apply(jax.tree.map(lambda leaf, i=i: leaf[i], points)) for i in range(5)])
     chosen = jax.nn.log_softmax(logits)[:, np.arange(30), split.labels]
     np.testing.assert_allclose(losses, -chosen.mean(-1), rtol=1e-4)
     np.testing.assert_allclose(errors, np.mean(logits.argmax(-1) != split.labels, axis=-1), atol=1e-6)
@@ -123,27 +122,6 @@ def test_chunks_of_points_change_nothing(monkeypatch):
     )
 
 
-def test_reestimated_statistics_are_those_of_the_training_images():
-    """Of a single batch they are the batch's own, with which the network is trained."""
-    model, split = NETWORKS["resnet8"], random_split()
-    a, b = two_networks(model)
-    recipe = Recipe(model, execution=EXECUTIONS["step_unroll"])
-    losses, errors = connectivity.path_metrics(
-        a, b, split, recipe=recipe, num_points=3, batch_norm="reestimate", train=split
-    )
-    images = recipe.normalize(split.images)
-    train_mode = jax.jit(
-        lambda variables: model.apply(variables, images, train=True, mutable=["batch_stats"])[0]
-    )
-    points = connectivity.linear_path(a, b, 3)
-    logits = np.stack([train_mode(jax.tree.map(lambda leaf, i=i: leaf[i], points)) for i in range(3)])
-    chosen = jax.nn.log_softmax(logits)[:, np.arange(30), split.labels]
-    np.testing.assert_allclose(losses, -chosen.mean(-1), rtol=1e-3)
-    np.testing.assert_allclose(errors, np.mean(logits.argmax(-1) != split.labels, axis=-1), atol=1e-6)
-    interpolated, _ = connectivity.path_metrics(a, b, split, recipe=recipe, num_points=3)
-    assert np.abs(interpolated - losses).max() > 0.01
-
-
 def test_reestimated_statistics_are_the_mean_over_batches():
     """The first 500 of 600 images, in batches of 250."""
     model, train, split = NETWORKS["resnet8"], random_split(600), random_split(20)
@@ -161,7 +139,9 @@ def test_reestimated_statistics_are_the_mean_over_batches():
 
     halves = [jax.jit(statistics)(images[first : first + 250]) for first in (0, 250)]
     means = jax.tree.map(lambda *leaves: sum(leaves) / 2, *halves)
-    logits = jax.jit(model.apply)({**ends[1], "batch_stats": means}, recipe.normalize(split.images))
+    apply = jax.jit(model.apply)
+    logits = apply({**ends[1], "batch_stats": means}, recipe.normalize(split.images))
+    assert np.abs(logits - apply(ends[1], recipe.normalize(split.images))).max() > 0.1  # it makes a difference
     assert losses[-1] == pytest.approx(
         float(-jax.nn.log_softmax(logits)[np.arange(20), split.labels].mean()), rel=1e-3
     )

@@ -528,7 +528,7 @@ def test_without_order_and_augmentation_there_is_no_instability(tiny_experiment)
     assert connectivity.error_barrier(errors) == 0
 
 
-@pytest.mark.parametrize("rewind_step", [0, None, 3])
+@pytest.mark.parametrize("rewind_step", [None, 3])
 def test_twins_leave_no_trace_in_the_others(tiny_experiment, rewind_step):
     """But for rounding, as another number of members is another program."""
     plain, twins = (
@@ -565,7 +565,7 @@ def test_a_twin_of_a_rewound_ticket_parts_at_the_rewind_step(tiny_experiment, nu
 
 def test_a_run_with_twins_resumes_to_the_same_results(data_dir, tmp_path):
     config = quick_config(data_dir, rounds=3)
-    config.instability.rounds = (1, 2, 9)
+    config.instability.rounds = (1, 9)
     imp.run(config, tmp_path / "whole")
     for _ in range(3):
         rounds = imp.rounds(config, tmp_path / "cut")
@@ -573,7 +573,7 @@ def test_a_run_with_twins_resumes_to_the_same_results(data_dir, tmp_path):
         rounds.close()
     results = without_seconds(tmp_path / "whole")
     pd.testing.assert_frame_equal(results, without_seconds(tmp_path / "cut"))
-    assert list(results[results["arm"] == "twin"]["round"].unique()) == [1, 2]
+    assert list(results[results["arm"] == "twin"]["round"].unique()) == [1]
     of_round = results[results["round"] == 1].set_index(["arm", "replicate"])
     assert of_round.loc[("twin", 0), "density"] == of_round.loc[("imp", 0), "density"]
     assert of_round.loc[("twin", 0), "test_loss"] != of_round.loc[("imp", 0), "test_loss"]
