@@ -30,6 +30,7 @@ from imp_jax import connectivity, figures, imp, masking, records, report, simila
 from imp_jax.checkpoints import Checkpoints, Round
 from imp_jax.config import UserError
 from imp_jax.data.source import in_one_line
+from imp_jax.members import Member, members_of
 
 INITIALISATION = -1  # the "round" of the weights that survivors are reset to, in distances.csv
 BINS = 101  # of a histogram; an odd number, so that one is centred on 0
@@ -71,9 +72,9 @@ class Run:
                 raise UserError(f"{self.workdir} has no round {number}; it has {checkpoints.rounds()}")
             return _restore(checkpoints, number)
 
-    def members(self, number: int) -> tuple[imp.Member, ...]:
+    def members(self, number: int) -> tuple[Member, ...]:
         """The (arm, replicate) pairs that round `number` trained."""
-        return imp.members(self.config, number)
+        return members_of(self.config, number)
 
 
 def load(workdir: str | os.PathLike) -> Run:
@@ -200,7 +201,7 @@ def _kinds(config, number):
 def _paths(experiment, number, kind, before, now):
     """Rows of the paths of one kind that end in round `number`, of every replicate on both splits."""
     config, dataset = experiment.config, experiment.dataset
-    members = imp.members(config, number)
+    members = members_of(config, number)
     options = {
         "recipe": experiment.recipe,
         "num_points": config.analysis.path_points,
@@ -209,7 +210,7 @@ def _paths(experiment, number, kind, before, now):
     }
 
     def network(round_, arm, replicate):
-        index = members.index(imp.Member(arm, replicate))
+        index = members.index(Member(arm, replicate))
         return jax.tree.map(lambda leaf: leaf[index], round_.trained)
 
     for replicate in range(config.replicates):
@@ -251,7 +252,7 @@ def _distances(config, finished, networks):
     """Rows of the matrices of every arm and replicate, over the initialisation and all rounds."""
     rounds = [INITIALISATION, *finished]
     matrices = jax.jit(similarity.distance_matrices)
-    for index, member in enumerate(imp.members(config)):
+    for index, member in enumerate(members_of(config)):
         stacked = jax.tree.map(lambda *leaves: jnp.stack([leaf[index] for leaf in leaves]), *networks)  # noqa: B023
         for metric, matrix in matrices(*stacked).items():
             for (a, b), distance in np.ndenumerate(np.asarray(matrix)):
@@ -260,7 +261,7 @@ def _distances(config, finished, networks):
 
 def _weights(experiment, number, networks, results):
     """Rows of the tables histograms, weights and layers of one round."""
-    members = imp.members(experiment.config)
+    members = members_of(experiment.config)
     arms = slice(len(members))
     params, masks = jax.tree.map(lambda leaf: leaf[arms], (networks.trained["params"], networks.mask))
     by_member = results.set_index(["arm", "replicate"])["threshold"]

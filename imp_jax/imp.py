@@ -1,7 +1,7 @@
 """Iterative magnitude pruning: train → record → prune → rewind, round after round (section 2.1).
 
 What is trained in a round is a member, one (arm, replicate) pair: `imp` is the ticket itself, `reinit` the
-control, a different random initialisation under the same mask. Members lead every batched tree, arm by arm.
+control, a different random initialisation under the same mask.
 In the rounds of `instability.rounds` a `twin` of each ticket trains beside them, with other data order and
 augmentation; it leaves a checkpoint and rows of results, and no trace in later rounds.
 """
@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from imp_jax import config as configs
@@ -27,16 +27,16 @@ from imp_jax import data, figures, masking, models, pruning, records, training
 from imp_jax.checkpoints import Checkpoints, Round
 from imp_jax.config import UserError, choose
 from imp_jax.masking import Mask
-from imp_jax.training import Metrics, TrainState, Variables
-
-# What an arm's keys fold in; the numbers are part of a run's randomness, so they never change.
-ARMS = {"imp": 0, "reinit": 1, "twin": 2}
-_DRAWS = {"init": 0, "reinit": 1, "data": 2, "score": 3}
-
-
-class Member(NamedTuple):
-    arm: str
-    replicate: int
+from imp_jax.members import (
+    ARMS,
+    Member,
+    member_keys,
+    members_of,
+    where_member,
+    with_twins_as_imp,
+    without_twins,
+)
+from imp_jax.training import Metrics, Variables
 
 
 class Experiment(NamedTuple):
@@ -178,7 +178,7 @@ def setup(config: ConfigDict) -> Experiment:
     _require_layers(config.pruning.exclude, params)
     return Experiment(
         config=config,
-        members=members(config),
+        members=members_of(config),
         dataset=dataset,
         recipe=training.Recipe(
             model=model,
@@ -192,20 +192,18 @@ def setup(config: ConfigDict) -> Experiment:
     )
 
 
-def members(config: ConfigDict, number: int | None = None) -> tuple[Member, ...]:
-    """The members of every round, or of round `number`: last among them, where the config asks, are twins."""
-    arms = (*config.arms, *(["twin"] if number in config.instability.rounds else []))
-    return tuple(Member(arm, replicate) for arm in arms for replicate in range(config.replicates))
-
-
 def in_round(experiment: Experiment, number: int) -> Experiment:
     """The experiment with all members of round `number`."""
-    return experiment._replace(members=members(experiment.config, number))
+    return experiment._replace(members=members_of(experiment.config, number))
 
 
 def initialize(experiment: Experiment) -> Variables:
     """The random initialisation of every member; reinit has one of its own, kept over the rounds (ours)."""
-    keys = _keys(experiment, lambda member: ["reinit" if member.arm == "reinit" else "init"])
+    keys = member_keys(
+        experiment.members,
+        experiment.config.seed,
+        lambda member: ["reinit" if member.arm == "reinit" else "init"],
+    )
     image = jnp.zeros((1, *experiment.dataset.train.image_shape))
     return jax.jit(jax.vmap(lambda key: dict(experiment.recipe.model.init(key, image, train=False))))(keys)
 
@@ -235,8 +233,10 @@ def train(
     epochs, steps = experiment.learning_rates.shape
     rewind_step = config.rewind_step or 0
     rewound = jnp.array([member.arm in ("imp", "twin") for member in experiment.members])
-    tickets, masks = _with_twins_as_imp(experiment, (tickets, masks))
-    keys = _keys(experiment, lambda member: ["data", ARMS[member.arm], number])
+    tickets, masks = with_twins_as_imp(experiment.members, (tickets, masks))
+    keys = member_keys(
+        experiment.members, experiment.config.seed, lambda member: ["data", ARMS[member.arm], number]
+    )
 
     if isinstance(split, data.Streamed):
         batches = split.training_batches(np.asarray(jax.random.key_data(keys)), epochs, config.batch_size)
@@ -249,11 +249,11 @@ def train(
         for first, last in [(0, cut), (cut, steps)] if 0 < cut < steps else [(0, steps)]:
             if rewind_step > 0 and first == cut:
                 if number == 0:
-                    states = _with_twins_as_imp(experiment, states)  # they part at step k
-                    tickets = _where_member(rewound, states.variables, tickets)
+                    states = with_twins_as_imp(experiment.members, states)  # they part at step k
+                    tickets = where_member(rewound, states.variables, tickets)
                 else:
                     fresh = training.init_states(tickets, masks, optimizer=recipe.optimizer)
-                    states = _where_member(rewound, fresh, states)
+                    states = where_member(rewound, fresh, states)
             rates = experiment.learning_rates[epoch, first:last]
             if isinstance(split, data.Streamed):
                 states, metrics = training.train_on_stream(states, masks, batches, rates, recipe=recipe)
@@ -279,13 +279,13 @@ def prune(experiment: Experiment, number: int, networks: Round) -> tuple[Mask, F
     masks, thresholds = _prune_members(
         networks.trained["params"],
         networks.mask,
-        _keys(experiment, lambda member: ["score", number]),
+        member_keys(experiment.members, experiment.config.seed, lambda member: ["score", number]),
         jnp.array([members.index(Member("imp", member.replicate)) for member in members]),
         score=experiment.score,
         fraction=experiment.config.pruning.fraction,
         exclude=tuple(experiment.config.pruning.exclude),
     )
-    return _without_twins(experiment, masks), np.asarray(thresholds)
+    return without_twins(experiment.members, masks), np.asarray(thresholds)
 
 
 def reset(experiment: Experiment, networks: Round) -> Variables:
@@ -294,9 +294,9 @@ def reset(experiment: Experiment, networks: Round) -> Variables:
     With `rewind_step=None`, imp goes on from its trained weights; the control is still reset (ours).
     """
     if experiment.config.rewind_step is not None:
-        return _without_twins(experiment, networks.initial)
+        return without_twins(experiment.members, networks.initial)
     goes_on = jnp.array([member.arm == "imp" for member in experiment.members])
-    return _without_twins(experiment, _where_member(goes_on, networks.trained, networks.initial))
+    return without_twins(experiment.members, where_member(goes_on, networks.trained, networks.initial))
 
 
 def measure(
@@ -346,39 +346,6 @@ def _prune_members(params, masks, keys, imp_of, *, score, fraction, exclude):
 @functools.partial(jax.jit, static_argnames="exclude")
 def _survivors(masks, exclude):
     return jax.vmap(lambda mask: masking.survivors(mask, exclude))(masks)
-
-
-@jax.jit
-def _where_member(chosen: Bool[Array, " members"], one: TrainState | Variables, other: TrainState | Variables):
-    """`one` for the chosen members, `other` for the rest."""
-    return jax.tree.map(lambda a, b: jnp.where(chosen.reshape(-1, *[1] * (a.ndim - 1)), a, b), one, other)
-
-
-def _with_twins_as_imp(experiment, tree):
-    """`tree`, of all members or of all but twins, with imp's leaves for the twins."""
-    members = experiment.members
-    if "twin" not in {member.arm for member in members}:
-        return tree
-    source = [members.index(m if m.arm != "twin" else Member("imp", m.replicate)) for m in members]
-    return jax.tree.map(lambda leaf: leaf[np.array(source)], tree)
-
-
-def _without_twins(experiment, tree):
-    others = sum(member.arm != "twin" for member in experiment.members)  # twins come last
-    return tree if others == len(experiment.members) else jax.tree.map(lambda leaf: leaf[:others], tree)
-
-
-def _keys(experiment: Experiment, path: Callable[[Member], list[Any]]) -> Key[Array, " members"]:
-    """One key a member, folded from seed → replicate → a named draw → numbers, whatever the other members."""
-
-    def key(member):
-        draw, *numbers = path(member)
-        key = jax.random.key(experiment.config.seed)
-        for number in (member.replicate, _DRAWS[draw], *numbers):
-            key = jax.random.fold_in(key, number)
-        return key
-
-    return jnp.stack([key(member) for member in experiment.members])
 
 
 def _in_words(experiment, params):

@@ -197,9 +197,9 @@ def train_steps(
     examples that do not fill a last batch are left out of that epoch (ours). `states` is donated.
     """
     options = {"batch_size": batch_size, "recipe": recipe}
-    if recipe.execution.scan:
-        return _scan_steps(states, masks, split, keys, epoch, first_step, learning_rates, **options)
     draws = _draw_epoch_alone(keys, epoch, examples=split.examples)
+    if recipe.execution.scan:
+        return _scan_steps(states, masks, split, draws, first_step, learning_rates, **options)
     return _step_by_step(
         lambda states, *inputs: _step_alone(states, masks, split, draws, inputs, **options),
         states,
@@ -298,8 +298,7 @@ def _step(states, masks, split, draws, inputs, *, batch_size, recipe):
 
 
 @functools.partial(jax.jit, static_argnames=("batch_size", "recipe"), donate_argnames=("states",))
-def _scan_steps(states, masks, split, keys, epoch, first_step, learning_rates, *, batch_size, recipe):
-    draws = _draw_epoch(keys, epoch, split.examples)
+def _scan_steps(states, masks, split, draws, first_step, learning_rates, *, batch_size, recipe):
     numbers = first_step + jnp.arange(len(learning_rates))
     step = functools.partial(_step, batch_size=batch_size, recipe=recipe)
     return jax.lax.scan(

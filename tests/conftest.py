@@ -18,6 +18,7 @@ import pytest
 
 from imp_jax import config as configs
 from imp_jax import data, imp, training
+from imp_jax.members import Member
 from imp_jax.models.lenet import LeNet
 
 
@@ -52,7 +53,7 @@ def tiny_experiment():
         )
         return imp.Experiment(
             config=config,
-            members=tuple(imp.Member(arm, r) for arm in config.arms for r in range(config.replicates)),
+            members=tuple(Member(arm, r) for arm in config.arms for r in range(config.replicates)),
             dataset=dataset,
             recipe=training.Recipe(
                 LeNet(num_classes=3, widths=(6, 5)),

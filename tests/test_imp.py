@@ -11,6 +11,7 @@ import pytest
 from imp_jax import config as configs
 from imp_jax import connectivity, data, imp, masking, pruning, training
 from imp_jax.config import UserError
+from imp_jax.members import ARMS, Member, member_keys, members_of
 from tests import folders
 
 
@@ -122,7 +123,7 @@ def test_rewinding_to_step_k(tiny_experiment, rewind_step):
     assert_trees_close(first.trained, plain_first.trained)  # noting changes nothing
 
     def train(states, mask, number, first_step):
-        keys = imp._keys(experiment, lambda m: ["data", imp.ARMS[m.arm], number])
+        keys = member_keys(experiment.members, experiment.config.seed, lambda m: ["data", ARMS[m.arm], number])
         for step in range(first_step, 10 if number else rewind_step):
             states, _ = training.train_steps(
                 states,
@@ -250,7 +251,10 @@ def test_the_step_of_a_broken_loss_counts_from_the_start_of_the_training(tiny_ex
 
 def test_data_order_differs_between_rounds_arms_and_replicates(tiny_experiment):
     experiment = tiny_experiment()
-    keys = [imp._keys(experiment, lambda m, n=n: ["data", imp.ARMS[m.arm], n]) for n in range(2)]
+    keys = [
+        member_keys(experiment.members, experiment.config.seed, lambda m, n=n: ["data", ARMS[m.arm], n])
+        for n in range(2)
+    ]
     orders = {tuple(np.asarray(jax.random.permutation(key, 46))) for of_round in keys for key in of_round}
     assert len(orders) == 8
 
@@ -398,7 +402,7 @@ def test_a_stream_trains_on_the_batches_it_serves(tmp_path):
     tickets = imp.initialize(experiment)
     masks = masking.ones_like(tickets["params"])
     networks = imp.train(experiment, 0, tickets, masks)
-    keys = imp._keys(experiment, lambda m: ["data", imp.ARMS[m.arm], 0])
+    keys = member_keys(experiment.members, experiment.config.seed, lambda m: ["data", ARMS[m.arm], 0])
     states = training.init_states(tickets, masks, optimizer=experiment.recipe.optimizer)
     for i in range(2):
         state, mask = member(states, i), member(masks, i)
@@ -499,11 +503,11 @@ def rounds_with_twins(experiment, rounds):
 
 def test_a_twin_is_the_ticket_trained_with_other_noise(tiny_experiment):
     experiment = tiny_experiment(**{"instability.rounds": (1,)})
-    members = imp.members(experiment.config, 1)
+    members = members_of(experiment.config, 1)
     assert members == (*experiment.members, ("twin", 0), ("twin", 1))
     networks = train_with_twins(experiment)
     for replicate in range(2):
-        ticket, twin = (members.index(imp.Member(arm, replicate)) for arm in ("imp", "twin"))
+        ticket, twin = (members.index(Member(arm, replicate)) for arm in ("imp", "twin"))
         assert_trees_equal(member(networks.initial, ticket), member(networks.initial, twin))
         assert_trees_equal(member(networks.mask, ticket), member(networks.mask, twin))
         a, b = (member(networks.trained, i)["params"]["Dense_0"]["kernel"] for i in (ticket, twin))
@@ -512,7 +516,7 @@ def test_a_twin_is_the_ticket_trained_with_other_noise(tiny_experiment):
 
 
 def test_a_twin_differs_in_its_data_keys_only(tiny_experiment, monkeypatch):
-    monkeypatch.setitem(imp.ARMS, "twin", imp.ARMS["imp"])
+    monkeypatch.setitem(ARMS, "twin", ARMS["imp"])
     networks = train_with_twins(tiny_experiment(**{"instability.rounds": (1,)}))
     for replicate in range(2):
         assert_trees_equal(member(networks.trained, replicate), member(networks.trained, 4 + replicate))

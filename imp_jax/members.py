@@ -1,0 +1,64 @@
+"""Members: the (arm, replicate) pairs that a round trains side by side, and their random keys.
+
+Members lead every batched tree, arm by arm, the twins of a round last: they share imp's ticket and mask (and
+its earlier optima), and no later round knows of them.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Key, PyTree
+from ml_collections import ConfigDict
+
+# What an arm's keys fold in; the numbers are part of a run's randomness, so they never change.
+ARMS = {"imp": 0, "reinit": 1, "twin": 2}
+_DRAWS = {"init": 0, "reinit": 1, "data": 2, "score": 3}
+
+
+class Member(NamedTuple):
+    arm: str
+    replicate: int
+
+
+def members_of(config: ConfigDict, number: int | None = None) -> tuple[Member, ...]:
+    """The members of every round, or of round `number`: last among them, where the config asks, are twins."""
+    arms = (*config.arms, *(["twin"] if number in config.instability.rounds else []))
+    return tuple(Member(arm, replicate) for arm in arms for replicate in range(config.replicates))
+
+
+def member_keys(
+    members: Sequence[Member], seed: int, path: Callable[[Member], list[Any]]
+) -> Key[Array, " members"]:
+    """One key a member, folded from seed → replicate → a named draw → numbers, whatever the other members."""
+
+    def key(member):
+        draw, *numbers = path(member)
+        key = jax.random.key(seed)
+        for number in (member.replicate, _DRAWS[draw], *numbers):
+            key = jax.random.fold_in(key, number)
+        return key
+
+    return jnp.stack([key(member) for member in members])
+
+
+@jax.jit
+def where_member(chosen: Bool[Array, " members"], one: PyTree[Array], other: PyTree[Array]) -> PyTree[Array]:
+    """`one` for the chosen members, `other` for the rest."""
+    return jax.tree.map(lambda a, b: jnp.where(chosen.reshape(-1, *[1] * (a.ndim - 1)), a, b), one, other)
+
+
+def with_twins_as_imp(members: Sequence[Member], tree: PyTree[Array]) -> PyTree[Array]:
+    """`tree`, of all members or of all but twins, with imp's leaves for the twins."""
+    if "twin" not in {member.arm for member in members}:
+        return tree
+    source = [members.index(m if m.arm != "twin" else Member("imp", m.replicate)) for m in members]
+    return jax.tree.map(lambda leaf: leaf[np.array(source)], tree)
+
+
+def without_twins(members: Sequence[Member], tree: PyTree[Array]) -> PyTree[Array]:
+    """`tree`, of all members, without the leaves of the twins."""
+    others = sum(member.arm != "twin" for member in members)  # twins come last
+    return tree if others == len(members) else jax.tree.map(lambda leaf: leaf[:others], tree)
