@@ -60,6 +60,11 @@ def default() -> ConfigDict:
     config.pruning.fraction = 0.2  # of the survivors, removed after each round; one-shot to 30 %: rounds=2, 0.7
     config.pruning.exclude = ()  # layers never pruned, by name, such as ("projection_*",) of ResNet-50
 
+    config.repulsion = ConfigDict()
+    config.repulsion.strength = 0.0  # λ_r of J_r over earlier optima: 2 repels, −1 attracts, 0 is without
+    config.repulsion.memory = "all"  # which of them: all, or the last alone
+    config.repulsion.dtype = "float32"  # they are stored in; bfloat16 takes half the memory
+
     config.instability = ConfigDict()
     # rounds in which the ticket is trained once more, the arm twin, with other data order and augmentation
     config.instability.rounds = (5, 10, 15)
@@ -99,6 +104,9 @@ _BOUNDS = {
     ),
     "dataset.image_side": (lambda v: v >= 1, "at least 1"),
     "dataset.workers": (lambda v: v is None or v >= 0, "at least 0, or None"),
+    "repulsion.strength": (lambda v: abs(v) < float("inf"), "finite"),
+    "repulsion.memory": (lambda v: v in ("all", "last"), "all or last"),
+    "repulsion.dtype": (lambda v: v in ("float32", "bfloat16"), "float32 or bfloat16"),
     "instability.rounds": (
         lambda v: all(type(n) is int and n >= 0 for n in v),
         "rounds from 0, written as (5, 10); those the run does not reach count for nothing",

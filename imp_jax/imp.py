@@ -10,7 +10,7 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from imp_jax import config as configs
-from imp_jax import data, figures, masking, models, pruning, records, training
+from imp_jax import data, figures, masking, models, pruning, records, repulsion, training
 from imp_jax.checkpoints import Checkpoints, Round
 from imp_jax.config import UserError, choose
 from imp_jax.masking import Mask
@@ -36,6 +36,7 @@ from imp_jax.members import (
     with_twins_as_imp,
     without_twins,
 )
+from imp_jax.repulsion import Optima
 from imp_jax.training import Metrics, Variables
 
 
@@ -83,9 +84,11 @@ def rounds(config: ConfigDict, workdir: str | os.PathLike) -> Iterator[list[reco
             with_twins = in_round(experiment, finished[-1])
             masks, _ = prune(with_twins, finished[-1], last)
             tickets = reset(with_twins, last)
+            optima = recall(experiment, map(checkpoints.restore, finished), masks)
         else:
             tickets = initialize(experiment)
             masks = masking.ones_like(tickets["params"])
+            optima = None
         print(_in_words(experiment, tickets["params"]))
         first = len(finished)
         events = records.Events(workdir, experiment.members, first_epoch=first * config.epochs + 1)
@@ -114,11 +117,14 @@ def rounds(config: ConfigDict, workdir: str | os.PathLike) -> Iterator[list[reco
             start = time.perf_counter()
             with_twins = in_round(experiment, number)
             try:
-                networks = train(with_twins, number, tickets, masks, functools.partial(on_epoch, number))
+                networks = train(
+                    with_twins, number, tickets, masks, optima, functools.partial(on_epoch, number)
+                )
                 seconds = time.perf_counter() - start
                 masks, thresholds = prune(with_twins, number, networks)
                 tickets = reset(with_twins, networks)
-                rows = measure(with_twins, number, networks, thresholds, seconds)
+                rows = measure(with_twins, number, networks, thresholds, seconds, optima)
+                optima = remember(experiment, optima, networks, masks)
             except UserError:
                 if recorded:
                     recorded.result()  # a round that could not be recorded is the graver news
@@ -185,6 +191,7 @@ def setup(config: ConfigDict) -> Experiment:
             optimizer=optimizer,
             normalize=data.statistics(dataset) if config.dataset.normalize else data.Normalize(),
             augmentation=dataset.augmentation,
+            repulsion_strength=config.repulsion.strength,
             execution=training.choose_execution(config, params),
         ),
         score=score,
@@ -213,11 +220,13 @@ def train(
     number: int,
     tickets: Variables,
     masks: Mask,
+    optima: Optima | None = None,
     on_epoch: Callable[[int, Metrics, float], None] = lambda epoch, metrics, seconds: None,
 ) -> Round:
     """Train the tickets of round `number`, θ⊙m for all members, to the end.
 
-    `tickets` and `masks` are those of all members but twins, which share imp's.
+    `tickets`, `masks` and `optima` are those of all members but twins, which share imp's. `optima`, of earlier
+    rounds (`remember`), repel or attract by `config.repulsion`.
 
     With `rewind_step=k`, round 0 notes imp's weights at step k, and later rounds put them back at step k: the
     learning rates go on from there, the optimizer starts afresh (Frankle et al. 2020); what imp did before k in
@@ -233,7 +242,8 @@ def train(
     epochs, steps = experiment.learning_rates.shape
     rewind_step = config.rewind_step or 0
     rewound = jnp.array([member.arm in ("imp", "twin") for member in experiment.members])
-    tickets, masks = with_twins_as_imp(experiment.members, (tickets, masks))
+    tickets, masks, optima = with_twins_as_imp(experiment.members, (tickets, masks, optima))
+    optima = jax.tree.map(jnp.asarray, optima)  # from the host
     keys = member_keys(
         experiment.members, experiment.config.seed, lambda member: ["data", ARMS[member.arm], number]
     )
@@ -256,11 +266,11 @@ def train(
                     states = where_member(rewound, fresh, states)
             rates = experiment.learning_rates[epoch, first:last]
             if isinstance(split, data.Streamed):
-                states, metrics = training.train_on_stream(states, masks, batches, rates, recipe=recipe)
+                states, metrics = training.train_on_stream(states, masks, batches, rates, optima, recipe=recipe)
             else:
                 options = {"batch_size": config.batch_size, "recipe": recipe}
                 states, metrics = training.train_steps(
-                    states, masks, split, keys, epoch, first, rates, **options
+                    states, masks, split, keys, epoch, first, rates, optima, **options
                 )
             pieces.append(metrics)
         metrics = jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)  # the one wait for the device
@@ -299,14 +309,43 @@ def reset(experiment: Experiment, networks: Round) -> Variables:
     return without_twins(experiment.members, where_member(goes_on, networks.trained, networks.initial))
 
 
+def remember(experiment: Experiment, optima: Optima | None, networks: Round, masks: Mask) -> Optima | None:
+    """The earlier optima for the round that trains under `masks`: `optima` and `networks`, the last result.
+
+    Each arm remembers its own (ours for the control), twins none. None without repulsion.
+    """
+    config = experiment.config
+    if not config.repulsion.strength:
+        return None
+    arms = slice(len(members_of(config)))  # without twins, which come last
+    trained, masks = jax.tree.map(lambda leaf: leaf[arms], (networks.trained["params"], masks))
+    most = 1 if config.repulsion.memory == "last" else max(config.rounds - 1, 1)
+    return repulsion.remember(optima, trained, masks, most=most, dtype=config.repulsion.dtype)
+
+
+def recall(experiment: Experiment, finished: Iterable[Round], masks: Mask) -> Optima | None:
+    """What `remember` had come to after all of `finished`, when the next round trains under `masks`."""
+    if not experiment.config.repulsion.strength:
+        return None
+    optima, finished = None, iter(finished)
+    networks = next(finished)
+    for after in finished:
+        optima = remember(experiment, optima, networks, after.mask)
+        networks = after
+    return remember(experiment, optima, networks, masks)
+
+
 def measure(
     experiment: Experiment,
     number: int,
     networks: Round,
     thresholds: Float[np.ndarray, " members"],
     seconds: float,
+    optima: Optima | None = None,
 ) -> list[records.Row]:
     """Evaluate the trained networks on both splits: the rows of results.csv of a round trained in `seconds`.
+
+    With repulsion, J_r at the end of training too, and the mean cosine with the `optima` the round knew of.
 
     Raises:
       UserError: a training loss that is not finite, left by the last step.
@@ -325,7 +364,13 @@ def measure(
         "test_loss": test_loss,
         "test_accuracy": np.asarray(test_correct) / dataset.test.examples,
     }
-    columns = {name: np.asarray(column) for name, column in columns.items()}
+    repulsive = experiment.config.repulsion.strength != 0
+    loss, cosine = np.zeros(len(experiment.members)) if repulsive else None, None
+    if optima is not None:
+        optima = with_twins_as_imp(experiment.members, optima)
+        loss, cosine = repulsion.summary(networks.trained["params"], optima, recipe.repulsion_strength)
+    columns |= {"repulsion": loss, "cosine": cosine}
+    columns = {name: np.asarray(column) for name, column in columns.items() if column is not None}
     return [
         {"replicate": member.replicate, "arm": member.arm, "round": number}
         | {name: float(str(column[i])) for name, column in columns.items()}  # float32 as 0.1, not 0.10000000149
@@ -391,5 +436,5 @@ def _require_finite(experiment, number, first_step, losses):
 
 
 def _columns(rows: list[records.Row]) -> dict[str, list[float]]:
-    names = [name for name in records.FIELDS if name not in ("replicate", "arm", "round")]
+    names = [name for name in rows[0] if name not in ("replicate", "arm", "round")]
     return {name: [row[name] for row in rows] for name in names}

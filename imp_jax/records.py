@@ -31,6 +31,8 @@ FIELDS = (
     "train_accuracy",  # in [0, 1]
     "test_loss",
     "test_accuracy",
+    "repulsion",  # J_r at the end of training; empty without repulsion
+    "cosine",  # the mean of those with earlier optima, on the round's mask; empty where there is none
     "seconds",  # wall time of the round's training, of all members together
 )
 Row = dict[str, Any]

@@ -16,11 +16,12 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 from ml_collections import ConfigDict
 
-from imp_jax import masking
+from imp_jax import masking, repulsion
 from imp_jax.config import choose
 from imp_jax.data import InMemory, Normalize, Streamed
 from imp_jax.data.augmentation import augment
 from imp_jax.masking import Mask, Params
+from imp_jax.repulsion import Optima
 
 Variables = dict[str, Any]  # what model.init returns: "params", and collections such as "batch_stats"
 
@@ -64,6 +65,7 @@ class Recipe(NamedTuple):
     optimizer: optax.GradientTransformationExtraArgs | None = None  # None where nothing is trained
     normalize: Normalize = Normalize()
     augmentation: tuple[str, ...] = ()  # of images in memory; a stream has made its own
+    repulsion_strength: float = 0.0  # λ_r; read where there are earlier optima
     execution: Execution = Execution()
 
 
@@ -84,9 +86,9 @@ class Metrics(NamedTuple):
 
 # Directions only: the step scales them by the learning rate, which is an argument and not a constant.
 OPTIMIZERS = {
-    "adam": lambda config: optax.scale_by_adam(),
-    "momentum": lambda config: optax.trace(config.momentum),  # heavy ball, not Nesterov (ours)
-    "sgd": lambda config: optax.identity(),
+    "adam": lambda momentum: optax.scale_by_adam(),
+    "momentum": optax.trace,  # heavy ball, not Nesterov (ours)
+    "sgd": lambda momentum: optax.identity(),
 }
 
 # Factors of the base learning rate, by time in epochs and number of epochs.
@@ -105,9 +107,15 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
     Raises:
       UserError: an unknown optimizer.
     """
-    direction = choose(OPTIMIZERS, "optimizer.name", config.optimizer.name)(config.optimizer)
-    if config.optimizer.weight_decay:
-        direction = optax.chain(optax.add_decayed_weights(config.optimizer.weight_decay), direction)
+    optimizer = choose(OPTIMIZERS, "optimizer.name", config.optimizer.name)
+    return _optimizer(optimizer, config.optimizer.momentum, config.optimizer.weight_decay)
+
+
+@functools.cache  # or a second run in the same process would compile its steps again
+def _optimizer(optimizer, momentum, weight_decay):
+    direction = optimizer(momentum)
+    if weight_decay:
+        direction = optax.chain(optax.add_decayed_weights(weight_decay), direction)
     return masking.masked(direction)
 
 
@@ -143,10 +151,15 @@ def train_step(
     images: UInt8[Array, "batch height width channels"],
     labels: Int[Array, " batch"],
     learning_rate: Float[Array, ""],
+    optima: Optima | None = None,
     *,
     recipe: Recipe,
 ) -> tuple[TrainState, Metrics]:
-    """One step of one member; its metrics are scalars, of the batch before the step."""
+    """One step of one member; its metrics are scalars, of the batch before the step.
+
+    With `optima`, J_r joins the loss that is descended, not the one that is reported: as a gradient of its own,
+    since `jax.grad` of the sum would take several more passes over all weights, pruned ones too.
+    """
 
     def loss_fn(params):
         logits, model_state = recipe.model.apply(
@@ -160,6 +173,8 @@ def train_step(
         return loss, (model_state, jnp.mean(logits.argmax(-1) == labels))
 
     (loss, (model_state, accuracy)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    if optima is not None:
+        gradients = repulsion.add_gradient(gradients, state.params, optima, recipe.repulsion_strength)
     directions, opt_state = recipe.optimizer.update(gradients, state.opt_state, state.params, mask=mask)
     params = jax.tree.map(lambda p, d: p - learning_rate * d, state.params, directions)
     return TrainState(params, model_state, opt_state), Metrics(loss, accuracy)
@@ -171,12 +186,14 @@ def train_members(
     images: UInt8[Array, "members batch height width channels"],
     labels: Int[Array, "members batch"],
     learning_rate: Float[Array, ""],
+    optima: Optima | None = None,
     *,
     recipe: Recipe,
 ) -> tuple[TrainState, Metrics]:
     """`train_step` of all members, each on a batch of its own."""
     step = functools.partial(train_step, recipe=recipe)
-    return _over_members(step, (0, 0, 0, 0, None), recipe)(states, masks, images, labels, learning_rate)
+    step = _over_members(step, (0, 0, 0, 0, None, 0), recipe)
+    return step(states, masks, images, labels, learning_rate, optima)
 
 
 def train_steps(
@@ -187,6 +204,7 @@ def train_steps(
     epoch: int,
     first_step: int,
     learning_rates: Float[np.ndarray, " steps"],
+    optima: Optima | None = None,
     *,
     batch_size: int,
     recipe: Recipe,
@@ -199,9 +217,9 @@ def train_steps(
     options = {"batch_size": batch_size, "recipe": recipe}
     draws = _draw_epoch_alone(keys, epoch, examples=split.examples)
     if recipe.execution.scan:
-        return _scan_steps(states, masks, split, draws, first_step, learning_rates, **options)
+        return _scan_steps(states, masks, split, draws, first_step, learning_rates, optima, **options)
     return _step_by_step(
-        lambda states, *inputs: _step_alone(states, masks, split, draws, inputs, **options),
+        lambda states, *inputs: _step_alone(states, masks, split, draws, optima, inputs, **options),
         states,
         enumerate(learning_rates, start=first_step),
     )
@@ -212,12 +230,13 @@ def train_on_stream(
     masks: Mask,
     batches: Iterator[tuple[UInt8[Array, "members batch height width channels"], Int[Array, "members batch"]]],
     learning_rates: Float[np.ndarray, " steps"],
+    optima: Optima | None = None,
     *,
     recipe: Recipe,
 ) -> tuple[TrainState, Metrics]:
     """Train all members on the next `len(learning_rates)` batches of a stream. `states` is donated."""
     return _step_by_step(
-        lambda states, rate, batch: _train_members_alone(states, masks, *batch, rate, recipe=recipe),
+        lambda states, rate, batch: _train_members_alone(states, masks, *batch, rate, optima, recipe=recipe),
         states,
         zip(learning_rates, batches, strict=False),  # rates first: no batch is taken in vain
     )
@@ -284,7 +303,7 @@ def _draw_epoch(keys, epoch, examples):
     return jax.vmap(of_member)(keys)
 
 
-def _step(states, masks, split, draws, inputs, *, batch_size, recipe):
+def _step(states, masks, split, draws, optima, inputs, *, batch_size, recipe):
     """Step number `inputs[0]` of an epoch of all members, on images in memory, at the rate `inputs[1]`."""
     number, learning_rate = inputs
 
@@ -294,15 +313,17 @@ def _step(states, masks, split, draws, inputs, *, batch_size, recipe):
         return images, split.labels[batch]
 
     images, labels = jax.vmap(member_batch)(*draws)
-    return train_members(states, masks, images, labels, learning_rate, recipe=recipe)
+    return train_members(states, masks, images, labels, learning_rate, optima, recipe=recipe)
 
 
 @functools.partial(jax.jit, static_argnames=("batch_size", "recipe"), donate_argnames=("states",))
-def _scan_steps(states, masks, split, draws, first_step, learning_rates, *, batch_size, recipe):
+def _scan_steps(states, masks, split, draws, first_step, learning_rates, optima, *, batch_size, recipe):
     numbers = first_step + jnp.arange(len(learning_rates))
     step = functools.partial(_step, batch_size=batch_size, recipe=recipe)
     return jax.lax.scan(
-        lambda states, inputs: step(states, masks, split, draws, inputs), states, (numbers, learning_rates)
+        lambda states, inputs: step(states, masks, split, draws, optima, inputs),
+        states,
+        (numbers, learning_rates),
     )
 
 
