@@ -1,4 +1,4 @@
-"""How fast this machine is: `python -m experiments.benchmark lenet|conv4|resnet20|resnet50|analysis`.
+"""How fast this machine is: `python -m experiments.benchmark lenet|conv4|resnet20|resnet50|analysis|repulsion`.
 
 For lenet the real thing is timed, `imp.rounds` of configs/mnist5k.py into a temporary workdir, from one round
 to the next: training, evaluation, pruning, checkpoint, results and figure. Recording goes on beside the next
@@ -8,6 +8,9 @@ For the others the training steps of their configs are timed, on random images i
 with augmentation for CIFAR-10, and as they come from a stream, whose decoding is not timed, for ImageNet.
 
 For analysis, a run of configs/mnist5k.py with trainings of one epoch is analysed again and again.
+
+For repulsion, whole runs of configs/mnist5k.py without it and with λ = 2 are timed in turn, and the size of the
+store of earlier optima is printed, as it was in each round; for ResNet-50 as it would be.
 """
 
 import argparse
@@ -37,11 +40,15 @@ def main():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("subject", choices=[*CONFIGS, "analysis"])
+    parser.add_argument("subject", choices=[*CONFIGS, "analysis", "repulsion"])
     parser.add_argument(
-        "--rounds", type=int, help="lenet: to time (default: 8); analysis: of the run (default: 25)"
+        "--rounds",
+        type=int,
+        help="lenet: to time (default: 8); analysis, repulsion: of the run (default: 25)",
     )
-    parser.add_argument("--repeats", type=int, default=5, help="others: timings to take (default: 5)")
+    parser.add_argument(
+        "--repeats", type=int, help="others: timings to take (default: 5, of repulsion 2 after the first)"
+    )
     parser.add_argument("--steps", type=int, default=4, help="others: steps of a timing (default: 4)")
     parser.add_argument("--members", type=int, default=2, help="others: networks side by side (default: 2)")
     parser.add_argument("--batch_size", type=int, help="others: default is the config's")
@@ -64,7 +71,9 @@ def main():
         if arguments.subject == "lenet":
             benchmark_rounds(CONFIGS[arguments.subject], arguments.rounds or 8)
         elif arguments.subject == "analysis":
-            benchmark_analysis(arguments.rounds or 25, arguments.repeats)
+            benchmark_analysis(arguments.rounds or 25, arguments.repeats or 5)
+        elif arguments.subject == "repulsion":
+            benchmark_repulsion(arguments.rounds or 25, arguments.repeats or 2)
         else:
             benchmark_steps(arguments)
     except UserError as error:
@@ -153,7 +162,7 @@ def benchmark_steps(arguments: argparse.Namespace) -> None:
 
     contenders = {"imp_jax": ours} | (torch_contenders(arguments, batch_size) if arguments.torch else {})
     seconds = {name: [] for name in contenders}
-    for _ in range(1 + arguments.repeats):
+    for _ in range(1 + (arguments.repeats or 5)):
         for name, train in contenders.items():
             start = time.perf_counter()
             train()
@@ -216,6 +225,81 @@ def benchmark_analysis(rounds: int, repeats: int) -> None:
             "a path of 20 points over one evaluation": (ratios[1:], "{:.1f}"),
         },
     )
+
+
+def benchmark_repulsion(rounds: int, repeats: int) -> None:
+    """Time whole runs without and with repulsion in turn, and print the store of each round."""
+    import jax
+
+    from imp_jax import checkpoints, imp, models, repulsion
+
+    def config_of(strength):
+        config = importlib.import_module("configs.mnist5k").get_config()
+        config.rounds, config.repulsion.strength = rounds, strength
+        config.instability.rounds = ()
+        return config
+
+    def run(config, workdir):
+        start = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()):
+            for _ in imp.rounds(config, workdir):
+                pass
+        return time.perf_counter() - start
+
+    plain, repelled, stores = [], [], []
+    for repeat in range(1 + repeats):
+        with tempfile.TemporaryDirectory() as workdir:
+            plain.append(run(config_of(0.0), f"{workdir}/plain"))
+            repelled.append(run(config_of(2.0), f"{workdir}/repelled"))
+            if repeat == 0:
+                experiment = imp.setup(config_of(2.0))
+                with contextlib.closing(checkpoints.Checkpoints(f"{workdir}/repelled")) as of_run:
+                    optima, before = None, of_run.restore(0)
+                    for number in range(1, rounds):
+                        after = of_run.restore(number)
+                        optima, before = imp.remember(experiment, optima, before, after.mask), after
+                        stores.append(optima.shape)
+                sizes = [leaf[0].size for leaf in jax.tree.leaves(before.mask)]
+    (cold_plain, *plain), (cold_repelled, *repelled) = plain, repelled
+    print_table(
+        f"configs/mnist5k.py, {len(experiment.members)} members, {rounds} rounds",
+        {
+            "run without repulsion (s)": (plain, "{:.1f}"),
+            "run with λ = 2 (s)": (repelled, "{:.1f}"),
+            "ratio": ([b / a for a, b in zip(plain, repelled, strict=True)], "{:.2f}"),
+            "ratio of the first runs, which compile": ([cold_repelled / cold_plain], "{:.2f}"),
+            "programs compiled, round 0's included": ([1 + len(set(stores))], "{:d}"),
+        },
+    )
+    print_stores(f"LeNet-300-100, P = {sum(sizes):,}: store of a member, MB", sum(sizes), stores)
+
+    config = importlib.import_module("configs.resnet50").get_config()
+    params = models.shapes(models.create(config, 1000, (224, 224, 3)), (224, 224, 3))["params"]
+    sizes = [leaf.size for leaf in jax.tree.leaves(params)]
+    stores, shape = [], None
+    for number in range(1, rounds):
+        needed = [size if size < 5000 else round(0.8**number * size) for size in sizes]
+        shape = repulsion.store_shape(shape, number, rounds - 1, needed, sum(sizes))
+        stores.append(shape)
+    print_stores(f"ResNet-50, P = {sum(sizes):,}: computed, layers pruned alike, MB", sum(sizes), stores)
+
+
+def print_stores(title: str, parameters: int, stores: list[tuple[int, ...]]) -> None:
+    """The store in each round from 1, for `stores` of (rows, slots of each leaf), beside whole networks."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("round", "rows × slots", "numbers / P", "float32", "bfloat16", "naive", title=title)
+    for number, (rows, *slots) in enumerate(stores, start=1):
+        slots = sum(slots)
+        table.add_row(
+            str(number),
+            f"{rows} × {slots:,}",
+            f"{rows * slots / parameters:.2f}",
+            *(f"{slots * (4 + size * rows) / 1e6:,.2f}" for size in (4, 2)),  # with a position a slot
+            f"{4 * number * parameters / 1e6:,.2f}",
+        )
+    Console(soft_wrap=True).print(table)
 
 
 def torch_contenders(arguments: argparse.Namespace, batch_size: int) -> dict[str, Callable[[], None]]:

@@ -18,6 +18,8 @@ from imp_jax.similarity import inner_product
 
 # Numbers of the store over parameters of the network, if the round does not need more: room for optima to come.
 _CAPACITY = 1.7
+# What positions keep, those of unused slots too, so that a GPU need not add one by one.
+_PROMISES = {"indices_are_sorted": True, "unique_indices": True}
 
 
 class Optima(NamedTuple):
@@ -91,10 +93,12 @@ def remember(
         for of_tree in (leaves, jax.tree.leaves(masks))
     )
     kept = 0 if optima is None else min(int(np.max(optima.count)), most - 1)
-    rows, *slots = _shape(optima, kept + 1, most, masks)
+    needed = [int(mask.sum(1).max()) for mask in masks]
+    before = None if optima is None else optima.shape
+    rows, *slots = store_shape(before, kept + 1, most, needed, sum(mask.shape[1] for mask in masks))
     if kept:
         latest = slice(int(np.max(optima.count)) - kept, int(np.max(optima.count)))
-        before = list(zip(*map(jax.tree.leaves, (optima.positions, optima.values)), strict=True))
+        stored = list(zip(*map(jax.tree.leaves, (optima.positions, optima.values)), strict=True))
     all_positions, all_values = [], []
     for i, (leaf, mask, width) in enumerate(zip(leaves, masks, slots, strict=True)):
         members, size = leaf.shape
@@ -104,7 +108,7 @@ def remember(
             there = np.arange(size) if width == size else np.flatnonzero(mask[m])
             positions[m, : len(there)] = there
             if kept:
-                earlier_there, earlier_values = (np.asarray(array[m]) for array in before[i])
+                earlier_there, earlier_values = (np.asarray(array[m]) for array in stored[i])
                 slots_there = np.searchsorted(earlier_there, there)
                 values[m, :kept, : len(there)] = earlier_values[latest, slots_there]
             values[m, kept, : len(there)] = leaf[m, there]
@@ -115,6 +119,25 @@ def remember(
     inverse_norms = np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0).astype(np.float32)
     count = np.full(len(inverse_norms), kept + 1, np.int32)
     return Optima(tree.unflatten(all_positions), tree.unflatten(all_values), inverse_norms, count)
+
+
+def store_shape(
+    before: Sequence[int] | None, count: int, most: int, needed: Sequence[int], parameters: int
+) -> tuple[int, ...]:
+    """Rows, and slots of each leaf, of a store: as before, if they suffice and are not mostly empty.
+
+    Args:
+      before: the shape of the round before.
+      count, most: how many optima there are, and how many there may ever be.
+      needed: how many weights survive in each leaf.
+      parameters: of the network.
+    """
+    if before is not None:
+        rows, *slots = before
+        wasteful = sum(slots) > max(4 * sum(needed), parameters / 10)
+        if count <= rows and not wasteful:
+            return rows, *slots
+    return min(most, max(count, int(_CAPACITY * parameters / sum(needed)))), *needed
 
 
 def add_gradient(gradients: Params, params: Params, optima: Optima, strength: float) -> Params:
@@ -179,19 +202,3 @@ def summary(params: Params, optima: Optima, strength: float) -> tuple[Float[np.n
         return compact_loss(survivors, optima_m, strength), mean_cosine
 
     return tuple(np.array(column) for column in zip(*map(of_member, range(len(optima.count))), strict=True))
-
-
-# What positions keep, those of unused slots too, so that a GPU need not add one by one.
-_PROMISES = {"indices_are_sorted": True, "unique_indices": True}
-
-
-def _shape(optima, count, most, masks):
-    """Rows, and slots of each leaf, for `count` optima: as before, if they fit and are not mostly empty."""
-    needed = [int(mask.sum(1).max()) for mask in masks]
-    parameters = sum(mask.shape[1] for mask in masks)
-    if optima is not None:
-        rows, *slots = optima.shape
-        wasteful = sum(slots) > max(4 * sum(needed), parameters / 10)
-        if count <= rows and not wasteful:
-            return rows, *slots
-    return min(most, max(count, int(_CAPACITY * parameters / sum(needed)))), *needed

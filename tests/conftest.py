@@ -58,6 +58,7 @@ def tiny_experiment():
             recipe=training.Recipe(
                 LeNet(num_classes=3, widths=(6, 5)),
                 training.make_optimizer(config),
+                repulsion_strength=config.repulsion.strength,
                 execution=training.EXECUTIONS.get(config.execution, training.Execution()),
             ),
             score=imp.pruning.SCORES[config.pruning.score],

@@ -39,6 +39,18 @@ def test_the_benchmark_of_analyses_prints_its_table():
         assert quantity in done.stdout
 
 
+def test_the_benchmark_of_repulsion_prints_its_tables():
+    done = benchmark("repulsion", "--rounds=2", "--repeats=1")
+    assert done.returncode == 0, done.stderr
+    for quantity in (
+        "with λ = 2 (s)",
+        "ratio of the first runs",
+        "LeNet-300-100, P = 266,610",
+        "ResNet-50, P = 25,",
+    ):
+        assert quantity in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

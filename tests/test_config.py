@@ -55,6 +55,10 @@ def test_config_files_are_valid(path):
         ("optimizer.milestones", (71, 56), r"optimizer.milestones is \(71, 56\); it should be rising epochs"),
         ("optimizer.milestones", ("56",), "rising epochs above 0"),
         ("pruning.fraction", 0.0, "pruning.fraction is 0.0; it should be between 0 and 1"),
+        ("repulsion.strength", float("inf"), "repulsion.strength is inf; it should be finite"),
+        ("repulsion.strength", "2", "repulsion.strength is '2'; it should be of type float"),
+        ("repulsion.memory", "first", "repulsion.memory is 'first'; it should be all or last"),
+        ("repulsion.dtype", "float16", "repulsion.dtype is 'float16'; it should be float32 or bfloat16"),
         ("pruning.fraction", 1.0, "pruning.fraction is 1.0; it should be between 0 and 1"),
     ],
 )

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from imp_jax import config as configs
-from imp_jax import connectivity, data, imp, masking, pruning, training
+from imp_jax import connectivity, data, imp, masking, pruning, repulsion, training
 from imp_jax.config import UserError
 from imp_jax.members import ARMS, Member, member_keys, members_of
 from tests import folders
@@ -396,19 +396,23 @@ def test_a_stream_trains_on_the_batches_it_serves(tmp_path):
             "dataset.workers": 0,
             "optimizer.name": "momentum",
             "model.width": 0.1,
+            "repulsion.strength": 2.0,
         }
     )
     experiment = imp.setup(config)
     tickets = imp.initialize(experiment)
     masks = masking.ones_like(tickets["params"])
-    networks = imp.train(experiment, 0, tickets, masks)
+    optima = repulsion.remember(None, jax.tree.map(jnp.cos, tickets["params"]), masks, most=1)
+    networks = imp.train(experiment, 0, tickets, masks, optima)
     keys = member_keys(experiment.members, experiment.config.seed, lambda m: ["data", ARMS[m.arm], 0])
     states = training.init_states(tickets, masks, optimizer=experiment.recipe.optimizer)
     for i in range(2):
-        state, mask = member(states, i), member(masks, i)
+        state, mask, known = (member(tree, i) for tree in (states, masks, optima))
         batches = experiment.dataset.train.training_batches(jax.random.key_data(keys)[i : i + 1], 2, 4)
         for (images, labels), rate in zip(batches, experiment.learning_rates.ravel(), strict=True):
-            state, _ = training.train_step(state, mask, images[0], labels[0], rate, recipe=experiment.recipe)
+            state, _ = training.train_step(
+                state, mask, images[0], labels[0], rate, known, recipe=experiment.recipe
+            )
         assert_trees_close(member(networks.trained["params"], i), state.params)
 
 
@@ -568,16 +572,21 @@ def test_a_twin_of_a_rewound_ticket_parts_at_the_rewind_step(tiny_experiment, nu
 
 
 def test_a_run_with_twins_resumes_to_the_same_results(data_dir, tmp_path):
-    config = quick_config(data_dir, rounds=3)
+    """With repulsion from the optima of the rounds before the stop too."""
+    config = quick_config(data_dir, rounds=4)
     config.instability.rounds = (1, 9)
+    config.repulsion.strength = 2.0
     imp.run(config, tmp_path / "whole")
-    for _ in range(3):
+    for _ in range(4):
         rounds = imp.rounds(config, tmp_path / "cut")
         next(rounds)
         rounds.close()
     results = without_seconds(tmp_path / "whole")
     pd.testing.assert_frame_equal(results, without_seconds(tmp_path / "cut"))
     assert list(results[results["arm"] == "twin"]["round"].unique()) == [1]
+    assert (results[results["round"] == 0]["repulsion"] == 0).all()
+    assert (results[results["round"] > 0]["repulsion"] > 0).all()
+    assert results["cosine"].isna().tolist() == (results["round"] == 0).tolist()
     of_round = results[results["round"] == 1].set_index(["arm", "replicate"])
     assert of_round.loc[("twin", 0), "density"] == of_round.loc[("imp", 0), "density"]
     assert of_round.loc[("twin", 0), "test_loss"] != of_round.loc[("imp", 0), "test_loss"]

@@ -1,74 +1,364 @@
+"""J_r: the plain form against NumPy, and the compact store against the plain form."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from imp_jax.repulsion import repulsion_loss
+from imp_jax import imp, masking, pruning, repulsion, training
+from imp_jax.members import ARMS, member_keys
+from imp_jax.models.lenet import LeNet
+
+MEMBERS = 2
+SHAPES = {"a": {"kernel": (9, 8), "bias": (8,)}, "b": {"kernel": (8, 3), "bias": (3,)}}
 
 
-def random_trees(count):
-    draw = np.random.default_rng(0)
-    return [
-        {
-            "a": {
-                "kernel": jnp.asarray(draw.normal(size=(5, 4)), jnp.float32),
-                "bias": jnp.asarray(draw.normal(size=4), jnp.float32),
-            }
-        }
-        for _ in range(count)
-    ]
+def random_trees(count, seed=0):
+    """Networks of `MEMBERS` members each."""
+    draw = np.random.default_rng(seed)
+
+    def leaf(shape):
+        return jnp.asarray(draw.normal(size=(MEMBERS, *shape)), jnp.float32)
+
+    return [jax.tree.map(leaf, SHAPES, is_leaf=lambda node: isinstance(node, tuple)) for _ in range(count)]
 
 
-MASK = {"a": {"kernel": jnp.asarray(np.random.default_rng(1).random((5, 4)) < 0.5), "bias": jnp.ones(4, bool)}}
+def shrinking_masks(count, seed=1):
+    """Masks of `count` rounds, each within the one before, not the same for the members."""
+    draw = np.random.default_rng(seed)
+    masks = [jax.tree.map(lambda p: np.ones(p.shape, bool), random_trees(1)[0])]
+    for _ in range(count):
+        mask = jax.tree.map(np.copy, masks[-1])
+        for layer in mask.values():
+            layer["kernel"] &= draw.random(layer["kernel"].shape) < 0.8
+        masks.append(mask)
+    return masks[1:]
 
 
-def flat(tree):
-    return np.concatenate(
-        [np.ravel(np.where(m, p, 0)) for p, m in zip(jax.tree.leaves(tree), jax.tree.leaves(MASK), strict=True)]
-    )
+def remembered(earlier, masks, most=100, dtype="float32"):
+    """The store after rounds that ended in `earlier`, each pruned to the mask at its place."""
+    optima = None
+    for params, mask in zip(earlier, masks, strict=True):
+        optima = repulsion.remember(optima, params, mask, most=most, dtype=dtype)
+    return optima
 
 
-def test_value_and_gradient_against_numpy():
-    params, *earlier = random_trees(4)
-    u = flat(params).astype(float)
+def member(tree, i):
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf[i]), tree)
+
+
+def flat(tree, mask):
+    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(mask), strict=True)
+    return np.concatenate([np.ravel(np.where(m, p, 0)) for p, m in leaves]).astype(float)
+
+
+def plain(params, mask, earlier, strength):
+    """Value and gradient of the plain form."""
+    return jax.value_and_grad(repulsion.repulsion_loss)(params, mask, earlier, strength)
+
+
+def compact(params, mask, earlier, strength):
+    """Value and gradient of the compact form; the gradient comes on top of another one."""
+    masks = [jax.tree.map(lambda m: np.ones_like(m)[None], mask)] * (len(earlier) - 1)
+    masks.append(jax.tree.map(lambda m: np.asarray(m)[None], mask))
+    optima = remembered([jax.tree.map(lambda p: p[None], tree) for tree in earlier], masks)
+    optima = member(optima, 0)
+    params = masking.apply(params, mask)
+    value = repulsion.compact_loss(repulsion.compact(params, optima), optima, strength)
+    ones = jax.tree.map(jnp.ones_like, params)
+    gradient = repulsion.add_gradient(ones, params, optima, strength)
+    return value, jax.tree.map(lambda g: g - 1, gradient)
+
+
+FORMS = pytest.mark.parametrize("form", [plain, compact])
+
+
+@FORMS
+def test_value_and_gradient_against_numpy(form):
+    params, *earlier = (member(tree, 0) for tree in random_trees(4))
+    mask = member(shrinking_masks(3)[-1], 0)
+    u = flat(params, mask)
     expected, gradient = 0.0, np.zeros_like(u)
     for tree in earlier:
-        v = flat(tree).astype(float)
+        v = flat(tree, mask)
         cosine = u @ v / np.linalg.norm(u) / np.linalg.norm(v)
         expected += cosine**2
         # d cos²/du = 2 cos · (v/|u||v| − cos · u/|u|²)
         gradient += 2 * cosine * (v / np.linalg.norm(u) / np.linalg.norm(v) - cosine * u / (u @ u))
-    value, got = jax.value_and_grad(repulsion_loss)(params, MASK, earlier, strength=-1.0)
+    value, got = form(params, mask, earlier, -1.0)
     assert value == pytest.approx(-expected / 3, rel=1e-5)
-    np.testing.assert_allclose(flat(got), -gradient / 3, rtol=1e-4, atol=1e-6)
-    np.testing.assert_array_equal(got["a"]["kernel"][~MASK["a"]["kernel"]], 0)
+    np.testing.assert_allclose(flat(got, mask), -gradient / 3, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(got["a"]["kernel"][~mask["a"]["kernel"]], 0)
 
 
-def test_scale_does_not_matter():
-    params, *earlier = random_trees(3)
+@FORMS
+def test_scale_does_not_matter(form):
+    params, *earlier = (member(tree, 0) for tree in random_trees(3))
+    mask = member(shrinking_masks(2)[-1], 0)
     scaled = jax.tree.map(lambda p: 7.5 * p, params)
-    assert repulsion_loss(scaled, MASK, earlier) == pytest.approx(
-        float(repulsion_loss(params, MASK, earlier)), rel=1e-5
-    )
+    value, gradient = form(params, mask, earlier, 2.0)
+    scaled_value, scaled_gradient = form(scaled, mask, earlier, 2.0)
+    assert scaled_value == pytest.approx(float(value), rel=1e-5)
+    np.testing.assert_allclose(7.5 * flat(scaled_gradient, mask), flat(gradient, mask), rtol=1e-3, atol=1e-5)
+    # no scale, no slope along the network itself
+    assert abs(flat(gradient, mask) @ flat(params, mask)) < 1e-4 * np.linalg.norm(flat(params, mask))
 
 
-def test_orthogonal_is_free_equal_costs_the_strength():
+@FORMS
+def test_orthogonal_is_free_equal_costs_the_strength(form):
     mask = {"kernel": jnp.ones(2, bool)}
     along, across = {"kernel": jnp.array([3.0, 0.0])}, {"kernel": jnp.array([0.0, 2.0])}
-    assert repulsion_loss(along, mask, [across]) == 0
-    assert repulsion_loss(along, mask, [along], strength=2.0) == pytest.approx(2)
-    assert repulsion_loss(along, mask, [along, across], strength=2.0) == pytest.approx(1)
+    assert form(along, mask, [across], 2.0)[0] == 0
+    assert form(along, mask, [along], 2.0)[0] == pytest.approx(2)
+    assert form(along, mask, [along, across], 2.0)[0] == pytest.approx(1)
+    assert form(along, mask, [along], -1.0)[0] == pytest.approx(-1)
 
 
 def test_no_earlier_optima_no_term():
     params = random_trees(1)[0]
-    assert repulsion_loss(params, MASK, []) == 0
+    assert repulsion.repulsion_loss(params, shrinking_masks(1)[0], []) == 0
 
 
-def test_no_nan_at_zero_norm():
-    params = random_trees(1)[0]
+@FORMS
+def test_no_nan_at_zero_norm(form):
+    params = member(random_trees(1)[0], 0)
+    mask = member(shrinking_masks(1)[0], 0)
     zero = jax.tree.map(jnp.zeros_like, params)
     for theta, earlier in ((zero, params), (params, zero)):
-        value, gradient = jax.value_and_grad(repulsion_loss)(theta, MASK, [earlier])
+        value, gradient = form(theta, mask, [earlier], 2.0)
         assert value == 0
         assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(gradient))
+
+
+def test_the_store_equals_the_plain_form_in_every_round():
+    """Of members with masks of their own, under jit and vmap, whatever slots and rows lie unused."""
+    params, *earlier = random_trees(9)
+    masks = shrinking_masks(8)
+
+    @jax.jit
+    @jax.vmap
+    def value_and_gradient(params, optima):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        gradient = repulsion.add_gradient(zeros, params, optima, 2.0)
+        return repulsion.compact_loss(repulsion.compact(params, optima), optima, 2.0), gradient
+
+    for count in range(1, 9):
+        optima, mask = remembered(earlier[:count], masks[:count]), masks[count - 1]
+        theta = masking.apply(params, mask)
+        values, gradients = value_and_gradient(theta, optima)
+        losses, cosines = repulsion.summary(theta, optima, 2.0)
+        for i in range(MEMBERS):
+            known = [member(tree, i) for tree in earlier[:count]]
+            value, gradient = plain(member(theta, i), member(mask, i), known, 2.0)
+            assert values[i] == pytest.approx(float(value), rel=1e-5)
+            assert losses[i] == pytest.approx(float(value), rel=1e-5)
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7),
+                member(gradients, i),
+                gradient,
+            )
+            u, known = flat(member(theta, i), member(mask, i)), [flat(t, member(mask, i)) for t in known]
+            expected = np.mean([u @ v / np.linalg.norm(u) / np.linalg.norm(v) for v in known])
+            assert cosines[i] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_the_last_optima_alone_are_those_of_a_store_of_them(most):
+    params, *earlier = random_trees(6)
+    masks = shrinking_masks(5)
+    theta = masking.apply(params, masks[-1])
+    last = remembered(earlier, masks, most=most)
+    alone = remembered(earlier[-most:], masks[-most:])
+    assert last.shape[0] == most
+    np.testing.assert_allclose(
+        repulsion.summary(theta, last, 2.0), repulsion.summary(theta, alone, 2.0), rtol=1e-6
+    )
+
+
+def rounds_of_lenet(most):
+    """The stores of 24 pruned rounds of LeNet, random weights of its layers' scales in the place of trained."""
+    initial = LeNet().init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
+    masks = jax.tree.map(lambda p: jnp.ones((MEMBERS, *p.shape), bool), initial)
+    prune = jax.jit(jax.vmap(lambda p, m: pruning.prune_by_magnitude(p, m, fraction=0.2)[0]))
+    optima = None
+    for number in range(24):
+        key = jax.random.key(number)
+        trained = jax.tree.map(
+            lambda p: p.std() * jax.random.normal(key, (MEMBERS, *p.shape)),  # noqa: B023
+            initial,
+        )
+        trained = masking.apply(trained, masks)
+        masks = prune(trained, masks)
+        optima = repulsion.remember(optima, trained, masks, most=most)
+        yield optima
+
+
+def test_the_store_is_bounded_and_takes_few_shapes():
+    """At most 1.7 P numbers, where 24 copies would be 24 P; a program serves all rounds of one shape."""
+    parameters = 266_610
+    stores = list(rounds_of_lenet(most=24))
+    assert max(optima.numbers for optima in stores) <= 1.7 * parameters
+    assert len({optima.shape for optima in stores}) <= 8
+    assert [int(optima.count[0]) for optima in stores] == list(range(1, 25))
+    used = [np.count_nonzero(np.concatenate(jax.tree.leaves(o.values), -1)) / MEMBERS for o in stores]
+    weights, biases = 266_200, 410
+    for number, numbers in enumerate(used, start=1):
+        most = number * (weights * 0.8**number + biases) + number
+        assert numbers <= most  # biases start at 0 here, so they are not among the numbers
+        assert numbers > most - number * (biases + 2)
+
+    last = list(rounds_of_lenet(most=1))
+    assert max(optima.numbers for optima in last) <= 0.81 * parameters
+    assert len({optima.shape for optima in last}) <= 4
+
+
+def test_bfloat16_rounds_the_cosines_by_a_hundredth_of_themselves_at_most():
+    params, *earlier = random_trees(6)
+    masks = shrinking_masks(5)
+    earlier = [jax.tree.map(lambda p, e: p + e, params, tree) for tree in earlier]  # cosines about 0.7
+    theta = masking.apply(params, masks[-1])
+    exact, rounded = (remembered(earlier, masks, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(rounded.values))
+    (losses, cosines), (rounded_losses, rounded_cosines) = (
+        repulsion.summary(theta, optima, 2.0) for optima in (exact, rounded)
+    )
+    assert not np.array_equal(cosines, rounded_cosines)
+    np.testing.assert_allclose(rounded_cosines, cosines, rtol=0.01)
+    np.testing.assert_allclose(rounded_losses, losses, rtol=0.02)
+
+
+# --- in training ---
+
+
+def train_rounds(experiment, rounds):
+    """The networks of each round, with the earlier optima it knew of."""
+    tickets, optima = imp.initialize(experiment), None
+    masks = masking.ones_like(tickets["params"])
+    for number in range(rounds):
+        networks = imp.train(experiment, number, tickets, masks, optima)
+        yield networks, optima
+        masks, _ = imp.prune(experiment, number, networks)
+        tickets = imp.reset(experiment, networks)
+        optima = imp.remember(experiment, optima, networks, masks)
+
+
+@pytest.mark.parametrize("memory", ["all", "last"])
+def test_five_rounds_equal_those_of_a_store_of_whole_networks(tiny_experiment, memory):
+    """By `jax.grad` of the sum of both losses, over all earlier networks as they were."""
+    experiment = tiny_experiment(
+        rounds=5,
+        **{
+            "optimizer.name": "sgd",  # Adam would blow up the rounding of small gradients
+            "optimizer.learning_rate": 0.3,
+            "repulsion.strength": 2.0,
+            "repulsion.memory": memory,
+        },
+    )
+    images, labels = experiment.dataset.train
+    recipe = experiment.recipe
+
+    @jax.jit
+    def step(params, mask, earlier, batch, rate):
+        def loss(params):
+            logits = recipe.model.apply({"params": params}, recipe.normalize(images[batch]), train=True)
+            entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels[batch]).mean()
+            return entropy + repulsion.repulsion_loss(params, mask, earlier, 2.0)
+
+        gradient = masking.apply(jax.grad(loss)(params), mask)
+        return jax.tree.map(lambda p, g: p - rate * g, params, gradient)
+
+    earlier = [[] for _ in experiment.members]
+    for number, (networks, _) in enumerate(train_rounds(experiment, 5)):
+        keys = member_keys(experiment.members, 0, lambda m, n=number: ["data", ARMS[m.arm], n])
+        for i in range(len(experiment.members)):
+            params, mask = member((networks.initial["params"], networks.mask), i)
+            for epoch, rates in enumerate(experiment.learning_rates):
+                key, _ = jax.random.split(jax.random.fold_in(keys[i], epoch))
+                batches = jax.random.permutation(key, len(labels))[: 8 * len(rates)].reshape(-1, 8)
+                for batch, rate in zip(batches, rates, strict=True):
+                    params = step(params, mask, earlier[i], batch, rate)
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-6),
+                params,
+                member(networks.trained["params"], i),
+            )
+            trained = member(networks.trained["params"], i)
+            earlier[i] = [trained] if memory == "last" else [*earlier[i], trained]
+
+
+def test_repulsion_drives_rounds_apart_and_attraction_together(tiny_experiment):
+    """Mean cosine with the earlier optima after the third round: repelled < left alone < attracted."""
+    cosines = {}
+    for strength in (2.0, 0.0, -2.0):
+        experiment = tiny_experiment(
+            epochs=12, **{"repulsion.strength": strength, "optimizer.learning_rate": 0.02}
+        )
+        *before, (networks, _) = train_rounds(experiment, 3)
+        optima = None
+        for (networks_before, _), (after, _) in zip(before, [*before[1:], (networks, None)], strict=True):
+            optima = repulsion.remember(optima, networks_before.trained["params"], after.mask, most=2)
+        _, cosine = repulsion.summary(networks.trained["params"], optima, 2.0)
+        cosines[strength] = cosine
+    assert np.all(np.abs(cosines[2.0]) < cosines[0.0] - 0.1)
+    assert np.all(cosines[0.0] < cosines[-2.0])
+
+
+def test_without_strength_there_is_nothing_of_it(tiny_experiment, monkeypatch):
+    for name in ("remember", "add_gradient", "summary"):
+        monkeypatch.setattr(repulsion, name, None)
+    experiment = tiny_experiment(rounds=2)
+    for networks, optima in train_rounds(experiment, 2):
+        assert optima is None
+        rows = imp.measure(experiment, 0, networks, np.zeros(len(experiment.members)), 0.0)
+        assert not {"repulsion", "cosine"} & set(rows[0])
+
+
+def test_the_rows_hold_the_term_at_the_end_of_training(tiny_experiment):
+    experiment = tiny_experiment(**{"repulsion.strength": -1.0})
+    rounds = list(train_rounds(experiment, 3))
+    for number, (networks, optima) in enumerate(rounds):
+        thresholds = np.zeros(len(experiment.members))
+        rows = imp.measure(experiment, number, networks, thresholds, 0.0, optima)
+        for i, row in enumerate(rows):
+            earlier = [member(before.trained["params"], i) for before, _ in rounds[:number]]
+            params, mask = member((networks.trained["params"], networks.mask), i)
+            expected = repulsion.repulsion_loss(params, mask, earlier, -1.0)
+            assert row["repulsion"] == pytest.approx(float(expected), rel=1e-5)
+            assert ("cosine" in row) == bool(number)
+            if number:
+                u, known = flat(params, mask), [flat(tree, mask) for tree in earlier]
+                expected = np.mean([u @ v / np.linalg.norm(u) / np.linalg.norm(v) for v in known])
+                assert row["cosine"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_each_arm_knows_its_own_optima_and_a_twin_those_of_imp(tiny_experiment, monkeypatch):
+    """A twin that draws imp's data equals imp, repulsion and all."""
+    monkeypatch.setitem(ARMS, "twin", ARMS["imp"])
+    experiment = tiny_experiment(**{"repulsion.strength": 2.0, "instability.rounds": (1, 2)})
+    (first, _), (second, optima) = train_rounds(experiment, 2)
+    for i in range(len(experiment.members)):
+        known = member(optima, i).values["Dense_0"]["kernel"][0]
+        there = np.asarray(second.mask["Dense_0"]["kernel"][i]).ravel()
+        trained = np.asarray(first.trained["params"]["Dense_0"]["kernel"][i]).ravel()
+        np.testing.assert_array_equal(known[: there.sum()], trained[there])
+    masks, _ = imp.prune(experiment, 1, second)
+    optima = imp.remember(experiment, optima, second, masks)
+    of_round = imp.in_round(experiment, 2)
+    networks = imp.train(of_round, 2, imp.reset(experiment, second), masks, optima)
+    for replicate in range(2):
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            member(networks.trained, replicate),
+            member(networks.trained, 4 + replicate),
+        )
+    rows = imp.measure(of_round, 2, networks, np.zeros(6), 0.0, optima)
+    assert [row["cosine"] for row in rows[:2]] == [row["cosine"] for row in rows[4:]]
+
+
+def test_one_program_serves_the_rounds_of_one_shape(tiny_experiment):
+    experiment = tiny_experiment(rounds=6, **{"repulsion.strength": 2.0})
+    training._scan_steps.clear_cache()
+    shapes = {None if optima is None else optima.shape for _, optima in train_rounds(experiment, 6)}
+    assert len(shapes) < 6
+    assert training._scan_steps._cache_size() == len(shapes)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from imp_jax import config as configs
-from imp_jax import masking, models, training
+from imp_jax import masking, models, repulsion, training
 from imp_jax.config import UserError
 from imp_jax.data import Normalize
 from imp_jax.data.augmentation import augment
@@ -227,12 +227,18 @@ def add_member_axis(tree):
     return jax.tree.map(lambda x: jnp.asarray(x)[None], tree)
 
 
-@pytest.mark.parametrize("execution", training.EXECUTIONS)
-def test_every_program_equals_the_step_of_each_member(tiny_experiment, execution):
+@pytest.mark.parametrize(
+    ("execution", "repelled"),
+    [*((execution, True) for execution in training.EXECUTIONS), ("scan_vmap", False), ("step_unroll", False)],
+)
+def test_every_program_equals_the_step_of_each_member(tiny_experiment, execution, repelled):
     """`train_steps` over members is `train_step` of each, one after the other."""
     experiment = tiny_experiment(execution=execution)
     recipe = experiment.recipe._replace(
-        normalize=Normalize((0.4,), (0.3,)), augmentation=("crop", "flip"), model=Normalised()
+        repulsion_strength=2.0,
+        normalize=Normalize((0.4,), (0.3,)),
+        augmentation=("crop", "flip"),
+        model=Normalised(),
     )
     keys = jax.random.split(jax.random.key(0), 3)
     variables = jax.vmap(lambda key: dict(recipe.model.init(key, jnp.zeros((1, 4, 4, 1)))))(keys)
@@ -241,17 +247,24 @@ def test_every_program_equals_the_step_of_each_member(tiny_experiment, execution
     singles = [jax.tree.map(lambda x, i=i: jnp.copy(x[i]), states) for i in range(3)]
     rates = experiment.learning_rates[0]
     split = experiment.dataset.train
-    states, metrics = training.train_steps(states, masks, split, keys, 0, 0, rates, batch_size=8, recipe=recipe)
+    optima = (
+        repulsion.remember(None, jax.tree.map(jnp.cos, variables["params"]), masks, most=1)
+        if repelled
+        else None
+    )
+    states, metrics = training.train_steps(
+        states, masks, split, keys, 0, 0, rates, optima, batch_size=8, recipe=recipe
+    )
     assert metrics.loss.shape == (5, 3)
     step = jax.jit(functools.partial(training.train_step, recipe=recipe))
     for i, state in enumerate(singles):
         _, augmentation_key = jax.random.split(jax.random.fold_in(keys[i], 0))
-        mask = jax.tree.map(lambda x, i=i: x[i], masks)
+        mask, known = jax.tree.map(lambda x, i=i: x[i], (masks, optima))
         for number, rate in enumerate(rates):
             batch = order(keys[i], 0)[8 * number : 8 * number + 8]
             key = jax.random.fold_in(augmentation_key, number)
             images = augment(key, split.images[batch], ("crop", "flip"))
-            state, one = step(state, mask, images, split.labels[batch], rate)
+            state, one = step(state, mask, images, split.labels[batch], rate, known)
             assert one.loss == pytest.approx(float(metrics.loss[number, i]), rel=1e-5)
             assert one.accuracy == pytest.approx(float(metrics.accuracy[number, i]))
         jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a, b[i], rtol=1e-4, atol=1e-6), state, states)
