@@ -85,40 +85,42 @@ def remember(
       optima: Θ of the round before; None where there was none. Its masks must hold all of `masks`.
       params, masks: every leaf leads with the members, whose masks may differ.
       most: how many optima are remembered, the latest ones.
-      dtype: of the stored values, float32 or bfloat16.
+      dtype: of the stored values, float32 or bfloat16: half the memory, and in the repelled run of mnist5k 4e-4
+        at most of error in a cosine and 0.4 % in the gradient.
     """
     leaves, tree = jax.tree.flatten(params)
     leaves, masks = (
         [np.asarray(leaf).reshape(len(leaf), -1) for leaf in of_tree]
         for of_tree in (leaves, jax.tree.leaves(masks))
     )
-    kept = 0 if optima is None else min(int(np.max(optima.count)), most - 1)
+    if optima is None:
+        shape, count = None, 0
+        earlier = [(np.tile(np.arange(leaf.shape[1]), (len(leaf), 1)), leaf[:, None]) for leaf in leaves]
+    else:
+        shape, count = optima.shape, int(np.max(optima.count))
+        earlier = list(zip(*map(jax.tree.leaves, (optima.positions, optima.values)), strict=True))
+    kept = min(count, most - 1)
     needed = [int(mask.sum(1).max()) for mask in masks]
-    before = None if optima is None else optima.shape
-    rows, *slots = store_shape(before, kept + 1, most, needed, sum(mask.shape[1] for mask in masks))
-    if kept:
-        latest = slice(int(np.max(optima.count)) - kept, int(np.max(optima.count)))
-        stored = list(zip(*map(jax.tree.leaves, (optima.positions, optima.values)), strict=True))
+    rows, *slots = store_shape(shape, kept + 1, most, needed, sum(leaf.shape[1] for leaf in leaves))
+
     all_positions, all_values = [], []
-    for i, (leaf, mask, width) in enumerate(zip(leaves, masks, slots, strict=True)):
+    for leaf, mask, width, (before, values_before) in zip(leaves, masks, slots, earlier, strict=True):
         members, size = leaf.shape
         positions = np.tile(np.arange(size, size + width, dtype=np.int32), (members, 1))
         values = np.zeros((members, rows, width), jnp.dtype(dtype))
         for m in range(members):
             there = np.arange(size) if width == size else np.flatnonzero(mask[m])
-            positions[m, : len(there)] = there
-            if kept:
-                earlier_there, earlier_values = (np.asarray(array[m]) for array in stored[i])
-                slots_there = np.searchsorted(earlier_there, there)
-                values[m, :kept, : len(there)] = earlier_values[latest, slots_there]
-            values[m, kept, : len(there)] = leaf[m, there]
-            values[m, :, : len(there)] *= mask[m, there]
+            slots_before = np.searchsorted(np.asarray(before[m]), there)
+            latest = np.asarray(values_before[m])[count - kept : count, slots_before]
+            used = slice(len(there))
+            positions[m, used] = there
+            values[m, : kept + 1, used] = np.where(mask[m, there], np.vstack([latest, leaf[m, there]]), 0)
         all_positions.append(positions)
         all_values.append(values)
     norms = np.sqrt(sum(np.square(values, dtype=np.float64).sum(-1) for values in all_values))
     inverse_norms = np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0).astype(np.float32)
-    count = np.full(len(inverse_norms), kept + 1, np.int32)
-    return Optima(tree.unflatten(all_positions), tree.unflatten(all_values), inverse_norms, count)
+    counts = np.full(len(inverse_norms), kept + 1, np.int32)
+    return Optima(tree.unflatten(all_positions), tree.unflatten(all_values), inverse_norms, counts)
 
 
 def store_shape(
@@ -137,7 +139,7 @@ def store_shape(
         wasteful = sum(slots) > max(4 * sum(needed), parameters / 10)
         if count <= rows and not wasteful:
             return rows, *slots
-    return min(most, max(count, int(_CAPACITY * parameters / sum(needed)))), *needed
+    return min(most, max(count, int(_CAPACITY * parameters / max(sum(needed), 1)))), *needed
 
 
 def add_gradient(gradients: Params, params: Params, optima: Optima, strength: float) -> Params:
