@@ -63,7 +63,7 @@ def default() -> ConfigDict:
     config.repulsion = ConfigDict()
     config.repulsion.strength = 0.0  # λ_r of J_r over earlier optima: 2 repels, −1 attracts, 0 is without
     config.repulsion.memory = "all"  # which of them: all, or the last alone
-    config.repulsion.dtype = "float32"  # they are stored in; bfloat16 takes half the memory
+    config.repulsion.dtype = "float32"  # of their stored values; bfloat16 takes half the memory
 
     config.instability = ConfigDict()
     # rounds in which the ticket is trained once more, the arm twin, with other data order and augmentation

@@ -96,23 +96,32 @@ def rounds(config: ConfigDict, workdir: str | os.PathLike) -> Iterator[list[reco
         display = stack.enter_context(records.Display(config.rounds, config.epochs, first))
         recorder = stack.enter_context(ThreadPoolExecutor(max_workers=1))
 
+        recorded = None
+
         def on_epoch(number, epoch, metrics, seconds):
+            if recorded and recorded.done():
+                recorded.result()  # not to train on where nothing can be kept
             done = number * config.epochs + epoch + 1
             loss, accuracy = (metric.mean(0)[: len(experiment.members)] for metric in metrics)  # without twins
             events.write(done, epoch_loss=loss, epoch_accuracy=accuracy)
             display.epoch(number, epoch, metrics.loss.size * config.batch_size, seconds)
 
         def record(number, networks, rows):
-            checkpoints.save(number, networks, rows)
-            results.append(rows)
-            refresh_figure(results, workdir)
-            events.write((number + 1) * config.epochs, **_columns(rows[: len(experiment.members)]))
-            events.flush()
+            try:
+                checkpoints.save(number, networks, rows)
+                results.append(rows)
+                refresh_figure(results, workdir)
+                events.write((number + 1) * config.epochs, **_columns(rows[: len(experiment.members)]))
+                events.flush()
+            except Exception as error:  # a full disk is an OSError to some writers, and not to others
+                raise UserError(
+                    f"cannot record round {number} in {workdir}: {data.in_one_line(error)}; the rounds before "
+                    f"it are kept, and once that is mended the same command goes on"
+                ) from error
             images = len(rows) * experiment.learning_rates.size * config.batch_size
             display.round(number, rows, images)
             return rows
 
-        recorded = None
         for number in range(first, config.rounds):
             start = time.perf_counter()
             with_twins = in_round(experiment, number)
@@ -124,7 +133,8 @@ def rounds(config: ConfigDict, workdir: str | os.PathLike) -> Iterator[list[reco
                 masks, thresholds = prune(with_twins, number, networks)
                 tickets = reset(with_twins, networks)
                 rows = measure(with_twins, number, networks, thresholds, seconds, optima)
-                optima = remember(experiment, optima, networks, masks)
+                if number + 1 < config.rounds:
+                    optima = remember(experiment, optima, networks, masks)
             except UserError:
                 if recorded:
                     recorded.result()  # a round that could not be recorded is the graver news
@@ -319,7 +329,7 @@ def remember(experiment: Experiment, optima: Optima | None, networks: Round, mas
         return None
     arms = slice(len(members_of(config)))  # without twins, which come last
     trained, masks = jax.tree.map(lambda leaf: leaf[arms], (networks.trained["params"], masks))
-    most = 1 if config.repulsion.memory == "last" else max(config.rounds - 1, 1)
+    most = 1 if config.repulsion.memory == "last" else config.rounds - 1
     return repulsion.remember(optima, trained, masks, most=most, dtype=config.repulsion.dtype)
 
 
@@ -364,13 +374,13 @@ def measure(
         "test_loss": test_loss,
         "test_accuracy": np.asarray(test_correct) / dataset.test.examples,
     }
-    repulsive = experiment.config.repulsion.strength != 0
-    loss, cosine = np.zeros(len(experiment.members)) if repulsive else None, None
     if optima is not None:
         optima = with_twins_as_imp(experiment.members, optima)
-        loss, cosine = repulsion.summary(networks.trained["params"], optima, recipe.repulsion_strength)
-    columns |= {"repulsion": loss, "cosine": cosine}
-    columns = {name: np.asarray(column) for name, column in columns.items() if column is not None}
+        params, strength = networks.trained["params"], recipe.repulsion_strength
+        columns["repulsion"], columns["cosine"] = repulsion.summary(params, optima, strength)
+    elif experiment.config.repulsion.strength:
+        columns["repulsion"] = np.zeros(len(experiment.members))  # no earlier optimum, no term
+    columns = {name: np.asarray(column) for name, column in columns.items()}
     return [
         {"replicate": member.replicate, "arm": member.arm, "round": number}
         | {name: float(str(column[i])) for name, column in columns.items()}  # float32 as 0.1, not 0.10000000149

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -51,19 +52,39 @@ def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Iterator[Path]:
     try:
         for folder in ("figures", "checkpoints"):
             (workdir / folder).mkdir(parents=True, exist_ok=True)
-        lock = FileLock(workdir / ".lock")
+        lock = FileLock(
+            workdir / ".lock"
+        )  # of the operating system's: it ends with the process, however that ends
         lock.acquire(timeout=0)
     except Timeout as error:
-        message = f"another process is writing to {workdir}; wait for it to end, or give another --workdir"
-        raise UserError(message) from error
+        raise UserError(
+            f"{_holder(workdir)} is writing to {workdir}; wait for it to end, or give another --workdir"
+        ) from error
     except OSError as error:
         raise UserError(f"cannot write to workdir {workdir}: {error.strerror}") from error
     try:
         _refuse_other_run(workdir, config)  # another process may have come first
-        write_atomically(workdir / "config.json", configs.to_json(config))
+        _write(workdir / ".holder", f"process {os.getpid()} on {socket.gethostname()}")
+        _write(workdir / "config.json", configs.to_json(config))
         yield workdir
     finally:
+        with contextlib.suppress(OSError):
+            (workdir / ".holder").unlink()
         lock.release()
+
+
+def _holder(workdir):
+    try:
+        return (workdir / ".holder").read_text()
+    except OSError:  # it has only just come, or is about to leave
+        return "another process"
+
+
+def _write(path, content):
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise UserError(f"cannot write to workdir {path.parent}: {error.strerror}") from error
 
 
 def _refuse_other_run(workdir, config):

@@ -1,7 +1,8 @@
 """The train step, an epoch in one compiled program or step by step, and evaluation.
 
 Every tree of `train_steps`, `train_on_stream` and `evaluate` leads with an axis of members, which train side by
-side. Masks, learning rates and keys are arguments: one compiled program serves every round.
+side. Masks, learning rates, keys and earlier optima are arguments: one compiled program serves every round, or
+with repulsion every round of one shape of `Optima`.
 """
 
 import functools
@@ -190,7 +191,7 @@ def train_members(
     *,
     recipe: Recipe,
 ) -> tuple[TrainState, Metrics]:
-    """`train_step` of all members, each on a batch of its own."""
+    """`train_step` of all members, which lead all but the rate, each on a batch of its own."""
     step = functools.partial(train_step, recipe=recipe)
     step = _over_members(step, (0, 0, 0, 0, None, 0), recipe)
     return step(states, masks, images, labels, learning_rate, optima)
@@ -212,7 +213,8 @@ def train_steps(
     """Train all members for `len(learning_rates)` steps of one epoch, from its step `first_step` on.
 
     Each member visits the examples in an order, and augments them in a way, drawn from its key and the epoch;
-    examples that do not fill a last batch are left out of that epoch (ours). `states` is donated.
+    examples that do not fill a last batch are left out of that epoch (ours). `states` is donated. `optima`, the
+    earlier optima of J_r, lead with the members.
     """
     options = {"batch_size": batch_size, "recipe": recipe}
     draws = _draw_epoch_alone(keys, epoch, examples=split.examples)

@@ -44,7 +44,7 @@ def test_the_benchmark_of_repulsion_prints_its_tables():
     assert done.returncode == 0, done.stderr
     for quantity in (
         "with λ = 2 (s)",
-        "ratio of the first runs",
+        "ratio of the first, which compiles",
         "LeNet-300-100, P = 266,610",
         "ResNet-50, P = 25,",
     ):

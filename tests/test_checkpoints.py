@@ -1,8 +1,12 @@
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from imp_jax.checkpoints import Checkpoints, Round
+from imp_jax.config import UserError
 
 
 def networks(key):
@@ -30,6 +34,21 @@ def test_a_round_comes_back_as_it_went(tmp_path):
         assert jax.tree.structure(got) == jax.tree.structure(saved[number])
         jax.tree.map(np.testing.assert_array_equal, got, saved[number])
         assert jax.tree.map(lambda x: x.dtype, got) == jax.tree.map(lambda x: x.dtype, saved[number])
+    again.close()
+
+
+def test_another_format_is_refused_in_words(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints").mkdir()
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(0, networks(jax.random.key(0)), [])
+    monkeypatch.setattr("imp_jax.checkpoints.FORMAT", 2)
+    with pytest.raises(UserError, match=r"checkpoints/0 has format 1, of imp_jax .*, which reads format 2"):
+        checkpoints.rounds()
+    checkpoints.close()
+    shutil.rmtree(tmp_path / "checkpoints" / "0" / "version")
+    again = Checkpoints(tmp_path)
+    with pytest.raises(UserError, match=r"checkpoints/0 has no format number; this is imp_jax"):
+        again.rounds()
     again.close()
 
 

@@ -1,4 +1,9 @@
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -102,10 +107,24 @@ def test_a_workdir_that_cannot_be_one(tmp_path):
 def test_a_workdir_has_one_writer(tmp_path):
     with (
         records.open_workdir(tmp_path, configs.default()),
-        pytest.raises(UserError, match="another process is writing to"),
+        pytest.raises(UserError) as error,
     ):
         open_and_leave(tmp_path, configs.default())
+    assert str(error.value).startswith(f"process {os.getpid()} on {socket.gethostname()} is writing to")
     open_and_leave(tmp_path, configs.default())  # free again
+
+
+def test_the_lock_of_a_dead_process_does_not_block(tmp_path):
+    hold = (
+        "import os, signal; from imp_jax import config, records\n"
+        f"with records.open_workdir({str(tmp_path)!r}, config.default()):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    died = subprocess.run([sys.executable, "-c", hold], check=False)
+    assert died.returncode == -signal.SIGKILL
+    assert (tmp_path / ".holder").exists()
+    open_and_leave(tmp_path, configs.default())
+    assert not (tmp_path / ".holder").exists()
 
 
 def test_one_plain_line_a_round_without_a_terminal(capsys):

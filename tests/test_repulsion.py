@@ -198,7 +198,11 @@ def test_the_store_is_bounded_and_takes_few_shapes():
     """At most 1.7 P numbers, where 24 copies would be 24 P; a program serves all rounds of one shape."""
     parameters = 266_610
     stores = list(rounds_of_lenet(most=24))
-    assert max(optima.numbers for optima in stores) <= 1.7 * parameters
+    numbers = [rows * sum(slots) for rows, *slots in (optima.shape for optima in stores)]
+    assert max(numbers) <= 1.7 * parameters
+    for optima in stores:
+        for positions in jax.tree.leaves(optima.positions):  # sorted and unique, unused ones included
+            assert (np.diff(positions) > 0).all()
     assert len({optima.shape for optima in stores}) <= 8
     assert [int(optima.count[0]) for optima in stores] == list(range(1, 25))
     used = [np.count_nonzero(np.concatenate(jax.tree.leaves(o.values), -1)) / MEMBERS for o in stores]
@@ -209,8 +213,33 @@ def test_the_store_is_bounded_and_takes_few_shapes():
         assert numbers > most - number * (biases + 2)
 
     last = list(rounds_of_lenet(most=1))
-    assert max(optima.numbers for optima in last) <= 0.81 * parameters
+    assert max(sum(optima.shape[1:]) for optima in last) <= 0.81 * parameters
     assert len({optima.shape for optima in last}) <= 4
+    for number, optima in enumerate(last, start=1):  # never mostly empty, unless small
+        needed = weights * 0.8**number + biases
+        assert sum(optima.shape[1:]) <= max(4.1 * needed, 0.1 * parameters)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "shapes", "most"), [(0.05, 8, 9.3), (0.1, 8, 4.5), (0.2, 8, 1.7), (0.5, 2, 1.7)]
+)
+def test_any_fraction_takes_few_shapes(fraction, shapes, most):
+    """Slower pruning needs more numbers, n · (1 − fraction)ⁿ · P, but no shape a round."""
+    shape, seen = None, []
+    for count in range(1, 25):
+        shape = repulsion.store_shape(
+            shape, count, 24, [round((1 - fraction) ** count * 100_000), 100], 100_100
+        )
+        assert shape[0] >= count
+        seen.append(shape)
+    assert len(set(seen)) <= shapes
+    assert max(rows * sum(slots) for rows, *slots in seen) <= most * 100_100
+
+
+def test_masks_that_grow_are_refused():
+    earlier, masks = random_trees(2), shrinking_masks(2)
+    with pytest.raises(ValueError, match="had pruned"):
+        remembered(earlier, masks[::-1])
 
 
 def test_bfloat16_rounds_the_cosines_by_a_hundredth_of_themselves_at_most():
@@ -357,8 +386,12 @@ def test_each_arm_knows_its_own_optima_and_a_twin_those_of_imp(tiny_experiment, 
 
 
 def test_one_program_serves_the_rounds_of_one_shape(tiny_experiment):
-    experiment = tiny_experiment(rounds=6, **{"repulsion.strength": 2.0})
+    experiment = tiny_experiment(
+        rounds=12, epochs=1, **{"repulsion.strength": 2.0, "repulsion.dtype": "bfloat16"}
+    )
     training._scan_steps.clear_cache()
-    shapes = {None if optima is None else optima.shape for _, optima in train_rounds(experiment, 6)}
-    assert len(shapes) < 6
+    stores = [optima for _, optima in train_rounds(experiment, 12)][1:]
+    assert {str(leaf.dtype) for optima in stores for leaf in jax.tree.leaves(optima.values)} == {"bfloat16"}
+    shapes = {None, *(optima.shape for optima in stores)}
+    assert len(shapes) <= 8
     assert training._scan_steps._cache_size() == len(shapes)
