@@ -427,7 +427,9 @@ def test_a_row_is_there_only_once_its_round_is_on_disk(data_dir, tmp_path, monke
         save(self, number, *args)
 
     monkeypatch.setattr(imp.Checkpoints, "save", look_and_save)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(
+        UserError, match=r"cannot record round \d in .*disk full; the rounds before it are kept"
+    ):
         imp.run(quick_config(data_dir), tmp_path)
     assert pd.read_csv(tmp_path / "results.csv")["round"].tolist() == [0, 0]
 
