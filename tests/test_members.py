@@ -1,0 +1,59 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imp_jax import config as configs
+from imp_jax.members import (
+    ARMS,
+    Member,
+    member_keys,
+    members_of,
+    where_member,
+    with_twins_as_imp,
+    without_twins,
+)
+
+
+def config_of(**overrides):
+    config = configs.default()
+    config.update_from_flattened_dict({"replicates": 2, "instability.rounds": (3,), **overrides})
+    return config
+
+
+def test_members_come_arm_by_arm_and_twins_last():
+    every = (("imp", 0), ("imp", 1), ("reinit", 0), ("reinit", 1))
+    assert members_of(config_of()) == members_of(config_of(), 2) == every
+    assert members_of(config_of(), 3) == (*every, ("twin", 0), ("twin", 1))
+    assert members_of(config_of(arms=("imp",), replicates=1), 3) == (("imp", 0), ("twin", 0))
+
+
+def test_a_key_is_folded_from_seed_replicate_draw_and_numbers():
+    members = members_of(config_of(), 3)
+    keys = member_keys(members, 7, lambda member: ["data", ARMS[member.arm], 3])
+    expected = jax.random.key(7)
+    for number in (1, 2, ARMS["reinit"], 3):  # replicate, the draw called data, arm, round
+        expected = jax.random.fold_in(expected, number)
+    np.testing.assert_array_equal(*map(jax.random.key_data, (keys[3], expected)))
+    assert len(np.unique(jax.random.key_data(keys), axis=0)) == len(members)
+    alone = member_keys([Member("reinit", 1)], 7, lambda member: ["data", ARMS[member.arm], 3])
+    np.testing.assert_array_equal(*map(jax.random.key_data, (keys[3], alone[0])))
+
+
+def test_twins_take_the_leaves_of_imp_and_leave_none():
+    members = members_of(config_of(), 3)
+    tree = {"a": jnp.array([10, 11, 20, 21])}
+    with_twins = with_twins_as_imp(members, tree)
+    np.testing.assert_array_equal(with_twins["a"], [10, 11, 20, 21, 10, 11])
+    np.testing.assert_array_equal(without_twins(members, with_twins)["a"], tree["a"])
+    trained = {"a": np.arange(6)}  # of all members: the twins' own give way
+    np.testing.assert_array_equal(with_twins_as_imp(members, trained)["a"], [0, 1, 2, 3, 0, 1])
+    others = members_of(config_of())
+    assert with_twins_as_imp(others, tree) is tree
+    assert without_twins(others, tree) is tree
+
+
+def test_where_member_chooses_whole_members():
+    one, other = {"a": jnp.ones((3, 2, 2)), "b": jnp.ones(3)}, {"a": jnp.zeros((3, 2, 2)), "b": jnp.zeros(3)}
+    chosen = where_member(jnp.array([True, False, True]), one, other)
+    np.testing.assert_array_equal(chosen["b"], [1, 0, 1])
+    np.testing.assert_array_equal(chosen["a"], np.array([1, 0, 1])[:, None, None] * np.ones((3, 2, 2)))
