@@ -52,9 +52,8 @@ def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Iterator[Path]:
     try:
         for folder in ("figures", "checkpoints"):
             (workdir / folder).mkdir(parents=True, exist_ok=True)
-        lock = FileLock(
-            workdir / ".lock"
-        )  # of the operating system's: it ends with the process, however that ends
+        # the operating system's: it ends with the process, however that ends
+        lock = FileLock(workdir / ".lock")
         lock.acquire(timeout=0)
     except Timeout as error:
         raise UserError(
