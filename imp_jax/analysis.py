@@ -10,29 +10,35 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 from absl import logging
+from jaxtyping import PyTree
 from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import track
 
 from imp_jax import config as configs
-from imp_jax import connectivity, figures, imp, masking, records, report, similarity, weights
+from imp_jax import connectivity, figures, masking, records, report, similarity, weights
 from imp_jax.checkpoints import Checkpoints, Round
 from imp_jax.config import UserError
-from imp_jax.data.source import in_one_line
-from imp_jax.members import Member, members_of
+from imp_jax.experiment import Experiment, setup
+from imp_jax.interruption import Interruption, Stopped
+from imp_jax.members import Member, members_in, select
+from imp_jax.training import Variables
 
 INITIALISATION = -1  # the "round" of the weights that survivors are reset to, in distances.csv
+KINDS = ("successive", "instability")  # of paths
 BINS = 101  # of a histogram; an odd number, so that one is centred on 0
 
 # The tables, a csv file each, with their columns.
@@ -70,11 +76,11 @@ class Run:
         with contextlib.closing(Checkpoints(self.workdir)) as checkpoints:
             if number not in checkpoints.rounds():
                 raise UserError(f"{self.workdir} has no round {number}; it has {checkpoints.rounds()}")
-            return _restore(checkpoints, number)
+            return checkpoints.restore(number)
 
     def members(self, number: int) -> tuple[Member, ...]:
-        """The (arm, replicate) pairs that round `number` trained."""
-        return members_of(self.config, number)
+        """The (arm, replicate) pairs that round `number` trained, but for those that diverged."""
+        return members_in(self.results.to_dict("records"), number)
 
 
 def load(workdir: str | os.PathLike) -> Run:
@@ -112,10 +118,9 @@ def run(workdir: str | os.PathLike, data_dir: str | os.PathLike | None = None) -
         if not finished:
             raise UserError(f"{workdir} has no finished round to analyse")
         try:
-            (workdir / "analysis").mkdir(exist_ok=True)
             # a run that died may have left it behind its checkpoints
-            records.Results(workdir, [row for number in finished for row in checkpoints.rows(number)])
-            compute(checkpoints, config, functools.cache(lambda: imp.setup(setting)), workdir)
+            records.Results(workdir, checkpoints.rows(finished[-1]))
+            compute(checkpoints, config, functools.cache(lambda: setup(setting)), workdir)
             done = load(workdir)
             records.write_atomically(workdir / "report.html", report.html(done, draw(done)))
         except OSError as error:
@@ -126,33 +131,36 @@ def run(workdir: str | os.PathLike, data_dir: str | os.PathLike | None = None) -
 
 
 def compute(
-    checkpoints: Checkpoints, config: ConfigDict, experiment: Callable[[], imp.Experiment], workdir: Path
+    checkpoints: Checkpoints, config: ConfigDict, experiment: Callable[[], Experiment], workdir: Path
 ) -> None:
     """Bring the tables up to the rounds of `checkpoints`, one by one; `experiment` is called if needed."""
+    (workdir / "analysis").mkdir(exist_ok=True)
     finished = checkpoints.rounds()
     results = pd.read_csv(workdir / "results.csv")
+    members = {number: members_in(results.to_dict("records"), number) for number in finished}
     tables = {name: _read(workdir, name) for name in TABLES}
-    for name in set(TABLES) - {"distances"}:
-        tables[name] = tables[name][tables[name]["round"].isin(finished)]
-    tables["paths"] = _as_configured(tables["paths"], config.analysis)
+    for name, table in tables.items():
+        column = "round_a" if name == "distances" else "round"
+        tables[name] = table[table[column] <= finished[-1]]  # what rounds left that were not kept stays
+    tables["paths"] = _as_configured(tables["paths"], config.analysis, finished)
 
     def lacking(name):
         return set(finished) - set(tables[name]["round"])
 
     there = set(zip(tables["paths"]["kind"], tables["paths"]["round"], strict=True))
-    paths = [
-        (kind, number) for number in finished for kind in _kinds(config, number) if (kind, number) not in there
-    ]
+    paths = [(kind, number) for number in finished for kind in KINDS if (kind, number) not in there]
+    paths = [(kind, number) for kind, number in paths if _ends_are_there(kind, number, members)]
     of_weights = lacking("histograms") | lacking("weights") | lacking("layers")
-    of_distances = set(tables["distances"]["round_a"]) != {INITIALISATION, *finished}
+    pairs = set(zip(tables["distances"]["round_a"], tables["distances"]["round_b"], strict=True))
+    of_distances = not pairs.issuperset(itertools.product([INITIALISATION, *finished], repeat=2))
     needed = {number for _, number in paths} | of_weights | (set(finished) if of_distances else set())
     needed |= {number - 1 for kind, number in paths if kind == "successive"}
 
-    networks, before = [], None
+    networks, before = {}, None
     console = Console()
     progress = {"description": "analysing", "console": console, "disable": not console.is_terminal}
     for number in track(sorted(needed), transient=True, **progress):
-        now = _restore(checkpoints, number)
+        now = _Networks(members[number], checkpoints.restore(number))
         if number in of_weights:
             new = _weights(experiment(), number, now, results[results["round"] == number])
             for name, rows in new.items():
@@ -164,12 +172,14 @@ def compute(
             _write(workdir, "paths", tables["paths"])  # the one that takes long
         if of_distances:
             if number == 0:
-                networks.append((now.initial["params"], now.mask))
-            networks.append((now.trained["params"], now.mask))
+                networks[INITIALISATION] = now.of_arms((now.round.initial["params"], now.round.mask))
+            networks[number] = now.of_arms((now.round.trained["params"], now.round.mask))
         before = now
 
     if of_distances:
-        tables["distances"] = _table("distances", _distances(config, finished, networks))
+        old, new = tables["distances"], _table("distances", _distances(networks))
+        keys = ["replicate", "arm", "metric", "round_a", "round_b"]
+        tables["distances"] = _with_rows(new, old.itertuples(index=False)).drop_duplicates(keys)
     tables["barriers"] = _barriers(tables["paths"], config.analysis.baseline)
     for name, table in tables.items():
         _write(workdir, name, table)
@@ -193,32 +203,48 @@ def draw(run: Run) -> dict[str, bytes]:
     return pngs
 
 
-def _kinds(config, number):
-    """The kinds of the paths that end in round `number`."""
-    return ["successive"] * (number > 0) + ["instability"] * (number in config.instability.rounds)
+class _Networks(NamedTuple):
+    """The networks of a round, and the members that they lead with."""
+
+    members: tuple[Member, ...]
+    round: Round
+
+    def trained(self, arm: str, replicate: int) -> Variables:
+        index = self.members.index(Member(arm, replicate))
+        return jax.tree.map(lambda leaf: leaf[index], self.round.trained)
+
+    def of_arms(self, tree: PyTree) -> dict[Member, PyTree]:
+        """The part of each member but the twins in `tree`, which leads with all."""
+        return {
+            member: jax.tree.map(lambda leaf: leaf[i], tree)  # noqa: B023
+            for i, member in enumerate(self.members)
+            if member.arm != "twin"
+        }
+
+
+def _ends_are_there(kind, number, members):
+    """Whether the paths of a kind that end in round `number` can be looked at."""
+    if kind == "successive":
+        return number - 1 in members
+    return any(member.arm == "twin" for member in members[number])
 
 
 def _paths(experiment, number, kind, before, now):
     """Rows of the paths of one kind that end in round `number`, of every replicate on both splits."""
     config, dataset = experiment.config, experiment.dataset
-    members = members_of(config, number)
     options = {
         "recipe": experiment.recipe,
         "num_points": config.analysis.path_points,
         "batch_norm": config.analysis.batch_norm,
         "train": dataset.train,
     }
-
-    def network(round_, arm, replicate):
-        index = members.index(Member(arm, replicate))
-        return jax.tree.map(lambda leaf: leaf[index], round_.trained)
-
-    for replicate in range(config.replicates):
-        imp_network = network(now, "imp", replicate)
+    other, other_arm = (before, "imp") if kind == "successive" else (now, "twin")
+    for arm, replicate in now.members:
+        if arm != "imp" or Member(other_arm, replicate) not in other.members:
+            continue
+        ends = now.trained("imp", replicate), other.trained(other_arm, replicate)
         if kind == "successive":
-            ends = network(before, "imp", replicate), imp_network
-        else:
-            ends = imp_network, network(now, "twin", replicate)
+            ends = ends[::-1]
         for split in ("train", "test"):
             losses, errors = connectivity.path_metrics(*ends, getattr(dataset, split), **options)
             alphas = np.linspace(0, 1, len(losses))
@@ -226,17 +252,12 @@ def _paths(experiment, number, kind, before, now):
                 yield replicate, kind, number, split, alpha, float(loss), float(error), options["batch_norm"]
 
 
-def _as_configured(paths, settings):
-    """The rows of paths with as many points and such statistics as the config asks for."""
+def _as_configured(paths, settings, finished):
+    """The rows of paths with such points and statistics as the config asks for, or whose ends are gone."""
     points = paths.groupby(["replicate", "kind", "round", "split"])["alpha"].transform("size")
-    return paths[(points == settings.path_points) & (paths["batch_norm"] == settings.batch_norm)]
-
-
-def _restore(checkpoints, number):
-    try:
-        return checkpoints.restore(number)
-    except Exception as error:  # of a damaged or missing one each reader raises its own
-        raise UserError(f"the checkpoint of round {number} cannot be read: {in_one_line(error)}") from error
+    configured = (points == settings.path_points) & (paths["batch_norm"] == settings.batch_norm)
+    before = paths["round"] - (paths["kind"] == "successive")
+    return paths[configured | ~paths["round"].isin(finished) | ~before.isin(finished)]
 
 
 def _barriers(paths, baseline):
@@ -248,12 +269,12 @@ def _barriers(paths, baseline):
     return _table("barriers", rows)
 
 
-def _distances(config, finished, networks):
-    """Rows of the matrices of every arm and replicate, over the initialisation and all rounds."""
-    rounds = [INITIALISATION, *finished]
+def _distances(networks):
+    """Rows of the matrix of every member, over the initialisation and the rounds in which it was trained."""
     matrices = jax.jit(similarity.distance_matrices)
-    for index, member in enumerate(members_of(config)):
-        stacked = jax.tree.map(lambda *leaves: jnp.stack([leaf[index] for leaf in leaves]), *networks)  # noqa: B023
+    for member in dict.fromkeys(member for of_round in networks.values() for member in of_round):
+        rounds = [number for number, of_round in networks.items() if member in of_round]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(networks[n][member] for n in rounds))
         for metric, matrix in matrices(*stacked).items():
             for (a, b), distance in np.ndenumerate(np.asarray(matrix)):
                 yield member.replicate, member.arm, metric, rounds[a], rounds[b], float(distance)
@@ -261,9 +282,9 @@ def _distances(config, finished, networks):
 
 def _weights(experiment, number, networks, results):
     """Rows of the tables histograms, weights and layers of one round."""
-    members = members_of(experiment.config)
-    arms = slice(len(members))
-    params, masks = jax.tree.map(lambda leaf: leaf[arms], (networks.trained["params"], networks.mask))
+    members = [member for member in networks.members if member.arm != "twin"]
+    trained, mask = networks.round.trained, networks.round.mask
+    params, masks = select((trained["params"], mask), networks.members, members)
     by_member = results.set_index(["arm", "replicate"])["threshold"]
     thresholds = np.array([by_member[member] for member in members], np.float32)
     exclude = tuple(experiment.config.pruning.exclude)
@@ -279,7 +300,7 @@ def _weights(experiment, number, networks, results):
         ]
         rows["weights"].append((*of_member, int(survivors[i]), float(bimodality[i]), float(near_zero[i])))
         if arm == "imp":
-            variables, mask = jax.tree.map(lambda leaf: leaf[i], (networks.trained, networks.mask))  # noqa: B023
+            variables, mask = jax.tree.map(lambda leaf: leaf[i], networks.round[1:])  # noqa: B023
             rows["layers"] += [(replicate, number, *row) for row in _layers(experiment, variables, mask)]
     return rows
 
@@ -355,14 +376,15 @@ def main():
     parser.add_argument("--workdir", required=True, help="of a run of imp_jax.main, finished or not")
     parser.add_argument("--data_dir", help="where the data set is, if not where the config says")
     arguments = parser.parse_args()
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)
     try:
-        run(arguments.workdir, arguments.data_dir)
+        with Interruption():
+            run(arguments.workdir, arguments.data_dir)
     except UserError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on after the last finished round", file=sys.stderr)
-        sys.exit(130)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(128 + stopped.number)
 
 
 if __name__ == "__main__":

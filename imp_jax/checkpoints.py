@@ -1,6 +1,10 @@
-"""One orbax checkpoint per round: the round is on disk whole, or not at all."""
+"""Orbax checkpoints, one per round and the state of the round under way: each on disk whole, or not at all."""
 
+import contextlib
+import hashlib
+import itertools
 import os
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,10 +14,14 @@ import orbax.checkpoint as ocp
 
 import imp_jax
 from imp_jax.config import UserError
+from imp_jax.data.source import in_one_line
+from imp_jax.divergence import Seen
 from imp_jax.masking import Mask
-from imp_jax.training import Variables
+from imp_jax.repulsion import Optima
+from imp_jax.training import TrainState, Variables
 
-FORMAT = 1  # of a checkpoint; raised whenever one of before could no longer be read
+_JSON = ("rows", "version")  # items that hold no arrays
+FORMAT = 2  # of a checkpoint; raised whenever one of before could no longer be read
 
 
 class Round(NamedTuple):
@@ -24,66 +32,220 @@ class Round(NamedTuple):
     mask: Mask
 
 
-class Checkpoints:
-    """The folder `checkpoints` of a workdir: step n holds round n's `Round` and its rows of results.csv.
+class Progress(NamedTuple):
+    """Where the training of a round stands: all that is needed to go on from there to the same bits."""
 
-    The rows travel inside the checkpoint, so that a run that died between the two loses neither; so do the
-    number of the format and the version of the package that wrote it.
+    step: int  # of the training, the first one not done yet
+    tickets: Variables  # they change once, at the rewind step of round 0
+    states: TrainState
+    seen: Seen
+    seconds: float  # trained so far
+
+
+class DamagedError(UserError):
+    """A checkpoint that cannot be read, or holds other bits than were written."""
+
+
+class Checkpoints:
+    """The folders `checkpoints` and `progress` of a workdir.
+
+    Step n of `checkpoints` holds round n's `Round` and the rows of results.csv up to it, so that a run that
+    died between the two loses neither. `progress` holds the latest `Progress`. All carry checksums of their
+    content, the number of the format and the version of the package that wrote them.
     """
 
     def __init__(self, workdir: str | os.PathLike):
-        self._manager = ocp.CheckpointManager(
-            (Path(workdir) / "checkpoints").absolute(),
-            options=ocp.CheckpointManagerOptions(create=False),  # to read must not make folders
+        self._workdir = Path(workdir).absolute()
+        # to read must not make folders, and who writes has a thread for it
+        options = {"create": False, "save_root_metadata": False, "enable_async_checkpointing": False}
+        self._rounds = ocp.CheckpointManager(
+            self._workdir / "checkpoints",
+            options=ocp.CheckpointManagerOptions(**options),
             item_handlers={
-                "networks": ocp.StandardCheckpointHandler(),
+                "networks": ocp.PyTreeCheckpointHandler(),
+                "optima": ocp.PyTreeCheckpointHandler(),
                 "rows": ocp.JsonCheckpointHandler(),
+                "version": ocp.JsonCheckpointHandler(),
+            },
+        )
+        self._progress = ocp.CheckpointManager(
+            self._workdir / "progress",
+            options=ocp.CheckpointManagerOptions(max_to_keep=1, **options),
+            item_handlers={
+                "progress": ocp.PyTreeCheckpointHandler(use_compression=False),  # it is written often
                 "version": ocp.JsonCheckpointHandler(),
             },
         )
 
     def rounds(self) -> list[int]:
-        """The rounds that are safely on disk, in order.
+        """The rounds that are on disk, in order."""
+        return sorted(self._rounds.all_steps())
 
-        Raises:
-          UserError: one of them has a format that this version does not know.
+    def save(
+        self, number: int, networks: Round, rows: list[dict[str, Any]], optima: Optima | None = None
+    ) -> None:
+        """Write round `number`; when this returns, it is on disk under its final name.
+
+        Args:
+          rows: all of results.csv up to this round.
+          optima: those of the next round, if the rounds that they came from will not be kept.
         """
-        rounds = sorted(self._manager.all_steps())
-        for number in rounds:
-            item = ocp.args.Composite(version=ocp.args.JsonRestore())
-            try:
-                version = self._manager.restore(number, args=item)["version"]
-                found = version["format"], f"format {version['format']}, of imp_jax {version['imp_jax']}"
-            except (KeyError, FileNotFoundError):
-                found = None, "no format number"
-            if found[0] != FORMAT:
-                raise UserError(
-                    f"the checkpoint {self._manager.directory / str(number)} has {found[1]}; this is imp_jax "
-                    f"{imp_jax.__version__}, which reads format {FORMAT}"
-                )
-        return rounds
-
-    def save(self, number: int, networks: Round, rows: list[dict[str, Any]]) -> None:
-        """Write round `number`; when this returns, it is on disk under its final name."""
-        version = {"format": FORMAT, "imp_jax": imp_jax.__version__}
-        items = {
-            "networks": ocp.args.StandardSave(networks._asdict()),
-            "rows": ocp.args.JsonSave(rows),
-            "version": ocp.args.JsonSave(version),
-        }
-        self._manager.save(number, args=ocp.args.Composite(**items))
-        self._manager.wait_until_finished()
+        items = {"networks": networks._asdict(), "rows": rows}
+        if optima is not None:
+            items["optima"] = optima._asdict()
+        _save(self._rounds, number, items)
 
     def restore(self, number: int) -> Round:
-        """The networks of round `number`, on the default device whatever devices wrote them."""
-        metadata = self._manager.item_metadata(number)["networks"]
-        target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), metadata.tree)
-        item = self._manager.restore(number, args=ocp.args.Composite(networks=ocp.args.StandardRestore(target)))
-        return Round(**jax.tree.map(jax.numpy.asarray, item["networks"]))
+        """The networks of round `number`, on the default device whatever devices wrote them.
+
+        Raises:
+          UserError: it has a format that this version does not know.
+          DamagedError: it cannot be read, or is not what was written.
+        """
+        networks = _restore(self._rounds, number, "networks")
+        return Round(**jax.tree.map(jax.numpy.asarray, networks))
 
     def rows(self, number: int) -> list[dict[str, Any]]:
-        """The rows of results.csv that belong to round `number`."""
-        return self._manager.restore(number, args=ocp.args.Composite(rows=ocp.args.JsonRestore()))["rows"]
+        """The rows of results.csv up to round `number`. Raises as `restore`."""
+        return _restore(self._rounds, number, "rows")
+
+    def optima(self, number: int) -> Optima | None:
+        """What was saved with round `number` of the optima of the next, on the host. Raises as `restore`."""
+        optima = _restore(self._rounds, number, "optima")
+        return optima and Optima(**optima)
+
+    def keep_ends(self) -> None:
+        """Remove all rounds but the first and the last two, of which one is there if the other is damaged."""
+        for number in self.rounds()[1:-2]:
+            folder = self._workdir / "checkpoints" / str(number)
+            shutil.rmtree(folder.rename(f"{folder}.dropped"))  # a finished one is there whole, or not at all
+        self._rounds.reload()
+
+    def save_progress(self, number: int, progress: Progress, steps: int) -> None:
+        """Write where round `number`, of `steps` steps, stands, in place of what `progress` held before."""
+        (self._workdir / "progress").mkdir(exist_ok=True)
+        _save(self._progress, number * steps + progress.step, {"progress": _as_arrays(progress)})
+
+    def progress(self, number: int, like: Progress, steps: int) -> Progress | None:
+        """What was saved of round `number`, of `steps` steps, in the structure of `like`; None if nothing was.
+
+        Raises as `restore`.
+        """
+        latest = self._progress.latest_step()
+        if latest is None or latest // steps != number:
+            return None
+        progress = Progress(**_restore(self._progress, latest, "progress", _as_arrays(like)))
+        return progress._replace(step=int(progress.step), seconds=float(progress.seconds))
+
+    def mend(self) -> list[str]:
+        """Make a workdir fit to go on, for who holds it. Returns what was set aside, a sentence each.
+
+        Damaged rounds after the last one that can be read are moved into the folder `set-aside`, and whatever
+        was being written or dropped when a run died is removed.
+
+        Raises:
+          UserError: none of several rounds can be read, or the newest has an unknown format.
+        """
+        for folder in ("checkpoints", "progress"):
+            for name in ("*.orbax-checkpoint-tmp*", "*.dropped"):
+                for leftover in (self._workdir / folder).glob(name):
+                    shutil.rmtree(leftover)
+        damaged = []
+        for number in reversed(self.rounds()):
+            try:
+                for item in ("networks", "rows", "optima"):
+                    _restore(self._rounds, number, item)
+                break
+            except DamagedError as error:
+                damaged.append((number, error))
+        else:
+            if len(damaged) > 1:
+                raise UserError(f"none of the {len(damaged)} rounds can be read; {damaged[0][1]}")
+        said = [f"{error}; it is set aside as {self._set_aside(self._rounds, n)}" for n, error in damaged]
+        return said
+
+    def set_progress_aside(self) -> Path:
+        """Move what `progress` holds into the folder `set-aside`; returns its new place."""
+        return self._set_aside(self._progress, self._progress.latest_step())
+
+    def discard_progress(self) -> None:
+        """Remove what `progress` holds."""
+        for step in self._progress.all_steps():
+            self._progress.delete(step)
 
     def close(self) -> None:
-        self._manager.close()
+        for manager in (self._rounds, self._progress):
+            with contextlib.suppress(Exception):  # a failed save, which has said so, is raised again
+                manager.close()
+
+    def _set_aside(self, manager, step):
+        path, kept = Path(manager.directory) / str(step), self._workdir / "set-aside"
+        kept.mkdir(exist_ok=True)
+        names = (f"{path.parent.name}-{step}{f'-{n}' * (n > 1)}" for n in itertools.count(1))
+        place = path.rename(next(kept / name for name in names if not (kept / name).exists()))
+        manager.reload()
+        return place
+
+
+def _as_arrays(progress):
+    return {**progress._asdict(), "step": np.asarray(progress.step), "seconds": np.asarray(progress.seconds)}
+
+
+def _save(manager, step, items):
+    version = {
+        "format": FORMAT,
+        "imp_jax": imp_jax.__version__,
+        "sha256": {name: _digest(item) for name, item in items.items()},
+    }
+    arguments = {
+        name: ocp.args.JsonSave(item) if name in _JSON else ocp.args.PyTreeSave(item)
+        for name, item in {**items, "version": version}.items()
+    }
+    manager.save(step, args=ocp.args.Composite(**arguments))
+    manager.wait_until_finished()
+
+
+def _restore(manager, step, name, like=None):
+    """An item of a step, its arrays as NumPy's; None where it was saved without.
+
+    Args:
+      like: a tree whose structure a tree is to have, if not dicts.
+    """
+    folder = Path(manager.directory) / str(step)
+
+    def restored(name, arguments):
+        return manager.restore(step, args=ocp.args.Composite(**{name: arguments}))[name]
+
+    try:
+        version = restored("version", ocp.args.JsonRestore())
+        if version["format"] != FORMAT:
+            raise UserError(
+                f"the checkpoint {folder} has format {version['format']}, of imp_jax {version['imp_jax']}; "
+                f"this is imp_jax {imp_jax.__version__}, which reads format {FORMAT}"
+            )
+        if name not in version["sha256"]:
+            return None
+        if name in _JSON:
+            item = restored(name, ocp.args.JsonRestore())
+        else:
+            tree = manager.item_metadata(step)[name].tree if like is None else like
+            tree = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), tree)
+            arguments = ocp.checkpoint_utils.construct_restore_args(tree)
+            item = restored(name, ocp.args.PyTreeRestore(tree, restore_args=arguments))
+        intact = version["sha256"][name] == _digest(item)
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # of a damaged one each reader raises its own
+        raise DamagedError(f"the checkpoint {folder} is damaged: {in_one_line(error)}") from error
+    if not intact:
+        raise DamagedError(f"the checkpoint {folder} is damaged: {name} are other bits than were written")
+    return item
+
+
+def _digest(item):
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(item):
+        leaf = np.ascontiguousarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        digest.update(leaf.reshape(-1).view(np.uint8))
+    return digest.hexdigest()

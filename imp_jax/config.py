@@ -27,6 +27,11 @@ def default() -> ConfigDict:
     # step of the dense training whose weights survivors are reset to: 0 is the initialisation, None no reset
     config.rewind_step = FieldReference(0, field_type=object)
 
+    config.checkpoint_every_epochs = 5  # the state within a round is saved; each round's end is, in any case
+    config.checkpoint_every_steps = 500  # the same, of a streamed set, whose epochs are long
+    config.keep_checkpoints = "all"  # of the rounds; ends: the first and the last two
+    config.on_divergence = "stop"  # the run, or drop: go on without the member that diverged
+
     config.dataset = ConfigDict()
     config.dataset.name = "mnist5k"
     # None is TFDS's own, ~/tensorflow_datasets
@@ -78,6 +83,15 @@ def default() -> ConfigDict:
     return config
 
 
+# fields that may change while a run is stopped: no training depends on them
+_WITHOUT_INFLUENCE = (
+    "analysis.",
+    "checkpoint_every_",
+    "keep_checkpoints",
+    "on_divergence",
+    "dataset.data_dir",
+    "dataset.workers",
+)
 # what a field of more than one type may hold
 _UNIONS = {
     "rewind_step": (int, type(None)),
@@ -92,6 +106,10 @@ _BOUNDS = {
     "rounds": (lambda v: v >= 1, "at least 1"),
     "epochs": (lambda v: v >= 1, "at least 1"),
     "batch_size": (lambda v: v >= 1, "at least 1"),
+    "checkpoint_every_epochs": (lambda v: v >= 1, "at least 1"),
+    "checkpoint_every_steps": (lambda v: v >= 1, "at least 1"),
+    "keep_checkpoints": (lambda v: v in ("all", "ends"), "all or ends"),
+    "on_divergence": (lambda v: v in ("stop", "drop"), "stop or drop"),
     "dtype": (lambda v: v in ("float32", "bfloat16"), "float32 or bfloat16"),
     "rewind_step": (lambda v: v is None or v >= 0, "a step of the dense training from 0, or None"),
     "optimizer.learning_rate": (lambda v: 0 < v < float("inf"), "above 0 and finite"),
@@ -204,7 +222,7 @@ def from_json(stored: dict) -> ConfigDict:
 
 
 def differences(config: ConfigDict, stored: dict) -> list[str]:
-    """Where `config` and a config.json's content ask for other trainings, a phrase a field."""
+    """Where `config` and a config.json's content ask for other results, a phrase a field."""
     here, there = _flatten(json.loads(to_json(config))), _flatten(stored)
     absent = object()
 
@@ -214,7 +232,7 @@ def differences(config: ConfigDict, stored: dict) -> list[str]:
     return [
         f"{field} is {show(there.get(field, absent))} there and {show(here.get(field, absent))} here"
         for field in sorted(here | there)
-        if here.get(field, absent) != there.get(field, absent) and not field.startswith("analysis.")
+        if here.get(field, absent) != there.get(field, absent) and not field.startswith(_WITHOUT_INFLUENCE)
     ]
 
 

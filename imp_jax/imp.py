@@ -6,14 +6,12 @@ In the rounds of `instability.rounds` a `twin` of each ticket trains beside them
 augmentation; it leaves a checkpoint and rows of results, and no trace in later rounds.
 """
 
-import contextlib
 import functools
+import itertools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,38 +20,31 @@ import pandas as pd
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from imp_jax import config as configs
-from imp_jax import data, figures, masking, models, pruning, records, repulsion, training
-from imp_jax.checkpoints import Checkpoints, Round
-from imp_jax.config import UserError, choose
+from imp_jax import data, divergence, masking, pruning, records, repulsion, training
+from imp_jax.checkpoints import Checkpoints, Progress, Round
+from imp_jax.config import UserError
+from imp_jax.experiment import Experiment, in_round, in_words, setup
+from imp_jax.interruption import Interruption
 from imp_jax.masking import Mask
 from imp_jax.members import (
     ARMS,
     Member,
+    going_on,
     member_keys,
-    members_of,
+    members_in,
+    select,
     where_member,
     with_twins_as_imp,
     without_twins,
 )
+from imp_jax.recorder import Recorder
 from imp_jax.repulsion import Optima
 from imp_jax.training import Metrics, Variables
 
 
-class Experiment(NamedTuple):
-    """Everything a round needs that no round changes."""
-
-    config: ConfigDict
-    members: tuple[Member, ...]
-    dataset: data.Dataset  # on the device, unless it is streamed
-    recipe: training.Recipe
-    score: Callable[..., pruning.Scores]
-    learning_rates: Float[np.ndarray, "epochs steps"]
-
-
-def run(config: ConfigDict, workdir: str | os.PathLike) -> None:
+def run(config: ConfigDict, workdir: str | os.PathLike, interruption: Interruption | None = None) -> None:
     """Train all rounds of `config` into `workdir` and print a summary; `rounds` says what may be raised."""
-    trained = sum(1 for _ in rounds(config, workdir))
+    trained = sum(1 for _ in rounds(config, workdir, interruption))
     if not trained:
         print(f"{workdir} is finished: all {config.rounds} rounds were there, nothing to do")
     workdir = Path(workdir)
@@ -61,157 +52,94 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> None:
     print(f"results: {workdir / 'results.csv'}")
 
 
-def rounds(config: ConfigDict, workdir: str | os.PathLike) -> Iterator[list[records.Row]]:
+def rounds(
+    config: ConfigDict, workdir: str | os.PathLike, interruption: Interruption | None = None
+) -> Iterator[list[records.Row]]:
     """The rounds of `config` that `workdir` lacks: each one's rows of results.csv, once it is safely on disk.
 
     Raises, when the first round is asked for or later:
       UserError: anything wrong with the config, the data or the workdir, before any training and with
-        nothing overwritten; a loss that is not finite, with all earlier rounds kept.
+        nothing overwritten; a round that cannot be recorded, or diverges, with all earlier rounds kept.
+      Stopped: `interruption` has taken in a signal, and the training under way is saved up to here.
     """
+    interruption = interruption or Interruption()
     experiment = setup(config)
-    with contextlib.ExitStack() as stack:
-        workdir = stack.enter_context(records.open_workdir(workdir, config))
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir)))
-        finished = checkpoints.rounds()
-        results = records.Results(workdir, [row for number in finished for row in checkpoints.rows(number)])
-        if finished:
-            refresh_figure(results, workdir)  # a run that died may not have come to it
-        if len(finished) == config.rounds:
+    steps, saved_steps = experiment.learning_rates.size, _saved_steps(experiment)
+    with Recorder(experiment, workdir) as recorder:
+        first = recorder.finished[-1] + 1 if recorder.finished else 0
+        if first == config.rounds:
             return
-        if finished:
-            print(f"{workdir} has rounds 0 to {finished[-1]}; going on with round {finished[-1] + 1}")
-            last = checkpoints.restore(finished[-1])
-            with_twins = in_round(experiment, finished[-1])
-            masks, _ = prune(with_twins, finished[-1], last)
-            tickets = reset(with_twins, last)
-            optima = recall(experiment, map(checkpoints.restore, finished), masks)
+        if recorder.finished:
+            experiment, tickets, masks, optima = resume(experiment, recorder.checkpoints, recorder.rows)
         else:
             tickets = initialize(experiment)
-            masks = masking.ones_like(tickets["params"])
-            optima = None
-        print(_in_words(experiment, tickets["params"]))
-        first = len(finished)
-        events = records.Events(workdir, experiment.members, first_epoch=first * config.epochs + 1)
-        stack.enter_context(contextlib.closing(events))
-        display = stack.enter_context(records.Display(config.rounds, config.epochs, first))
-        recorder = stack.enter_context(ThreadPoolExecutor(max_workers=1))
+            masks, optima = masking.ones_like(tickets["params"]), None
+        progress = recorder.saved_progress(first, like=begin(in_round(experiment, first), tickets, masks))
+        step = progress.step if progress else 0
+        if first or step:
+            print(f"{workdir} has {_there(first)}; going on with round {first} at step {step} of {steps}")
+        print(in_words(experiment, tickets["params"]))
+        recorder.begin(first, step)
 
-        recorded = None
+        def on_chunk(of_round, number, now, metrics, seconds):
+            recorder.chunk(of_round, number, now, metrics.loss.size * config.batch_size, seconds)
+            _note(of_round, number, divergence.broken(now.seen), recorder)
+            if interruption.requested and now.step < steps:
+                recorder.progress(number, now, at_once=True)
+                raise interruption.stopped(f"in round {number} at step {now.step} of {steps}")
+            if now.step in saved_steps:
+                recorder.progress(number, now)
 
-        def on_epoch(number, epoch, metrics, seconds):
-            if recorded and recorded.done():
-                recorded.result()  # not to train on where nothing can be kept
-            done = number * config.epochs + epoch + 1
-            loss, accuracy = (metric.mean(0)[: len(experiment.members)] for metric in metrics)  # without twins
-            events.write(done, epoch_loss=loss, epoch_accuracy=accuracy)
-            display.epoch(number, epoch, metrics.loss.size * config.batch_size, seconds)
+        with interruption.deferred():
+            recorded = None
+            for number in range(first, config.rounds):
+                of_round = in_round(experiment, number)
+                watch = functools.partial(on_chunk, of_round, number)
+                networks, end = train(of_round, number, tickets, masks, optima, progress, watch)
+                masks, thresholds = prune(of_round, number, networks)
+                tickets = reset(of_round, networks)
+                rows = measure(of_round, number, networks, thresholds, end.seconds, optima)
 
-        def record(number, networks, rows):
-            try:
-                checkpoints.save(number, networks, rows)
-                results.append(rows)
-                refresh_figure(results, workdir)
-                events.write((number + 1) * config.epochs, **_columns(rows[: len(experiment.members)]))
-                events.flush()
-            except Exception as error:  # a full disk is an OSError to some writers, and not to others
-                raise UserError(
-                    f"cannot record round {number} in {workdir}: {data.in_one_line(error)}; the rounds before "
-                    f"it are kept, and once that is mended the same command goes on"
-                ) from error
-            images = len(rows) * experiment.learning_rates.size * config.batch_size
-            display.round(number, rows, images)
-            return rows
+                losses = [row["train_loss"] for row in rows]
+                diverged = divergence.found(end.seen, losses, experiment.dataset.num_classes, steps)
+                _note(of_round, number, diverged, recorder)
+                kept = [member for i, member in enumerate(of_round.members) if i not in diverged]
+                rows = [row for i, row in enumerate(rows) if i not in diverged]
+                networks = select(networks, of_round.members, kept)
+                tickets, masks, optima = select((tickets, masks, optima), experiment.members, going_on(kept))
+                experiment, progress = experiment._replace(members=going_on(kept)), None
 
-        for number in range(first, config.rounds):
-            start = time.perf_counter()
-            with_twins = in_round(experiment, number)
-            try:
-                networks = train(
-                    with_twins, number, tickets, masks, optima, functools.partial(on_epoch, number)
-                )
-                seconds = time.perf_counter() - start
-                masks, thresholds = prune(with_twins, number, networks)
-                tickets = reset(with_twins, networks)
-                rows = measure(with_twins, number, networks, thresholds, seconds, optima)
                 if number + 1 < config.rounds:
-                    optima = remember(experiment, optima, networks, masks)
-            except UserError:
+                    last = select(networks, kept, experiment.members)
+                    optima = remember(experiment, optima, last, masks)
                 if recorded:
-                    recorded.result()  # a round that could not be recorded is the graver news
-                raise
-            if recorded:
-                yield recorded.result()
-            recorded = recorder.submit(record, number, networks, rows)  # while the next round trains
-        yield recorded.result()
+                    yield recorded.result()
+                recorded = recorder.round(number, networks, rows, optima)  # while the next round trains
+                if interruption.requested:
+                    break
+            yield recorded.result()
 
 
-def refresh_figure(results: records.Results, workdir: Path) -> None:
-    """Draw figures/accuracy.png anew."""
-    figure = figures.to_bytes(figures.accuracy(results.table()))
-    records.write_atomically(workdir / "figures" / "accuracy.png", figure)
+def resume(
+    experiment: Experiment, checkpoints: Checkpoints, rows: Sequence[records.Row]
+) -> tuple[Experiment, Variables, Mask, Optima | None]:
+    """What the round after the last one of `checkpoints` starts from: its members, tickets, masks and optima.
 
-
-def setup(config: ConfigDict) -> Experiment:
-    """Check `config` and load what it names.
-
-    Raises:
-      UserError: see `config.validate`; an unknown name; a set that is absent or smaller than a batch; a
-        rewind step beyond the training.
+    Args:
+      rows: of results.csv, up to that last round.
     """
-    configs.validate(config)
-    arms = set(map(str, config.arms))
-    if not {"imp"} <= arms <= {"imp", "reinit"} or len(arms) < len(config.arms):
-        raise UserError(
-            f"arms is {config.arms}; it should hold imp, whose masks all arms use, and reinit or not, none "
-            f"twice, written as ('imp', 'reinit'); the rounds of twins are in instability.rounds"
-        )
-    score = choose(pruning.SCORES, "pruning.score", config.pruning.score)
-    optimizer = training.make_optimizer(config)
-    choose(training.SCHEDULES, "optimizer.schedule", config.optimizer.schedule)
-    models.find(config.model.name)
-
-    dataset = data.load(
-        config.dataset.name,
-        config.dataset.data_dir,
-        augmentation=config.dataset.augmentation,
-        image_side=config.dataset.image_side,
-        workers=config.dataset.workers,
-    )
-    examples = dataset.train.examples
-    if config.batch_size > examples:
-        raise UserError(
-            f"batch_size is {config.batch_size}; {config.dataset.name} has {examples} training images, "
-            f"so it should be at most {examples}"
-        )
-    learning_rates = training.learning_rates(config, steps_per_epoch=examples // config.batch_size)
-    if (config.rewind_step or 0) >= learning_rates.size:
-        raise UserError(
-            f"rewind_step is {config.rewind_step}; a training has {learning_rates.size} steps, "
-            f"so it should be at most {learning_rates.size - 1}"
-        )
-    model = models.create(config, dataset.num_classes, dataset.train.image_shape)
-    params = models.shapes(model, dataset.train.image_shape)["params"]
-    _require_layers(config.pruning.exclude, params)
-    return Experiment(
-        config=config,
-        members=members_of(config),
-        dataset=dataset,
-        recipe=training.Recipe(
-            model=model,
-            optimizer=optimizer,
-            normalize=data.statistics(dataset) if config.dataset.normalize else data.Normalize(),
-            augmentation=dataset.augmentation,
-            repulsion_strength=config.repulsion.strength,
-            execution=training.choose_execution(config, params),
-        ),
-        score=score,
-        learning_rates=learning_rates,
-    )
-
-
-def in_round(experiment: Experiment, number: int) -> Experiment:
-    """The experiment with all members of round `number`."""
-    return experiment._replace(members=members_of(experiment.config, number))
+    last = checkpoints.rounds()[-1]
+    members = members_in(rows, last)
+    experiment = experiment._replace(members=going_on(members))
+    networks = select(checkpoints.restore(last), members, experiment.members)
+    masks, _ = prune(experiment, last, networks)
+    optima = None
+    if experiment.config.repulsion.strength:
+        optima = checkpoints.optima(last)
+        if optima is None:
+            finished = ((members_in(rows, number), checkpoints.restore(number)) for number in range(last + 1))
+            optima = recall(experiment, finished, masks)
+    return experiment, reset(experiment, networks), masks, optima
 
 
 def initialize(experiment: Experiment) -> Variables:
@@ -225,14 +153,22 @@ def initialize(experiment: Experiment) -> Variables:
     return jax.jit(jax.vmap(lambda key: dict(experiment.recipe.model.init(key, image, train=False))))(keys)
 
 
+def begin(experiment: Experiment, tickets: Variables, masks: Mask) -> Progress:
+    """The beginning of a round's training: its tickets θ⊙m and fresh optimizers, of all members."""
+    tickets, masks = with_twins_as_imp(experiment.members, (tickets, masks))
+    states = training.init_states(tickets, masks, optimizer=experiment.recipe.optimizer)
+    return Progress(0, tickets, states, divergence.nothing_seen(len(experiment.members)), 0.0)
+
+
 def train(
     experiment: Experiment,
     number: int,
     tickets: Variables,
     masks: Mask,
     optima: Optima | None = None,
-    on_epoch: Callable[[int, Metrics, float], None] = lambda epoch, metrics, seconds: None,
-) -> Round:
+    progress: Progress | None = None,
+    on_chunk: Callable[[Progress, Metrics, float], None] = lambda progress, metrics, seconds: None,
+) -> tuple[Round, Progress]:
     """Train the tickets of round `number`, θ⊙m for all members, to the end.
 
     `tickets`, `masks` and `optima` are those of all members but twins, which share imp's. `optima`, of earlier
@@ -243,51 +179,55 @@ def train(
     those rounds is dropped, beside the control, which always starts from its random initialisation (ours).
 
     Args:
-      on_epoch: called after each epoch with its index, its metrics as NumPy arrays, and its seconds.
+      progress: where to go on, if not at the beginning.
+      on_chunk: called after each epoch, or part of one where the host has something to do, with where the
+        training stands, the metrics of the chunk's steps as NumPy arrays, and its seconds. The next chunk takes
+        the states for its own: they are to be copied to be kept.
 
-    Raises:
-      UserError: a loss that is not finite.
+    Returns: the networks, and what else is known at the end.
     """
     config, recipe, split = experiment.config, experiment.recipe, experiment.dataset.train
     epochs, steps = experiment.learning_rates.shape
-    rewind_step = config.rewind_step or 0
     rewound = jnp.array([member.arm in ("imp", "twin") for member in experiment.members])
-    tickets, masks, optima = with_twins_as_imp(experiment.members, (tickets, masks, optima))
+    now = progress or begin(experiment, tickets, masks)
+    now = now._replace(**jax.tree.map(jnp.asarray, {"tickets": now.tickets, "states": now.states}))
+    masks, optima = with_twins_as_imp(experiment.members, (masks, optima))
     optima = jax.tree.map(jnp.asarray, optima)  # from the host
     keys = member_keys(
         experiment.members, experiment.config.seed, lambda member: ["data", ARMS[member.arm], number]
     )
-
     if isinstance(split, data.Streamed):
-        batches = split.training_batches(np.asarray(jax.random.key_data(keys)), epochs, config.batch_size)
+        seeds = np.asarray(jax.random.key_data(keys))
+        batches = split.training_batches(seeds, epochs, config.batch_size, first_step=now.step)
 
-    states = training.init_states(tickets, masks, optimizer=recipe.optimizer)
-    for epoch in range(epochs):
+    for first, last in _chunks(experiment):
+        if first < now.step:
+            continue
         start = time.perf_counter()
-        pieces = []
-        cut = rewind_step - epoch * steps
-        for first, last in [(0, cut), (cut, steps)] if 0 < cut < steps else [(0, steps)]:
-            if rewind_step > 0 and first == cut:
-                if number == 0:
-                    states = with_twins_as_imp(experiment.members, states)  # they part at step k
-                    tickets = where_member(rewound, states.variables, tickets)
-                else:
-                    fresh = training.init_states(tickets, masks, optimizer=recipe.optimizer)
-                    states = where_member(rewound, fresh, states)
-            rates = experiment.learning_rates[epoch, first:last]
-            if isinstance(split, data.Streamed):
-                states, metrics = training.train_on_stream(states, masks, batches, rates, optima, recipe=recipe)
+        tickets, states = now.tickets, now.states
+        if first > 0 and first == config.rewind_step:
+            if number == 0:
+                states = with_twins_as_imp(experiment.members, states)  # they part at step k
+                tickets = where_member(rewound, states.variables, tickets)
             else:
-                options = {"batch_size": config.batch_size, "recipe": recipe}
-                states, metrics = training.train_steps(
-                    states, masks, split, keys, epoch, first, rates, optima, **options
-                )
-            pieces.append(metrics)
-        metrics = jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)  # the one wait for the device
-        _require_finite(experiment, number, epoch * steps, metrics.loss)
-        on_epoch(epoch, metrics, time.perf_counter() - start)
-    initial = {**tickets, "params": masking.apply(tickets["params"], masks)}
-    return Round(initial, states.variables, masks)
+                fresh = training.init_states(tickets, masks, optimizer=recipe.optimizer)
+                states = where_member(rewound, fresh, states)
+        rates = experiment.learning_rates.ravel()[first:last]
+        if isinstance(split, data.Streamed):
+            states, metrics = training.train_on_stream(states, masks, batches, rates, optima, recipe=recipe)
+        else:
+            epoch, step = divmod(first, steps)
+            options = {"batch_size": config.batch_size, "recipe": recipe}
+            states, metrics = training.train_steps(
+                states, masks, split, keys, epoch, step, rates, optima, **options
+            )
+        metrics = jax.tree.map(np.asarray, metrics)  # the one wait for the device
+        seconds = time.perf_counter() - start
+        seen = divergence.see(now.seen, metrics.loss, metrics.accuracy, first, steps)
+        now = Progress(last, tickets, states, seen, now.seconds + seconds)
+        on_chunk(now, metrics, seconds)
+    initial = {**now.tickets, "params": masking.apply(now.tickets["params"], masks)}
+    return Round(initial, now.states.variables, masks), now
 
 
 def prune(experiment: Experiment, number: int, networks: Round) -> tuple[Mask, Float[np.ndarray, " members"]]:
@@ -322,27 +262,33 @@ def reset(experiment: Experiment, networks: Round) -> Variables:
 def remember(experiment: Experiment, optima: Optima | None, networks: Round, masks: Mask) -> Optima | None:
     """The earlier optima for the round that trains under `masks`: `optima` and `networks`, the last result.
 
-    Each arm remembers its own (ours for the control), twins none. None without repulsion.
+    All lead with the members of that round, without twins. Each arm remembers its own (ours for the control).
+    None without repulsion.
     """
     config = experiment.config
     if not config.repulsion.strength:
         return None
-    arms = slice(len(members_of(config)))  # without twins, which come last
-    trained, masks = jax.tree.map(lambda leaf: leaf[arms], (networks.trained["params"], masks))
     most = 1 if config.repulsion.memory == "last" else config.rounds - 1
-    return repulsion.remember(optima, trained, masks, most=most, dtype=config.repulsion.dtype)
+    return repulsion.remember(
+        optima, networks.trained["params"], masks, most=most, dtype=config.repulsion.dtype
+    )
 
 
-def recall(experiment: Experiment, finished: Iterable[Round], masks: Mask) -> Optima | None:
-    """What `remember` had come to after all of `finished`, when the next round trains under `masks`."""
-    if not experiment.config.repulsion.strength:
-        return None
-    optima, finished = None, iter(finished)
-    networks = next(finished)
-    for after in finished:
-        optima = remember(experiment, optima, networks, after.mask)
-        networks = after
-    return remember(experiment, optima, networks, masks)
+def recall(
+    experiment: Experiment, finished: Iterable[tuple[Sequence[Member], Round]], masks: Mask
+) -> Optima | None:
+    """What `remember` had come to after all of `finished`, for the members of `experiment` under `masks`.
+
+    Args:
+      finished: the rounds from the first on, each with the members that lead its networks.
+    """
+    optima, before = None, None
+    for members, networks in finished:
+        networks = select(networks, members, experiment.members)
+        if before:
+            optima = remember(experiment, optima, before, networks.mask)
+        before = networks
+    return remember(experiment, optima, before, masks)
 
 
 def measure(
@@ -356,14 +302,10 @@ def measure(
     """Evaluate the trained networks on both splits: the rows of results.csv of a round trained in `seconds`.
 
     With repulsion, J_r at the end of training too, and the mean cosine with the `optima` the round knew of.
-
-    Raises:
-      UserError: a training loss that is not finite, left by the last step.
     """
     dataset, recipe = experiment.dataset, experiment.recipe
     train_loss, train_correct = training.evaluate(networks.trained, dataset.train, recipe=recipe)
     test_loss, test_correct = training.evaluate(networks.trained, dataset.test, recipe=recipe)
-    _require_finite(experiment, number, experiment.learning_rates.size, np.asarray(train_loss)[None])
     exclude = tuple(experiment.config.pruning.exclude)
     prunable_weights = masking.size(networks.mask, exclude) // len(experiment.members)
     columns = {
@@ -403,48 +345,40 @@ def _survivors(masks, exclude):
     return jax.vmap(lambda mask: masking.survivors(mask, exclude))(masks)
 
 
-def _in_words(experiment, params):
-    """The network and its data, for the terminal."""
-    config, members = experiment.config, len(experiment.members)
-    twins = [str(n) for n in sorted(set(config.instability.rounds)) if n < config.rounds]
-    trained = f"{members} member{'s' * (members > 1)}"
-    if twins:
-        trained += f", with {config.replicates} more in round{'s' * (len(twins) > 1)} {', '.join(twins)}"
-    count = sum(leaf.size for leaf in jax.tree.leaves(params)) // members
-    weights = masking.size(params, config.pruning.exclude) // members
-    height, width, channels = experiment.dataset.train.image_shape
-    return (
-        f"{config.model.name} on {config.dataset.name} ({height} × {width} × {channels}): "
-        f"{count:,} parameters, {weights:,} of them weights to prune; {trained}"
-    )
+def _saved_steps(experiment):
+    """The steps of a training at which its state is saved."""
+    config, steps = experiment.config, experiment.learning_rates.size
+    every = [config.checkpoint_every_epochs * experiment.learning_rates.shape[1]]
+    if isinstance(experiment.dataset.train, data.Streamed):
+        every.append(config.checkpoint_every_steps)
+    return {step for n in every for step in range(n, steps, n)}
 
 
-def _require_layers(patterns, params):
-    """Refuse a pattern of `pruning.exclude` that names no layer with weights, or patterns that name all."""
-    prunable = [masking.prunable(params, exclude) for exclude in ((), patterns, *([p] for p in patterns))]
-    for pattern, rest in zip(patterns, prunable[2:], strict=True):
-        if rest == prunable[0]:
+def _chunks(experiment):
+    """A training as pairs of steps, from and to: cut at the ends of epochs, and where the host has to act."""
+    epochs, steps = experiment.learning_rates.shape
+    cuts = {*range(0, epochs * steps + 1, steps), experiment.config.rewind_step or 0, *_saved_steps(experiment)}
+    return itertools.pairwise(sorted(cuts))
+
+
+def _note(experiment, number, diverged, recorder):
+    """Record who has diverged, and stop the run if the config says so or no ticket is left."""
+    config, members = experiment.config, experiment.members
+    for index, (step, what) in diverged.items():
+        member = members[index]
+        recorder.divergence(number, member, step, what)
+        if config.on_divergence == "stop":
             raise UserError(
-                f"pruning.exclude has {pattern!r}, which names no layer to prune; there are {', '.join(params)}"
+                f"{what} in round {number}, arm {member.arm}, replicate {member.replicate}, at step {step} "
+                f"of the training; {_there(number)} on disk; a lower optimizer.learning_rate "
+                f"({config.optimizer.learning_rate}) or a warm-up may help, and "
+                f"--config.on_divergence=drop goes on with the other members"
             )
-    if not any(jax.tree.leaves(prunable[1])):
-        raise UserError(f"pruning.exclude is {patterns}; it should leave some of {', '.join(params)} to prune")
-
-
-def _require_finite(experiment, number, first_step, losses):
-    """Raise on the first loss of `losses` [steps, members] that is nan or infinite."""
-    broken = np.argwhere(~np.isfinite(losses))
-    if len(broken):
-        step, index = broken[0]
-        member = experiment.members[index]
-        kept = f"rounds 0 to {number - 1} are kept" if number else "no round was finished"
+    if not going_on([member for i, member in enumerate(members) if i not in diverged]):
         raise UserError(
-            f"the loss became {losses[step, index]} in round {number}, arm {member.arm}, replicate "
-            f"{member.replicate}, at step {first_step + step} of the training; {kept}; a lower "
-            f"optimizer.learning_rate ({experiment.config.optimizer.learning_rate}) or a warm-up may help"
+            f"no ticket is left: all have diverged, the last in round {number}; see divergences.csv"
         )
 
 
-def _columns(rows: list[records.Row]) -> dict[str, list[float]]:
-    names = [name for name in rows[0] if name not in ("replicate", "arm", "round")]
-    return {name: [row[name] for row in rows] for name in names}
+def _there(number):
+    return f"rounds 0 to {number - 1}" if number else "no whole round"

@@ -21,8 +21,9 @@ _WORKDIR = flags.DEFINE_string(
 
 
 def main(argv):
-    logging.set_verbosity(logging.ERROR)  # orbax and TFDS tell of every file
+    logging.set_verbosity(logging.FATAL)  # orbax and TFDS tell of every file, and what they raise is said below
     from imp_jax.config import UserError  # not before the flags are parsed: --help needs no JAX
+    from imp_jax.interruption import Interruption, Stopped
 
     try:
         if argv[1:]:
@@ -33,13 +34,14 @@ def main(argv):
             raise UserError("--workdir is missing; say where to keep the run, such as --workdir=runs/mnist5k")
         from imp_jax import analysis, imp
 
-        imp.run(_CONFIG.value, _WORKDIR.value)
-        analysis.run(_WORKDIR.value)
+        with Interruption() as interruption:
+            imp.run(_CONFIG.value, _WORKDIR.value, interruption)
+            analysis.run(_WORKDIR.value)
     except UserError as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on after the last finished round", file=sys.stderr)
-        sys.exit(130)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(128 + stopped.number)
 
 
 def parse_flags(argv):

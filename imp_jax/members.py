@@ -4,7 +4,7 @@ Members lead every batched tree, arm by arm, the twins of a round last: they sha
 its earlier optima), and no later round knows of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,10 +23,33 @@ class Member(NamedTuple):
     replicate: int
 
 
-def members_of(config: ConfigDict, number: int | None = None) -> tuple[Member, ...]:
-    """The members of every round, or of round `number`: last among them, where the config asks, are twins."""
-    arms = (*config.arms, *(["twin"] if number in config.instability.rounds else []))
-    return tuple(Member(arm, replicate) for arm in arms for replicate in range(config.replicates))
+def members_of(config: ConfigDict) -> tuple[Member, ...]:
+    """The members that a run starts with; twins are of single rounds."""
+    return tuple(Member(arm, replicate) for arm in config.arms for replicate in range(config.replicates))
+
+
+def with_twins(members: Sequence[Member], config: ConfigDict, number: int) -> tuple[Member, ...]:
+    """`members` in round `number`: last among them, where the config asks, a twin of each imp."""
+    asked = number in config.instability.rounds
+    return (*members, *(Member("twin", m.replicate) for m in members if asked and m.arm == "imp"))
+
+
+def members_in(rows: Iterable[dict[str, Any]], number: int) -> tuple[Member, ...]:
+    """The members whose networks round `number` left, of rows of results.csv."""
+    return tuple(Member(row["arm"], row["replicate"]) for row in rows if row["round"] == number)
+
+
+def going_on(members: Sequence[Member]) -> tuple[Member, ...]:
+    """Those of a round's members that the next one trains: with an imp, whose mask they use, and no twins."""
+    return tuple(m for m in members if m.arm != "twin" and Member("imp", m.replicate) in members)
+
+
+def select(tree: PyTree[Array], members: Sequence[Member], wanted: Sequence[Member]) -> PyTree[Array]:
+    """`tree`, whose leaves lead with `members`, with the leaves of those `wanted` only."""
+    if tuple(members) == tuple(wanted):
+        return tree
+    source = np.array([members.index(member) for member in wanted])
+    return jax.tree.map(lambda leaf: leaf[source], tree)
 
 
 def member_keys(
@@ -60,5 +83,4 @@ def with_twins_as_imp(members: Sequence[Member], tree: PyTree[Array]) -> PyTree[
 
 def without_twins(members: Sequence[Member], tree: PyTree[Array]) -> PyTree[Array]:
     """`tree`, of all members, without the leaves of the twins."""
-    others = sum(member.arm != "twin" for member in members)  # twins come last
-    return tree if others == len(members) else jax.tree.map(lambda leaf: leaf[:others], tree)
+    return select(tree, members, [member for member in members if member.arm != "twin"])

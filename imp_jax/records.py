@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from imp_jax import config as configs
 from imp_jax.config import UserError
@@ -147,36 +149,52 @@ def _to_csv(rows, header=False):
 
 
 class Events:
-    """TensorBoard event files, a folder a member under `events`; the step is the epoch since the run began."""
+    """TensorBoard event files, a folder a member under `events`; the step is the epoch since the run began.
 
-    def __init__(self, workdir: Path, members: Sequence[tuple[str, int]], first_epoch: int):
-        self._writers = [
-            # purge_step makes TensorBoard forget what a run that was cut off had written past this point
-            SummaryWriter(str(workdir / "events" / f"{arm}-{replicate}"), purge_step=first_epoch)
-            for arm, replicate in members
-        ]
+    Written where it is called: tensorboardX's own thread dies of a full disk, and its queue then blocks.
+    """
 
-    def write(self, epoch: int, **values: Sequence[float]) -> None:
-        """Write each named scalar of each member at the end of `epoch`."""
-        for name, scalars in values.items():
-            for writer, scalar in zip(self._writers, scalars, strict=True):
-                writer.add_scalar(name, float(scalar), epoch)
+    def __init__(self, workdir: Path, first_epoch: int):
+        """`first_epoch`: TensorBoard forgets what a run that was cut off had written from there on."""
+        self._folder, self._first_epoch = workdir / "events", first_epoch
+        self._writers: dict[tuple[str, int], EventsWriter] = {}
+
+    def write(
+        self, epoch: int, members: Sequence[tuple[str, int]], scalars: Mapping[str, Sequence[float]]
+    ) -> None:
+        """Write each named scalar of each member at the end of `epoch`; twins have no file."""
+        for i, (arm, replicate) in enumerate(members):
+            if arm != "twin":
+                values = [Summary.Value(tag=name, simple_value=of[i]) for name, of in scalars.items()]
+                event = Event(wall_time=time.time(), step=epoch, summary=Summary(value=values))
+                self._writer(arm, replicate).write_event(event)
 
     def flush(self) -> None:
-        for writer in self._writers:
+        for writer in self._writers.values():
             writer.flush()
 
     def close(self) -> None:
-        for writer in self._writers:
-            writer.close()
+        for writer in self._writers.values():
+            with contextlib.suppress(OSError):  # of a full disk the run has said already
+                writer.close()
+
+    def _writer(self, *member):
+        if member not in self._writers:
+            folder = self._folder / "{}-{}".format(*member)
+            folder.mkdir(parents=True, exist_ok=True)
+            writer = EventsWriter(str(folder / "events"), filename_suffix=f".{time.time_ns()}")
+            writer.write_event(Event(step=self._first_epoch, session_log=SessionLog(status=SessionLog.START)))
+            self._writers[member] = writer
+        return self._writers[member]
 
 
 class Display:
     """Progress: live on a terminal, one line a round elsewhere. Use as a context manager."""
 
-    def __init__(self, rounds: int, epochs: int, first_round: int):
+    def __init__(self, rounds: int, steps: int, first_step: int):
+        """`steps` a round; the run goes on from `first_step`, counted from its beginning."""
         self._console = Console(soft_wrap=True)
-        self._rounds, self._epochs, self._first_epoch = rounds, epochs, first_round * epochs
+        self._rounds, self._steps, self._first_step = rounds, steps, first_step
         self._accuracies = ""
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -192,8 +210,8 @@ class Display:
         self._progress.start()
         self._task = self._progress.add_task(
             "compiling",
-            total=self._rounds * self._epochs,
-            completed=self._first_epoch,
+            total=self._rounds * self._steps,
+            completed=self._first_step,
             speed=0.0,
             left="–",
             accuracies="",
@@ -204,14 +222,14 @@ class Display:
     def __exit__(self, *_):
         self._progress.stop()
 
-    def epoch(self, number: int, epoch: int, images: int, seconds: float) -> None:
-        """Epoch `epoch` of round `number` has trained on `images` images, of all members, in `seconds`."""
+    def chunk(self, number: int, step: int, images: int, seconds: float) -> None:
+        """Round `number` has come to `step`, the last `images` images, of all members, in `seconds`."""
         self._progress.update(
             self._task,
-            completed=number * self._epochs + epoch + 1,
-            description=f"round {number}/{self._rounds - 1} epoch {epoch + 1}/{self._epochs}",
+            completed=number * self._steps + step,
+            description=f"round {number}/{self._rounds - 1} {step / self._steps:4.0%}",
             speed=images / seconds,
-            left=self._left(number * self._epochs + epoch + 1),
+            left=self._left(number * self._steps + step),
             accuracies=self._accuracies,
         )
 
@@ -224,13 +242,13 @@ class Display:
             self._console.print(
                 f"round {number}/{self._rounds - 1}  density {rows[0]['density']:.2%}  "
                 f"test accuracy {self._accuracies}  {images / rows[0]['seconds']:,.0f} images/s  "
-                f"{rows[0]['seconds']:.1f} s  {self._left((number + 1) * self._epochs)} left",
+                f"{rows[0]['seconds']:.1f} s  {self._left((number + 1) * self._steps)} left",
                 highlight=False,
             )
 
-    def _left(self, epochs_done):
-        rate = (time.perf_counter() - self._start) / max(epochs_done - self._first_epoch, 1)
-        minutes, seconds = divmod(round(rate * (self._rounds * self._epochs - epochs_done)), 60)
+    def _left(self, step):
+        rate = (time.perf_counter() - self._start) / max(step - self._first_step, 1)
+        minutes, seconds = divmod(round(rate * (self._rounds * self._steps - step)), 60)
         return f"{minutes}:{seconds:02}"
 
 

@@ -97,7 +97,7 @@ def remember(
         shape, count = optima.shape, int(np.max(optima.count))
         earlier = list(zip(*map(jax.tree.leaves, (optima.positions, optima.values)), strict=True))
     kept = min(count, most - 1)
-    needed = [int(mask.sum(1).max()) for mask in masks]
+    needed = [max(1, int(mask.sum(1).max())) for mask in masks]  # Orbax saves no empty arrays
     rows, *slots = store_shape(shape, kept + 1, most, needed, sum(leaf.shape[1] for leaf in leaves))
 
     all_positions, all_values = [], []

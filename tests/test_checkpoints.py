@@ -1,63 +1,232 @@
+import random
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from imp_jax.checkpoints import Checkpoints, Round
+from imp_jax import divergence, repulsion
+from imp_jax.checkpoints import Checkpoints, DamagedError, Progress, Round
 from imp_jax.config import UserError
+from imp_jax.training import TrainState
+
+ROWS = [{"replicate": 0, "arm": "imp", "round": 0, "threshold": 0.1234567, "cosine": float("nan")}]
+STEPS = 10  # of a training
 
 
-def networks(key):
-    params = {"Dense_0": {"kernel": jax.random.normal(key, (2, 3, 4)), "bias": jnp.zeros((2, 4))}}
+def networks(seed=0):
+    params = {
+        "Dense_0": {"kernel": jax.random.normal(jax.random.key(seed), (2, 3, 4)), "bias": jnp.zeros((2, 4))}
+    }
     variables = {"params": params, "batch_stats": {"norm": {"mean": jnp.arange(2.0)}}}
     mask = jax.tree.map(lambda p: p > 0, params)
     return Round(initial=variables, trained=jax.tree.map(lambda x: 2 * x, variables), mask=mask)
 
 
-def test_a_round_comes_back_as_it_went(tmp_path):
+def progress(step, seed=0):
+    variables = networks(seed).trained
+    optimizer = optax.chain(optax.trace(0.9), optax.scale_by_adam())
+    state = TrainState(
+        variables["params"], {"batch_stats": variables["batch_stats"]}, optimizer.init(variables["params"])
+    )
+    return Progress(step, networks(seed).initial, state, divergence.nothing_seen(2), 1.5 * step)
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    rows = [{"replicate": 0, "arm": "imp", "round": 0, "threshold": 0.1234567}]
     checkpoints = Checkpoints(tmp_path)
+    yield checkpoints
+    checkpoints.close()
+
+
+@pytest.fixture
+def reopened(tmp_path):
+    """A function that opens the folder as a later process would."""
+    opened = []
+
+    def reopen():
+        opened.append(Checkpoints(tmp_path))
+        return opened[-1]
+
+    yield reopen
+    for checkpoints in opened:
+        checkpoints.close()
+
+
+def assert_same(got, expected):
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, got, expected)
+    dtypes = [[jnp.asarray(leaf).dtype for leaf in jax.tree.leaves(tree)] for tree in (got, expected)]
+    assert dtypes[0] == dtypes[1]
+
+
+def test_a_round_comes_back_as_it_went(checkpoints, reopened):
     assert checkpoints.rounds() == []
-    saved = [networks(key) for key in jax.random.split(jax.random.key(0), 2)]
     for number in range(2):
-        checkpoints.save(number, saved[number], rows)
-    checkpoints.close()
-
-    again = Checkpoints(tmp_path)
+        checkpoints.save(number, networks(number), ROWS * (number + 1))
+    again = reopened()
     assert again.rounds() == [0, 1]
-    assert again.rows(1) == rows
+    assert str(again.rows(1)) == str(ROWS * 2)  # nan, which is not equal to itself, included
     for number in range(2):
-        got = again.restore(number)
-        assert jax.tree.structure(got) == jax.tree.structure(saved[number])
-        jax.tree.map(np.testing.assert_array_equal, got, saved[number])
-        assert jax.tree.map(lambda x: x.dtype, got) == jax.tree.map(lambda x: x.dtype, saved[number])
-    again.close()
+        assert_same(again.restore(number), networks(number))
+        assert again.optima(number) is None
 
 
-def test_another_format_is_refused_in_words(tmp_path, monkeypatch):
-    (tmp_path / "checkpoints").mkdir()
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(0, networks(jax.random.key(0)), [])
-    monkeypatch.setattr("imp_jax.checkpoints.FORMAT", 2)
-    with pytest.raises(UserError, match=r"checkpoints/0 has format 1, of imp_jax .*, which reads format 2"):
-        checkpoints.rounds()
-    checkpoints.close()
-    shutil.rmtree(tmp_path / "checkpoints" / "0" / "version")
-    again = Checkpoints(tmp_path)
-    with pytest.raises(UserError, match=r"checkpoints/0 has no format number; this is imp_jax"):
-        again.rounds()
-    again.close()
+def test_optima_come_back_as_they_went(checkpoints, reopened):
+    params = networks().trained["params"]
+    optima = repulsion.remember(None, params, networks().mask, most=3, dtype="bfloat16")
+    checkpoints.save(0, networks(), ROWS, optima)
+    got = reopened().optima(0)
+    assert_same(got, optima)
+    assert got.shape == optima.shape
 
 
-def test_a_round_cut_off_while_being_written_is_not_there(tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(0, networks(jax.random.key(0)), [])
-    checkpoints.close()
-    (tmp_path / "checkpoints" / "1.orbax-checkpoint-tmp").mkdir()
-    again = Checkpoints(tmp_path)
+def test_the_state_of_a_round_comes_back_as_it_went(checkpoints, reopened):
+    assert checkpoints.progress(0, progress(0), STEPS) is None
+    for step in (3, 7):
+        checkpoints.save_progress(4, progress(step, seed=step), STEPS)
+    again = reopened()
+    got = again.progress(4, like=progress(0), steps=STEPS)
+    assert (got.step, got.seconds) == (7, 10.5)
+    assert_same(got, progress(7, seed=7))
+    assert again.progress(3, progress(0), STEPS) is again.progress(5, progress(0), STEPS) is None
+    again.discard_progress()
+    assert again.progress(4, progress(0), STEPS) is None
+    again.save_progress(0, progress(1), STEPS)  # an earlier one than before
+    assert again.progress(0, progress(0), STEPS).step == 1
+
+
+def test_another_format_is_refused_in_words(checkpoints, reopened, monkeypatch):
+    checkpoints.save(0, networks(), ROWS)
+    checkpoints.save_progress(1, progress(3), STEPS)
+    monkeypatch.setattr("imp_jax.checkpoints.FORMAT", 3)
+    again = reopened()
+    for read in (lambda: again.restore(0), lambda: again.mend(), lambda: again.progress(1, progress(0), STEPS)):
+        with pytest.raises(UserError, match=r"has format 2, of imp_jax .*, which reads format 3") as error:
+            read()
+        assert not isinstance(error.value, DamagedError)
     assert again.rounds() == [0]
-    again.close()
+
+
+def truncate(path, draw):
+    content = path.read_bytes()
+    path.write_bytes(content[: draw.randrange(len(content))])
+
+
+def flip(path, draw):
+    content = bytearray(path.read_bytes())
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    path.write_bytes(content)
+
+
+def delete(path, draw):
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, delete])
+def test_whatever_happens_to_a_file_no_other_bits_are_read(checkpoints, tmp_path, reopened, damage):
+    """Each file of a checkpoint in turn: it is either said to be damaged, or read as it was written."""
+    for number in range(2):
+        checkpoints.save(number, networks(number), ROWS)
+    folder, whole = tmp_path / "checkpoints" / "1", tmp_path / "whole"
+    shutil.copytree(folder, whole)
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.stat().st_size)
+    files = [path for path in files if (folder / path).is_file()]
+    draw, found = random.Random(0), 0
+    for path in files:
+        damage(folder / path, draw)
+        again = reopened()
+        said = again.mend()
+        if said:
+            found += 1
+            assert said[0].startswith(f"the checkpoint {folder} is damaged: ")
+            place = tmp_path / "set-aside" / ("checkpoints-1" if found == 1 else f"checkpoints-1-{found}")
+            assert said[0].endswith(f"it is set aside as {place}")
+            assert again.rounds() == [0]
+        else:
+            assert_same(again.restore(1), networks(1))
+            assert str(again.rows(1)) == str(ROWS)
+            shutil.rmtree(folder)
+        assert_same(again.restore(0), networks(0))
+        shutil.copytree(whole, folder)
+    assert found >= 4  # arrays, rows, version; Orbax keeps notes that nothing depends on
+    assert len(list((tmp_path / "set-aside").iterdir())) == found
+
+
+def test_a_damaged_state_is_said_and_can_be_set_aside(checkpoints, tmp_path, reopened):
+    checkpoints.save_progress(2, progress(3), STEPS)
+    data = max((tmp_path / "progress" / "23").rglob("*"), key=lambda path: path.stat().st_size)
+    flip(data, random.Random(0))
+    again = reopened()
+    with pytest.raises(DamagedError, match="progress/23 is damaged"):
+        again.progress(2, progress(0), STEPS)
+    assert again.set_progress_aside() == tmp_path / "set-aside" / "progress-23"
+    assert again.progress(2, progress(0), STEPS) is None
+    again.save_progress(2, progress(1), STEPS)
+    assert again.progress(2, progress(0), STEPS).step == 1
+
+
+def test_several_damaged_rounds_are_set_aside_but_not_all(checkpoints, tmp_path, reopened):
+    for number in range(3):
+        checkpoints.save(number, networks(number), ROWS)
+    for number in (1, 2):
+        shutil.rmtree(tmp_path / "checkpoints" / str(number) / "networks")
+    again = reopened()
+    assert len(again.mend()) == 2
+    assert again.rounds() == [0]
+    again.save(1, networks(1), ROWS)  # the run goes on
+    for number in (0, 1):
+        shutil.rmtree(tmp_path / "checkpoints" / str(number) / "rows")
+    with pytest.raises(UserError, match=r"none of the 2 rounds can be read; the checkpoint .*/1 is damaged"):
+        reopened().mend()
+    assert reopened().rounds() == [0, 1]
+
+
+def test_what_a_crash_left_half_written_is_not_there_and_goes(checkpoints, tmp_path, reopened):
+    checkpoints.save(0, networks(), ROWS)
+    (tmp_path / "progress").mkdir()
+    halves = [
+        tmp_path / "checkpoints" / "1.orbax-checkpoint-tmp",
+        tmp_path / "progress" / "3.orbax-checkpoint-tmp-9",
+    ]
+    halves.append(tmp_path / "checkpoints" / "0.dropped")
+    for half in halves:
+        half.mkdir()
+    again = reopened()
+    assert again.rounds() == [0]
+    assert all(half.exists() for half in halves)  # only who holds the workdir may mend it
+    assert again.mend() == []
+    assert not any(half.exists() for half in halves)
+
+
+def test_the_ends_are_the_first_and_the_last_two(checkpoints, reopened):
+    for number in range(6):
+        checkpoints.save(number, networks(number), ROWS)
+        checkpoints.keep_ends()
+        kept = sorted({0, max(number - 1, 0), number})
+        assert checkpoints.rounds() == reopened().rounds() == kept
+    assert_same(checkpoints.restore(4), networks(4))
+
+
+def test_nothing_that_is_read_can_run_code(checkpoints, tmp_path, reopened, monkeypatch):
+    """No checkpoint, result or table is unpickled."""
+    import pickle
+
+    import pandas as pd
+
+    def refuse(*_, **__):
+        raise AssertionError("something was unpickled")
+
+    checkpoints.save(0, networks(), ROWS)
+    checkpoints.save_progress(1, progress(3), STEPS)
+    pd.DataFrame(ROWS).to_csv(tmp_path / "results.csv")
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    again = reopened()
+    assert_same(again.restore(0), networks())
+    again.rows(0)
+    again.progress(1, progress(0), STEPS)
+    pd.read_csv(tmp_path / "results.csv")

@@ -1,6 +1,9 @@
 """The rounds: tickets, masks, rewinding, replicates, resuming. A tiny network stands in for LeNet."""
 
+import contextlib
 import itertools
+import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from imp_jax import checkpoints, connectivity, data, imp, masking, pruning, repulsion, training
+from imp_jax import analysis, checkpoints, connectivity, data, imp, masking, pruning, repulsion, training
 from imp_jax import config as configs
 from imp_jax.config import UserError
-from imp_jax.members import ARMS, Member, member_keys, members_of
+from imp_jax.interruption import Interruption, Stopped
+from imp_jax.members import ARMS, Member, member_keys
 from tests import folders
 
 
@@ -20,7 +24,7 @@ def train_all(experiment, rounds=3):
     tickets = imp.initialize(experiment)
     masks = masking.ones_like(tickets["params"])
     for number in range(rounds):
-        networks = imp.train(experiment, number, tickets, masks)
+        networks, _ = imp.train(experiment, number, tickets, masks)
         masks, thresholds = imp.prune(experiment, number, networks)
         tickets = imp.reset(experiment, networks)
         yield networks, thresholds
@@ -205,7 +209,7 @@ def test_rounds_share_one_compilation(tiny_experiment, compilations, execution):
     masks = masking.ones_like(tickets["params"])
     counts = []
     for number in range(4):
-        networks = imp.train(experiment, number, tickets, masks)
+        networks, _ = imp.train(experiment, number, tickets, masks)
         masks, thresholds = imp.prune(experiment, number, networks)
         imp.measure(experiment, number, networks, thresholds, seconds=0.0)
         tickets = imp.reset(experiment, networks)
@@ -234,19 +238,12 @@ def test_measured_rows(tiny_experiment):
         assert row["seconds"] == 1.235
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_place(tiny_experiment):
-    experiment = tiny_experiment(**{"optimizer.name": "sgd", "optimizer.learning_rate": 1e30})
-    with pytest.raises(
-        UserError, match=r"loss became nan in round 0, arm imp, replicate [01], at step [1-9] of"
-    ):
-        list(train_all(experiment))
-
-
 def test_the_step_of_a_broken_loss_counts_from_the_start_of_the_training(tiny_experiment):
     experiment = tiny_experiment()
     experiment.learning_rates[1] = np.inf  # the second epoch of 5 steps
-    with pytest.raises(UserError, match=r"at step 6 of the training"):
-        list(train_all(experiment))
+    tickets = imp.initialize(experiment)
+    _, end = imp.train(experiment, 0, tickets, masking.ones_like(tickets["params"]))
+    assert end.seen.broken_at.tolist() == [6] * 4
 
 
 def test_data_order_differs_between_rounds_arms_and_replicates(tiny_experiment):
@@ -317,15 +314,73 @@ def test_a_run_resumes_to_the_same_results(data_dir, tmp_path, capsys):
     assert (tmp_path / "cut" / "results.csv").read_bytes() == before
 
 
-@pytest.mark.parametrize("rewind_step", [None, 3])
-def test_a_rewinding_run_resumes_to_the_same_results(data_dir, tmp_path, rewind_step):
-    config = quick_config(data_dir, rewind_step=rewind_step)
+class StopsAfter(Interruption):
+    """A signal that comes during a training, which has looked for it so many times before."""
+
+    def __init__(self, looks):
+        super().__init__()
+        self._looks = looks
+
+    @property
+    def requested(self):
+        self._looks -= 1
+        return signal.SIGTERM if self._looks < 0 else 0
+
+    @requested.setter
+    def requested(self, _):
+        pass
+
+
+def run_with_stops(config, workdir, looks):
+    """Run to the end in as many processes as it takes, so to speak; returns where it went on."""
+    said = []
+    while True:
+        try:
+            imp.run(config, workdir, StopsAfter(looks))
+        except Stopped as stopped:
+            said.append(str(stopped))
+        else:
+            return said
+
+
+def assert_same_runs(one, other):
+    """To the bit."""
+    pd.testing.assert_frame_equal(without_seconds(one), without_seconds(other), check_exact=True)
+    with (
+        contextlib.closing(checkpoints.Checkpoints(one)) as a,
+        contextlib.closing(checkpoints.Checkpoints(other)) as b,
+    ):
+        assert a.rounds() == b.rounds()
+        for number in a.rounds():
+            assert_trees_equal(a.restore(number), b.restore(number))
+
+
+@pytest.mark.parametrize("rewind_step", [None, 3, 8])
+def test_a_run_stopped_within_its_rounds_ends_in_the_same_bits(data_dir, tmp_path, rewind_step):
+    config = quick_config(data_dir, rounds=2, epochs=3, rewind_step=rewind_step)
     imp.run(config, tmp_path / "whole")
-    for _ in range(3):
-        rounds = imp.rounds(config, tmp_path / "cut")
-        next(rounds)
-        rounds.close()
-    pd.testing.assert_frame_equal(without_seconds(tmp_path / "whole"), without_seconds(tmp_path / "cut"))
+    said = run_with_stops(config, tmp_path / "cut", 0)
+    cuts = {8, 16, *([rewind_step] if rewind_step else [])}  # epochs have 8 steps
+    places = [f"in round {number} at step {step} of 24" for number in (0, 1) for step in sorted(cuts)]
+    assert [
+        sentence[len("stopped by SIGTERM ") :].split(";")[0] for sentence in said if "step" in sentence
+    ] == places
+    assert_same_runs(tmp_path / "whole", tmp_path / "cut")
+    assert not any((tmp_path / "cut" / "progress").iterdir())
+
+
+def test_the_state_is_saved_as_often_as_the_config_says(data_dir, tmp_path, monkeypatch):
+    saved = []
+    save = imp.Checkpoints.save_progress
+
+    def note_and_save(self, number, progress, steps):
+        saved.append((number, progress.step))
+        save(self, number, progress, steps)
+
+    monkeypatch.setattr(imp.Checkpoints, "save_progress", note_and_save)
+    monkeypatch.setattr("imp_jax.recorder.Future.done", lambda future: True)  # a disk as fast as any training
+    imp.run(quick_config(data_dir, rounds=2, epochs=5, checkpoint_every_epochs=2), tmp_path / "run")
+    assert saved == [(0, 16), (0, 32), (1, 16), (1, 32)]
 
 
 def test_a_step_normalises_and_augments_as_the_config_says(data_dir, tmp_path):
@@ -366,6 +421,7 @@ def test_a_streamed_run(tmp_path):
     config = quick_config(str(tmp_path / "data"), rounds=2, epochs=2, batch_size=4, rewind_step=4)
     config.update_from_flattened_dict(
         {
+            "checkpoint_every_steps": 3,
             "dataset.name": "imagenet2012",
             "dataset.image_side": 32,
             "dataset.workers": 0,
@@ -375,12 +431,11 @@ def test_a_streamed_run(tmp_path):
         }
     )
     imp.run(config, tmp_path / "whole")
-    rounds = imp.rounds(config, tmp_path / "cut")
-    next(rounds)
-    rounds.close()
-    imp.run(config, tmp_path / "cut")
+    said = run_with_stops(config, tmp_path / "cut", 0)
+    assert "in round 0 at step 3 of" in said[0]
+    assert "in round 0 at step 4 of" in said[1]  # the rewind step
+    assert_same_runs(tmp_path / "whole", tmp_path / "cut")
     results = without_seconds(tmp_path / "whole")
-    pd.testing.assert_frame_equal(results, without_seconds(tmp_path / "cut"), check_exact=True)
     assert results["density"].round(2).tolist() == [1, 1, 0.8, 0.8]
     assert np.isfinite(results["train_loss"]).all()
 
@@ -403,7 +458,7 @@ def test_a_stream_trains_on_the_batches_it_serves(tmp_path):
     tickets = imp.initialize(experiment)
     masks = masking.ones_like(tickets["params"])
     optima = repulsion.remember(None, jax.tree.map(jnp.cos, tickets["params"]), masks, most=1)
-    networks = imp.train(experiment, 0, tickets, masks, optima)
+    networks, _ = imp.train(experiment, 0, tickets, masks, optima)
     keys = member_keys(experiment.members, experiment.config.seed, lambda m: ["data", ARMS[m.arm], 0])
     states = training.init_states(tickets, masks, optimizer=experiment.recipe.optimizer)
     for i in range(2):
@@ -434,21 +489,127 @@ def test_a_row_is_there_only_once_its_round_is_on_disk(data_dir, tmp_path, monke
     assert pd.read_csv(tmp_path / "results.csv")["round"].tolist() == [0, 0]
 
 
-def test_divergence_keeps_earlier_rounds(data_dir, tmp_path, monkeypatch):
-    config = quick_config(data_dir)
-    train = imp.train
+def break_in_round_1(monkeypatch, broken, value=np.nan):
+    """The weights of members in round 1 become `value` after its first epoch."""
+    train_steps = training.train_steps
+    epochs_of_three = []
 
-    def diverge_in_round_1(experiment, number, *args):
-        if number == 1:
-            experiment = experiment._replace(learning_rates=np.full((1, 8), np.inf, np.float32))
-        return train(experiment, number, *args)
+    def break_some(states, masks, split, keys, epoch, *args, **kwargs):
+        states, metrics = train_steps(states, masks, split, keys, epoch, *args, **kwargs)
+        members = len(metrics.loss[0])
+        epochs_of_three.append(epoch)
+        if epochs_of_three.count(0) == 2 and epoch == 0:
+            hit = jnp.isin(jnp.arange(members), jnp.array(broken))
+            states = states._replace(
+                params=jax.tree.map(
+                    lambda p: jnp.where(hit.reshape(-1, *[1] * (p.ndim - 1)), value, p), states.params
+                )
+            )
+        return states, metrics
 
-    monkeypatch.setattr(imp, "train", diverge_in_round_1)
+    monkeypatch.setattr(training, "train_steps", break_some)
+
+
+def test_divergence_stops_the_run_and_is_recorded(data_dir, tmp_path, monkeypatch):
+    config = quick_config(data_dir, epochs=3, replicates=2)
+    break_in_round_1(monkeypatch, [1, 2])
     with pytest.raises(
-        UserError, match=r"in round 1, arm imp, replicate 0, at step 1 .* rounds 0 to 0 are kept"
+        UserError, match=r"nan or infinite in round 1, arm imp, replicate 1, at step 8 .* rounds 0 to 0 on disk"
     ):
         imp.run(config, tmp_path)
+    assert pd.read_csv(tmp_path / "results.csv")["round"].tolist() == [0] * 4
+    line = (tmp_path / "divergences.csv").read_text().splitlines()
+    assert line == ["replicate,arm,round,step,what", "1,imp,1,8,the loss became nan or infinite"]
+
+
+@pytest.mark.parametrize(
+    ("broken", "in_round_1", "in_round_2"),
+    [
+        ([1], [("imp", 0), ("reinit", 0), ("reinit", 1)], [("imp", 0), ("reinit", 0)]),  # imp, replicate 1
+        ([2, 4], [("imp", 0), ("imp", 1), ("reinit", 1), ("twin", 1)], [("imp", 0), ("imp", 1), ("reinit", 1)]),
+    ],
+)
+def test_a_member_that_diverges_is_dropped(data_dir, tmp_path, monkeypatch, broken, in_round_1, in_round_2):
+    """With its replicate if it is the imp, whose masks all use; the others go on as without it."""
+    twins = {"instability.rounds": (1,)} if 4 in broken else {"instability.rounds": ()}
+    config = quick_config(
+        data_dir, epochs=3, replicates=2, **{"on_divergence": "drop", "repulsion.strength": 2.0}
+    )
+    config.update_from_flattened_dict({**twins, "dataset.data_dir": data_dir})
+    imp.run(config, tmp_path / "healthy")
+    break_in_round_1(monkeypatch, broken)
+    imp.run(config, tmp_path / "run")
+    results = pd.read_csv(tmp_path / "run" / "results.csv")
+    members = {
+        n: list(zip(rows["arm"], rows["replicate"], strict=True)) for n, rows in results.groupby("round")
+    }
+    assert members[1] == in_round_1
+    assert members[2] == in_round_2
+    keys = ["arm", "replicate", "round"]
+    healthy = pd.read_csv(tmp_path / "healthy" / "results.csv").merge(results[keys], on=keys)
+    columns = ["density", "threshold", "test_loss", "repulsion"]
+    np.testing.assert_allclose(results[columns], healthy[columns], rtol=2e-3)
+    divergences = pd.read_csv(tmp_path / "run" / "divergences.csv")
+    assert len(divergences) == len(broken)
+    assert (divergences["step"] == 8).all()
+
+    analysis.run(tmp_path / "run")
+    run = analysis.load(tmp_path / "run")
+    assert run.members(1) == tuple(in_round_1)
+    rounds = run.distances.groupby(["arm", "replicate"])["round_a"].unique()
+    for member_ in members[0]:
+        assert rounds[member_].tolist() == [-1, *(n for n in range(3) if member_ in members[n])]
+    successive = run.barriers.query("kind == 'successive' and split == 'test'").groupby("round")["replicate"]
+    assert successive.unique().map(list).to_dict() == {
+        n: [r for arm, r in members[n] if arm == "imp"] for n in (1, 2)
+    }
+
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")  # to go on without the member
+    again = list(imp.rounds(config, tmp_path / "run"))
+    assert [(row["arm"], row["replicate"]) for row in again[0]] == in_round_2
+    resumed = pd.read_csv(tmp_path / "run" / "results.csv")
+    np.testing.assert_allclose(resumed[columns], results[columns], rtol=1e-4)
+
+
+def test_a_member_that_falls_to_chance_is_dropped(data_dir, tmp_path, monkeypatch):
+    config = quick_config(data_dir, epochs=3, on_divergence="drop", rounds=2, replicates=2)
+    break_in_round_1(monkeypatch, [3], value=0.0)  # all weights 0: they stay there
+    imp.run(config, tmp_path)
+    (line,) = pd.read_csv(tmp_path / "divergences.csv").to_dict("records")
+    assert (line["arm"], line["replicate"], line["round"], line["step"]) == ("reinit", 1, 1, 24)
+    assert line["what"].startswith("the accuracy fell to ")
+
+
+def test_a_run_without_any_ticket_left_ends(data_dir, tmp_path, monkeypatch):
+    config = quick_config(data_dir, epochs=3, on_divergence="drop")
+    break_in_round_1(monkeypatch, [0])
+    with pytest.raises(UserError, match=r"no ticket is left: all have diverged, the last in round 1; see div"):
+        imp.run(config, tmp_path)
     assert pd.read_csv(tmp_path / "results.csv")["round"].tolist() == [0, 0]
+
+
+def test_a_damaged_round_is_set_aside_and_trained_again(data_dir, tmp_path, capsys):
+    config = quick_config(data_dir, epochs=2)
+    imp.run(config, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    largest = max((tmp_path / "run" / "checkpoints" / "2").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    capsys.readouterr()
+    imp.run(config, tmp_path / "run")
+    said = capsys.readouterr()
+    assert f"{tmp_path / 'run' / 'checkpoints' / '2'} is damaged" in said.err
+    assert "has rounds 0 to 1; going on with round 2" in said.out
+    assert_same_runs(tmp_path / "whole", tmp_path / "run")
+    assert (tmp_path / "run" / "set-aside" / "checkpoints-2").is_dir()
+
+    config.repulsion.strength = 2.0  # which needs all rounds before
+    imp.run(config, tmp_path / "repelled")
+    shutil.rmtree(tmp_path / "repelled" / "checkpoints" / "2")
+    shutil.rmtree(tmp_path / "repelled" / "checkpoints" / "0" / "networks")
+    with pytest.raises(UserError, match="checkpoints/0 is damaged"):
+        imp.run(config, tmp_path / "repelled")
 
 
 @pytest.mark.parametrize(
@@ -500,7 +661,7 @@ def rounds_with_twins(experiment, rounds):
     masks = masking.ones_like(tickets["params"])
     for number in range(rounds):
         of_round = imp.in_round(experiment, number)
-        networks = imp.train(of_round, number, tickets, masks)
+        networks, _ = imp.train(of_round, number, tickets, masks)
         yield networks
         masks, thresholds = imp.prune(of_round, number, networks)
         assert len(thresholds) == len(of_round.members)
@@ -509,7 +670,7 @@ def rounds_with_twins(experiment, rounds):
 
 def test_a_twin_is_the_ticket_trained_with_other_noise(tiny_experiment):
     experiment = tiny_experiment(**{"instability.rounds": (1,)})
-    members = members_of(experiment.config, 1)
+    members = imp.in_round(experiment, 1).members
     assert members == (*experiment.members, ("twin", 0), ("twin", 1))
     networks = train_with_twins(experiment)
     for replicate in range(2):
@@ -575,19 +736,17 @@ def test_a_twin_of_a_rewound_ticket_parts_at_the_rewind_step(tiny_experiment, nu
 
 def test_a_run_with_twins_resumes_to_the_same_results(data_dir, tmp_path):
     """With repulsion from the optima of the rounds before the stop too."""
-    config = quick_config(data_dir, rounds=4)
+    config = quick_config(data_dir, rounds=4, epochs=2)
     config.instability.rounds = (1, 9)
     config.repulsion.strength = 2.0
     imp.run(config, tmp_path / "whole")
-    for _ in range(4):
-        rounds = imp.rounds(config, tmp_path / "cut")
-        next(rounds)
-        rounds.close()
+    run_with_stops(config, tmp_path / "cut", 3)
+    assert_same_runs(tmp_path / "whole", tmp_path / "cut")
+    config.keep_checkpoints = "ends"
+    run_with_stops(config, tmp_path / "ends", 3)
     results = without_seconds(tmp_path / "whole")
-    pd.testing.assert_frame_equal(results, without_seconds(tmp_path / "cut"), check_exact=True)
-    whole, cut = (checkpoints.Checkpoints(tmp_path / name) for name in ("whole", "cut"))
-    for number in whole.rounds():
-        assert_trees_equal(whole.restore(number), cut.restore(number))
+    pd.testing.assert_frame_equal(results, without_seconds(tmp_path / "ends"), check_exact=True)
+    assert sorted(path.name for path in (tmp_path / "ends" / "checkpoints").iterdir()) == ["0", "2", "3"]
     assert list(results[results["arm"] == "twin"]["round"].unique()) == [1]
     assert (results[results["round"] == 0]["repulsion"] == 0).all()
     assert (results[results["round"] > 0]["repulsion"] > 0).all()

@@ -6,9 +6,13 @@ from imp_jax import config as configs
 from imp_jax.members import (
     ARMS,
     Member,
+    going_on,
     member_keys,
+    members_in,
     members_of,
+    select,
     where_member,
+    with_twins,
     with_twins_as_imp,
     without_twins,
 )
@@ -21,14 +25,28 @@ def config_of(**overrides):
 
 
 def test_members_come_arm_by_arm_and_twins_last():
-    every = (("imp", 0), ("imp", 1), ("reinit", 0), ("reinit", 1))
-    assert members_of(config_of()) == members_of(config_of(), 2) == every
-    assert members_of(config_of(), 3) == (*every, ("twin", 0), ("twin", 1))
-    assert members_of(config_of(arms=("imp",), replicates=1), 3) == (("imp", 0), ("twin", 0))
+    every = tuple(Member(arm, replicate) for arm in ("imp", "reinit") for replicate in (0, 1))
+    assert members_of(config_of()) == with_twins(every, config_of(), 2) == every
+    assert with_twins(every, config_of(), 3) == (*every, ("twin", 0), ("twin", 1))
+    assert with_twins([Member("imp", 1)], config_of(), 3) == (("imp", 1), ("twin", 1))
+
+
+def test_members_without_an_imp_do_not_go_on():
+    rows = [{"arm": arm, "replicate": r, "round": 4} for arm, r in (("imp", 1), ("reinit", 0), ("reinit", 1))]
+    members = members_in([*rows, {"arm": "imp", "replicate": 0, "round": 3}], 4)
+    assert members == (("imp", 1), ("reinit", 0), ("reinit", 1))
+    assert going_on((*members, Member("twin", 1))) == (("imp", 1), ("reinit", 1))
+
+
+def test_select_takes_the_leaves_of_members():
+    members = members_of(config_of())
+    tree = {"a": np.array([10, 11, 20, 21])}
+    np.testing.assert_array_equal(select(tree, members, [members[3], members[0]])["a"], [21, 10])
+    assert select(tree, members, list(members)) is tree
 
 
 def test_a_key_is_folded_from_seed_replicate_draw_and_numbers():
-    members = members_of(config_of(), 3)
+    members = with_twins(members_of(config_of()), config_of(), 3)
     keys = member_keys(members, 7, lambda member: ["data", ARMS[member.arm], 3])
     expected = jax.random.key(7)
     for number in (1, 2, ARMS["reinit"], 3):  # replicate, the draw called data, arm, round
@@ -40,11 +58,11 @@ def test_a_key_is_folded_from_seed_replicate_draw_and_numbers():
 
 
 def test_twins_take_the_leaves_of_imp_and_leave_none():
-    members = members_of(config_of(), 3)
+    members = with_twins(members_of(config_of()), config_of(), 3)
     tree = {"a": jnp.array([10, 11, 20, 21])}
-    with_twins = with_twins_as_imp(members, tree)
-    np.testing.assert_array_equal(with_twins["a"], [10, 11, 20, 21, 10, 11])
-    np.testing.assert_array_equal(without_twins(members, with_twins)["a"], tree["a"])
+    of_all = with_twins_as_imp(members, tree)
+    np.testing.assert_array_equal(of_all["a"], [10, 11, 20, 21, 10, 11])
+    np.testing.assert_array_equal(without_twins(members, of_all)["a"], tree["a"])
     trained = {"a": np.arange(6)}  # of all members: the twins' own give way
     np.testing.assert_array_equal(with_twins_as_imp(members, trained)["a"], [0, 1, 2, 3, 0, 1])
     others = members_of(config_of())

@@ -2,11 +2,13 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 
 import pandas as pd
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from imp_jax import config as configs
 from imp_jax import records
@@ -128,9 +130,9 @@ def test_the_lock_of_a_dead_process_does_not_block(tmp_path):
 
 
 def test_one_plain_line_a_round_without_a_terminal(capsys):
-    with records.Display(rounds=2, epochs=1, first_round=0) as display:
+    with records.Display(rounds=2, steps=10, first_step=0) as display:
         for number in range(2):
-            display.epoch(number, 0, images=1000, seconds=0.5)
+            display.chunk(number, 10, images=1000, seconds=0.5)
             display.round(number, rows(number), images=3000)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
@@ -155,9 +157,32 @@ def test_summary_of_replicates_is_their_mean_and_range(capsys):
     assert out.count("93.90 (92.90 to 94.90)") == 2
 
 
-def test_event_files_hold_a_folder_a_member(tmp_path):
-    events = records.Events(tmp_path, [("imp", 0), ("reinit", 0)], first_epoch=0)
-    events.write(1, test_accuracy=[0.9, 0.8])
+def events_of(folder):
+    """Every event of a folder's files, read record by record: length, two checksums, an `Event`."""
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        while content:
+            (length,) = struct.unpack("<Q", content[:8])
+            yield Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
+
+
+def test_event_files_hold_the_scalars_of_each_member(tmp_path):
+    events = records.Events(tmp_path, first_epoch=3)
+    members = [("imp", 0), ("reinit", 0), ("twin", 0)]
+    events.write(3, members, {"test_accuracy": [0.5, 0.75, 0.0], "loss": [1.0, 2.0, 3.0]})
     events.close()
-    for member in ("imp-0", "reinit-0"):
-        assert any((tmp_path / "events" / member).iterdir())
+    assert {path.name for path in (tmp_path / "events").iterdir()} == {"imp-0", "reinit-0"}
+    version, start, scalars = events_of(tmp_path / "events" / "reinit-0")
+    assert version.file_version == "brain.Event:2"
+    assert (start.step, start.session_log.status) == (3, SessionLog.START)
+    assert scalars.step == 3
+    assert {v.tag: v.simple_value for v in scalars.summary.value} == {"test_accuracy": 0.75, "loss": 2.0}
+
+
+def test_event_files_of_one_second_do_not_meet(tmp_path):
+    for _ in range(2):
+        events = records.Events(tmp_path, first_epoch=0)
+        events.write(0, [("imp", 0)], {"loss": [1.0]})
+        events.close()
+    assert len(list((tmp_path / "events" / "imp-0").iterdir())) == 2

@@ -6,6 +6,10 @@ the same with any number of workers.
 
 import functools
 import io
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -19,6 +23,7 @@ from PIL import Image
 
 from imp_jax.config import UserError
 from imp_jax.data.source import Source, in_one_line
+from imp_jax.interruption import SIGNALS
 
 Crop = UInt8[np.ndarray, "side side 3"]
 Box = tuple[float, float, float, float]  # left, upper, right, lower, in pixels
@@ -76,8 +81,17 @@ class Streamed:
         if self.workers:
             if not flags.FLAGS.is_parsed():  # in a notebook; Grain's workers have flags of their own
                 flags.FLAGS.mark_as_parsed()
-            batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.workers))
+            options = grain.MultiprocessingOptions(num_workers=self.workers)
+            batches = batches.mp_prefetch(options, worker_init_fn=_begin_worker)
         return batches
+
+
+def _begin_worker(*_):
+    """Leave the signals that all processes get to the one that trains, and end with it if it is killed."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    trainer = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (trainer.join(), os._exit(1)), daemon=True).start()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,76 @@
+"""Divergence: a loss that is not finite, or an accuracy back at chance in a training that had learnt (ours)."""
+
+from collections.abc import Sequence
+from math import isfinite
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+LEARNT, CHANCE = 2.5, 1.25  # accuracies, as multiples of 1/classes
+
+
+class Seen(NamedTuple):
+    """What a training has shown so far of each member."""
+
+    broken_at: Int[np.ndarray, " members"]  # the first step whose loss is nan or infinite; −1 if there is none
+    loss: Float[np.ndarray, " members"]  # mean over the steps of the latest epoch so far, in nats
+    accuracy: Float[np.ndarray, " members"]  # the same, in [0, 1]
+    best_accuracy: Float[np.ndarray, " members"]  # of the epochs that are over
+
+
+def nothing_seen(members: int) -> Seen:
+    return Seen(np.full(members, -1), np.zeros(members), np.zeros(members), np.zeros(members))
+
+
+def see(
+    seen: Seen,
+    losses: Float[np.ndarray, "steps members"],
+    accuracies: Float[np.ndarray, "steps members"],
+    first_step: int,
+    steps_per_epoch: int,
+) -> Seen:
+    """`seen`, and the steps of one epoch that follow from `first_step` of the training on."""
+    before = first_step % steps_per_epoch
+    after = before + len(losses)
+
+    def mean(so_far, values):
+        with np.errstate(invalid="ignore"):  # ∞ − ∞
+            return (so_far * before + values.sum(0, dtype=np.float64)) / after
+
+    broken = ~np.isfinite(losses)
+    newly = (seen.broken_at < 0) & broken.any(0)
+    accuracy = mean(seen.accuracy, accuracies)
+    return Seen(
+        broken_at=np.where(newly, first_step + broken.argmax(0), seen.broken_at),
+        loss=mean(seen.loss, losses),
+        accuracy=accuracy,
+        best_accuracy=np.maximum(seen.best_accuracy, accuracy)
+        if after == steps_per_epoch
+        else seen.best_accuracy,
+    )
+
+
+def broken(seen: Seen) -> dict[int, tuple[int, str]]:
+    """The members whose loss has been nan or infinite, each with the step, and what was seen in words."""
+    steps = seen.broken_at.tolist()
+    return {i: (step, "the loss became nan or infinite") for i, step in enumerate(steps) if step >= 0}
+
+
+def found(seen: Seen, train_losses: Sequence[float], classes: int, steps: int) -> dict[int, tuple[int, str]]:
+    """The members that have diverged in a training of `steps` steps that is over, as `broken` gives them.
+
+    Args:
+      train_losses: of the trained networks.
+    """
+    last = {
+        i: (steps, "the loss became nan or infinite")
+        for i, loss in enumerate(train_losses)
+        if not isfinite(loss)
+    }
+    collapsed = (seen.best_accuracy >= LEARNT / classes) & (seen.accuracy <= CHANCE / classes)
+    fallen = {
+        i: (steps, f"the accuracy fell to {seen.accuracy[i]:.1%} after {seen.best_accuracy[i]:.1%}")
+        for i in np.flatnonzero(collapsed).tolist()
+    }
+    return {**fallen, **last, **broken(seen)}

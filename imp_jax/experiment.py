@@ -1,0 +1,117 @@
+"""An experiment: what a config names, checked and loaded, before anything is trained."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float
+from ml_collections import ConfigDict
+
+from imp_jax import config as configs
+from imp_jax import data, masking, models, pruning, training
+from imp_jax.config import UserError, choose
+from imp_jax.masking import Params
+from imp_jax.members import Member, members_of, with_twins
+
+
+class Experiment(NamedTuple):
+    """Everything a round needs that no round changes."""
+
+    config: ConfigDict
+    members: tuple[Member, ...]  # of a round; twins last
+    dataset: data.Dataset  # on the device, unless it is streamed
+    recipe: training.Recipe
+    score: Callable[..., pruning.Scores]
+    learning_rates: Float[np.ndarray, "epochs steps"]
+
+
+def setup(config: ConfigDict) -> Experiment:
+    """Check `config` and load what it names.
+
+    Raises:
+      UserError: see `config.validate`; an unknown name; a set that is absent or smaller than a batch; a
+        rewind step beyond the training.
+    """
+    configs.validate(config)
+    arms = set(map(str, config.arms))
+    if not {"imp"} <= arms <= {"imp", "reinit"} or len(arms) < len(config.arms):
+        raise UserError(
+            f"arms is {config.arms}; it should hold imp, whose masks all arms use, and reinit or not, none "
+            f"twice, written as ('imp', 'reinit'); the rounds of twins are in instability.rounds"
+        )
+    score = choose(pruning.SCORES, "pruning.score", config.pruning.score)
+    optimizer = training.make_optimizer(config)
+    choose(training.SCHEDULES, "optimizer.schedule", config.optimizer.schedule)
+    models.find(config.model.name)
+
+    dataset = data.load(
+        config.dataset.name,
+        config.dataset.data_dir,
+        augmentation=config.dataset.augmentation,
+        image_side=config.dataset.image_side,
+        workers=config.dataset.workers,
+    )
+    examples = dataset.train.examples
+    if config.batch_size > examples:
+        raise UserError(
+            f"batch_size is {config.batch_size}; {config.dataset.name} has {examples} training images, "
+            f"so it should be at most {examples}"
+        )
+    learning_rates = training.learning_rates(config, steps_per_epoch=examples // config.batch_size)
+    if (config.rewind_step or 0) >= learning_rates.size:
+        raise UserError(
+            f"rewind_step is {config.rewind_step}; a training has {learning_rates.size} steps, "
+            f"so it should be at most {learning_rates.size - 1}"
+        )
+    model = models.create(config, dataset.num_classes, dataset.train.image_shape)
+    params = models.shapes(model, dataset.train.image_shape)["params"]
+    _require_layers(config.pruning.exclude, params)
+    return Experiment(
+        config=config,
+        members=members_of(config),
+        dataset=dataset,
+        recipe=training.Recipe(
+            model=model,
+            optimizer=optimizer,
+            normalize=data.statistics(dataset) if config.dataset.normalize else data.Normalize(),
+            augmentation=dataset.augmentation,
+            repulsion_strength=config.repulsion.strength,
+            execution=training.choose_execution(config, params),
+        ),
+        score=score,
+        learning_rates=learning_rates,
+    )
+
+
+def in_round(experiment: Experiment, number: int) -> Experiment:
+    """The experiment with the members of round `number`: those that it has, and twins if there are any then."""
+    return experiment._replace(members=with_twins(experiment.members, experiment.config, number))
+
+
+def in_words(experiment: Experiment, params: Params) -> str:
+    """The network and its data, for the terminal."""
+    config, members = experiment.config, len(experiment.members)
+    twins = [str(n) for n in sorted(set(config.instability.rounds)) if n < config.rounds]
+    trained = f"{members} member{'s' * (members > 1)}"
+    if twins:
+        trained += f", with {config.replicates} more in round{'s' * (len(twins) > 1)} {', '.join(twins)}"
+    count = sum(leaf.size for leaf in jax.tree.leaves(params)) // members
+    weights = masking.size(params, config.pruning.exclude) // members
+    height, width, channels = experiment.dataset.train.image_shape
+    return (
+        f"{config.model.name} on {config.dataset.name} ({height} × {width} × {channels}): "
+        f"{count:,} parameters, {weights:,} of them weights to prune; {trained}"
+    )
+
+
+def _require_layers(patterns, params):
+    """Refuse a pattern of `pruning.exclude` that names no layer with weights, or patterns that name all."""
+    prunable = [masking.prunable(params, exclude) for exclude in ((), patterns, *([p] for p in patterns))]
+    for pattern, rest in zip(patterns, prunable[2:], strict=True):
+        if rest == prunable[0]:
+            raise UserError(
+                f"pruning.exclude has {pattern!r}, which names no layer to prune; there are {', '.join(params)}"
+            )
+    if not any(jax.tree.leaves(prunable[1])):
+        raise UserError(f"pruning.exclude is {patterns}; it should leave some of {', '.join(params)} to prune")

@@ -1,0 +1,90 @@
+"""Signals: the first asks a training to stop where it can go on later, a second ends the process at once."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+# Ctrl-C; what Slurm sends at preemption, and what it is told to send ahead (--signal=USR1@60; submitit: USR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_ECHO = (
+    0.2  # seconds in which the same signal is one: `timeout` and `srun` send it to the process and its group
+)
+
+
+class Stopped(KeyboardInterrupt):
+    """A run was stopped by signal `number`; whatever is said of it says what was kept."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.number = number
+
+
+class Interruption:
+    """A context manager of the main thread, that takes signals in.
+
+    Outside of `deferred` the first one raises `Stopped`; inside it only sets `requested`.
+    """
+
+    def __init__(self):
+        self.requested: int = 0  # the number of the signal
+        self._deferred = False
+
+    def __enter__(self):
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        caught = [s for s in SIGNALS if signal.getsignal(s) != signal.SIG_IGN]  # nohup and `&` mean it
+        self._before = {number: signal.signal(number, self._take) for number in caught}
+        # handlers wait for the main thread, which may be compiling for minutes; this pipe does not
+        self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=[reader], daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        signal.set_wakeup_fd(self._wakeup_before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        os.close(self._writer)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """For a training that looks at `requested` where it can stop; else `Stopped` comes at the end."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+        if self.requested:
+            raise self.stopped("between two rounds")
+
+    def stopped(self, where: str) -> "Stopped":
+        """The exception that ends a run which has saved all up to `where`."""
+        name = signal.Signals(self.requested).name
+        return Stopped(self.requested, f"stopped by {name} {where}; the same command goes on from there")
+
+    def _take(self, number, _):
+        first = not self.requested
+        self.requested = self.requested or number
+        if first and not self._deferred:
+            raise self.stopped("outside of a training")
+
+    def _watch(self, reader):
+        first, since = None, 0.0
+        with open(reader, "rb", buffering=0) as signals:
+            while received := signals.read(1):
+                number, now = received[0], time.monotonic()
+                if number not in self._before or (number == first and now - since < _ECHO):
+                    continue
+                if first is not None:
+                    os._exit(128 + number)  # nothing on disk is ever half-written under its own name
+                first, since = number, now
+                if self._deferred:
+                    print(
+                        f"{signal.Signals(number).name}: stopping where the run can be taken up again; "
+                        f"a second signal ends it at once",
+                        file=sys.stderr,
+                        flush=True,
+                    )

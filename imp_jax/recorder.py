@@ -1,0 +1,165 @@
+"""What keeps a run on disk and tells of it, in a thread of its own while the training goes on."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pandas as pd
+
+from imp_jax import analysis, figures, records
+from imp_jax.checkpoints import Checkpoints, DamagedError, Progress, Round
+from imp_jax.config import UserError
+from imp_jax.data.source import in_one_line
+from imp_jax.experiment import Experiment
+from imp_jax.members import Member
+from imp_jax.repulsion import Optima
+
+
+class Recorder(contextlib.AbstractContextManager):
+    """Holds a workdir, takes in what a run comes to, and writes it in the order in which it came.
+
+    Once something could not be written nothing else is: each call after it, and leaving, raise the UserError
+    that says so.
+    """
+
+    def __init__(self, experiment: Experiment, workdir: str | os.PathLike):
+        """Open the workdir, and mend what a crash has left there.
+
+        Raises:
+          UserError: see `records.open_workdir` and `Checkpoints.mend`.
+        """
+        self._experiment = experiment
+        self._failure: UserError | None = None
+        self._saving: Future | None = None
+        with contextlib.ExitStack() as stack:
+            self.workdir = stack.enter_context(records.open_workdir(workdir, experiment.config))
+            self.checkpoints = stack.enter_context(contextlib.closing(Checkpoints(self.workdir)))
+            for sentence in self.checkpoints.mend():
+                print(sentence, file=sys.stderr)
+            self.finished = self.checkpoints.rounds()
+            rows = self.checkpoints.rows(self.finished[-1]) if self.finished else []
+            self._results = records.Results(self.workdir, rows)
+            if self.finished:
+                self._refresh_figure()  # a run that died may not have come to it
+            self._stack = stack.pop_all()
+
+    @property
+    def rows(self) -> list[records.Row]:
+        """Of results.csv."""
+        return self._results.rows
+
+    def saved_progress(self, number: int, like: Progress) -> Progress | None:
+        """Where round `number` stood when the run was stopped; None if nothing was saved of it."""
+        try:
+            progress = self.checkpoints.progress(number, like, self._experiment.learning_rates.size)
+        except DamagedError as error:
+            aside = self.checkpoints.set_progress_aside()
+            print(f"{error}; it is set aside as {aside}, and round {number} begins anew", file=sys.stderr)
+            return None
+        if progress is None:
+            self.checkpoints.discard_progress()  # of a round that is finished, or followed one that is gone
+        return progress
+
+    def begin(self, number: int, step: int) -> None:
+        """Be ready for a training that goes on with `step` of round `number`."""
+        epochs, steps = self._experiment.learning_rates.shape
+        total = epochs * steps
+        self._events = records.Events(self.workdir, first_epoch=number * epochs + step // steps + 1)
+        self._stack.enter_context(contextlib.closing(self._events))
+        display = records.Display(self._experiment.config.rounds, total, first_step=number * total + step)
+        self._display = self._stack.enter_context(display)
+        self._thread = self._stack.enter_context(ThreadPoolExecutor(max_workers=1))  # leaving waits for it
+
+    def __exit__(self, *raised):
+        self._stack.__exit__(*raised)
+        if isinstance(raised[1], UserError):
+            self._raise_failure()  # the graver news
+
+    def chunk(
+        self, experiment: Experiment, number: int, progress: Progress, images: int, seconds: float
+    ) -> None:
+        """Round `number`, of the members of `experiment`, has come to `progress` by `images` in `seconds`."""
+        self._raise_failure()
+        epochs, steps = experiment.learning_rates.shape
+        self._display.chunk(number, progress.step, images, seconds)
+        if progress.step % steps == 0:
+            scalars = {"epoch_loss": progress.seen.loss, "epoch_accuracy": progress.seen.accuracy}
+            epoch = number * epochs + progress.step // steps
+            self._now(number, self._events.write, epoch, experiment.members, scalars)
+
+    def progress(self, number: int, progress: Progress, at_once: bool = False) -> None:
+        """Save where round `number` stands; not if the one before is still being saved, unless `at_once`.
+
+        With `at_once` it is on disk when this returns.
+        """
+        self._raise_failure()
+        if self._saving and not self._saving.done() and not at_once:
+            return
+        progress = progress._replace(states=jax.tree.map(jnp.copy, progress.states))  # the next step's donation
+        steps = self._experiment.learning_rates.size
+        self._saving = self._later(number, self.checkpoints.save_progress, number, progress, steps)
+        if at_once:
+            self._saving.result()
+
+    def round(self, number: int, networks: Round, rows: list[records.Row], optima: Optima | None) -> Future:
+        """Record round `number`, and the `optima` of the next; the result is `rows`, once all is on disk."""
+        return self._later(number, self._round, number, networks, rows, optima)
+
+    def divergence(self, number: int, member: Member, step: int, what: str) -> None:
+        """Add a line to divergences.csv, unless it is there already."""
+        row = {"replicate": member.replicate, "arm": member.arm, "round": number, "step": step, "what": what}
+        self._now(number, self._divergence, pd.DataFrame([row]))
+
+    def _round(self, number, networks, rows, optima):
+        config = self._experiment.config
+        ends = config.keep_checkpoints == "ends"
+        all_rows = [*self._results.rows, *rows]
+        self.checkpoints.save(number, networks, all_rows, optima if ends else None)
+        self._results.append(rows)
+        self._refresh_figure()
+        members = [(row["arm"], row["replicate"]) for row in rows]
+        names = [name for name in rows[0] if name not in ("replicate", "arm", "round")]
+        scalars = {name: [row[name] for row in rows] for name in names}
+        self._events.write((number + 1) * config.epochs, members, scalars)
+        self._events.flush()
+        if ends:
+            analysis.compute(self.checkpoints, config, lambda: self._experiment, self.workdir)
+            self.checkpoints.keep_ends()
+        if number + 1 == config.rounds:
+            self.checkpoints.discard_progress()
+        images = len(rows) * self._experiment.learning_rates.size * config.batch_size
+        self._display.round(number, rows, images)
+        return rows
+
+    def _refresh_figure(self):
+        figure = figures.to_bytes(figures.accuracy(self._results.table()))
+        records.write_atomically(self.workdir / "figures" / "accuracy.png", figure)
+
+    def _divergence(self, line):
+        path = self.workdir / "divergences.csv"
+        table = pd.concat([pd.read_csv(path), line]) if path.exists() else line
+        table = table.drop_duplicates(["replicate", "arm", "round"])
+        records.write_atomically(path, table.to_csv(index=False))
+
+    def _later(self, number, task: Callable, *arguments: Any) -> Future:
+        return self._thread.submit(self._now, number, task, *arguments)
+
+    def _now(self, number, task, *arguments):
+        self._raise_failure()
+        try:
+            return task(*arguments)
+        except Exception as error:  # a full disk is an OSError to some writers, and not to others
+            self._failure = UserError(
+                f"cannot record round {number} in {self.workdir}: {in_one_line(error)}; the rounds before "
+                f"it are kept, and once that is mended the same command goes on"
+            )
+            raise self._failure from error
+
+    def _raise_failure(self):
+        if self._failure:
+            raise self._failure
