@@ -13,8 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import imp_jax
-from imp_jax.config import UserError
-from imp_jax.data.source import in_one_line
+from imp_jax.config import UserError, in_one_line
 from imp_jax.divergence import Seen
 from imp_jax.masking import Mask
 from imp_jax.repulsion import Optima

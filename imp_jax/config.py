@@ -11,6 +11,12 @@ class UserError(Exception):
     """Something the user can mend, said in one sentence; `main` prints it without a traceback."""
 
 
+def in_one_line(error: Exception) -> str:
+    """An error as part of a sentence; a long one without its middle, as the cause comes last."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 400 else f"{text[:200]} […] {text[-200:]}"
+
+
 def default() -> ConfigDict:
     """All fields with their meaning. A config file starts from here and states its row of table 1."""
     config = ConfigDict()

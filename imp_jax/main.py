@@ -21,6 +21,7 @@ _WORKDIR = flags.DEFINE_string(
 
 
 def main(argv):
+    sys.unraisablehook = _unraisable
     logging.set_verbosity(logging.FATAL)  # orbax and TFDS tell of every file, and what they raise is said below
     from imp_jax.config import UserError  # not before the flags are parsed: --help needs no JAX
     from imp_jax.interruption import Interruption, Stopped
@@ -42,6 +43,12 @@ def main(argv):
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(128 + stopped.number)
+
+
+def _unraisable(unraisable):
+    """Drop what a write that failed, and has been said, goes on to print: Orbax has closed its event loop."""
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
 
 
 def parse_flags(argv):

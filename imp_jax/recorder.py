@@ -13,8 +13,7 @@ import pandas as pd
 
 from imp_jax import analysis, figures, records
 from imp_jax.checkpoints import Checkpoints, DamagedError, Progress, Round
-from imp_jax.config import UserError
-from imp_jax.data.source import in_one_line
+from imp_jax.config import UserError, in_one_line
 from imp_jax.experiment import Experiment
 from imp_jax.members import Member
 from imp_jax.repulsion import Optima

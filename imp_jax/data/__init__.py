@@ -25,10 +25,10 @@ import tensorflow_datasets as tfds
 from filelock import FileLock
 from jaxtyping import Array, Float, Int, UInt8
 
-from imp_jax.config import UserError
+from imp_jax.config import UserError, in_one_line
 from imp_jax.data.augmentation import AUGMENTATIONS
 from imp_jax.data.mnist5k import Mnist5k
-from imp_jax.data.source import Source, in_one_line
+from imp_jax.data.source import Source
 from imp_jax.data.streaming import Streamed
 
 BUILDERS = {"mnist5k": Mnist5k}

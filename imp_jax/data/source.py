@@ -1,14 +1,13 @@
 """A split of a prepared set: random access to its ArrayRecord files, and the name of one that is damaged."""
 
 import itertools
-import textwrap
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int, UInt8
 
-from imp_jax.config import UserError
+from imp_jax.config import UserError, in_one_line
 
 
 class Source:
@@ -83,7 +82,3 @@ class Source:
 
     def _damage(self, files, error):
         return f"{files[0]}: {in_one_line(error)}; remove {self._folder} and prepare the set again"
-
-
-def in_one_line(error: Exception) -> str:
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 400)

@@ -21,8 +21,8 @@ from absl import flags
 from jaxtyping import Int, UInt8, UInt32
 from PIL import Image
 
-from imp_jax.config import UserError
-from imp_jax.data.source import Source, in_one_line
+from imp_jax.config import UserError, in_one_line
+from imp_jax.data.source import Source
 from imp_jax.interruption import SIGNALS
 
 Crop = UInt8[np.ndarray, "side side 3"]
