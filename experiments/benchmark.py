@@ -1,4 +1,6 @@
-"""How fast this machine is: `python -m experiments.benchmark lenet|conv4|resnet20|resnet50|analysis|repulsion`.
+"""How fast this machine is: `python -m experiments.benchmark SUBJECT`.
+
+SUBJECT is lenet, conv4, resnet20, resnet50, analysis, repulsion or checkpoints.
 
 For lenet the real thing is timed, `imp.rounds` of configs/mnist5k.py into a temporary workdir, from one round
 to the next: training, evaluation, pruning, checkpoint, results and figure. Recording goes on beside the next
@@ -11,6 +13,9 @@ For analysis, a run of configs/mnist5k.py with trainings of one epoch is analyse
 
 For repulsion, whole runs of configs/mnist5k.py without it and with λ = 2 are timed in turn, and the size of the
 store of earlier optima is printed, as it was in each round; for ResNet-50 as it would be.
+
+For checkpoints, runs of configs/mnist5k.py that save their state within the rounds are timed in turn with one
+that does not.
 """
 
 import argparse
@@ -28,10 +33,11 @@ import time
 from collections.abc import Callable
 
 from absl import logging
+from ml_collections import ConfigDict
 
 from imp_jax.config import UserError
 
-CONFIGS = {"lenet": "mnist5k", "conv4": "conv4", "resnet20": "resnet20", "resnet50": "resnet50"}
+NETWORKS = ("conv4", "resnet20", "resnet50")  # whose steps are timed
 
 
 def main():
@@ -40,14 +46,17 @@ def main():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("subject", choices=[*CONFIGS, "analysis", "repulsion"])
+    parser.add_argument("subject", choices=["lenet", *NETWORKS, "analysis", "repulsion", "checkpoints"])
     parser.add_argument(
         "--rounds",
         type=int,
-        help="lenet: to time (default: 8); analysis, repulsion: of the run (default: 25)",
+        help="lenet: to time (default: 8); analysis, repulsion, checkpoints: of the run (default: 25)",
     )
     parser.add_argument(
         "--repeats", type=int, help="others: timings to take (default: 5, of repulsion 2 after the first)"
+    )
+    parser.add_argument(
+        "--epochs", type=int, help="lenet, repulsion, checkpoints: of a training (default: the config's)"
     )
     parser.add_argument("--steps", type=int, default=4, help="others: steps of a timing (default: 4)")
     parser.add_argument("--members", type=int, default=2, help="others: networks side by side (default: 2)")
@@ -58,7 +67,7 @@ def main():
         "--torch", action="store_true", help="conv4, resnet20: eager PyTorch in turn, on the CPU"
     )
     arguments = parser.parse_args()
-    for name in ("rounds", "repeats", "steps", "members", "batch_size"):
+    for name in ("rounds", "repeats", "epochs", "steps", "members", "batch_size"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             sys.exit(f"error: --{name} is {value}; it should be at least 1")
@@ -69,24 +78,24 @@ def main():
                 f"--torch is for conv4 and resnet20; there is no {arguments.subject} in PyTorch here"
             )
         if arguments.subject == "lenet":
-            benchmark_rounds(CONFIGS[arguments.subject], arguments.rounds or 8)
+            benchmark_rounds(arguments.rounds or 8, arguments.epochs)
         elif arguments.subject == "analysis":
             benchmark_analysis(arguments.rounds or 25, arguments.repeats or 5)
         elif arguments.subject == "repulsion":
-            benchmark_repulsion(arguments.rounds or 25, arguments.repeats or 2)
+            benchmark_repulsion(arguments.rounds or 25, arguments.repeats or 2, arguments.epochs)
+        elif arguments.subject == "checkpoints":
+            benchmark_checkpoints(arguments.rounds or 25, arguments.repeats or 5, arguments.epochs)
         else:
             benchmark_steps(arguments)
     except UserError as error:
         sys.exit(f"error: {error}")
 
 
-def benchmark_rounds(config_name: str, timed_rounds: int) -> None:
-    """Time `timed_rounds` rounds of a config and print the table."""
+def benchmark_rounds(timed_rounds: int, epochs: int | None) -> None:
+    """Time `timed_rounds` rounds of configs/mnist5k.py and print the table."""
     from imp_jax import data, imp
 
-    config = importlib.import_module(f"configs.{config_name}").get_config()
-    config.rounds = timed_rounds + 2
-    config.instability.rounds = ()  # rounds of other size, compiled once more
+    config = main_job(timed_rounds + 2, epochs)
     examples = data.load(config.dataset.name, config.dataset.data_dir).train.examples
     members = len(config.arms) * config.replicates
     images = members * config.epochs * (examples // config.batch_size) * config.batch_size
@@ -103,7 +112,7 @@ def benchmark_rounds(config_name: str, timed_rounds: int) -> None:
     other = [1 - training / whole for training, whole in zip(trainings, rounds, strict=True)]
 
     print_table(
-        f"configs/{config_name}.py, {members} members",
+        f"configs/mnist5k.py, {members} members",
         {
             "images/s, all members, whole round": ([images / seconds for seconds in rounds], "{:,.0f}"),
             "images/s, all members, training": ([images / seconds for seconds in trainings], "{:,.0f}"),
@@ -121,7 +130,7 @@ def benchmark_steps(arguments: argparse.Namespace) -> None:
     from imp_jax import config as configs
     from imp_jax import data, masking, models, training
 
-    config = importlib.import_module(f"configs.{CONFIGS[arguments.subject]}").get_config()
+    config = importlib.import_module(f"configs.{arguments.subject}").get_config()
     config.batch_size = arguments.batch_size or config.batch_size
     config.dtype = arguments.dtype or config.dtype
     config.execution = arguments.execution
@@ -227,34 +236,26 @@ def benchmark_analysis(rounds: int, repeats: int) -> None:
     )
 
 
-def benchmark_repulsion(rounds: int, repeats: int) -> None:
+def benchmark_repulsion(rounds: int, repeats: int, epochs: int | None) -> None:
     """Time whole runs without and with repulsion in turn, and print the store of each round."""
     import jax
 
     from imp_jax import checkpoints, imp, masking, models, repulsion
 
     def config_of(strength):
-        config = importlib.import_module("configs.mnist5k").get_config()
-        config.rounds, config.repulsion.strength = rounds, strength
-        config.instability.rounds = ()
+        config = main_job(rounds, epochs)
+        config.repulsion.strength = strength
         return config
-
-    def run(config, workdir):
-        start = time.perf_counter()
-        with contextlib.redirect_stdout(io.StringIO()):
-            for _ in imp.rounds(config, workdir):
-                pass
-        return time.perf_counter() - start
 
     with tempfile.TemporaryDirectory() as workdir:  # imports, and the programs that both share
         config = config_of(0.0)
         config.rounds = 1
-        run(config, workdir)
+        time_run(config, workdir)
     plain, repelled, stores = [], [], []
     for repeat in range(1 + repeats):
         with tempfile.TemporaryDirectory() as workdir:
-            plain.append(run(config_of(0.0), f"{workdir}/plain"))
-            repelled.append(run(config_of(2.0), f"{workdir}/repelled"))
+            plain.append(time_run(config_of(0.0), f"{workdir}/plain"))
+            repelled.append(time_run(config_of(2.0), f"{workdir}/repelled"))
             if repeat == 0:
                 experiment = imp.setup(config_of(2.0))
                 with contextlib.closing(checkpoints.Checkpoints(f"{workdir}/repelled")) as of_run:
@@ -287,6 +288,47 @@ def benchmark_repulsion(rounds: int, repeats: int) -> None:
         shape = repulsion.store_shape(shape, number, rounds - 1, needed, sum(sizes))
         stores.append(shape)
     print_stores(f"ResNet-50, P = {sum(sizes):,}: computed, layers pruned alike, MB", sum(sizes), stores)
+
+
+def benchmark_checkpoints(rounds: int, repeats: int, epochs: int | None) -> None:
+    """Time whole runs that save their state every so many epochs, in turn with one that does not."""
+    config = main_job(rounds, epochs)
+    seconds = {every: [] for every in (config.epochs, config.checkpoint_every_epochs, 1)}
+    for _ in range(1 + repeats):
+        for every, times in seconds.items():
+            config.checkpoint_every_epochs = every
+            with tempfile.TemporaryDirectory() as workdir:
+                times.append(time_run(config, workdir))
+    without, *others = ((every, times[1:]) for every, times in seconds.items())
+    print_table(
+        f"configs/mnist5k.py, {rounds} rounds of {config.epochs} epochs",
+        {"run without states within rounds (s)": (without[1], "{:.1f}")}
+        | {
+            f"more with one every {every} epochs": (
+                [b / a - 1 for a, b in zip(without[1], times, strict=True)],
+                "{:.1%}",
+            )
+            for every, times in others
+        },
+    )
+
+
+def main_job(rounds: int, epochs: int | None) -> ConfigDict:
+    """configs/mnist5k.py without twins, whose rounds are of another size and compiled once more."""
+    config = importlib.import_module("configs.mnist5k").get_config()
+    config.rounds, config.epochs, config.instability.rounds = rounds, epochs or config.epochs, ()
+    return config
+
+
+def time_run(config: ConfigDict, workdir: str) -> float:
+    """The seconds that all rounds of a config take."""
+    from imp_jax import imp
+
+    start = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        for _ in imp.rounds(config, workdir):
+            pass
+    return time.perf_counter() - start
 
 
 def print_stores(title: str, parameters: int, stores: list[tuple[int, ...]]) -> None:

@@ -123,7 +123,7 @@ class Checkpoints:
     def save_progress(self, number: int, progress: Progress, steps: int) -> None:
         """Write where round `number`, of `steps` steps, stands, in place of what `progress` held before."""
         (self._workdir / "progress").mkdir(exist_ok=True)
-        _save(self._progress, number * steps + progress.step, {"progress": _as_arrays(progress)})
+        _save(self._progress, number * (steps + 1) + progress.step, {"progress": _as_arrays(progress)})
 
     def progress(self, number: int, like: Progress, steps: int) -> Progress | None:
         """What was saved of round `number`, of `steps` steps, in the structure of `like`; None if nothing was.
@@ -131,7 +131,7 @@ class Checkpoints:
         Raises as `restore`.
         """
         latest = self._progress.latest_step()
-        if latest is None or latest // steps != number:
+        if latest is None or latest // (steps + 1) != number:
             return None
         progress = Progress(**_restore(self._progress, latest, "progress", _as_arrays(like)))
         return progress._replace(step=int(progress.step), seconds=float(progress.seconds))

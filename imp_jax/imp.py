@@ -41,6 +41,8 @@ from imp_jax.recorder import Recorder
 from imp_jax.repulsion import Optima
 from imp_jax.training import Metrics, Variables
 
+_LOOK_EVERY = 50  # steps of a stream, whose epochs are long: to tell of progress, and for signals
+
 
 def run(config: ConfigDict, workdir: str | os.PathLike, interruption: Interruption | None = None) -> None:
     """Train all rounds of `config` into `workdir` and print a summary; `rounds` says what may be raised."""
@@ -84,7 +86,7 @@ def rounds(
         def on_chunk(of_round, number, now, metrics, seconds):
             recorder.chunk(of_round, number, now, metrics.loss.size * config.batch_size, seconds)
             _note(of_round, number, divergence.broken(now.seen), recorder)
-            if interruption.requested and now.step < steps:
+            if interruption.requested:
                 recorder.progress(number, now, at_once=True)
                 raise interruption.stopped(f"in round {number} at step {now.step} of {steps}")
             if now.step in saved_steps:
@@ -115,8 +117,6 @@ def rounds(
                 if recorded:
                     yield recorded.result()
                 recorded = recorder.round(number, networks, rows, optima)  # while the next round trains
-                if interruption.requested:
-                    break
             yield recorded.result()
 
 
@@ -357,7 +357,14 @@ def _saved_steps(experiment):
 def _chunks(experiment):
     """A training as pairs of steps, from and to: cut at the ends of epochs, and where the host has to act."""
     epochs, steps = experiment.learning_rates.shape
-    cuts = {*range(0, epochs * steps + 1, steps), experiment.config.rewind_step or 0, *_saved_steps(experiment)}
+    streamed = isinstance(experiment.dataset.train, data.Streamed)
+    looks = range(0, epochs * steps, _LOOK_EVERY) if streamed else ()
+    cuts = {
+        *looks,
+        *range(0, epochs * steps + 1, steps),
+        experiment.config.rewind_step or 0,
+        *_saved_steps(experiment),
+    }
     return itertools.pairwise(sorted(cuts))
 
 

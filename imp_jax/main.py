@@ -33,9 +33,9 @@ def main(argv):
             raise UserError("--config is missing; name a config file, such as --config=configs/mnist5k.py")
         if not _WORKDIR.value:
             raise UserError("--workdir is missing; say where to keep the run, such as --workdir=runs/mnist5k")
-        from imp_jax import analysis, imp
-
         with Interruption() as interruption:
+            from imp_jax import analysis, imp
+
             imp.run(_CONFIG.value, _WORKDIR.value, interruption)
             analysis.run(_WORKDIR.value)
     except UserError as error:

@@ -35,7 +35,7 @@ class Recorder(contextlib.AbstractContextManager):
         self._experiment = experiment
         self._failure: UserError | None = None
         self._saving: Future | None = None
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack, _writing(workdir):
             self.workdir = stack.enter_context(records.open_workdir(workdir, experiment.config))
             self.checkpoints = stack.enter_context(contextlib.closing(Checkpoints(self.workdir)))
             for sentence in self.checkpoints.mend():
@@ -57,11 +57,13 @@ class Recorder(contextlib.AbstractContextManager):
         try:
             progress = self.checkpoints.progress(number, like, self._experiment.learning_rates.size)
         except DamagedError as error:
-            aside = self.checkpoints.set_progress_aside()
+            with _writing(self.workdir):
+                aside = self.checkpoints.set_progress_aside()
             print(f"{error}; it is set aside as {aside}, and round {number} begins anew", file=sys.stderr)
             return None
         if progress is None:
-            self.checkpoints.discard_progress()  # of a round that is finished, or followed one that is gone
+            with _writing(self.workdir):
+                self.checkpoints.discard_progress()  # of a finished round, or one that followed a damaged one
         return progress
 
     def begin(self, number: int, step: int) -> None:
@@ -141,9 +143,10 @@ class Recorder(contextlib.AbstractContextManager):
 
     def _divergence(self, line):
         path = self.workdir / "divergences.csv"
-        table = pd.concat([pd.read_csv(path), line]) if path.exists() else line
-        table = table.drop_duplicates(["replicate", "arm", "round"])
-        records.write_atomically(path, table.to_csv(index=False))
+        before = pd.read_csv(path) if path.exists() else line[:0]
+        after = pd.concat([before, line]).drop_duplicates(["replicate", "arm", "round"])
+        if len(after) > len(before):
+            records.write_atomically(path, after.to_csv(index=False))
 
     def _later(self, number, task: Callable, *arguments: Any) -> Future:
         return self._thread.submit(self._now, number, task, *arguments)
@@ -162,3 +165,11 @@ class Recorder(contextlib.AbstractContextManager):
     def _raise_failure(self):
         if self._failure:
             raise self._failure
+
+
+@contextlib.contextmanager
+def _writing(workdir):
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write to workdir {workdir}: {error.strerror}") from error

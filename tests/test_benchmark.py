@@ -13,7 +13,7 @@ def benchmark(*arguments):
 
 
 def test_the_lenet_benchmark_prints_its_table():
-    done = benchmark("lenet", "--rounds=1")
+    done = benchmark("lenet", "--rounds=1", "--epochs=1")
     assert done.returncode == 0, done.stderr
     for quantity in ("all members, whole round", "share of a round not training", "compilation", "host memory"):
         assert quantity in done.stdout
@@ -39,8 +39,15 @@ def test_the_benchmark_of_analyses_prints_its_table():
         assert quantity in done.stdout
 
 
+def test_the_benchmark_of_checkpoints_prints_its_table():
+    done = benchmark("checkpoints", "--rounds=1", "--repeats=1", "--epochs=6")
+    assert done.returncode == 0, done.stderr
+    for quantity in ("run without states", "more with one every 5 epochs", "more with one every 1 epochs"):
+        assert quantity in done.stdout
+
+
 def test_the_benchmark_of_repulsion_prints_its_tables():
-    done = benchmark("repulsion", "--rounds=2", "--repeats=1")
+    done = benchmark("repulsion", "--rounds=2", "--repeats=1", "--epochs=1")
     assert done.returncode == 0, done.stderr
     for quantity in (
         "with λ = 2 (s)",

@@ -86,12 +86,12 @@ def test_optima_come_back_as_they_went(checkpoints, reopened):
 
 def test_the_state_of_a_round_comes_back_as_it_went(checkpoints, reopened):
     assert checkpoints.progress(0, progress(0), STEPS) is None
-    for step in (3, 7):
+    for step in (3, STEPS):
         checkpoints.save_progress(4, progress(step, seed=step), STEPS)
     again = reopened()
     got = again.progress(4, like=progress(0), steps=STEPS)
-    assert (got.step, got.seconds) == (7, 10.5)
-    assert_same(got, progress(7, seed=7))
+    assert (got.step, got.seconds) == (STEPS, 1.5 * STEPS)
+    assert_same(got, progress(STEPS, seed=STEPS))
     assert again.progress(3, progress(0), STEPS) is again.progress(5, progress(0), STEPS) is None
     again.discard_progress()
     assert again.progress(4, progress(0), STEPS) is None
@@ -158,12 +158,12 @@ def test_whatever_happens_to_a_file_no_other_bits_are_read(checkpoints, tmp_path
 
 def test_a_damaged_state_is_said_and_can_be_set_aside(checkpoints, tmp_path, reopened):
     checkpoints.save_progress(2, progress(3), STEPS)
-    data = max((tmp_path / "progress" / "23").rglob("*"), key=lambda path: path.stat().st_size)
+    data = max((tmp_path / "progress" / "25").rglob("*"), key=lambda path: path.stat().st_size)
     flip(data, random.Random(0))
     again = reopened()
-    with pytest.raises(DamagedError, match="progress/23 is damaged"):
+    with pytest.raises(DamagedError, match="progress/25 is damaged"):
         again.progress(2, progress(0), STEPS)
-    assert again.set_progress_aside() == tmp_path / "set-aside" / "progress-23"
+    assert again.set_progress_aside() == tmp_path / "set-aside" / "progress-25"
     assert again.progress(2, progress(0), STEPS) is None
     again.save_progress(2, progress(1), STEPS)
     assert again.progress(2, progress(0), STEPS).step == 1

@@ -360,7 +360,7 @@ def test_a_run_stopped_within_its_rounds_ends_in_the_same_bits(data_dir, tmp_pat
     config = quick_config(data_dir, rounds=2, epochs=3, rewind_step=rewind_step)
     imp.run(config, tmp_path / "whole")
     said = run_with_stops(config, tmp_path / "cut", 0)
-    cuts = {8, 16, *([rewind_step] if rewind_step else [])}  # epochs have 8 steps
+    cuts = {8, 16, 24, *([rewind_step] if rewind_step else [])}  # epochs have 8 steps
     places = [f"in round {number} at step {step} of 24" for number in (0, 1) for step in sorted(cuts)]
     assert [
         sentence[len("stopped by SIGTERM ") :].split(";")[0] for sentence in said if "step" in sentence

@@ -1,9 +1,7 @@
 """The command as a user types it, in processes of its own."""
 
-import random
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -14,15 +12,10 @@ CONFIG = "--config=configs/mnist5k.py"
 W = "--workdir=W"  # W stands for a folder of the test's own
 
 
-def start(*arguments):
-    command = [sys.executable, "-m", "imp_jax.main", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def run(*arguments):
-    process = start(*arguments)
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
+    command = [sys.executable, "-m", "imp_jax.main", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    return done.returncode, done.stdout, done.stderr
 
 
 def test_help_needs_no_jax():
@@ -116,31 +109,3 @@ def test_fields_are_overridden_from_the_command_line(tmp_path, data_dir):
     assert "Test accuracy in %" in out
     assert f"report:  {tmp_path / 'report.html'}" in out  # the analyses follow by themselves
     assert set(pd.read_csv(tmp_path / "analysis" / "barriers.csv")["round"]) == {1}
-
-
-def quick(workdir, data_dir):
-    fields = {"rounds": 5, "epochs": 1, "batch_size": 500, "replicates": 1, "dataset.data_dir": data_dir}
-    return [CONFIG, f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in fields.items())]
-
-
-def test_a_run_killed_at_any_moment_ends_with_the_same_results(tmp_path, data_dir):
-    """kill -9 at seeded moments from the first round on, then the same command again."""
-    code, _, err = run(*quick(tmp_path / "whole", data_dir))
-    assert code == 0, err
-    draw = random.Random(0)
-    results = tmp_path / "cut" / "results.csv"
-    for rows in (0, 1, 3, 6):  # kill once so many rows are there, a moment later
-        process = start(*quick(tmp_path / "cut", data_dir))
-        while process.poll() is None and not (
-            results.exists() and len(results.read_text().splitlines()) > rows
-        ):
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.4))
-        process.kill()
-        process.communicate()
-    code, _, err = run(*quick(tmp_path / "cut", data_dir))
-    assert code == 0, err
-    whole, cut = (
-        pd.read_csv(tmp_path / name / "results.csv").drop(columns="seconds") for name in ("whole", "cut")
-    )
-    pd.testing.assert_frame_equal(whole, cut)
