@@ -138,10 +138,8 @@ def compute(
     finished = checkpoints.rounds()
     results = pd.read_csv(workdir / "results.csv")
     members = {number: members_in(results.to_dict("records"), number) for number in finished}
+    forget(workdir, finished[-1] + 1)  # what rounds left that were not kept stays
     tables = {name: _read(workdir, name) for name in TABLES}
-    for name, table in tables.items():
-        column = "round_a" if name == "distances" else "round"
-        tables[name] = table[table[column] <= finished[-1]]  # what rounds left that were not kept stays
     tables["paths"] = _as_configured(tables["paths"], config.analysis, finished)
 
     def lacking(name):
@@ -183,6 +181,15 @@ def compute(
     tables["barriers"] = _barriers(tables["paths"], config.analysis.baseline)
     for name, table in tables.items():
         _write(workdir, name, table)
+
+
+def forget(workdir: Path, first: int) -> None:
+    """Drop what the tables hold of the rounds from `first` on, which are to be trained, or trained again."""
+    for name in TABLES:
+        table = _read(workdir, name)
+        numbers = table[[column for column in ("round", "round_a", "round_b") if column in table]]
+        if not (known := (numbers < first).all(axis=1)).all():
+            _write(workdir, name, table[known])
 
 
 def draw(run: Run) -> dict[str, bytes]:

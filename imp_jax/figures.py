@@ -50,7 +50,7 @@ def distances(distances: pd.DataFrame, metric: str = "angular") -> Figure:
     rounds = sorted(table["round_a"].unique(), key=lambda number: (number < 0, number))
     matrices = {arm: means[arm].unstack().loc[rounds, rounds] for arm in table["arm"].unique()}
     limit = max(1.0 if metric == "angular" else 0.0, *(matrix.max().max() for matrix in matrices.values()))
-    figure = Figure(figsize=(0.9 + 3.2 * len(matrices), 3.4), layout="constrained")
+    figure = Figure(figsize=(0.9 + 3.2 * len(matrices), 3.7), layout="constrained")
     panels = figure.subplots(1, len(matrices), squeeze=False, sharey=True)[0]
     for axes, (arm, matrix) in zip(panels, matrices.items(), strict=True):
         image = axes.imshow(matrix, vmin=0, vmax=limit, cmap="viridis")

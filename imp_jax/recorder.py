@@ -68,6 +68,8 @@ class Recorder(contextlib.AbstractContextManager):
 
     def begin(self, number: int, step: int) -> None:
         """Be ready for a training that goes on with `step` of round `number`."""
+        with _writing(self.workdir):
+            analysis.forget(self.workdir, number)
         epochs, steps = self._experiment.learning_rates.shape
         total = epochs * steps
         self._events = records.Events(self.workdir, first_epoch=number * epochs + step // steps + 1)

@@ -747,6 +747,17 @@ def test_a_run_with_twins_resumes_to_the_same_results(data_dir, tmp_path):
     results = without_seconds(tmp_path / "whole")
     pd.testing.assert_frame_equal(results, without_seconds(tmp_path / "ends"), check_exact=True)
     assert sorted(path.name for path in (tmp_path / "ends" / "checkpoints").iterdir()) == ["0", "2", "3"]
+    analysis.run(tmp_path / "whole")
+    analysis.run(tmp_path / "ends")
+    whole, ends = analysis.load(tmp_path / "whole"), analysis.load(tmp_path / "ends")
+    for table in set(analysis.TABLES) - {"distances"}:  # computed before the rounds went
+        pd.testing.assert_frame_equal(getattr(whole, table), getattr(ends, table), check_exact=True)
+    pairs = {(-1, n) for n in range(4)} | {(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)}
+    keys = ["replicate", "arm", "metric", "round_a", "round_b"]
+    both = ends.distances.merge(whole.distances, on=keys)
+    np.testing.assert_allclose(both["distance_x"], both["distance_y"], atol=1e-6)
+    assert {(a, b) for a, b in zip(both["round_a"], both["round_b"], strict=True) if a < b} == pairs
+    assert len(both) == len(ends.distances)
     assert list(results[results["arm"] == "twin"]["round"].unique()) == [1]
     assert (results[results["round"] == 0]["repulsion"] == 0).all()
     assert (results[results["round"] > 0]["repulsion"] > 0).all()
