@@ -126,6 +126,7 @@ def delete(path, draw):
     path.unlink()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's closed event loops
 @pytest.mark.parametrize("damage", [truncate, flip, delete])
 def test_whatever_happens_to_a_file_no_other_bits_are_read(checkpoints, tmp_path, reopened, damage):
     """Each file of a checkpoint in turn: it is either said to be damaged, or read as it was written."""
