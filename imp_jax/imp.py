@@ -111,9 +111,8 @@ def rounds(
                 tickets, masks, optima = select((tickets, masks, optima), experiment.members, going_on(kept))
                 experiment, progress = experiment._replace(members=going_on(kept)), None
 
-                if number + 1 < config.rounds:
-                    last = select(networks, kept, experiment.members)
-                    optima = remember(experiment, optima, last, masks)
+                last = select(networks, kept, experiment.members)
+                optima = remember(experiment, optima, last, masks) if number + 1 < config.rounds else None
                 if recorded:
                     yield recorded.result()
                 recorded = recorder.round(number, networks, rows, optima)  # while the next round trains

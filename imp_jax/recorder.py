@@ -121,8 +121,9 @@ class Recorder(contextlib.AbstractContextManager):
     def _round(self, number, networks, rows, optima):
         config = self._experiment.config
         ends = config.keep_checkpoints == "ends"
+        recalled = not ends and self.checkpoints.rounds() == list(range(number))  # from the rounds before
         all_rows = [*self._results.rows, *rows]
-        self.checkpoints.save(number, networks, all_rows, optima if ends else None)
+        self.checkpoints.save(number, networks, all_rows, None if recalled else optima)
         self._results.append(rows)
         self._refresh_figure()
         members = [(row["arm"], row["replicate"]) for row in rows]
@@ -132,7 +133,9 @@ class Recorder(contextlib.AbstractContextManager):
         self._events.flush()
         if ends:
             analysis.compute(self.checkpoints, config, lambda: self._experiment, self.workdir)
-            self.checkpoints.keep_ends()
+            before = self.checkpoints.optima(number - 1) if number and config.repulsion.strength else None
+            if before or not config.repulsion.strength:  # or the round before could not be gone on from
+                self.checkpoints.keep_ends()
         if number + 1 == config.rounds:
             self.checkpoints.discard_progress()
         images = len(rows) * self._experiment.learning_rates.size * config.batch_size

@@ -570,6 +570,22 @@ def test_a_member_that_diverges_is_dropped(data_dir, tmp_path, monkeypatch, brok
     np.testing.assert_allclose(resumed[columns], results[columns], rtol=1e-4)
 
 
+def test_what_is_kept_may_change_while_a_run_is_stopped(data_dir, tmp_path):
+    """With repulsion, for which the rounds that are gone are needed in another form."""
+    config = quick_config(data_dir, rounds=6, **{"repulsion.strength": 2.0, "model.width": 0.1})
+    imp.run(config, tmp_path / "whole")
+    for keep in ("all", "ends", "ends", "ends", "all"):
+        config.keep_checkpoints = keep
+        rounds = imp.rounds(config, tmp_path / "run")
+        next(rounds)
+        rounds.close()
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["0", "2", "3", "4"]
+    imp.run(config, tmp_path / "run")
+    pd.testing.assert_frame_equal(
+        without_seconds(tmp_path / "whole"), without_seconds(tmp_path / "run"), check_exact=True
+    )
+
+
 def test_a_member_that_falls_to_chance_is_dropped(data_dir, tmp_path, monkeypatch):
     config = quick_config(data_dir, epochs=3, on_divergence="drop", rounds=2, replicates=2)
     break_in_round_1(monkeypatch, [3], value=0.0)  # all weights 0: they stay there
