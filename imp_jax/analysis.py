@@ -30,10 +30,10 @@ from rich.progress import track
 
 from imp_jax import config as configs
 from imp_jax import connectivity, figures, masking, records, report, similarity, weights
-from imp_jax.checkpoints import Checkpoints, Round
+from imp_jax.checkpoints import Checkpoints, DamagedError, Round, set_aside
 from imp_jax.config import UserError
 from imp_jax.experiment import Experiment, setup
-from imp_jax.interruption import Interruption, Stopped
+from imp_jax.interruption import Interruption
 from imp_jax.members import Member, members_in, select
 from imp_jax.training import Variables
 
@@ -120,7 +120,8 @@ def run(workdir: str | os.PathLike, data_dir: str | os.PathLike | None = None) -
         try:
             # a run that died may have left it behind its checkpoints
             records.Results(workdir, checkpoints.rows(finished[-1]))
-            compute(checkpoints, config, functools.cache(lambda: setup(setting)), workdir)
+            results = pd.read_csv(workdir / "results.csv")
+            compute(checkpoints, config, functools.cache(lambda: setup(setting)), workdir, results, shown=True)
             done = load(workdir)
             records.write_atomically(workdir / "report.html", report.html(done, draw(done)))
         except OSError as error:
@@ -131,42 +132,67 @@ def run(workdir: str | os.PathLike, data_dir: str | os.PathLike | None = None) -
 
 
 def compute(
-    checkpoints: Checkpoints, config: ConfigDict, experiment: Callable[[], Experiment], workdir: Path
+    checkpoints: Checkpoints,
+    config: ConfigDict,
+    experiment: Callable[[], Experiment],
+    workdir: Path,
+    results: pd.DataFrame,
+    shown: bool = False,
 ) -> None:
-    """Bring the tables up to the rounds of `checkpoints`, one by one; `experiment` is called if needed."""
+    """Bring the tables up to the rounds of `checkpoints` that are in `results`, one by one.
+
+    What is there already stays, also of rounds that were not kept. A table that cannot be read is set aside, a
+    round that cannot be read is left out; both are said.
+
+    Args:
+      experiment: called if needed.
+      shown: as a bar on the terminal.
+    """
     (workdir / "analysis").mkdir(exist_ok=True)
-    finished = checkpoints.rounds()
-    results = pd.read_csv(workdir / "results.csv")
+    finished = [number for number in checkpoints.rounds() if (results["round"] == number).any()]
     members = {number: members_in(results.to_dict("records"), number) for number in finished}
-    forget(workdir, finished[-1] + 1)  # what rounds left that were not kept stays
+    _set_aside_unreadable(workdir)
+    forget(workdir, finished[-1] + 1)
     tables = {name: _read(workdir, name) for name in TABLES}
     tables["paths"] = _as_configured(tables["paths"], config.analysis, finished)
 
-    def lacking(name):
-        return set(finished) - set(tables[name]["round"])
-
-    there = set(zip(tables["paths"]["kind"], tables["paths"]["round"], strict=True))
-    paths = [(kind, number) for number in finished for kind in KINDS if (kind, number) not in there]
-    paths = [(kind, number) for kind, number in paths if _ends_are_there(kind, number, members)]
-    of_weights = lacking("histograms") | lacking("weights") | lacking("layers")
-    pairs = set(zip(tables["distances"]["round_a"], tables["distances"]["round_b"], strict=True))
-    of_distances = not pairs.issuperset(itertools.product([INITIALISATION, *finished], repeat=2))
+    there = _keys(tables["paths"], "kind", "round", "replicate", "split")
+    paths = [
+        (kind, number)
+        for number, kind in itertools.product(finished, KINDS)
+        for replicate, split in itertools.product(_replicates(kind, number, members), ("train", "test"))
+        if (kind, number, replicate, split) not in there
+    ]
+    of_weights = _lacking(tables, members)
+    there = _keys(tables["distances"], "arm", "replicate", "round_a", "round_b")
+    of_distances = not there.issuperset(
+        (*member, a, b)
+        for member in dict.fromkeys(member for of_round in members.values() for member in of_round)
+        if member.arm != "twin"
+        for a, b in itertools.product([n for n in finished if member in members[n]], repeat=2)
+    )
     needed = {number for _, number in paths} | of_weights | (set(finished) if of_distances else set())
     needed |= {number - 1 for kind, number in paths if kind == "successive"}
 
     networks, before = {}, None
     console = Console()
-    progress = {"description": "analysing", "console": console, "disable": not console.is_terminal}
+    progress = {"description": "analysing", "console": console, "disable": not (shown and console.is_terminal)}
     for number in track(sorted(needed), transient=True, **progress):
-        now = _Networks(members[number], checkpoints.restore(number))
+        try:
+            now = _Networks(members[number], checkpoints.restore(number))
+        except DamagedError as error:
+            print(f"{error}; it is left out of the analyses", file=sys.stderr)
+            before = None
+            continue
         if number in of_weights:
             new = _weights(experiment(), number, now, results[results["round"] == number])
             for name, rows in new.items():
                 tables[name] = _with_rows(tables[name][tables[name]["round"] != number], rows)
-        kinds = [kind for kind, path_number in paths if path_number == number]
-        if kinds:
-            rows = [row for kind in kinds for row in _paths(experiment(), number, kind, before, now)]
-            tables["paths"] = _with_rows(tables["paths"], rows)
+        for kind in KINDS:
+            if (kind, number) not in paths or (kind == "successive" and before is None):
+                continue
+            other = tables["paths"][(tables["paths"]["round"] != number) | (tables["paths"]["kind"] != kind)]
+            tables["paths"] = _with_rows(other, list(_paths(experiment(), number, kind, before, now)))
             _write(workdir, "paths", tables["paths"])  # the one that takes long
         if of_distances:
             if number == 0:
@@ -229,11 +255,38 @@ class _Networks(NamedTuple):
         }
 
 
-def _ends_are_there(kind, number, members):
-    """Whether the paths of a kind that end in round `number` can be looked at."""
+def _keys(table, *columns):
+    return set(table[list(columns)].itertuples(index=False, name=None))
+
+
+def _replicates(kind, number, members):
+    """Those of which the paths of a kind that end in round `number` have both ends."""
     if kind == "successive":
-        return number - 1 in members
-    return any(member.arm == "twin" for member in members[number])
+        ends = set(members.get(number - 1, ())) & set(members[number])
+        return [replicate for arm, replicate in ends if arm == "imp"]
+    twins = [replicate for arm, replicate in members[number] if arm == "twin"]
+    return [replicate for replicate in twins if Member("imp", replicate) in members[number]]
+
+
+def _lacking(tables, members):
+    """The rounds of which a table of weights has not as many rows of each member as it should."""
+    layers = tables["layers"].groupby(["round", "replicate"]).size()
+    layers, expected = layers.to_dict(), layers.max() if len(layers) else 1
+    histograms, weights_ = (
+        tables[name].groupby(["round", "arm", "replicate"]).size().to_dict()
+        for name in ("histograms", "weights")
+    )
+    return {
+        number
+        for number, of_round in members.items()
+        for arm, replicate in of_round
+        if arm != "twin"
+        and (
+            histograms.get((number, arm, replicate)) != BINS
+            or weights_.get((number, arm, replicate)) != 1
+            or (arm == "imp" and layers.get((number, replicate)) != expected)
+        )
+    }
 
 
 def _paths(experiment, number, kind, before, now):
@@ -346,7 +399,7 @@ def _stored_config(workdir):
         raise UserError(f"{workdir} is not the workdir of a run: it has no config.json")
     try:
         return configs.from_json(json.loads(path.read_text()))
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"cannot read {path} as a config: {error}") from error
 
 
@@ -360,22 +413,34 @@ def _with_rows(table, rows):
 
 
 def _read(workdir, name):
-    """A table as it is on disk; empty where there is none, or one of another make."""
+    """A table as it is on disk; empty where there is none that can be read."""
     path = workdir / "analysis" / f"{name}.csv"
     with contextlib.suppress(FileNotFoundError, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeError):
         table = pd.read_csv(path)
-        if tuple(table.columns) == TABLES[name]:
+        if tuple(table.columns) == TABLES[name] and path.read_bytes().endswith(b"\n"):
             return table
     return _table(name, [])
+
+
+def _set_aside_unreadable(workdir):
+    for name in TABLES:
+        path = workdir / "analysis" / f"{name}.csv"
+        if path.exists() and not len(_read(workdir, name)) and path.read_bytes() != _to_csv(_table(name, [])):
+            place = set_aside(path, workdir)
+            print(f"{path} cannot be read; it is set aside as {place}, and computed anew", file=sys.stderr)
 
 
 def _write(workdir, name, table):
     keys = [column for column in ("replicate", "arm", "kind", "metric", "round", "round_a") if column in table]
     table = table.sort_values(keys, kind="stable")
-    content = table.to_csv(index=False, float_format="%.9g")
+    content = _to_csv(table)
     path = workdir / "analysis" / f"{name}.csv"
-    if not path.exists() or path.read_text() != content:
+    if not path.exists() or path.read_bytes() != content:
         records.write_atomically(path, content)
+
+
+def _to_csv(table):
+    return table.to_csv(index=False, float_format="%.9g").encode()
 
 
 def main():
@@ -389,9 +454,6 @@ def main():
             run(arguments.workdir, arguments.data_dir)
     except UserError as error:
         sys.exit(f"error: {error}")
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(128 + stopped.number)
 
 
 if __name__ == "__main__":

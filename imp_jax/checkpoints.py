@@ -113,11 +113,14 @@ class Checkpoints:
         optima = _restore(self._rounds, number, "optima")
         return optima and Optima(**optima)
 
-    def keep_ends(self) -> None:
-        """Remove all rounds but the first and the last two, of which one is there if the other is damaged."""
-        for number in self.rounds()[1:-2]:
-            folder = self._workdir / "checkpoints" / str(number)
-            shutil.rmtree(folder.rename(f"{folder}.dropped"))  # a finished one is there whole, or not at all
+    def keep_ends(self, last: int) -> None:
+        """Remove the rounds between the first and the two up to `last`, of which one may be damaged."""
+        for number in self.rounds()[1:]:
+            if number < last - 1:
+                folder = self._workdir / "checkpoints" / str(number)
+                shutil.rmtree(
+                    folder.rename(f"{folder}.dropped")
+                )  # a finished one is there whole, or not at all
         self._rounds.reload()
 
     def save_progress(self, number: int, progress: Progress, steps: int) -> None:
@@ -149,6 +152,10 @@ class Checkpoints:
             for name in ("*.orbax-checkpoint-tmp*", "*.dropped"):
                 for leftover in (self._workdir / folder).glob(name):
                     shutil.rmtree(leftover)
+        for folder in (self._workdir, self._workdir / "analysis", self._workdir / "figures"):
+            for leftover in folder.glob(".*.*"):
+                if leftover.suffix[1:].isdigit():  # of records.write_atomically
+                    leftover.unlink()
         damaged = []
         for number in reversed(self.rounds()):
             try:
@@ -178,12 +185,17 @@ class Checkpoints:
                 manager.close()
 
     def _set_aside(self, manager, step):
-        path, kept = Path(manager.directory) / str(step), self._workdir / "set-aside"
-        kept.mkdir(exist_ok=True)
-        names = (f"{path.parent.name}-{step}{f'-{n}' * (n > 1)}" for n in itertools.count(1))
-        place = path.rename(next(kept / name for name in names if not (kept / name).exists()))
+        place = set_aside(Path(manager.directory) / str(step), self._workdir)
         manager.reload()
         return place
+
+
+def set_aside(path: Path, workdir: Path) -> Path:
+    """Move something out of a run's way, into the folder `set-aside` of its workdir; returns its new place."""
+    kept = workdir / "set-aside"
+    kept.mkdir(exist_ok=True)
+    names = (f"{path.parent.name}-{path.name}{f'-{n}' * (n > 1)}" for n in itertools.count(1))
+    return path.rename(next(kept / name for name in names if not (kept / name).exists()))
 
 
 def _as_arrays(progress):
@@ -196,6 +208,7 @@ def _save(manager, step, items):
         "imp_jax": imp_jax.__version__,
         "sha256": {name: _digest(item) for name, item in items.items()},
     }
+    version["digest"] = _digest(version)
     arguments = {
         name: ocp.args.JsonSave(item) if name in _JSON else ocp.args.PyTreeSave(item)
         for name, item in {**items, "version": version}.items()
@@ -217,11 +230,15 @@ def _restore(manager, step, name, like=None):
 
     try:
         version = restored("version", ocp.args.JsonRestore())
-        if version["format"] != FORMAT:
+        digest = version.pop("digest", None)
+        intact = digest == _digest(version)
+        if version["format"] != FORMAT and (intact or digest is None):
             raise UserError(
                 f"the checkpoint {folder} has format {version['format']}, of imp_jax {version['imp_jax']}; "
                 f"this is imp_jax {imp_jax.__version__}, which reads format {FORMAT}"
             )
+        if not intact:
+            raise DamagedError(f"the checkpoint {folder} is damaged: its version is not what was written")
         if name not in version["sha256"]:
             return None
         if name in _JSON:

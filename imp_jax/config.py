@@ -2,6 +2,8 @@
 
 import difflib
 import json
+import os
+import re
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference
@@ -14,6 +16,8 @@ class UserError(Exception):
 def in_one_line(error: Exception) -> str:
     """An error as part of a sentence; a long one without its middle, as the cause comes last."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
+    if code := re.search(r"os_error_code='(\d+)'", text):  # TensorStore's, after all it knows of the file
+        return os.strerror(int(code[1]))
     return text if len(text) <= 400 else f"{text[:200]} […] {text[-200:]}"
 
 

@@ -48,7 +48,7 @@ def distances(distances: pd.DataFrame, metric: str = "angular") -> Figure:
     table = _some(distances[distances["metric"] == metric], f"distances of metric {metric!r}")
     means = table.groupby(["arm", "round_a", "round_b"], sort=False)["distance"].mean()
     rounds = sorted(table["round_a"].unique(), key=lambda number: (number < 0, number))
-    matrices = {arm: means[arm].unstack().loc[rounds, rounds] for arm in table["arm"].unique()}
+    matrices = {arm: means[arm].unstack().reindex(rounds, columns=rounds) for arm in table["arm"].unique()}
     limit = max(1.0 if metric == "angular" else 0.0, *(matrix.max().max() for matrix in matrices.values()))
     figure = Figure(figsize=(0.9 + 3.2 * len(matrices), 3.7), layout="constrained")
     panels = figure.subplots(1, len(matrices), squeeze=False, sharey=True)[0]

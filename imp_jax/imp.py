@@ -21,7 +21,7 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from imp_jax import data, divergence, masking, pruning, records, repulsion, training
-from imp_jax.checkpoints import Checkpoints, Progress, Round
+from imp_jax.checkpoints import Checkpoints, DamagedError, Progress, Round
 from imp_jax.config import UserError
 from imp_jax.experiment import Experiment, in_round, in_words, setup
 from imp_jax.interruption import Interruption
@@ -70,6 +70,7 @@ def rounds(
     with Recorder(experiment, workdir) as recorder:
         first = recorder.finished[-1] + 1 if recorder.finished else 0
         if first == config.rounds:
+            recorder.tidy()
             return
         if recorder.finished:
             experiment, tickets, masks, optima = resume(experiment, recorder.checkpoints, recorder.rows)
@@ -137,7 +138,13 @@ def resume(
         optima = checkpoints.optima(last)
         if optima is None:
             finished = ((members_in(rows, number), checkpoints.restore(number)) for number in range(last + 1))
-            optima = recall(experiment, finished, masks)
+            try:
+                optima = recall(experiment, finished, masks)
+            except DamagedError as error:
+                raise UserError(
+                    f"{error}; repulsion needs all earlier rounds: once it and those after it are moved "
+                    f"elsewhere, the same command trains them again"
+                ) from error
     return experiment, reset(experiment, networks), masks, optima
 
 
@@ -199,9 +206,7 @@ def train(
         seeds = np.asarray(jax.random.key_data(keys))
         batches = split.training_batches(seeds, epochs, config.batch_size, first_step=now.step)
 
-    for first, last in _chunks(experiment):
-        if first < now.step:
-            continue
+    for first, last in _chunks(experiment, now.step):
         start = time.perf_counter()
         tickets, states = now.tickets, now.states
         if first > 0 and first == config.rewind_step:
@@ -353,8 +358,8 @@ def _saved_steps(experiment):
     return {step for n in every for step in range(n, steps, n)}
 
 
-def _chunks(experiment):
-    """A training as pairs of steps, from and to: cut at the ends of epochs, and where the host has to act."""
+def _chunks(experiment, start):
+    """A training from `start` on as pairs of steps, cut at the ends of epochs and where the host has to act."""
     epochs, steps = experiment.learning_rates.shape
     streamed = isinstance(experiment.dataset.train, data.Streamed)
     looks = range(0, epochs * steps, _LOOK_EVERY) if streamed else ()
@@ -363,23 +368,25 @@ def _chunks(experiment):
         *range(0, epochs * steps + 1, steps),
         experiment.config.rewind_step or 0,
         *_saved_steps(experiment),
+        start,
     }
-    return itertools.pairwise(sorted(cuts))
+    return itertools.pairwise(sorted(cut for cut in cuts if cut >= start))
 
 
 def _note(experiment, number, diverged, recorder):
     """Record who has diverged, and stop the run if the config says so or no ticket is left."""
     config, members = experiment.config, experiment.members
     for index, (step, what) in diverged.items():
+        recorder.divergence(number, members[index], step, what)
+    if diverged and config.on_divergence == "stop":
+        index, (step, what) = next(iter(diverged.items()))
         member = members[index]
-        recorder.divergence(number, member, step, what)
-        if config.on_divergence == "stop":
-            raise UserError(
-                f"{what} in round {number}, arm {member.arm}, replicate {member.replicate}, at step {step} "
-                f"of the training; {_there(number)} on disk; a lower optimizer.learning_rate "
-                f"({config.optimizer.learning_rate}) or a warm-up may help, and "
-                f"--config.on_divergence=drop goes on with the other members"
-            )
+        raise UserError(
+            f"{what} in round {number}, arm {member.arm}, replicate {member.replicate}, at step {step} "
+            f"of the training; {_there(number)} on disk; a lower optimizer.learning_rate "
+            f"({config.optimizer.learning_rate}) or a warm-up may help, and "
+            f"--config.on_divergence=drop goes on with the other members"
+        )
     if not going_on([member for i, member in enumerate(members) if i not in diverged]):
         raise UserError(
             f"no ticket is left: all have diverged, the last in round {number}; see divergences.csv"

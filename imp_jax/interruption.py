@@ -26,27 +26,28 @@ class Stopped(KeyboardInterrupt):
 class Interruption:
     """A context manager of the main thread, that takes signals in.
 
-    Outside of `deferred` the first one raises `Stopped`; inside it only sets `requested`.
+    Outside of `deferred`, where all can be done again, the first ends the process; inside it is `requested`.
     """
 
     def __init__(self):
         self.requested: int = 0  # the number of the signal
         self._deferred = False
+        self._lock = threading.Lock()
 
     def __enter__(self):
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         caught = [s for s in SIGNALS if signal.getsignal(s) != signal.SIG_IGN]  # nohup and `&` mean it
-        self._before = {number: signal.signal(number, self._take) for number in caught}
         # handlers wait for the main thread, which may be compiling for minutes; this pipe does not
         self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, lambda *_: None) for number in caught}
         threading.Thread(target=self._watch, args=[reader], daemon=True).start()
         return self
 
     def __exit__(self, *_):
-        signal.set_wakeup_fd(self._wakeup_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._writer)
 
     @contextlib.contextmanager
@@ -56,35 +57,29 @@ class Interruption:
         try:
             yield
         finally:
-            self._deferred = False
+            with self._lock:
+                self._deferred = False
         if self.requested:
             raise self.stopped("between two rounds")
 
-    def stopped(self, where: str) -> "Stopped":
+    def stopped(self, where: str) -> Stopped:
         """The exception that ends a run which has saved all up to `where`."""
         name = signal.Signals(self.requested).name
         return Stopped(self.requested, f"stopped by {name} {where}; the same command goes on from there")
 
-    def _take(self, number, _):
-        first = not self.requested
-        self.requested = self.requested or number
-        if first and not self._deferred:
-            raise self.stopped("outside of a training")
-
     def _watch(self, reader):
-        first, since = None, 0.0
+        since = 0.0
         with open(reader, "rb", buffering=0) as signals:
             while received := signals.read(1):
                 number, now = received[0], time.monotonic()
-                if number not in self._before or (number == first and now - since < _ECHO):
+                if number not in self._before or (number == self.requested and now - since < _ECHO):
                     continue
-                if first is not None:
-                    os._exit(128 + number)  # nothing on disk is ever half-written under its own name
-                first, since = number, now
-                if self._deferred:
-                    print(
-                        f"{signal.Signals(number).name}: stopping where the run can be taken up again; "
-                        f"a second signal ends it at once",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                name = signal.Signals(number).name
+                with self._lock:
+                    if self.requested or not self._deferred:
+                        say = f"stopped at once by {name}; the same command goes on after what is on disk"
+                        print(say, file=sys.stderr, flush=True)
+                        os._exit(128 + number)  # nothing on disk is ever half-written under its own name
+                    self.requested, since = number, now
+                say = f"{name}: stopping where the run can be taken up again; a second signal ends it at once"
+                print(say, file=sys.stderr, flush=True)

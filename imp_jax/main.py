@@ -3,6 +3,7 @@
 Any field of the config can be overridden, as in `--config.optimizer.learning_rate=1e-2`.
 """
 
+import os
 import re
 import sys
 
@@ -40,9 +41,12 @@ def main(argv):
             analysis.run(_WORKDIR.value)
     except UserError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:  # where this prints to is full, or closed
+        print(f"error: cannot go on: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # or Python would try to print the rest
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(128 + stopped.number)
+        print(stopped, file=sys.stderr, flush=True)
+        os._exit(128 + stopped.number)  # not to wait for analyses beside the training
 
 
 def _unraisable(unraisable):

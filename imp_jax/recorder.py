@@ -15,7 +15,7 @@ from imp_jax import analysis, figures, records
 from imp_jax.checkpoints import Checkpoints, DamagedError, Progress, Round
 from imp_jax.config import UserError, in_one_line
 from imp_jax.experiment import Experiment
-from imp_jax.members import Member
+from imp_jax.members import Member, members_in
 from imp_jax.repulsion import Optima
 
 
@@ -35,6 +35,7 @@ class Recorder(contextlib.AbstractContextManager):
         self._experiment = experiment
         self._failure: UserError | None = None
         self._saving: Future | None = None
+        self._thread: ThreadPoolExecutor | None = None
         with contextlib.ExitStack() as stack, _writing(workdir):
             self.workdir = stack.enter_context(records.open_workdir(workdir, experiment.config))
             self.checkpoints = stack.enter_context(contextlib.closing(Checkpoints(self.workdir)))
@@ -76,9 +77,25 @@ class Recorder(contextlib.AbstractContextManager):
         self._stack.enter_context(contextlib.closing(self._events))
         display = records.Display(self._experiment.config.rounds, total, first_step=number * total + step)
         self._display = self._stack.enter_context(display)
-        self._thread = self._stack.enter_context(ThreadPoolExecutor(max_workers=1))  # leaving waits for it
+        self._thread, self._analyses = (ThreadPoolExecutor(max_workers=1) for _ in range(2))
+
+    def tidy(self) -> None:
+        """Do what a run that died after its last round had left to do."""
+        number = self.finished[-1]
+        with _writing(self.workdir):
+            self.checkpoints.discard_progress()
+            if self._experiment.config.keep_checkpoints == "ends":
+                results = self._results.table()
+                analysis.compute(
+                    self.checkpoints, self._experiment.config, lambda: self._experiment, self.workdir, results
+                )
+                self._keep_ends(number)
 
     def __exit__(self, *raised):
+        if self._thread:
+            stopped = isinstance(raised[1], KeyboardInterrupt)  # the next process analyses what is left
+            self._analyses.shutdown(wait=not stopped, cancel_futures=stopped)
+            self._thread.shutdown()
         self._stack.__exit__(*raised)
         if isinstance(raised[1], UserError):
             self._raise_failure()  # the graver news
@@ -119,28 +136,40 @@ class Recorder(contextlib.AbstractContextManager):
         self._now(number, self._divergence, pd.DataFrame([row]))
 
     def _round(self, number, networks, rows, optima):
-        config = self._experiment.config
+        config, here = self._experiment.config, members_in(rows, number)
         ends = config.keep_checkpoints == "ends"
-        recalled = not ends and self.checkpoints.rounds() == list(range(number))  # from the rounds before
+        complete = self.checkpoints.rounds() == list(range(number)) and set(self._experiment.members) <= set(
+            here
+        )
         all_rows = [*self._results.rows, *rows]
-        self.checkpoints.save(number, networks, all_rows, None if recalled else optima)
+        # what a later process could not recall from the rounds before goes with this one
+        self.checkpoints.save(number, networks, all_rows, optima if ends or not complete else None)
         self._results.append(rows)
         self._refresh_figure()
-        members = [(row["arm"], row["replicate"]) for row in rows]
         names = [name for name in rows[0] if name not in ("replicate", "arm", "round")]
         scalars = {name: [row[name] for row in rows] for name in names}
-        self._events.write((number + 1) * config.epochs, members, scalars)
+        self._events.write((number + 1) * config.epochs, here, scalars)
         self._events.flush()
         if ends:
-            analysis.compute(self.checkpoints, config, lambda: self._experiment, self.workdir)
-            before = self.checkpoints.optima(number - 1) if number and config.repulsion.strength else None
-            if before or not config.repulsion.strength:  # or the round before could not be gone on from
-                self.checkpoints.keep_ends()
+            self._analyses.submit(self._now, number, self._analyse, number, self._results.table())
         if number + 1 == config.rounds:
             self.checkpoints.discard_progress()
         images = len(rows) * self._experiment.learning_rates.size * config.batch_size
         self._display.round(number, rows, images)
         return rows
+
+    def _analyse(self, number, results):
+        """What the analyses need of rounds that go; in a thread of its own, as it may take long."""
+        with contextlib.closing(Checkpoints(self.workdir)) as checkpoints:
+            analysis.compute(
+                checkpoints, self._experiment.config, lambda: self._experiment, self.workdir, results
+            )
+        self._later(number, self._keep_ends, number)
+
+    def _keep_ends(self, number):
+        strength = self._experiment.config.repulsion.strength
+        if not strength or (number and self.checkpoints.optima(number - 1)):  # or that one leads nowhere
+            self.checkpoints.keep_ends(number)
 
     def _refresh_figure(self):
         figure = figures.to_bytes(figures.accuracy(self._results.table()))
@@ -177,4 +206,4 @@ def _writing(workdir):
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write to workdir {workdir}: {error.strerror}") from error
+        raise UserError(f"cannot write to workdir {workdir}: {error}") from error

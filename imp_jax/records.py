@@ -93,7 +93,7 @@ def _refuse_other_run(workdir, config):
     if stored.exists():
         try:
             differences = configs.differences(config, json.loads(stored.read_text()))
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"cannot read {stored} as a config; mend it, or give another --workdir") from error
         if differences:
             raise UserError(
@@ -124,7 +124,7 @@ class Results:
         self._path = workdir / "results.csv"
         self.rows = list(rows)
         content = _to_csv(self.rows, header=True)
-        if not self._path.exists() or self._path.read_text() != content:
+        if not self._path.exists() or self._path.read_bytes() != content.encode():
             write_atomically(self._path, content)
 
     def append(self, rows: Sequence[Row]) -> None:

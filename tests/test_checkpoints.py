@@ -157,6 +157,15 @@ def test_whatever_happens_to_a_file_no_other_bits_are_read(checkpoints, tmp_path
     assert len(list((tmp_path / "set-aside").iterdir())) == found
 
 
+@pytest.mark.parametrize("word", ["networks", "rows", "format", "sha256"])
+def test_a_damaged_version_is_no_other_version(checkpoints, tmp_path, reopened, word):
+    checkpoints.save(0, networks(), ROWS)
+    path = tmp_path / "checkpoints" / "0" / "version" / "metadata"
+    path.write_text(path.read_text().replace(word, word[:-1] + "x"))
+    (said,) = reopened().mend()
+    assert "checkpoints/0 is damaged" in said
+
+
 def test_a_damaged_state_is_said_and_can_be_set_aside(checkpoints, tmp_path, reopened):
     checkpoints.save_progress(2, progress(3), STEPS)
     data = max((tmp_path / "progress" / "25").rglob("*"), key=lambda path: path.stat().st_size)
@@ -206,7 +215,7 @@ def test_what_a_crash_left_half_written_is_not_there_and_goes(checkpoints, tmp_p
 def test_the_ends_are_the_first_and_the_last_two(checkpoints, reopened):
     for number in range(6):
         checkpoints.save(number, networks(number), ROWS)
-        checkpoints.keep_ends()
+        checkpoints.keep_ends(number)
         kept = sorted({0, max(number - 1, 0), number})
         assert checkpoints.rounds() == reopened().rounds() == kept
     assert_same(checkpoints.restore(4), networks(4))
