@@ -164,12 +164,12 @@ def compute(
         if (kind, number, replicate, split) not in there
     ]
     of_weights = _lacking(tables, members)
-    there = _keys(tables["distances"], "arm", "replicate", "round_a", "round_b")
+    there = _keys(tables["distances"], "arm", "replicate", "metric", "round_a", "round_b")
     of_distances = not there.issuperset(
-        (*member, a, b)
-        for member in dict.fromkeys(member for of_round in members.values() for member in of_round)
-        if member.arm != "twin"
+        (*member, metric, a, b)
+        for member in {member for of_round in members.values() for member in of_round if member.arm != "twin"}
         for a, b in itertools.product([n for n in finished if member in members[n]], repeat=2)
+        for metric in similarity.METRICS
     )
     needed = {number for _, number in paths} | of_weights | (set(finished) if of_distances else set())
     needed |= {number - 1 for kind, number in paths if kind == "successive"}

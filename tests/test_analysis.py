@@ -157,7 +157,7 @@ def test_only_what_is_missing_is_computed(copy, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(connectivity, "path_metrics", forbidden)
         patch.setattr(similarity, "distance_matrices", forbidden)
-        patch.setattr(imp, "setup", forbidden)  # the data set is not even opened
+        patch.setattr(analysis, "setup", forbidden)  # the data set is not even opened
         analysis.run(copy)
         (copy / "analysis" / "barriers.csv").unlink()  # it comes from the paths
         analysis.run(copy)
@@ -178,6 +178,39 @@ def test_only_what_is_missing_is_computed(copy, monkeypatch):
     for name, content in before.items():
         a, b = (pd.read_csv(file) for file in (copy / "analysis" / name, pd.io.common.StringIO(content)))
         pd.testing.assert_frame_equal(a, b, rtol=1e-5)
+
+
+def test_tables_cut_within_a_round_are_completed_and_unreadable_ones_kept(copy, capsys):
+    folder = copy / "analysis"
+    before = {path.name: path.read_text() for path in folder.glob("*.csv")}
+    for name in ("histograms", "weights", "layers", "distances", "paths"):
+        lines = before[f"{name}.csv"].splitlines(keepends=True)
+        (folder / f"{name}.csv").write_text("".join(lines[: len(lines) - 2]))
+    analysis.run(copy)
+    for name, content in before.items():
+        a, b = (pd.read_csv(file) for file in (folder / name, pd.io.common.StringIO(content)))
+        pd.testing.assert_frame_equal(a, b, rtol=1e-5)
+    capsys.readouterr()
+    (folder / "weights.csv").write_bytes(b"\xff" + before["weights.csv"].encode()[1:-1])
+    analysis.run(copy)
+    assert f"{folder / 'weights.csv'} cannot be read; it is set aside as" in capsys.readouterr().err
+    assert (copy / "set-aside" / "analysis-weights.csv").exists()
+    pd.testing.assert_frame_equal(
+        pd.read_csv(folder / "weights.csv"),
+        pd.read_csv(pd.io.common.StringIO(before["weights.csv"])),
+        rtol=1e-5,
+    )
+
+
+def test_a_damaged_round_is_left_out_of_the_analyses(copy, capsys):
+    shutil.rmtree(copy / "analysis")
+    shutil.rmtree(copy / "checkpoints" / "1" / "networks")
+    analysis.run(copy)
+    assert "checkpoints/1 is damaged" in capsys.readouterr().err
+    run = analysis.load(copy)
+    assert set(run.weights["round"]) == {0, *range(2, ROUNDS)}
+    assert set(run.paths.query("kind == 'successive'")["round"]) == set(range(3, ROUNDS))
+    assert 1 not in set(run.distances["round_a"])
 
 
 def test_a_single_missing_round_of_paths(copy):

@@ -587,6 +587,11 @@ def test_what_is_kept_may_change_while_a_run_is_stopped(data_dir, tmp_path):
     pd.testing.assert_frame_equal(
         without_seconds(tmp_path / "whole"), without_seconds(tmp_path / "run"), check_exact=True
     )
+    (tmp_path / "run" / "progress" / "7").mkdir(parents=True)  # as if killed after the last round
+    config.keep_checkpoints = "ends"
+    imp.run(config, tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["0", "4", "5"]
+    assert not any((tmp_path / "run" / "progress").iterdir())
 
 
 def test_a_member_that_falls_to_chance_is_dropped(data_dir, tmp_path, monkeypatch):

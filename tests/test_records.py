@@ -52,6 +52,15 @@ def test_a_torn_file_is_mended_from_the_rows_of_the_checkpoints(tmp_path, cut):
     assert path.read_bytes() == content
 
 
+def test_a_byte_that_is_no_text_is_mended_too(tmp_path):
+    records.Results(tmp_path, rows(0))
+    path = tmp_path / "results.csv"
+    content = path.read_bytes()
+    path.write_bytes(content[:100] + b"\xff" + content[101:])
+    records.Results(tmp_path, rows(0))
+    assert path.read_bytes() == content
+
+
 def test_rows_of_a_round_that_is_not_on_disk_are_dropped(tmp_path):
     records.Results(tmp_path, rows(0) + rows(1))
     records.Results(tmp_path, rows(0))
