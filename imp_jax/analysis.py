@@ -169,6 +169,7 @@ def compute(
         (*member, metric, a, b)
         for member in {member for of_round in members.values() for member in of_round if member.arm != "twin"}
         for a, b in itertools.product([n for n in finished if member in members[n]], repeat=2)
+        if _compared(config, a, b)
         for metric in similarity.METRICS
     )
     needed = {number for _, number in paths} | of_weights | (set(finished) if of_distances else set())
@@ -201,7 +202,9 @@ def compute(
         before = now
 
     if of_distances:
-        old, new = tables["distances"], _table("distances", _distances(networks))
+        old = tables["distances"]
+        rows = (row for row in _distances(networks) if _compared(config, *row[3:5]))
+        new = _table("distances", rows)
         keys = ["replicate", "arm", "metric", "round_a", "round_b"]
         tables["distances"] = _with_rows(new, old.itertuples(index=False)).drop_duplicates(keys)
     tables["barriers"] = _barriers(tables["paths"], config.analysis.baseline)
@@ -253,6 +256,11 @@ class _Networks(NamedTuple):
             for i, member in enumerate(self.members)
             if member.arm != "twin"
         }
+
+
+def _compared(config, one, other):
+    """Whether two rounds are compared: with `ends`, if they are on disk together in every run."""
+    return config.keep_checkpoints == "all" or min(one, other) <= 0 or abs(one - other) <= 2
 
 
 def _keys(table, *columns):

@@ -1,6 +1,7 @@
 """Orbax checkpoints, one per round and the state of the round under way: each on disk whole, or not at all."""
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import os
@@ -55,26 +56,19 @@ class Checkpoints:
 
     def __init__(self, workdir: str | os.PathLike):
         self._workdir = Path(workdir).absolute()
-        # to read must not make folders, and who writes has a thread for it
-        options = {"create": False, "save_root_metadata": False, "enable_async_checkpointing": False}
-        self._rounds = ocp.CheckpointManager(
+        self._rounds = _manager(
             self._workdir / "checkpoints",
-            options=ocp.CheckpointManagerOptions(**options),
-            item_handlers={
+            {
                 "networks": ocp.PyTreeCheckpointHandler(),
                 "optima": ocp.PyTreeCheckpointHandler(),
                 "rows": ocp.JsonCheckpointHandler(),
-                "version": ocp.JsonCheckpointHandler(),
             },
         )
-        self._progress = ocp.CheckpointManager(
-            self._workdir / "progress",
-            options=ocp.CheckpointManagerOptions(max_to_keep=1, **options),
-            item_handlers={
-                "progress": ocp.PyTreeCheckpointHandler(use_compression=False),  # it is written often
-                "version": ocp.JsonCheckpointHandler(),
-            },
-        )
+
+    @functools.cached_property
+    def _progress(self):  # not opened by who only reads rounds, while another process replaces it
+        handler = ocp.PyTreeCheckpointHandler(use_compression=False)  # it is written often
+        return _manager(self._workdir / "progress", {"progress": handler}, max_to_keep=1)
 
     def rounds(self) -> list[int]:
         """The rounds that are on disk, in order."""
@@ -180,7 +174,7 @@ class Checkpoints:
             self._progress.delete(step)
 
     def close(self) -> None:
-        for manager in (self._rounds, self._progress):
+        for manager in (self._rounds, self.__dict__.get("_progress")):
             with contextlib.suppress(Exception):  # a failed save, which has said so, is raised again
                 manager.close()
 
@@ -188,6 +182,14 @@ class Checkpoints:
         place = set_aside(Path(manager.directory) / str(step), self._workdir)
         manager.reload()
         return place
+
+
+def _manager(folder, handlers, **options):
+    # to read must not make folders, and who writes has a thread for it
+    options |= {"create": False, "save_root_metadata": False, "enable_async_checkpointing": False}
+    handlers = {**handlers, "version": ocp.JsonCheckpointHandler()}
+    options = ocp.CheckpointManagerOptions(**options)
+    return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
 
 
 def set_aside(path: Path, workdir: Path) -> Path:

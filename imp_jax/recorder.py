@@ -81,23 +81,18 @@ class Recorder(contextlib.AbstractContextManager):
 
     def tidy(self) -> None:
         """Do what a run that died after its last round had left to do."""
-        number = self.finished[-1]
         with _writing(self.workdir):
             self.checkpoints.discard_progress()
             if self._experiment.config.keep_checkpoints == "ends":
-                results = self._results.table()
-                analysis.compute(
-                    self.checkpoints, self._experiment.config, lambda: self._experiment, self.workdir, results
-                )
-                self._keep_ends(number)
+                self._analyse(self.finished[-1], self._results.table())
 
     def __exit__(self, *raised):
         if self._thread:
+            self._thread.shutdown()
             stopped = isinstance(raised[1], KeyboardInterrupt)  # the next process analyses what is left
             self._analyses.shutdown(wait=not stopped, cancel_futures=stopped)
-            self._thread.shutdown()
         self._stack.__exit__(*raised)
-        if isinstance(raised[1], UserError):
+        if raised[1] is None or isinstance(raised[1], UserError):
             self._raise_failure()  # the graver news
 
     def chunk(
@@ -160,16 +155,14 @@ class Recorder(contextlib.AbstractContextManager):
 
     def _analyse(self, number, results):
         """What the analyses need of rounds that go; in a thread of its own, as it may take long."""
-        with contextlib.closing(Checkpoints(self.workdir)) as checkpoints:
-            analysis.compute(
-                checkpoints, self._experiment.config, lambda: self._experiment, self.workdir, results
-            )
-        self._later(number, self._keep_ends, number)
-
-    def _keep_ends(self, number):
-        strength = self._experiment.config.repulsion.strength
-        if not strength or (number and self.checkpoints.optima(number - 1)):  # or that one leads nowhere
-            self.checkpoints.keep_ends(number)
+        config = self._experiment.config
+        with contextlib.closing(
+            Checkpoints(self.workdir)
+        ) as checkpoints:  # the other thread saves with its own
+            analysis.compute(checkpoints, config, lambda: self._experiment, self.workdir, results)
+            # a round that has no optima would lead nowhere without those before it
+            if not config.repulsion.strength or (number and checkpoints.optima(number - 1)):
+                checkpoints.keep_ends(number)
 
     def _refresh_figure(self):
         figure = figures.to_bytes(figures.accuracy(self._results.table()))
