@@ -260,7 +260,7 @@ class _Networks(NamedTuple):
 
 def _compared(config, one, other):
     """Whether two rounds are compared: with `ends`, if they are on disk together in every run."""
-    return config.keep_checkpoints == "all" or min(one, other) <= 0 or abs(one - other) <= 2
+    return config.keep_checkpoints == "all" or min(one, other) <= 0 or abs(one - other) <= 1
 
 
 def _keys(table, *columns):
