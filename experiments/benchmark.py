@@ -1,6 +1,6 @@
 """How fast this machine is: `python -m experiments.benchmark SUBJECT`.
 
-SUBJECT is lenet, conv4, resnet20, resnet50, analysis, repulsion or checkpoints.
+SUBJECT is lenet, conv4, resnet20, resnet50, analysis, repulsion, checkpoints or disk.
 
 For lenet the real thing is timed, `imp.rounds` of configs/mnist5k.py into a temporary workdir, from one round
 to the next: training, evaluation, pruning, checkpoint, results and figure. Recording goes on beside the next
@@ -16,6 +16,8 @@ store of earlier optima is printed, as it was in each round; for ResNet-50 as it
 
 For checkpoints, runs of configs/mnist5k.py that save their state within the rounds are timed in turn with one
 that does not.
+
+For disk, networks of random weights are saved as the rounds of each config would be, and the sizes printed.
 """
 
 import argparse
@@ -46,11 +48,11 @@ def main():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("subject", choices=["lenet", *NETWORKS, "analysis", "repulsion", "checkpoints"])
+    parser.add_argument("subject", choices=["lenet", *NETWORKS, "analysis", "repulsion", "checkpoints", "disk"])
     parser.add_argument(
         "--rounds",
         type=int,
-        help="lenet: to time (default: 8); analysis, repulsion, checkpoints: of the run (default: 25)",
+        help="lenet: to time (default: 8); analysis, repulsion, checkpoints, disk: of the run (default: 25)",
     )
     parser.add_argument(
         "--repeats", type=int, help="others: timings to take (default: 5, of repulsion 2 after the first)"
@@ -85,6 +87,8 @@ def main():
             benchmark_repulsion(arguments.rounds or 25, arguments.repeats or 2, arguments.epochs)
         elif arguments.subject == "checkpoints":
             benchmark_checkpoints(arguments.rounds or 25, arguments.repeats or 5, arguments.epochs)
+        elif arguments.subject == "disk":
+            benchmark_disk(arguments.rounds or 25)
         else:
             benchmark_steps(arguments)
     except UserError as error:
@@ -311,6 +315,66 @@ def benchmark_checkpoints(rounds: int, repeats: int, epochs: int | None) -> None
             for every, times in others
         },
     )
+
+
+def benchmark_disk(rounds: int) -> None:
+    """Save what runs of the four configs leave, cut by a fifth a round, and print the sizes."""
+    import jax
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+
+    from imp_jax import divergence, masking, models, training
+    from imp_jax.checkpoints import Checkpoints, Progress, Round
+
+    shown = [number for number in (0, 5, 10, 20) if number < rounds]
+    table = Table(
+        "MB",
+        "members",
+        *(f"round {number}" for number in shown),
+        f"{rounds} rounds",
+        "state within a round",
+    )
+    draw = np.random.default_rng(0)
+    for name in ("lenet", *NETWORKS):
+        config = importlib.import_module(f"configs.{name}").get_config()
+        image_shape, classes = {"lenet": ((28, 28, 1), 10), "resnet50": ((224, 224, 3), 1000)}.get(
+            name, ((32, 32, 3), 10)
+        )
+        shapes = models.shapes(models.create(config, classes, image_shape), image_shape)
+        members = config.replicates * len(config.arms)
+
+        def of_members(make, tree, members=members):
+            return jax.tree.map(lambda leaf: jax.numpy.asarray(make((members, *leaf.shape))), tree)
+
+        initial, trained = (
+            of_members(lambda s: draw.normal(size=s).astype(np.float32), shapes) for _ in range(2)
+        )
+        mask, prunable = masking.ones_like(initial["params"]), masking.prunable(shapes["params"])
+        sizes = []
+        for number in range(rounds):
+            if number:
+                survive = of_members(lambda s: draw.random(s) < 0.8, shapes["params"])
+                mask = jax.tree.map(lambda m, s, p: m & s if p else m, mask, survive, prunable)
+            one, other = ({**v, "params": masking.apply(v["params"], mask)} for v in (initial, trained))
+            with tempfile.TemporaryDirectory() as workdir:
+                os.mkdir(f"{workdir}/checkpoints")
+                with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+                    checkpoints.save(number, Round(one, other, mask), [])
+                    sizes.append(size_of(f"{workdir}/checkpoints"))
+                    if number == 0:
+                        states = training.init_states(other, mask, optimizer=training.make_optimizer(config))
+                        seen = divergence.nothing_seen(members)
+                        checkpoints.save_progress(0, Progress(1, one, states, seen, 0.0), steps=2)
+                        state = size_of(f"{workdir}/progress")
+        cells = [*(sizes[number] for number in shown), sum(sizes), state]
+        table.add_row(name, str(members), *(f"{megabytes:,.1f}" for megabytes in cells))
+    Console(soft_wrap=True).print(table)
+
+
+def size_of(folder: str) -> float:
+    """The MB of all files in a folder."""
+    return sum(os.path.getsize(f"{at}/{file}") for at, _, files in os.walk(folder) for file in files) / 1e6
 
 
 def main_job(rounds: int, epochs: int | None) -> ConfigDict:

@@ -46,6 +46,18 @@ def test_the_benchmark_of_checkpoints_prints_its_table():
         assert quantity in done.stdout
 
 
+def test_the_benchmark_of_disk_prints_its_table():
+    done = benchmark("disk", "--rounds=1")
+    assert done.returncode == 0, done.stderr
+    (row,) = (line for line in done.stdout.splitlines() if "resnet50" in line)
+    _, _, members, round_0, whole, state, _ = (cell.strip() for cell in row.split("│"))
+    parameters = 25_503_912 * 4 / 1e6  # MB; two networks compress a little, and their masks much
+    assert members == "1"
+    assert round_0 == whole
+    assert 1.5 * parameters < float(round_0) < 2.3 * parameters
+    assert 3 * parameters <= float(state) < 3.1 * parameters  # ticket, weights and momentum, as they are
+
+
 def test_the_benchmark_of_repulsion_prints_its_tables():
     done = benchmark("repulsion", "--rounds=2", "--repeats=1", "--epochs=1")
     assert done.returncode == 0, done.stderr
