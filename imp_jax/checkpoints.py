@@ -112,9 +112,8 @@ class Checkpoints:
         for number in self.rounds()[1:]:
             if number < last - 1:
                 folder = self._workdir / "checkpoints" / str(number)
-                shutil.rmtree(
-                    folder.rename(f"{folder}.dropped")
-                )  # a finished one is there whole, or not at all
+                aside = folder.rename(f"{folder}.dropped")  # it is there whole, or not at all
+                shutil.rmtree(aside)
         self._rounds.reload()
 
     def save_progress(self, number: int, progress: Progress, steps: int) -> None:

@@ -133,12 +133,10 @@ class Recorder(contextlib.AbstractContextManager):
     def _round(self, number, networks, rows, optima):
         config, here = self._experiment.config, members_in(rows, number)
         ends = config.keep_checkpoints == "ends"
-        complete = self.checkpoints.rounds() == list(range(number)) and set(self._experiment.members) <= set(
-            here
-        )
-        all_rows = [*self._results.rows, *rows]
         # what a later process could not recall from the rounds before goes with this one
-        self.checkpoints.save(number, networks, all_rows, optima if ends or not complete else None)
+        dropped = not set(self._experiment.members) <= set(here)
+        kept = optima if ends or dropped or self.checkpoints.rounds() != list(range(number)) else None
+        self.checkpoints.save(number, networks, [*self._results.rows, *rows], kept)
         self._results.append(rows)
         self._refresh_figure()
         names = [name for name in rows[0] if name not in ("replicate", "arm", "round")]
@@ -156,9 +154,8 @@ class Recorder(contextlib.AbstractContextManager):
     def _analyse(self, number, results):
         """What the analyses need of rounds that go; in a thread of its own, as it may take long."""
         config = self._experiment.config
-        with contextlib.closing(
-            Checkpoints(self.workdir)
-        ) as checkpoints:  # the other thread saves with its own
+        # the other thread saves with its own
+        with contextlib.closing(Checkpoints(self.workdir)) as checkpoints:
             analysis.compute(checkpoints, config, lambda: self._experiment, self.workdir, results)
             # a round that has no optima would lead nowhere without those before it
             if not config.repulsion.strength or (number and checkpoints.optima(number - 1)):

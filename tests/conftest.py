@@ -30,6 +30,14 @@ def data_dir(tmp_path_factory):
     return str(path)
 
 
+def quick_config(data_dir, **overrides):
+    """Three rounds of an epoch of 8 steps on mnist5k."""
+    config = configs.default()
+    config.update({"replicates": 1, "rounds": 3, "epochs": 1, "batch_size": 500})
+    config.update_from_flattened_dict({"dataset.data_dir": data_dir, **overrides})
+    return config
+
+
 @pytest.fixture
 def tiny_experiment():
     """A function of config overrides: LeNet 16 → 6 → 5 → 3 on 46 random images of 4 × 4, in batches of 8."""

@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from imp_jax import analysis, checkpoints, connectivity, data, imp, masking, pruning, repulsion, training
-from imp_jax import config as configs
+from imp_jax import analysis, checkpoints, connectivity, imp, masking, pruning, repulsion, training
 from imp_jax.config import UserError
 from imp_jax.interruption import Interruption, Stopped
 from imp_jax.members import ARMS, Member, member_keys
 from tests import folders
+from tests.conftest import quick_config
 
 
 def train_all(experiment, rounds=3):
@@ -283,13 +283,6 @@ def test_excluded_layers_stay_dense(tiny_experiment):
 # --- whole runs, on mnist5k ---
 
 
-def quick_config(data_dir, **overrides):
-    config = configs.default()
-    config.update({"replicates": 1, "rounds": 3, "epochs": 1, "batch_size": 500})
-    config.update_from_flattened_dict({"dataset.data_dir": data_dir, **overrides})
-    return config
-
-
 def without_seconds(workdir):
     return pd.read_csv(workdir / "results.csv").drop(columns="seconds")
 
@@ -369,33 +362,6 @@ def test_a_run_stopped_within_its_rounds_ends_in_the_same_bits(data_dir, tmp_pat
     assert not any((tmp_path / "cut" / "progress").iterdir())
 
 
-def test_the_state_is_saved_as_often_as_the_config_says(data_dir, tmp_path, monkeypatch):
-    saved = []
-    save = imp.Checkpoints.save_progress
-
-    def note_and_save(self, number, progress, steps):
-        saved.append((number, progress.step))
-        save(self, number, progress, steps)
-
-    monkeypatch.setattr(imp.Checkpoints, "save_progress", note_and_save)
-    monkeypatch.setattr("imp_jax.recorder.Future.done", lambda future: True)  # a disk as fast as any training
-    imp.run(quick_config(data_dir, rounds=2, epochs=5, checkpoint_every_epochs=2), tmp_path / "run")
-    assert saved == [(0, 16), (0, 32), (1, 16), (1, 32)]
-
-
-def test_a_step_normalises_and_augments_as_the_config_says(data_dir, tmp_path):
-    folders.write_cifar10(tmp_path)
-    config = quick_config(str(tmp_path), batch_size=10, **{"model.name": "conv4", "dataset.name": "cifar10"})
-    assert imp.setup(config).recipe.normalize == data.Normalize()
-    assert imp.setup(config).recipe.augmentation == ("crop", "flip")
-    config.dataset.normalize, config.dataset.augmentation = True, ("flip",)
-    recipe = imp.setup(config).recipe
-    pixels = np.asarray(data.load("cifar10", tmp_path).train.images) / 255
-    np.testing.assert_allclose(recipe.normalize.mean, pixels.mean((0, 1, 2)), rtol=1e-5)
-    np.testing.assert_allclose(recipe.normalize.std, pixels.std((0, 1, 2)), rtol=1e-5)
-    assert recipe.augmentation == ("flip",)
-
-
 def test_a_convolutional_network_on_grey_images(data_dir, tmp_path, capsys):
     config = quick_config(data_dir, rounds=2, batch_size=100, **{"model.name": "resnet8", "model.width": 0.25})
     config.update_from_flattened_dict(
@@ -471,24 +437,6 @@ def test_a_stream_trains_on_the_batches_it_serves(tmp_path):
                 state, mask, images[0], labels[0], rate, known, recipe=experiment.recipe
             )
         assert_trees_close(member(networks.trained["params"], i), state.params)
-
-
-def test_a_row_is_there_only_once_its_round_is_on_disk(data_dir, tmp_path, monkeypatch):
-    """And a round that could not be recorded is said before what went wrong after it."""
-    save = imp.Checkpoints.save
-
-    def look_and_save(self, number, *args):
-        assert (tmp_path / "results.csv").read_text().count("\n") == 1 + 2 * number
-        if number == 1:
-            raise OSError("disk full")
-        save(self, number, *args)
-
-    monkeypatch.setattr(imp.Checkpoints, "save", look_and_save)
-    with pytest.raises(
-        UserError, match=r"cannot record round \d in .*disk full; the rounds before it are kept"
-    ):
-        imp.run(quick_config(data_dir), tmp_path)
-    assert pd.read_csv(tmp_path / "results.csv")["round"].tolist() == [0, 0]
 
 
 def break_in_round_1(monkeypatch, broken, value=np.nan):
@@ -633,28 +581,6 @@ def test_a_damaged_round_is_set_aside_and_trained_again(data_dir, tmp_path, caps
     shutil.rmtree(tmp_path / "repelled" / "checkpoints" / "0" / "networks")
     with pytest.raises(UserError, match="checkpoints/0 is damaged"):
         imp.run(config, tmp_path / "repelled")
-
-
-@pytest.mark.parametrize(
-    ("overrides", "sentence"),
-    [
-        (
-            {"batch_size": 4001},
-            "batch_size is 4001; mnist5k has 4000 training images, so it should be at most 4000",
-        ),
-        ({"rewind_step": 8}, "rewind_step is 8; a training has 8 steps, so it should be at most 7"),
-        ({"arms": ("imp", "twinn")}, r"arms is \('imp', 'twinn'\); it should hold imp, .* written as .*imp"),
-        ({"arms": ("reinit",)}, "it should hold imp"),
-        ({"arms": ("imp", "imp")}, "none twice"),
-        ({"pruning.score": "magnitud"}, r"pruning.score is 'magnitud'.*did you mean magnitude"),
-        ({"model.name": "vgg"}, "model.name is 'vgg'; it should be one of lenet"),
-        ({"rounds": 0}, "rounds is 0; it should be at least 1"),
-    ],
-)
-def test_bad_input_is_refused_before_anything_is_written(data_dir, tmp_path, overrides, sentence):
-    with pytest.raises(UserError, match=sentence):
-        imp.run(quick_config(data_dir, **overrides), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
 
 
 def test_imp_beats_its_control_on_mnist5k(data_dir, tmp_path):

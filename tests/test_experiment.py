@@ -1,0 +1,44 @@
+"""What a config names: checked and loaded."""
+
+import numpy as np
+import pytest
+
+from imp_jax import data, experiment, imp
+from imp_jax.config import UserError
+from tests import folders
+from tests.conftest import quick_config
+
+
+def test_a_step_normalises_and_augments_as_the_config_says(data_dir, tmp_path):
+    folders.write_cifar10(tmp_path)
+    config = quick_config(str(tmp_path), batch_size=10, **{"model.name": "conv4", "dataset.name": "cifar10"})
+    assert experiment.setup(config).recipe.normalize == data.Normalize()
+    assert experiment.setup(config).recipe.augmentation == ("crop", "flip")
+    config.dataset.normalize, config.dataset.augmentation = True, ("flip",)
+    recipe = experiment.setup(config).recipe
+    pixels = np.asarray(data.load("cifar10", tmp_path).train.images) / 255
+    np.testing.assert_allclose(recipe.normalize.mean, pixels.mean((0, 1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(recipe.normalize.std, pixels.std((0, 1, 2)), rtol=1e-5)
+    assert recipe.augmentation == ("flip",)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            {"batch_size": 4001},
+            "batch_size is 4001; mnist5k has 4000 training images, so it should be at most 4000",
+        ),
+        ({"rewind_step": 8}, "rewind_step is 8; a training has 8 steps, so it should be at most 7"),
+        ({"arms": ("imp", "twinn")}, r"arms is \('imp', 'twinn'\); it should hold imp, .* written as .*imp"),
+        ({"arms": ("reinit",)}, "it should hold imp"),
+        ({"arms": ("imp", "imp")}, "none twice"),
+        ({"pruning.score": "magnitud"}, r"pruning.score is 'magnitud'.*did you mean magnitude"),
+        ({"model.name": "vgg"}, "model.name is 'vgg'; it should be one of lenet"),
+        ({"rounds": 0}, "rounds is 0; it should be at least 1"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(data_dir, tmp_path, overrides, sentence):
+    with pytest.raises(UserError, match=sentence):
+        imp.run(quick_config(data_dir, **overrides), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
