@@ -1,11 +1,17 @@
-"""Tables → matplotlib figures. No JAX here: in a notebook, pass a DataFrame and get the Figure back."""
+"""Tables → matplotlib figures. No JAX here: in a notebook, pass a DataFrame and get the Figure back.
+
+The functions named `draw_…` draw into axes of yours, one panel of such a figure.
+"""
 
 import io
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 # Okabe and Ito's colours, which the colour-blind tell apart; imp solid and its control dashed, as in the paper
@@ -15,6 +21,7 @@ STYLES = {
 }
 PATHS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00")
 LABELS = {"imp": "IMP", "reinit": "random reinitialisation"}
+METRICS = {"angular": "Angle (2∠/π)", "cosine": "Cosine distance", "euclidean": "Euclidean distance"}
 DENSITY_TICKS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
 
 
@@ -46,28 +53,42 @@ def distances(distances: pd.DataFrame, metric: str = "angular") -> Figure:
       metric: angular, cosine or euclidean.
     """
     table = _some(distances[distances["metric"] == metric], f"distances of metric {metric!r}")
-    means = table.groupby(["arm", "round_a", "round_b"], sort=False)["distance"].mean()
-    rounds = sorted(table["round_a"].unique(), key=lambda number: (number < 0, number))
-    matrices = {arm: means[arm].unstack().reindex(rounds, columns=rounds) for arm in table["arm"].unique()}
-    limit = max(1.0 if metric == "angular" else 0.0, *(matrix.max().max() for matrix in matrices.values()))
-    figure = Figure(figsize=(0.9 + 3.2 * len(matrices), 3.7), layout="constrained")
-    panels = figure.subplots(1, len(matrices), squeeze=False, sharey=True)[0]
-    for axes, (arm, matrix) in zip(panels, matrices.items(), strict=True):
-        image = axes.imshow(matrix, vmin=0, vmax=limit, cmap="viridis")
+    arms = table["arm"].unique()
+    limit = distance_limit(table, metric)
+    figure = Figure(figsize=(0.9 + 3.2 * len(arms), 3.7), layout="constrained")
+    panels = figure.subplots(1, len(arms), squeeze=False, sharey=True)[0]
+    for axes, arm in zip(panels, arms, strict=True):
+        image = draw_distances(axes, table, metric, arm, limit)
         axes.set_title(LABELS.get(arm, arm), fontsize="medium")
         axes.set_xlabel("Pruning round")
-        step = max(1, len(rounds) // 5)
-        places = [place for place in range(0, len(rounds) - 1, step) if place < len(rounds) - 1 - step / 2]
-        ticks = [*places, len(rounds) - 1]
-        labels = ["init" if rounds[place] < 0 else f"{rounds[place]}" for place in ticks]
-        axes.set_xticks(ticks, labels)
-        axes.set_yticks(ticks, labels)
-        for line in (axes.axhline, axes.axvline):  # the initialisation apart
-            line(len(rounds) - 1.5, color="white", linewidth=1)
     panels[0].set_ylabel("Pruning round")
-    names = {"angular": "Angle (2∠/π)", "cosine": "Cosine distance", "euclidean": "Euclidean distance"}
-    figure.colorbar(image, ax=panels, label=names.get(metric, metric), shrink=0.9)
+    figure.colorbar(image, ax=panels, label=METRICS.get(metric, metric), shrink=0.9)
     return figure
+
+
+def distance_limit(distances: pd.DataFrame, metric: str) -> float:
+    """The upper end of a colour scale for the means over replicates of `metric`; of angles at least 1."""
+    table = distances[distances["metric"] == metric]
+    means = table.groupby(["arm", "round_a", "round_b"])["distance"].mean()
+    return max(1.0 if metric == "angular" else 0.0, means.max())
+
+
+def draw_distances(axes: Axes, distances: pd.DataFrame, metric: str, arm: str, limit: float) -> AxesImage:
+    """The matrix of one arm (see `distances`), in colours from 0 to `limit`; returns it for a colour bar."""
+    table = distances[(distances["metric"] == metric) & (distances["arm"] == arm)]
+    means = table.groupby(["round_a", "round_b"])["distance"].mean()
+    rounds = sorted(table["round_a"].unique(), key=lambda number: (number < 0, number))
+    matrix = means.unstack().reindex(rounds, columns=rounds)
+    image = axes.imshow(matrix, vmin=0, vmax=limit, cmap="viridis")
+    step = max(1, len(rounds) // 5)
+    places = [place for place in range(0, len(rounds) - 1, step) if place < len(rounds) - 1 - step / 2]
+    ticks = [*places, len(rounds) - 1]
+    labels = ["init" if rounds[place] < 0 else f"{rounds[place]}" for place in ticks]
+    axes.set_xticks(ticks, labels)
+    axes.set_yticks(ticks, labels)
+    for line in (axes.axhline, axes.axvline):  # the initialisation apart
+        line(len(rounds) - 1.5, color="white", linewidth=1)
+    return image
 
 
 def histograms(histograms: pd.DataFrame, number: int = 10) -> Figure:
@@ -82,21 +103,27 @@ def histograms(histograms: pd.DataFrame, number: int = 10) -> Figure:
     arms = table["arm"].unique()
     figure = Figure(figsize=(0.6 + 3 * len(arms), 2.9), layout="constrained")
     panels = figure.subplots(1, len(arms), squeeze=False, sharex=True, sharey=True)[0]
-    limit = 1e-9  # of a network without survivors there is no more
+    limits = [draw_histogram(axes, table, number, arm) for axes, arm in zip(panels, arms, strict=True)]
     for axes, arm in zip(panels, arms, strict=True):
-        bins = table[table["arm"] == arm].groupby("left").agg({"right": "first", "count": "sum"})
-        edges = [*bins.index, bins["right"].iloc[-1]]
-        shares = 100 * bins["count"] / bins["count"].sum()
-        seen = bins[bins["count"] > bins["count"].sum() / 1e4]  # a few far out would narrow the rest
-        limit = max(limit, seen["right"].max(), -seen.index.min())
-        axes.stairs(shares, edges, fill=True, color=STYLES.get(arm, {}).get("color"))
         axes.set_title(f"{LABELS.get(arm, arm)}, round {number}", fontsize="medium")
         axes.set_xlabel("Weight")
-        axes.grid(alpha=0.3, linewidth=0.6)
-        axes.set_axisbelow(True)
-    panels[0].set_xlim(-1.05 * limit, 1.05 * limit)
+    panels[0].set_xlim(-max(limits), max(limits))
     panels[0].set_ylabel("Surviving weights (%)")
     return figure
+
+
+def draw_histogram(axes: Axes, histograms: pd.DataFrame, number: int, arm: str) -> float:
+    """One arm's surviving weights of round `number`; returns where an axis from −x to x may end."""
+    table = histograms[(histograms["round"] == number) & (histograms["arm"] == arm)]
+    bins = table.groupby("left").agg({"right": "first", "count": "sum"})
+    seen = bins[bins["count"] > bins["count"].sum() / 1e4]  # a few far out would narrow the rest
+    widest = max(seen["right"].max(), -seen.index.min()) if len(seen) else 1e-9  # where none survive
+    shares = 100 * bins["count"] / bins["count"].sum()
+    color = STYLES.get(arm, {}).get("color")
+    axes.stairs(shares, [*bins.index, bins["right"].iloc[-1]], fill=True, color=color)
+    axes.grid(alpha=0.3, linewidth=0.6)
+    axes.set_axisbelow(True)
+    return 1.05 * widest
 
 
 def barriers(
@@ -115,24 +142,39 @@ def barriers(
     rounds = rounds or sorted({there[0], there[(len(there) - 1) // 2], there[-1]})
     if not set(rounds) <= set(there):
         raise ValueError(f"rounds is {rounds}; the paths end in the rounds {there}")
-    density = _densities(results)
     figure = Figure(figsize=(7.6, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
+    draw_paths(left, paths, results, rounds)
+    draw_barriers(right, barriers, results)
+    return figure
+
+
+def draw_paths(axes: Axes, paths: pd.DataFrame, results: pd.DataFrame, rounds: Sequence[int]) -> None:
+    """Test error along the paths that end in `rounds` (see `barriers`), mean, and min to max shaded."""
+    density = _densities(results)
     for number, color, line in zip(
         rounds, itertools.cycle(PATHS), itertools.cycle(("-", "--", ":", "-.")), strict=False
     ):
         of_round = paths[(paths["round"] == number) & (paths["split"] == "test")]
         errors = 100 * of_round.groupby("alpha")["error"].agg(["mean", "min", "max"])
         label = " → ".join(f"{float(f'{100 * density[end]:.2g}'):g}" for end in (number - 1, number)) + " %"
-        left.plot(errors.index, errors["mean"], color=color, linestyle=line, linewidth=1.6, label=label)
-        left.fill_between(errors.index, errors["min"], errors["max"], color=color, alpha=0.15, linewidth=0)
-    left.set_xlabel("Position α on the path between two rounds")
-    left.set_ylabel("Test error (%)")
-    left.legend(frameon=False, title="Densities", fontsize="small", title_fontsize="small")
-    left.grid(alpha=0.3, linewidth=0.6)
-    _barriers_over_density(right, barriers, density)
-    right.set_ylabel("Error barrier (percentage points)")
-    return figure
+        axes.plot(errors.index, errors["mean"], color=color, linestyle=line, linewidth=1.6, label=label)
+        axes.fill_between(errors.index, errors["min"], errors["max"], color=color, alpha=0.15, linewidth=0)
+    axes.set_xlabel("Position α on the path between two rounds")
+    axes.set_ylabel("Test error (%)")
+    axes.legend(frameon=False, title="Densities", fontsize="small", title_fontsize="small")
+    axes.grid(alpha=0.3, linewidth=0.6)
+
+
+def draw_barriers(axes: Axes, barriers: pd.DataFrame, results: pd.DataFrame) -> None:
+    """The barriers of one kind over density, on both splits; where only the test error rises, it may be chance."""
+    table = barriers.assign(density=barriers["round"].map(_densities(results)))
+    styles = {"test": STYLES["imp"], "train": {"color": "#666666", "linestyle": ":", "marker": "^"}}
+    for split, style in styles.items():
+        draw_mean(axes, table[table["split"] == split], "barrier", 100, label=f"{split} set", **style)
+    density_axis(axes, table["density"].min())
+    axes.set_ylabel("Error barrier (percentage points)")
+    axes.legend(frameon=False, fontsize="small")
 
 
 def instability(barriers: pd.DataFrame, results: pd.DataFrame) -> Figure:
@@ -145,16 +187,45 @@ def instability(barriers: pd.DataFrame, results: pd.DataFrame) -> Figure:
     density = _densities(results)
     figure = Figure(figsize=(4.4, 3.2), layout="constrained")
     axes = figure.add_subplot()
-    _barriers_over_density(axes, table, density)
+    draw_barriers(axes, table, results)
     for number, rows in table.groupby("round"):
         place = (density[number], 100 * rows["barrier"].max())
         axes.annotate(
             f"round {number}", place, (0, 5), textcoords="offset points", ha="center", fontsize="small"
         )
     axes.margins(y=0.2)
-    _density_axis(axes, table["round"].map(density).min() / 1.5)  # with room for the words
+    density_axis(axes, table["round"].map(density).min() / 1.5)  # with room for the words
     axes.set_ylabel("Instability (percentage points of error)")
     return figure
+
+
+def draw_mean(axes: Axes, rows: pd.DataFrame, column: str, scale: float = 1, **style: Any) -> None:
+    """The mean of `column`, times `scale`, at each density above 0, with bars from minimum to maximum."""
+    by_density = rows.query("density > 0").groupby("density")[column]
+    over = scale * by_density.agg(["mean", "min", "max"]).sort_index(ascending=False)
+    axes.errorbar(
+        over.index,
+        over["mean"],
+        # the mean of equal values may miss them by rounding, and matplotlib takes no negative bar
+        yerr=[(over["mean"] - over["min"]).clip(lower=0), (over["max"] - over["mean"]).clip(lower=0)],
+        markersize=3.5,
+        linewidth=1.4,
+        elinewidth=0.9,
+        capsize=2,
+        **style,
+    )
+
+
+def density_axis(axes: Axes, lowest: float) -> None:
+    """A logarithmic x axis from 1 down to the density `lowest`, dense on the left, as in the paper."""
+    axes.set_xscale("log")
+    end = max(min(lowest, 0.5), 1e-9) / 1.15
+    axes.set_xlim(1.15, end)
+    axes.xaxis.set_major_locator(FixedLocator([tick for tick in DENSITY_TICKS if tick >= end]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda density, _: f"{100 * density:g}"))
+    axes.set_xlabel("Density: weights remaining (%)")
+    axes.grid(alpha=0.3, linewidth=0.6)
 
 
 def to_bytes(figure: Figure, format: str = "png") -> bytes:
@@ -171,58 +242,18 @@ def _some(table, what):
     return table
 
 
-def _barriers_over_density(axes, barriers, density):
-    """The barriers of one kind on both splits; where only the test error rises, it may be chance."""
-    table = barriers.assign(density=barriers["round"].map(density))
-    styles = {"test": STYLES["imp"], "train": {"color": "#666666", "linestyle": ":", "marker": "^"}}
-    for split, style in styles.items():
-        _error_bars(axes, table[table["split"] == split], "barrier", 100, label=f"{split} set", **style)
-    _density_axis(axes, table["density"].min())
-    axes.legend(frameon=False, fontsize="small")
-    axes.grid(alpha=0.3, linewidth=0.6)
-
-
 def _over_density(results, column, scale, label):
     """A column over density, a line an arm."""
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
     axes = figure.add_subplot()
     for arm, rows in results[results["arm"] != "twin"].groupby("arm", sort=False):
-        _error_bars(axes, rows, column, scale, label=LABELS.get(arm, arm), **STYLES.get(arm, {}))
-    _density_axis(axes, results.query("density > 0")["density"].min())
+        draw_mean(axes, rows, column, scale, label=LABELS.get(arm, arm), **STYLES.get(arm, {}))
+    density_axis(axes, results.query("density > 0")["density"].min())
     axes.set_ylabel(label)
-    axes.grid(alpha=0.3, linewidth=0.6)
     axes.legend(frameon=False)
     return figure
-
-
-def _error_bars(axes, rows, column, scale, **style):
-    """The mean of a column at each density above 0, with bars from minimum to maximum."""
-    by_density = rows.query("density > 0").groupby("density")[column]
-    over = scale * by_density.agg(["mean", "min", "max"]).sort_index(ascending=False)
-    axes.errorbar(
-        over.index,
-        over["mean"],
-        # the mean of equal values may miss them by rounding, and matplotlib takes no negative bar
-        yerr=[(over["mean"] - over["min"]).clip(lower=0), (over["max"] - over["mean"]).clip(lower=0)],
-        markersize=3.5,
-        linewidth=1.4,
-        elinewidth=0.9,
-        capsize=2,
-        **style,
-    )
 
 
 def _densities(results):
     """The density of each round."""
     return results.groupby("round")["density"].first()
-
-
-def _density_axis(axes, lowest):
-    """Logarithmic, dense on the left, as in the paper."""
-    axes.set_xscale("log")
-    end = max(min(lowest, 0.5), 1e-9) / 1.15
-    axes.set_xlim(1.15, end)
-    axes.xaxis.set_major_locator(FixedLocator([tick for tick in DENSITY_TICKS if tick >= end]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda density, _: f"{100 * density:g}"))
-    axes.set_xlabel("Density: weights remaining (%)")

@@ -76,6 +76,24 @@ class Normalize(NamedTuple):
         return (images.astype(jnp.float32) / 255 - jnp.array(self.mean)) / jnp.array(self.std)
 
 
+def find(name: str, data_dir: str | os.PathLike | None = None) -> tfds.core.DatasetBuilder:
+    """The set `name`, prepared in `data_dir`; one of this package is prepared now.
+
+    Raises:
+      UserError: an unknown set, or one not prepared yet: the sentence has the command.
+    """
+    if name in BUILDERS:
+        prepare(name, data_dir)
+    builder = _builder(name, data_dir)
+    if not builder.is_prepared():
+        flag = f" --data_dir={data_dir}" if data_dir else ""
+        raise UserError(
+            f"dataset.name is {name!r}, which is not prepared in {_root(data_dir)}; "
+            f"prepare it once with: python -m imp_jax.data prepare {name}{flag}"
+        )
+    return builder
+
+
 def load(
     name: str,
     data_dir: str | os.PathLike | None = None,
@@ -92,18 +110,10 @@ def load(
       workers: processes that decode a streamed set; None is one a core.
 
     Raises:
-      UserError: an unknown set, one not prepared yet (the sentence has the command), one that cannot be
-        read, or one that is not for image classification; an unknown augmentation.
+      UserError: see `find`; a set that cannot be read, or is not for image classification; an unknown
+        augmentation.
     """
-    if name in BUILDERS:
-        prepare(name, data_dir)
-    builder = _builder(name, data_dir)
-    if not builder.is_prepared():
-        flag = f" --data_dir={data_dir}" if data_dir else ""
-        raise UserError(
-            f"dataset.name is {name!r}, which is not prepared in {_root(data_dir)}; "
-            f"prepare it once with: python -m imp_jax.data prepare {name}{flag}"
-        )
+    builder = find(name, data_dir)
     _require_labelled_images(builder)
     test_split = _test_split(builder)
     streamed = None in builder.info.features["image"].shape

@@ -1,0 +1,189 @@
+"""Where runs train: beside each other on this machine, or as jobs of a Slurm cluster."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from experiments.runs import REPOSITORY, Run
+from experiments.sweep import Sweep
+from imp_jax.config import UserError, in_one_line
+from imp_jax.interruption import SIGNALS
+from imp_jax.records import write_atomically
+
+TRIES = 2  # of a run on this machine
+STOPPED = {128 + number for number in SIGNALS}  # exit statuses of a training that a signal ended in good order
+AHEAD = 120  # seconds before a Slurm job's time is up that it is told to stop
+
+
+def start(sweep: Sweep, run: Run, data_dir: str | None, **environment: str) -> subprocess.Popen:
+    """Train a run, or go on with it, in a process of its own that writes to its log."""
+    sweep.logs.mkdir(parents=True, exist_ok=True)
+    sweep.log(run, "failed").unlink(missing_ok=True)
+    with open(sweep.log(run), "a") as log:
+        return subprocess.Popen(
+            run.command(sweep.workdir(run).absolute(), data_dir),
+            cwd=REPOSITORY,
+            env=os.environ | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def note_failure(sweep: Sweep, run: Run, status: int) -> str:
+    """Write down why a run ended with exit status `status`, and return it."""
+    lines = sweep.log(run).read_text(errors="replace").strip().splitlines() or [""]
+    said = [line for line in lines if line.startswith("error: ")] or lines
+    how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+    why = f"{how}: {said[-1].removeprefix('error: ')}"
+    write_atomically(sweep.log(run, "failed"), why + "\n")
+    return why
+
+
+def local(sweep: Sweep, runs: Sequence[Run], data_dir: str | None, say: Callable[[str], None]) -> int:
+    """Train `runs` on this machine: a worker a GPU, or one on the CPU. A failed run is tried once more.
+
+    The first signal stops all in good order, a second at once.
+
+    Returns: how many failed.
+
+    Raises:
+      Interrupted: after a signal, once all have ended.
+    """
+    places = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus()] or [{}]
+    waiting, tries, training, failed = deque(runs), Counter(), {}, 0
+    with _passing_on(training) as received:
+        while training or (waiting and not received):
+            while places and waiting and not received:
+                run, place = waiting.popleft(), places.pop()
+                tries[run] += 1
+                training[run] = start(sweep, run, data_dir, **place), place, time.monotonic()
+                say(f"started {run.name}")
+            time.sleep(0.2)
+            for run, (process, place, since) in list(training.items()):
+                if process.poll() is None:
+                    continue
+                del training[run]
+                places.append(place)
+                minutes, seconds = divmod(round(time.monotonic() - since), 60)
+                took = f"after {minutes}:{seconds:02} min"
+                if process.returncode == 0:
+                    say(f"done    {run.name} {took}")
+                elif received and process.returncode in STOPPED:
+                    say(f"stopped {run.name} {took}")
+                else:
+                    why = note_failure(sweep, run, process.returncode)
+                    again = tries[run] < TRIES and not received
+                    say(f"failed  {run.name} {took}, {why}{'; trying again' if again else ''}")
+                    if again:
+                        waiting.append(run)
+                    else:
+                        failed += 1
+    if received:
+        raise Interrupted(received[0])
+    return failed
+
+
+class Interrupted(KeyboardInterrupt):
+    """A sweep was stopped by signal `number`; all its runs have ended."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}; the same command goes on")
+        self.number = number
+
+
+@contextlib.contextmanager
+def _passing_on(training) -> Iterator[list[int]]:
+    """Signals that come meanwhile, which are passed on to the `training` processes."""
+    received = []
+
+    def pass_on(number, _):
+        received.append(number)
+        for process, *_ in training.values():
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def gpus() -> list[str]:
+    """The GPUs of this machine that CUDA may use, without waking them."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [gpu for gpu in visible.split(",") if gpu]
+    if not shutil.which("nvidia-smi"):
+        return []
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return re.findall(r"^GPU (\d+):", listed.stdout, re.MULTILINE)
+
+
+class Training:
+    """What a job on Slurm calls; submitit pickles it, and asks `checkpoint` what to requeue."""
+
+    def __init__(self, root: Path, run: Run, data_dir: str | None):
+        self._sweep, self._run, self._data_dir = Sweep(root), run, data_dir
+        self._process = None
+
+    def __call__(self) -> None:
+        self._process = start(self._sweep, self._run, self._data_dir)
+        status = self._process.wait()
+        if status not in (0, *STOPPED):
+            raise RuntimeError(note_failure(self._sweep, self._run, status))
+        if status:
+            raise RuntimeError("stopped by a signal; the same command goes on")
+
+    def checkpoint(self):
+        """Called by a signal's handler within `wait`: the training has had the signal too, and is saving."""
+        import submitit
+
+        # its status is left for `wait`, which holds the lock that asking Popen would need
+        os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        return submitit.helpers.DelayedSubmission(Training(self._sweep.root, self._run, self._data_dir))
+
+
+def slurm(sweep: Sweep, runs: Sequence[Run], data_dir: str | None, options: dict) -> list[str]:
+    """Hand `runs` to Slurm as an array of jobs, which go on by themselves when their time is up.
+
+    Args:
+      options: parameters of submitit, such as timeout_min and slurm_partition.
+
+    Returns: the numbers of the jobs.
+
+    Raises:
+      UserError: no Slurm or no submitit here; Slurm's own words, where it rejects the jobs.
+    """
+    if not shutil.which("sbatch"):
+        raise UserError("there is no Slurm here: sbatch is not found; use --launcher=local")
+    try:
+        import submitit
+    except ImportError as error:
+        raise UserError('--launcher=slurm needs submitit: pip install -e ".[slurm]"') from error
+    sweep.logs.mkdir(parents=True, exist_ok=True)
+    executor = submitit.AutoExecutor(folder=sweep.root / "slurm", cluster="slurm", slurm_max_num_timeout=1000)
+    executor.update_parameters(
+        name="imp_jax", slurm_setup=[f"cd '{REPOSITORY}'"], slurm_signal_delay_s=AHEAD, **options
+    )
+    for run in runs:
+        sweep.log(run, "failed").unlink(missing_ok=True)
+    try:
+        jobs = executor.submit_array([Training(sweep.root.absolute(), run, data_dir) for run in runs])
+    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
+        raise UserError(f"Slurm rejects the jobs: {_of_sbatch(error)}") from error
+    for run, job in zip(runs, jobs, strict=True):
+        write_atomically(sweep.log(run, "job"), job.job_id)
+    return [job.job_id for job in jobs]
+
+
+def _of_sbatch(error):
+    said = [line for line in str(error).splitlines() if "sbatch: error" in line]
+    return said[0].split("sbatch: error: ")[-1] if said else in_one_line(error)

@@ -1,0 +1,200 @@
+"""Every figure and table of the paper: `python -m experiments.run list | status | run | figure [fig14 …]`.
+
+    list     what each is drawn of, and what that costs
+    status   which of its runs are done, running, queued, failed or missing
+    run      train what is missing, then draw
+    figure   draw from what is there, and say what is lacking
+
+Without names it is all of them; `claims` stands for what `python -m experiments.claims` looks at. The scale is
+the paper's own, or `mini`, which two cores do in under a quarter of an hour a figure, or `smoke`, of seconds.
+"""
+
+import argparse
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import logging
+from rich.table import Table
+
+from experiments import catalogue, cost, launchers, networks
+from experiments.panels import Exhibit, wide_console
+from experiments.runs import Run
+from experiments.scales import SCALES, Scale
+from experiments.sweep import Sweep
+from imp_jax import data, figures
+from imp_jax.config import UserError, choose
+from imp_jax.records import write_atomically
+
+LAUNCHERS = ("local", "slurm")
+
+
+def show_list(exhibits: Sequence[Exhibit], scale: Scale) -> None:
+    """A row an exhibit: network, data, trainings, and the estimated cost of all its runs on each device."""
+    devices = cost.measured()
+    table = Table("figure", "shows", "network", "data", "runs", "trainings", *devices)
+
+    def row(name, shows, runs):
+        configs = [run.config for run in runs]
+        costs = []
+        for device in devices.values():
+            seconds = [cost.seconds(run, device) for run in runs]
+            costs.append(cost.in_words(None if None in seconds else sum(seconds)) if runs else "nothing")
+        table.add_row(
+            name,
+            shows,
+            ", ".join(dict.fromkeys(networks.NAMES[c.model.name] for c in configs)) or "all",
+            ", ".join(dict.fromkeys(c.dataset.name for c in configs)) or "all",
+            str(len(runs)),
+            f"{sum(run.trainings for run in runs):,}",
+            *costs,
+        )
+
+    for exhibit in exhibits:
+        row(exhibit.id, exhibit.shows, exhibit.runs(scale))
+    table.add_section()
+    row("together", "each run once", catalogue.runs_of(exhibits, scale))
+    wide_console().print(table)
+
+
+def show_status(exhibits: Sequence[Exhibit], scale: Scale, sweep: Sweep) -> None:
+    """A line a run, and how many are in each state."""
+    states = sweep.states(catalogue.runs_of(exhibits, scale))
+    table = Table("run", "rounds", "state", "for")
+    for run, state in states.items():
+        for_ = ", ".join(exhibit.id for exhibit in exhibits if run in exhibit.runs(scale))
+        words = f"{state.status}: {state.why}" if state.why else state.status
+        table.add_row(run.name, f"{state.rounds}/{run.config.rounds}", words, for_)
+    wide_console().print(table)
+    counts = Counter(state.status for state in states.values())
+    print(", ".join(f"{count} {status}" for status, count in counts.items()) or "no runs are needed")
+
+
+def train(exhibits: Sequence[Exhibit], scale: Scale, sweep: Sweep, arguments: argparse.Namespace) -> None:
+    """Train what is missing, by the launcher of `arguments`.
+
+    Raises:
+      UserError: a data set is not prepared; some run failed; see `launchers.slurm`.
+    """
+    states = sweep.states(catalogue.runs_of(exhibits, scale))
+    runs = [run for run, state in states.items() if state.status in ("missing", "failed")]
+    others = Counter(state.status for state in states.values() if state.status not in ("missing", "failed"))
+    print(", ".join([f"{len(runs)} runs to train", *(f"{count} {status}" for status, count in others.items())]))
+    for name in dict.fromkeys(run.config.dataset.name for run in runs):
+        data.find(name, arguments.data_dir)
+    if not runs:
+        return
+    if arguments.launcher == "slurm":
+        options = {
+            "timeout_min": arguments.timeout_min,
+            "cpus_per_task": arguments.cpus,
+            "gpus_per_node": arguments.gpus,
+            "mem_gb": arguments.mem_gb,
+            "slurm_partition": arguments.partition,
+            "slurm_account": arguments.account,
+            "slurm_constraint": arguments.constraint,
+        }
+        options = {name: value for name, value in options.items() if value is not None}
+        for run, job in zip(runs, launchers.slurm(sweep, runs, arguments.data_dir, options), strict=True):
+            print(f"job {job}: {run.name}")
+    elif failed := launchers.local(sweep, runs, arguments.data_dir, lambda line: print(line, flush=True)):
+        raise UserError(f"{failed} of {len(runs)} runs failed; what they printed is in {sweep.logs}")
+
+
+def draw(exhibits: Sequence[Exhibit], scale: Scale, sweep: Sweep) -> None:
+    """Draw each exhibit from what is there, into `figures/` of the sweep, and say what it lacks.
+
+    Raises:
+      UserError: nothing of what was asked for has been run yet.
+    """
+    runs = catalogue.runs_of(exhibits, scale)
+    finished, states = sweep.finished(runs), sweep.states(runs)
+    if runs and not finished:
+        asked = ", ".join(exhibit.id for exhibit in exhibits)
+        raise UserError(f"nothing of {asked} at scale {scale.name} has been run in {sweep.root} yet")
+    folder = sweep.root / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    for exhibit in exhibits:
+        of_exhibit = exhibit.runs(scale)
+        lacking = [run for run in of_exhibit if states[run].status != "done"]
+        if of_exhibit and not any(run in finished for run in of_exhibit):
+            print(f"{exhibit.id}: nothing of it has been run yet")
+            continue
+        drawn = exhibit.draw(scale, finished)
+        note = describe(exhibit, scale, lacking)
+        if isinstance(drawn, str):
+            path = folder / f"{exhibit.id}.md"
+            write_atomically(path, f"{drawn}\n\n{note}\n")
+            print(drawn)
+        else:
+            path = folder / f"{exhibit.id}.png"
+            letters = int(15 * drawn.get_figwidth())  # of this size, to a line
+            drawn.suptitle("\n".join(textwrap.wrap(note, letters)), fontsize=7, color="#666666")
+            write_atomically(path, figures.to_bytes(drawn))
+            write_atomically(path.with_suffix(".pdf"), figures.to_bytes(drawn, "pdf"))
+        print(f"{exhibit.id}: {path}")
+        for run in lacking:
+            state = states[run]
+            print(f"  lacks {run.name}: {state.status}, {state.rounds} of {run.config.rounds} rounds")
+
+
+def describe(exhibit: Exhibit, scale: Scale, lacking: Sequence[Run]) -> str:
+    """What a figure is of, to be read on it; if that is not the paper's, what it stands for."""
+    words = networks.in_words(exhibit.runs(scale))
+    if scale.name != "paper":
+        words = f"{scale.name} scale: {words}; in the paper {networks.in_words(exhibit.runs(SCALES['paper']))}"
+    if lacking:
+        words += f"; {len(lacking)} of {len(exhibit.runs(scale))} runs not finished"
+    return words
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("action", choices=["list", "status", "run", "figure"])
+    parser.add_argument("ids", nargs="*", metavar="figure", help="such as fig14, table1, claims (default: all)")
+    parser.add_argument("--scale", default="paper", help="paper, mini or smoke (default: paper)")
+    parser.add_argument("--root", type=Path, help="folder of the runs (default: runs/SCALE)")
+    parser.add_argument("--data_dir", help="where the data sets are (default: ~/tensorflow_datasets)")
+    parser.add_argument("--launcher", default="local", help="local: a worker a GPU, or one; or slurm")
+    slurm = parser.add_argument_group("Slurm, for each job")
+    slurm.add_argument("--partition")
+    slurm.add_argument("--account")
+    slurm.add_argument("--constraint", help="features of the node, such as h100")
+    slurm.add_argument("--gpus", type=int, default=1, help="(default: 1)")
+    slurm.add_argument("--cpus", type=int, help="cores")
+    slurm.add_argument("--mem_gb", type=float)
+    slurm.add_argument(
+        "--timeout_min", type=int, default=240, help="when it is requeued, to go on (default: 240)"
+    )
+    arguments = parser.parse_args()
+    logging.set_verbosity(logging.FATAL)
+    try:
+        scale = choose(SCALES, "--scale", arguments.scale)
+        choose(dict.fromkeys(LAUNCHERS), "--launcher", arguments.launcher)
+        exhibits = catalogue.named(arguments.ids)
+        if arguments.action == "list":
+            return show_list(exhibits, scale)
+        sweep = Sweep((arguments.root or Path("runs") / scale.name).absolute())
+        sweep.refuse_others(catalogue.runs_of(exhibits, scale))
+        if arguments.action == "status":
+            return show_status(exhibits, scale, sweep)
+        if arguments.action == "run":
+            train(exhibits, scale, sweep, arguments)
+            if arguments.launcher == "slurm":
+                return None
+        draw(exhibits, scale, sweep)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except launchers.Interrupted as interrupted:
+        print(interrupted, file=sys.stderr)
+        sys.exit(128 + interrupted.number)
+
+
+if __name__ == "__main__":
+    main()

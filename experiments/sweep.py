@@ -1,0 +1,120 @@
+"""A folder of runs: where each of them stands.
+
+The folder holds a workdir for each run, by its name; `logs/NAME.log`, what it printed; `logs/NAME.failed`, why
+it failed; `logs/NAME.job`, its job on Slurm; and the drawn `figures/`.
+"""
+
+import contextlib
+import json
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+from filelock import FileLock, Timeout
+
+from experiments.panels import Finished
+from experiments.runs import Run
+from imp_jax import analysis
+from imp_jax import config as configs
+from imp_jax.config import UserError
+
+
+class State(NamedTuple):
+    status: str  # done, running, queued (on Slurm), failed, or missing
+    rounds: int  # finished
+    why: str = ""  # it failed
+
+
+class Sweep:
+    """The runs in the folder `root`."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.logs = root / "logs"
+
+    def workdir(self, run: Run) -> Path:
+        return self.root / run.name
+
+    def log(self, run: Run, ending: str = "log") -> Path:
+        return self.logs / f"{run.name}.{ending}"
+
+    def refuse_others(self, runs: Iterable[Run]) -> None:
+        """
+        Raises:
+          UserError: under the name of one of `runs` there is a run of another config, or of another version
+            of this package, whose configs have other fields.
+        """
+        for run in runs:
+            stored = self.workdir(run) / "config.json"
+            if not stored.exists():
+                continue
+            try:
+                differences = configs.differences(run.config, json.loads(stored.read_text()))
+            except (OSError, ValueError, TypeError, AttributeError) as error:
+                raise UserError(f"cannot read {stored} as a config; give another --root") from error
+            if differences:
+                raise UserError(
+                    f"{stored.parent} holds a run of another config or version: {'; '.join(differences)}; "
+                    f"give another --root"
+                )
+
+    def states(self, runs: Iterable[Run]) -> dict[Run, State]:
+        """Where each of `runs` stands."""
+        runs = list(runs)
+        jobs = {run: self.log(run, "job").read_text() for run in runs if self.log(run, "job").exists()}
+        queued = in_queue(jobs.values())
+        return {run: self._state(run, jobs.get(run) in queued) for run in runs}
+
+    def finished(self, runs: Iterable[Run]) -> Finished:
+        """The tables of those of `runs` that have a round at least."""
+        finished = {}
+        for run in runs:
+            if (self.workdir(run) / "config.json").exists():
+                tables = analysis.load(self.workdir(run))
+                if len(tables.results):
+                    finished[run] = tables
+        return finished
+
+    def _state(self, run, queued):
+        workdir = self.workdir(run)
+        results, report = workdir / "results.csv", workdir / "report.html"
+        rounds = 0
+        with contextlib.suppress(FileNotFoundError, pd.errors.EmptyDataError, ValueError):
+            rounds = int(pd.read_csv(results)["round"].max()) + 1
+        if _held(workdir):
+            return State("running", rounds)
+        if queued:
+            return State("queued", rounds)
+        # the report is written last of all, and may be left of an earlier analysis
+        if (
+            rounds == run.config.rounds
+            and report.exists()
+            and report.stat().st_mtime >= results.stat().st_mtime
+        ):
+            return State("done", rounds)
+        if self.log(run, "failed").exists():
+            return State("failed", rounds, self.log(run, "failed").read_text().strip())
+        return State("missing", rounds)
+
+
+def in_queue(jobs: Iterable[str]) -> set[str]:
+    """Those of the Slurm `jobs`, such as 12_3, that wait or run; none where there is no Slurm."""
+    jobs = set(jobs)
+    if not jobs or not shutil.which("squeue"):
+        return set()
+    command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
+    return jobs & set(subprocess.run(command, capture_output=True, text=True, check=False).stdout.split())
+
+
+def _held(workdir):
+    """Whether a process is at work in `workdir`; its lock is tried only where one has left its name."""
+    if not (workdir / ".holder").exists():
+        return False
+    try:
+        with FileLock(workdir / ".lock").acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
