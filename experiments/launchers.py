@@ -1,8 +1,10 @@
 """Where runs train: beside each other on this machine, or as jobs of a Slurm cluster."""
 
 import contextlib
+import io
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,7 +21,7 @@ from imp_jax.records import write_atomically
 
 TRIES = 2  # of a run on this machine
 STOPPED = {128 + number for number in SIGNALS}  # exit statuses of a training that a signal ended in good order
-AHEAD = 120  # seconds before a Slurm job's time is up that it is told to stop
+AHEAD = 120  # seconds before a Slurm job's time is up that it is told to stop, if that is not most of its time
 
 
 def start(sweep: Sweep, run: Run, data_dir: str | None, **environment: str) -> subprocess.Popen:
@@ -171,12 +173,16 @@ def slurm(sweep: Sweep, runs: Sequence[Run], data_dir: str | None, options: dict
     sweep.logs.mkdir(parents=True, exist_ok=True)
     executor = submitit.AutoExecutor(folder=sweep.root / "slurm", cluster="slurm", slurm_max_num_timeout=1000)
     executor.update_parameters(
-        name="imp_jax", slurm_setup=[f"cd '{REPOSITORY}'"], slurm_signal_delay_s=AHEAD, **options
+        name="imp_jax",
+        slurm_setup=[f"cd {shlex.quote(str(REPOSITORY))}"],
+        slurm_signal_delay_s=min(AHEAD, 30 * options["timeout_min"]),
+        **options,
     )
     for run in runs:
         sweep.log(run, "failed").unlink(missing_ok=True)
     try:
-        jobs = executor.submit_array([Training(sweep.root.absolute(), run, data_dir) for run in runs])
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
+            jobs = executor.submit_array([Training(sweep.root, run, data_dir) for run in runs])
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         raise UserError(f"Slurm rejects the jobs: {_of_sbatch(error)}") from error
     for run, job in zip(runs, jobs, strict=True):
@@ -185,5 +191,5 @@ def slurm(sweep: Sweep, runs: Sequence[Run], data_dir: str | None, options: dict
 
 
 def _of_sbatch(error):
-    said = [line for line in str(error).splitlines() if "sbatch: error" in line]
-    return said[0].split("sbatch: error: ")[-1] if said else in_one_line(error)
+    said = re.findall(r"^.*sbatch: error: (.*)$", str(error), re.MULTILINE)
+    return "; ".join(dict.fromkeys(said)) or in_one_line(error)

@@ -36,6 +36,10 @@ def show_list(exhibits: Sequence[Exhibit], scale: Scale) -> None:
     devices = cost.measured()
     table = Table("figure", "shows", "network", "data", "runs", "trainings", *devices)
 
+    def several(names):
+        names = list(dict.fromkeys(names))
+        return ", ".join(names) if 0 < len(names) <= 2 else "all"
+
     def row(name, shows, runs):
         configs = [run.config for run in runs]
         costs = []
@@ -45,8 +49,8 @@ def show_list(exhibits: Sequence[Exhibit], scale: Scale) -> None:
         table.add_row(
             name,
             shows,
-            ", ".join(dict.fromkeys(networks.NAMES[c.model.name] for c in configs)) or "all",
-            ", ".join(dict.fromkeys(c.dataset.name for c in configs)) or "all",
+            several(networks.NAMES[c.model.name] for c in configs),
+            several(c.dataset.name for c in configs),
             str(len(runs)),
             f"{sum(run.trainings for run in runs):,}",
             *costs,
@@ -90,7 +94,7 @@ def train(exhibits: Sequence[Exhibit], scale: Scale, sweep: Sweep, arguments: ar
         options = {
             "timeout_min": arguments.timeout_min,
             "cpus_per_task": arguments.cpus,
-            "gpus_per_node": arguments.gpus,
+            "gpus_per_node": arguments.gpus or None,
             "mem_gb": arguments.mem_gb,
             "slurm_partition": arguments.partition,
             "slurm_account": arguments.account,

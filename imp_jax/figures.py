@@ -167,7 +167,7 @@ def draw_paths(axes: Axes, paths: pd.DataFrame, results: pd.DataFrame, rounds: S
 
 
 def draw_barriers(axes: Axes, barriers: pd.DataFrame, results: pd.DataFrame) -> None:
-    """The barriers of one kind over density, on both splits; where only the test error rises, it may be chance."""
+    """The barriers of one kind over density, on both splits; if only the test error rises, it may be chance."""
     table = barriers.assign(density=barriers["round"].map(_densities(results)))
     styles = {"test": STYLES["imp"], "train": {"color": "#666666", "linestyle": ":", "marker": "^"}}
     for split, style in styles.items():
