@@ -1,6 +1,6 @@
 """How fast this machine is: `python -m experiments.benchmark SUBJECT`.
 
-SUBJECT is lenet, conv4, resnet20, resnet50, analysis, repulsion, checkpoints or disk.
+SUBJECT is lenet, conv4, resnet20, resnet50, analysis, repulsion, checkpoints, disk or throughput.
 
 For lenet the real thing is timed, `imp.rounds` of configs/mnist5k.py into a temporary workdir, from one round
 to the next: training, evaluation, pruning, checkpoint, results and figure. Recording goes on beside the next
@@ -17,6 +17,10 @@ store of earlier optima is printed, as it was in each round; for ResNet-50 as it
 For checkpoints, runs of configs/mnist5k.py that save their state within the rounds are timed in turn with one
 that does not.
 
+For throughput, the training steps of all networks are timed at the batch sizes of the figures (on a CPU, of
+the convolutional ones at one), and what a whole run of configs/mnist5k.py takes besides, and with repulsion.
+With --record="one H100" that becomes what `python -m experiments.run list` reckons with on such a device.
+
 For disk, networks of random weights are saved as the rounds of each config would be, and the sizes printed.
 """
 
@@ -25,6 +29,7 @@ import contextlib
 import importlib
 import io
 import itertools
+import json
 import os
 import resource
 import shutil
@@ -32,14 +37,17 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from absl import logging
 from ml_collections import ConfigDict
 
+from experiments import catalogue, cost, networks
+from experiments.scales import MINI, PAPER
 from imp_jax.config import UserError
 
 NETWORKS = ("conv4", "resnet20", "resnet50")  # whose steps are timed
+SUBJECTS = ("lenet", *NETWORKS, "analysis", "repulsion", "checkpoints", "disk", "throughput")
 
 
 def main():
@@ -48,7 +56,7 @@ def main():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("subject", choices=["lenet", *NETWORKS, "analysis", "repulsion", "checkpoints", "disk"])
+    parser.add_argument("subject", choices=SUBJECTS)
     parser.add_argument(
         "--rounds",
         type=int,
@@ -67,6 +75,9 @@ def main():
     parser.add_argument("--execution", default="auto", help="others: as in the config (default: auto)")
     parser.add_argument(
         "--torch", action="store_true", help="conv4, resnet20: eager PyTorch in turn, on the CPU"
+    )
+    parser.add_argument(
+        "--record", metavar="DEVICE", help="throughput: write it to experiments/throughput.json"
     )
     arguments = parser.parse_args()
     for name in ("rounds", "repeats", "epochs", "steps", "members", "batch_size"):
@@ -89,6 +100,8 @@ def main():
             benchmark_checkpoints(arguments.rounds or 25, arguments.repeats or 5, arguments.epochs)
         elif arguments.subject == "disk":
             benchmark_disk(arguments.rounds or 25)
+        elif arguments.subject == "throughput":
+            benchmark_throughput(arguments.rounds or 25, arguments.repeats or 3, arguments.record)
         else:
             benchmark_steps(arguments)
     except UserError as error:
@@ -129,26 +142,57 @@ def benchmark_rounds(timed_rounds: int, epochs: int | None) -> None:
 
 def benchmark_steps(arguments: argparse.Namespace) -> None:
     """Time training steps of a convolutional network and print the table."""
+    config = importlib.import_module(f"configs.{arguments.subject}").get_config()
+    config.batch_size = arguments.batch_size or config.batch_size
+    config.dtype = arguments.dtype or config.dtype
+    config.execution = arguments.execution
+    members, steps, batch_size = arguments.members, arguments.steps, config.batch_size
+    ours, execution = stepper(config, members, steps)
+
+    contenders = {"imp_jax": ours} | (torch_contenders(arguments, batch_size) if arguments.torch else {})
+    seconds = {name: [] for name in contenders}
+    for _ in range(1 + (arguments.repeats or 5)):
+        for name, train in contenders.items():
+            start = time.perf_counter()
+            train()
+            seconds[name].append((time.perf_counter() - start) / steps)
+    compiling = seconds["imp_jax"][0]
+    seconds = {name: times[1:] for name, times in seconds.items()}
+    ours, *others = seconds.values()
+
+    of = f"{arguments.subject}, {members} member{'s' * (members > 1)}, batch {batch_size}, {config.dtype}"
+    print_table(
+        f"{of}, {execution}",
+        {
+            "images/s, all members": ([members * batch_size / s for s in ours], "{:,.0f}"),
+            "step of all members (ms)": ([1e3 * s for s in ours], "{:,.1f}"),
+            "compilation (s)": ([steps * (compiling - statistics.median(ours))], "{:.1f}"),
+        }
+        | {
+            f"our time over that of {name}": ([a / b for a, b in zip(ours, times, strict=True)], "{:.2f}")
+            for name, times in zip(list(seconds)[1:], others, strict=True)
+        },
+    )
+
+
+def stepper(config: ConfigDict, members: int, steps: int) -> tuple[Callable[[], None], str]:
+    """A call that trains `members` networks of a config by `steps` on random images; its execution's name."""
     import jax
 
     from imp_jax import config as configs
     from imp_jax import data, masking, models, training
 
-    config = importlib.import_module(f"configs.{arguments.subject}").get_config()
-    config.batch_size = arguments.batch_size or config.batch_size
-    config.dtype = arguments.dtype or config.dtype
-    config.execution = arguments.execution
     configs.validate(config)
-    members, steps, batch_size = arguments.members, arguments.steps, config.batch_size
+    batch_size = config.batch_size
     streamed = config.dataset.name == "imagenet2012"
-    image_shape, num_classes = ((224, 224, 3), 1000) if streamed else ((32, 32, 3), 10)
+    _, image_shape, num_classes = networks.SETS[config.dataset.name]
 
     model = models.create(config, num_classes, image_shape)
     recipe = training.Recipe(
         model,
         training.make_optimizer(config),
-        normalize=data.Normalize((0.5,) * 3, (0.25,) * 3),
-        augmentation=() if streamed else ("crop", "flip"),
+        normalize=data.Normalize((0.5,), (0.25,)),
+        augmentation=data.USUAL_AUGMENTATION.get(config.dataset.name, ()) if not streamed else (),
         execution=training.choose_execution(config, models.shapes(model, image_shape)["params"]),
     )
     key = jax.random.key(0)
@@ -162,7 +206,7 @@ def benchmark_steps(arguments: argparse.Namespace) -> None:
     images = jax.random.bits(key, (*leading, *image_shape), "uint8")
     labels = jax.random.randint(key, leading, 0, num_classes)
 
-    def ours():
+    def train():
         nonlocal states
         if streamed:
             batches = itertools.repeat((images, labels))
@@ -173,31 +217,65 @@ def benchmark_steps(arguments: argparse.Namespace) -> None:
             states, _ = training.train_steps(states, masks, split, keys, 0, 0, rates, **options)
         jax.block_until_ready(states)
 
-    contenders = {"imp_jax": ours} | (torch_contenders(arguments, batch_size) if arguments.torch else {})
-    seconds = {name: [] for name in contenders}
-    for _ in range(1 + (arguments.repeats or 5)):
-        for name, train in contenders.items():
-            start = time.perf_counter()
-            train()
-            seconds[name].append((time.perf_counter() - start) / steps)
-    compiling = seconds["imp_jax"][0]
-    seconds = {name: times[1:] for name, times in seconds.items()}
-    ours, *others = seconds.values()
+    return train, next(name for name, value in training.EXECUTIONS.items() if value == recipe.execution)
 
-    execution = next(name for name, value in training.EXECUTIONS.items() if value == recipe.execution)
-    networks = f"{members} member{'s' * (members > 1)}"
-    print_table(
-        f"{arguments.subject}, {networks}, batch {batch_size}, {config.dtype}, {execution}",
-        {
-            "images/s, all members": ([members * batch_size / s for s in ours], "{:,.0f}"),
-            "step of all members (ms)": ([1e3 * s for s in ours], "{:,.1f}"),
-            "compilation (s)": ([steps * (compiling - statistics.median(ours))], "{:.1f}"),
+
+def benchmark_throughput(
+    rounds: int, repeats: int, record: str | None, names: Sequence[str] = ("lenet", *NETWORKS)
+) -> None:
+    """Time all networks at the batch sizes of the figures, and whole runs; print the table, and `record` it."""
+    import jax
+
+    from imp_jax import analysis, imp
+
+    on_cpu = jax.default_backend() == "cpu"
+    speeds, table = {}, {}
+    for name in names:
+        runs = [run for scale in (PAPER, MINI) for run in catalogue.runs_of(catalogue.EXHIBITS.values(), scale)]
+        sizes = sorted({run.config.batch_size for run in runs if run.config.model.name == name})
+        if on_cpu and name in NETWORKS:  # seconds a step, of which more images do not make less an image
+            sizes = [16 if name == "resnet50" else 128]
+        for size in sizes:
+            config = importlib.import_module(f"configs.{name}").get_config()
+            config.batch_size = size
+            members = config.replicates * len(config.arms)
+            steps = 60 if name == "lenet" else 4
+            train, _ = stepper(config, members, steps)
+            times = []
+            for _ in range(1 + repeats):
+                start = time.perf_counter()
+                train()
+                times.append(time.perf_counter() - start)
+            rates = [members * steps * size / seconds for seconds in times[1:]]
+            speeds.setdefault(name, {})[str(size)] = round(statistics.median(rates), 1)
+            table[f"{name}, batch {size}, {members} members (images/s)"] = (rates, "{:,.0f}")
+
+    def whole_run(strength):
+        config = main_job(rounds, None)
+        config.repulsion.strength = strength
+        with tempfile.TemporaryDirectory() as workdir, contextlib.redirect_stdout(io.StringIO()):
+            start = time.perf_counter()
+            for _ in imp.rounds(config, workdir):
+                pass
+            analysis.run(workdir)
+            return time.perf_counter() - start
+
+    config = main_job(rounds, None)
+    images = 6 * rounds * config.epochs * (4000 // config.batch_size) * config.batch_size
+    training_alone = images / speeds["lenet"][str(config.batch_size)]
+    plain, repelled = whole_run(0.0), whole_run(2.0)
+    besides, factor = plain - training_alone, 1 + (repelled - plain) / training_alone
+    table["a run besides its training (s)"] = ([besides], "{:.1f}")
+    table["training with repulsion over without"] = ([factor], "{:.2f}")
+    print_table("throughput", table)
+    if record:
+        entry = {
+            "images_per_second": speeds,
+            "repulsion": {"lenet": round(factor, 2)},
+            "besides": {"lenet": round(besides, 1)},
         }
-        | {
-            f"our time over that of {name}": ([a / b for a, b in zip(ours, times, strict=True)], "{:.2f}")
-            for name, times in zip(list(seconds)[1:], others, strict=True)
-        },
-    )
+        cost.MEASURED.write_text(json.dumps(cost.measured() | {record: entry}, indent=2) + "\n")
+        print(f"recorded as {record!r} in {cost.MEASURED}")
 
 
 def benchmark_analysis(rounds: int, repeats: int) -> None:
@@ -338,9 +416,7 @@ def benchmark_disk(rounds: int) -> None:
     draw = np.random.default_rng(0)
     for name in ("lenet", *NETWORKS):
         config = importlib.import_module(f"configs.{name}").get_config()
-        image_shape, classes = {"lenet": ((28, 28, 1), 10), "resnet50": ((224, 224, 3), 1000)}.get(
-            name, ((32, 32, 3), 10)
-        )
+        _, image_shape, classes = networks.SETS[config.dataset.name]
         shapes = models.shapes(models.create(config, classes, image_shape), image_shape)
         members = config.replicates * len(config.arms)
 

@@ -4,6 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from experiments import benchmark as bench
+from experiments import cost
+from experiments.scales import MINI
+
 
 def benchmark(*arguments):
     command = [sys.executable, "-m", "experiments.benchmark", *arguments]
@@ -83,3 +87,17 @@ def test_bad_arguments_are_one_sentence(arguments, sentence):
     assert done.returncode == 1
     assert done.stderr.startswith(sentence)
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_throughput_is_recorded_for_the_costs(tmp_path, monkeypatch, capsys):
+    recorded = tmp_path / "throughput.json"
+    recorded.write_text('{"another": {}}')
+    monkeypatch.setattr(cost, "MEASURED", recorded)
+    bench.benchmark_throughput(rounds=1, repeats=1, record="here", names=["lenet"])
+    assert "lenet, batch 600, 6 members" in capsys.readouterr().out
+    device = cost.measured()["here"]
+    speeds = device["images_per_second"]["lenet"]
+    assert list(speeds) == ["20", "60", "200", "600"]
+    assert all(1000 < speed < 1e9 for speed in speeds.values())
+    assert cost.seconds(MINI.lenet, device) > 159 * 20 * 66 * 60 / speeds["60"]
+    assert cost.measured()["another"] == {}
