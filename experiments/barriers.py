@@ -1,5 +1,8 @@
 """Which successive optima are linearly connected (section 4.3, figures 8, 20 and 23)."""
 
+from collections.abc import Callable
+from functools import partial
+
 from matplotlib.figure import Figure
 
 from experiments.panels import Exhibit, Finished, barrier, blank, grid
@@ -43,7 +46,7 @@ def paths_and_barrier(scale: Scale, finished: Finished) -> Figure:
     return figure
 
 
-def barrier_alone(scale: Scale, finished: Finished, runs) -> Figure:
+def barrier_alone(runs: Callable, scale: Scale, finished: Finished) -> Figure:
     (run,) = runs(scale)
     figure, (axes,) = grid(1, columns=1, width=4.6, height=3)
     barrier(axes, finished, run)
@@ -52,6 +55,6 @@ def barrier_alone(scale: Scale, finished: Finished, runs) -> Figure:
 
 FIGURES = (
     Exhibit("fig8", "error on paths between rounds, barrier over density", of_stable, paths_and_barrier),
-    Exhibit("fig20", "error barrier over density", of_lenet, lambda *given: barrier_alone(*given, of_lenet)),
-    Exhibit("fig23", "error barrier over density", of_conv4, lambda *given: barrier_alone(*given, of_conv4)),
+    Exhibit("fig20", "error barrier over density", of_lenet, partial(barrier_alone, of_lenet)),
+    Exhibit("fig23", "error barrier over density", of_conv4, partial(barrier_alone, of_conv4)),
 )

@@ -111,7 +111,8 @@ def _passing_on(training) -> Iterator[list[int]]:
         for process, *_ in training.values():
             process.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    caught = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup means it
+    before = {number: signal.signal(number, pass_on) for number in caught}
     try:
         yield received
     finally:

@@ -6,6 +6,7 @@ A panel draws what there is of a run: of one under way its rounds so far, of one
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,6 +24,9 @@ COLUMNS = {  # of results.csv: factor, label
     "threshold": (1, "Pruning threshold"),
 }
 NOT_RUN = "not run"
+SHOWN = (
+    15  # points of accuracy below the best; what falls further leaves the panel, or the rest would be a line
+)
 
 Finished = Mapping[Run, analysis.Run]  # the runs of which there is a round at least
 
@@ -40,7 +44,10 @@ class Exhibit:
 def curves(
     axes: Axes, finished: Finished, series: Sequence[tuple[str, str, Run]], column: str = "test_accuracy"
 ) -> None:
-    """A column of results.csv over density: IMP solid, its reinit dashed, for each (label, colour, run)."""
+    """A column of results.csv over density: IMP solid, its reinit dashed, for each (label, colour, run).
+
+    Of accuracy `SHOWN` points are shown, with all panels of a figure on one axis.
+    """
     scale, label = COLUMNS[column]
     lowest = []
     for name, color, run in series:
@@ -52,11 +59,14 @@ def curves(
                 words = f"{name}, {figures.LABELS[arm]}" if name else figures.LABELS[arm]
                 figures.draw_mean(axes, rows, column, scale, label=words, color=color, **style)
                 lowest.append(rows["density"].min())
-    if lowest:
-        figures.density_axis(axes, min(lowest))
-    else:
-        blank(axes)
     axes.set_ylabel(label)
+    if not lowest:
+        return blank(axes)
+    figures.density_axis(axes, min(lowest))
+    if column == "test_accuracy":
+        lines = [line for each in axes.figure.axes for line in each.get_lines() if each.get_ylabel() == label]
+        points = np.concatenate([line.get_ydata(orig=False) for line in lines])
+        axes.set_ylim(max(points.min(), points.max() - SHOWN) - 1, points.max() + 1)
 
 
 def matrices(
@@ -119,8 +129,7 @@ def barrier(axes: Axes, finished: Finished, run: Run) -> None:
 def blank(axes: Axes) -> None:
     """A panel of which nothing has been run yet."""
     axes.text(0.5, 0.5, NOT_RUN, transform=axes.transAxes, ha="center", va="center", color="#999999")
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.tick_params(left=False, labelleft=False, bottom=False, labelbottom=False)  # axes may be shared
 
 
 def common_legend(figure: Figure) -> None:

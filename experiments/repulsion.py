@@ -1,5 +1,8 @@
 """Is it the return to earlier optima that makes a ticket win (section 3, figures 3 and 13 to 17)?"""
 
+from collections.abc import Callable
+from functools import partial
+
 from matplotlib.figure import Figure
 
 from experiments.panels import BLUE, GREEN, Exhibit, Finished, common_legend, curves, grid, matrices
@@ -47,7 +50,7 @@ def both_ways(scale: Scale, finished: Finished) -> Figure:
     return figure
 
 
-def accuracy(scale: Scale, finished: Finished, runs) -> Figure:
+def accuracy(runs: Callable, scale: Scale, finished: Finished) -> Figure:
     plain, repellent = runs(scale)
     figure, (axes,) = grid(1, columns=1, width=4.6, height=3.4)
     curves(axes, finished, [("", BLUE, plain), ("repellent", GREEN, repellent)])
@@ -79,8 +82,8 @@ def checkerboard(scale: Scale, finished: Finished) -> Figure:
 
 FIGURES = (
     Exhibit("fig3", "accuracy, repellent and attractive", of_resnet20, both_ways),
-    Exhibit("fig13", "accuracy, repellent", of_conv4, lambda *given: accuracy(*given, of_conv4)),
-    Exhibit("fig14", "accuracy, repellent", of_lenet, lambda *given: accuracy(*given, of_lenet)),
+    Exhibit("fig13", "accuracy, repellent", of_conv4, partial(accuracy, of_conv4)),
+    Exhibit("fig14", "accuracy, repellent", of_lenet, partial(accuracy, of_lenet)),
     Exhibit("fig15", "angles between rounds, repellent", repelled_resnet20, repellent_matrices),
     Exhibit("fig16", "angles between rounds, repellent and not", of_conv4, repellent_and_plain_matrices),
     Exhibit(

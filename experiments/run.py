@@ -139,9 +139,11 @@ def draw(exhibits: Sequence[Exhibit], scale: Scale, sweep: Sweep) -> None:
             write_atomically(path, figures.to_bytes(drawn))
             write_atomically(path.with_suffix(".pdf"), figures.to_bytes(drawn, "pdf"))
         print(f"{exhibit.id}: {path}")
-        for run in lacking:
-            state = states[run]
-            print(f"  lacks {run.name}: {state.status}, {state.rounds} of {run.config.rounds} rounds")
+        for run in of_exhibit:
+            if (state := states[run]).status != "done":
+                print(f"  lacks {run.name}: {state.status}, {state.rounds} of {run.config.rounds} rounds")
+            if behind := sweep.diverged(run):
+                print(f"  without {behind} of {run.name}, which diverged")
 
 
 def describe(exhibit: Exhibit, scale: Scale, lacking: Sequence[Run]) -> str:

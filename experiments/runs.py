@@ -39,8 +39,10 @@ class Run:
         return ",".join([self.base, *(f"{field}={_in_a_name(value)}" for field, value in self.overrides)])
 
     def command(self, workdir: Path, data_dir: str | None = None) -> list[str]:
-        """The command that trains it, in the root of the repository."""
-        fields = dict(self.overrides) | ({"dataset.data_dir": data_dir} if data_dir else {})
+        """The command that trains it, in the root of the repository; a network that diverges stays behind."""
+        fields = dict(self.overrides) | {"on_divergence": "drop"}
+        if data_dir:
+            fields["dataset.data_dir"] = data_dir
         return [
             *(sys.executable, "-m", "imp_jax.main", f"--config=configs/{self.base}.py", f"--workdir={workdir}"),
             *(f"--config.{field}={value}" for field, value in fields.items()),

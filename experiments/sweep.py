@@ -17,8 +17,9 @@ from filelock import FileLock, Timeout
 
 from experiments.panels import Finished
 from experiments.runs import Run
-from imp_jax import analysis
+from imp_jax import __version__, analysis
 from imp_jax import config as configs
+from imp_jax.checkpoints import versions
 from imp_jax.config import UserError
 
 
@@ -45,7 +46,7 @@ class Sweep:
         """
         Raises:
           UserError: under the name of one of `runs` there is a run of another config, or of another version
-            of this package, whose configs have other fields.
+            of this package, with which figures should not be mixed.
         """
         for run in runs:
             stored = self.workdir(run) / "config.json"
@@ -55,10 +56,11 @@ class Sweep:
                 differences = configs.differences(run.config, json.loads(stored.read_text()))
             except (OSError, ValueError, TypeError, AttributeError) as error:
                 raise UserError(f"cannot read {stored} as a config; give another --root") from error
+            differences += [f"it was written by imp_jax {v}" for v in versions(stored.parent) - {__version__}]
             if differences:
                 raise UserError(
-                    f"{stored.parent} holds a run of another config or version: {'; '.join(differences)}; "
-                    f"give another --root"
+                    f"{stored.parent} holds a run of another config or version (this is imp_jax "
+                    f"{__version__}): {'; '.join(differences)}; give another --root"
                 )
 
     def states(self, runs: Iterable[Run]) -> dict[Run, State]:
@@ -77,6 +79,14 @@ class Sweep:
                 if len(tables.results):
                     finished[run] = tables
         return finished
+
+    def diverged(self, run: Run) -> str:
+        """The networks of a run that diverged, in words; empty if none did."""
+        try:
+            table = pd.read_csv(self.workdir(run) / "divergences.csv")
+        except FileNotFoundError:
+            return ""
+        return ", ".join(f"{row.arm} {row.replicate} from round {row.round}" for row in table.itertuples())
 
     def _state(self, run, queued):
         workdir = self.workdir(run)

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import json
 import os
 import shutil
 from pathlib import Path
@@ -44,6 +45,15 @@ class Progress(NamedTuple):
 
 class DamagedError(UserError):
     """A checkpoint that cannot be read, or holds other bits than were written."""
+
+
+def versions(workdir: str | os.PathLike) -> set[str]:
+    """The versions of this package that wrote the rounds of a workdir, as far as they can be read."""
+    found = set()
+    for path in Path(workdir).glob("checkpoints/*/version/metadata"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found.add(json.loads(path.read_text())["imp_jax"])
+    return found
 
 
 class Checkpoints:

@@ -74,6 +74,22 @@ def test_the_lines_of_figure_1_are_means_and_ranges_of_the_replicates():
         np.testing.assert_allclose(reinit[0].get_ydata(orig=False), mean - 30)
 
 
+def test_accuracy_far_below_the_best_leaves_the_panel():
+    plain, repelled = EXHIBITS["fig14"].runs(PAPER)
+    fails = tables(repelled, accuracy=lambda arm, r, n: 0.9 - 0.03 * n)
+    (axes,) = EXHIBITS["fig14"].draw(PAPER, {plain: tables(plain), repelled: fails}).axes
+    assert axes.get_ylim() == pytest.approx((92 - 15 - 1, 92 + 1))
+    (axes,) = EXHIBITS["fig14"].draw(PAPER, {plain: tables(plain)}).axes
+    assert axes.get_ylim() == pytest.approx((90 - 1, 92 + 1))
+
+
+def test_a_panel_that_was_not_run_leaves_the_others_their_axes():
+    runs = EXHIBITS["fig12"].runs(PAPER)
+    first, second = EXHIBITS["fig12"].draw(PAPER, {runs[0]: tables(runs[0])}).axes
+    assert words(second.figure) == [NOT_RUN]
+    assert len(first.get_yticks()) > 2
+
+
 def test_figure_2_has_a_line_a_round_over_batch_sizes():
     runs = EXHIBITS["fig2"].runs(PAPER)
     finished = {

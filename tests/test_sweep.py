@@ -16,8 +16,11 @@ from experiments.runs import Run
 from experiments.runs import run as make_run
 from experiments.scales import MINI, PAPER, SCALES, SMOKE
 from experiments.sweep import Sweep
+from imp_jax import __version__
 from imp_jax import config as configs
+from imp_jax.checkpoints import versions
 from imp_jax.config import UserError
+from tests.tables import tables
 from tests.test_readme import ROOT
 
 ALL_RUNS = {one for scale in SCALES.values() for one in runs_of(EXHIBITS.values(), scale)}
@@ -44,7 +47,8 @@ def test_the_command_of_a_run_has_its_config(tmp_path, monkeypatch):
         assert command[:2] == ["-m", "imp_jax.main"]
         monkeypatch.setattr(sys, "argv", command[1:])  # where overrides are looked for
         parsed(command[1:])
-        assert configs.to_json(parsed.config) == configs.to_json(one.config)
+        assert parsed.config.on_divergence == "drop"
+        assert configs.differences(parsed.config, json.loads(configs.to_json(one.config))) == []
         assert parsed.workdir == str(tmp_path)
 
 
@@ -122,18 +126,42 @@ def test_no_slurm_is_said(tmp_path, monkeypatch, data_dir):
 
 
 @pytest.mark.parametrize("action", ["status", "run", "figure"])
-def test_a_run_of_another_config_under_a_name_is_refused(action, tmp_path):
+def test_a_run_of_another_config_or_version_under_a_name_is_refused(action, tmp_path):
     workdir = tmp_path / MINI.lenet.name
-    workdir.mkdir()
-    (workdir / "config.json").write_text(configs.to_json(MINI.lenet.but(seed=1).config))
-    with pytest.raises(
-        SystemExit, match="another config or version: seed is 1 there and 0 here; give another --root"
+    version = workdir / "checkpoints" / "0" / "version" / "metadata"
+    version.parent.mkdir(parents=True)
+    same = json.loads(configs.to_json(MINI.lenet.config))
+    for stored, written_by, difference in (
+        (same | {"seed": 1}, __version__, "seed is 1 there and 0 here"),
+        (same | {"lookahead": 3}, __version__, "lookahead is 3 there and absent here"),
+        (same, "0.0.7", "it was written by imp_jax 0.0.7"),
     ):
-        call(action, "fig18", "--scale=mini", f"--root={tmp_path}")
-    older = json.loads(configs.to_json(MINI.lenet.config)) | {"lookahead": 3}
-    (workdir / "config.json").write_text(json.dumps(older))
-    with pytest.raises(SystemExit, match="another config or version: lookahead is 3 there and absent here"):
-        call(action, "fig18", "--scale=mini", f"--root={tmp_path}")
+        (workdir / "config.json").write_text(json.dumps(stored))
+        version.write_text(json.dumps({"imp_jax": written_by}))
+        with pytest.raises(SystemExit) as exit:
+            call(action, "fig18", "--scale=mini", f"--root={tmp_path}")
+        assert (
+            f"holds a run of another config or version (this is imp_jax {__version__}): {difference}; give"
+            in (str(exit.value))
+        )
+
+
+def test_a_figure_says_what_it_lacks(tmp_path, capsys):
+    plain, repelled = EXHIBITS["fig14"].runs(MINI)
+    workdir = tmp_path / plain.name
+    workdir.mkdir()
+    (workdir / "config.json").write_text(configs.to_json(plain.config))
+    tables(plain, rounds=9).results.to_csv(workdir / "results.csv", index=False)
+    (workdir / "divergences.csv").write_text("replicate,arm,round,step,what\n2,reinit,7,40,loss is nan\n")
+    call("figure", "fig14", "fig17", "table1", "--scale=mini", f"--root={tmp_path}")
+    out = capsys.readouterr().out
+    assert f"fig14: {tmp_path / 'figures' / 'fig14.png'}" in out
+    assert f"lacks {plain.name}: missing, 9 of 25 rounds" in out
+    assert f"without reinit 2 from round 7 of {plain.name}, which diverged" in out
+    assert f"lacks {repelled.name}: missing, 0 of 25 rounds" in out
+    assert "fig17: nothing of it has been run yet" in out
+    assert "266,610" in out
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"fig14.png", "fig14.pdf", "table1.md"}
 
 
 def test_a_failing_run_is_tried_twice_and_reported(tmp_path, monkeypatch, capsys, data_dir):
@@ -198,3 +226,4 @@ def test_a_sweep_that_is_stopped_goes_on(tmp_path, data_dir):
         assert (tmp_path / "figures" / f"{name}.pdf").stat().st_size > 1000
     assert "lacks" not in done.stdout
     assert not sweep.log(plain, "failed").exists()
+    assert versions(sweep.workdir(plain)) == {__version__}
