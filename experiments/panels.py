@@ -73,7 +73,7 @@ def matrices(
     finished: Finished, rows: Sequence[Sequence[tuple[str, Run, str]]], metric: str = "angular"
 ) -> Figure:
     """Matrices of distances between rounds, of (title, run, arm) a panel, with one colour scale."""
-    figure, panels = _grid(rows, width=2.6, height=2.75, sharey=True)
+    figure, panels = _grid(rows, width=2.6, height=2.95, sharey=True)
     tables = {
         run: _of_metric(finished[run].distances, metric) for row in rows for _, run, _ in row if run in finished
     }

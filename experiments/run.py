@@ -134,7 +134,7 @@ def draw(exhibits: Sequence[Exhibit], scale: Scale, sweep: Sweep) -> None:
             print(drawn)
         else:
             path = folder / f"{exhibit.id}.png"
-            letters = int(15 * drawn.get_figwidth())  # of this size, to a line
+            letters = int(18 * drawn.get_figwidth())  # of this size, to a line
             drawn.suptitle("\n".join(textwrap.wrap(note, letters)), fontsize=7, color="#666666")
             write_atomically(path, figures.to_bytes(drawn))
             write_atomically(path.with_suffix(".pdf"), figures.to_bytes(drawn, "pdf"))

@@ -18,13 +18,14 @@ def tables(
     angle=lambda arm, one, other: 0.5,
     barrier=lambda number: 0.01,
     instability=lambda number: 0.03,
-    bimodality=lambda arm: 0.6,
+    counts=lambda arm: (1, 2, 1, 2, 1),
     rounds: int | None = None,
 ) -> analysis.Run:
     """What `analysis.load` would give of `run`, or of its first `rounds`.
 
     The formulas take the arm, the replicate and the round. An angle is between two rounds. A barrier is that on
-    test images of the path to a round; on training images it is 0.
+    test images of the path to a round; on training images it is 0. `counts` are of the weights around
+    −2, −1, 0, 1 and 2, in replicate r times r + 1.
     """
     config = run.config
     numbers = range(rounds or config.rounds)
@@ -71,14 +72,11 @@ def tables(
         for (kind, n, _), r, split, alpha in product(ends, replicates, ("train", "test"), (0, 0.5, 1))
     )
     histograms = pd.DataFrame(
-        {"replicate": r, "arm": arm, "round": n, "left": left, "right": left + 1, "count": 10 + left * r}
-        for r, arm, n, left in product(replicates, arms, numbers, (-2, -1, 0, 1))
-    )
-    weights = pd.DataFrame(
-        {"replicate": r, "arm": arm, "round": n, "bimodality": bimodality(arm)}
+        {"replicate": r, "arm": arm, "round": n, "left": i - 2.5, "right": i - 1.5, "count": (1 + r) * count}
         for r, arm, n in product(replicates, arms, numbers)
+        for i, count in enumerate(counts(arm))
     )
-    there = dict(distances=distances, paths=paths, barriers=barriers, histograms=histograms, weights=weights)
+    there = dict(distances=distances, paths=paths, barriers=barriers, histograms=histograms)
     whole = {
         name: there.get(name, pd.DataFrame()).reindex(columns=columns)
         for name, columns in analysis.TABLES.items()

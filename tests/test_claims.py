@@ -1,13 +1,16 @@
 """The claims, on tables whose numbers are known."""
 
+import dataclasses
 import sys
 
 import pandas as pd
 import pytest
 
-from experiments import claims, repulsion
-from experiments.claims import FAILS, HIGH, HOLDS, LOW_SPARSITY, MEDIUM, UNKNOWN, VERY_HIGH
+from experiments import claims, quantities, repulsion
+from experiments.claims import FAILS, HOLDS, UNKNOWN
+from experiments.quantities import HIGH, LOW_SPARSITY, MEDIUM, VERY_HIGH
 from experiments.scales import MINI, PAPER
+from imp_jax import analysis
 from imp_jax import config as configs
 from tests.tables import tables
 
@@ -48,7 +51,7 @@ def paper_like(run):
         angle,
         barrier=lambda number: 0.001 if 5 <= number <= 15 else 0.1,
         instability=lambda number: (0.2 if unstable else 0.005) + 0.01 * (number != 10),
-        bimodality=lambda arm: 0.7 if arm == "imp" else 0.4,
+        counts=lambda arm: (3, 9, 1, 9, 3) if arm == "imp" else (1, 5, 9, 5, 1),
     )
 
 
@@ -75,19 +78,20 @@ def test_quantities_are_means_over_rounds_for_each_replicate():
         angle=lambda arm, a, b: abs(a - b) * (0.1 if arm == "imp" else 0.3) + 0.01 * max(a, b),
         barrier=lambda n: 0.001 * n,
         instability=lambda n: 0.002 * n,
-        bimodality=lambda arm: {"imp": 0.75, "reinit": 0.25}[arm],
+        counts=lambda arm: (0, 8, 2, 5, 0) if arm == "imp" else (0, 0, 7, 0, 0),
     )
     expected = [
-        (claims.accuracy(run, "imp", MEDIUM), [60, 70, 80]),  # the mean of rounds 5 to 15 is 10
-        (claims.accuracy(run, "imp", MEDIUM, HIGH), [62.5, 72.5, 82.5]),  # of rounds 5 to 20 12.5
-        (claims.lead(run, HIGH), [18] * 3),
-        (claims.threshold_ratio(run, MEDIUM), [4] * 3),
-        (claims.instability(run, 10), [2] * 3),
-        (claims.barrier(run, LOW_SPARSITY), [0.25] * 3),  # of the paths to rounds 1 to 4
-        (claims.barrier(run, VERY_HIGH), [2.25] * 3),
-        (claims.angle(run, "imp", LOW_SPARSITY), [0.1 + 0.025] * 3),
-        (claims.angle(run, "reinit", VERY_HIGH, apart=2), [0.6 + 0.225] * 3),
-        (claims.bimodality(run, "reinit"), [0.25] * 3),
+        (quantities.accuracy(run, "imp", MEDIUM), [60, 70, 80]),  # the mean of rounds 5 to 15 is 10
+        (quantities.accuracy(run, "imp", MEDIUM, HIGH), [62.5, 72.5, 82.5]),  # of rounds 5 to 20 12.5
+        (quantities.lead(run, HIGH), [18] * 3),
+        (quantities.threshold_ratio(run, MEDIUM), [4] * 3),
+        (quantities.instability(run, 10), [2] * 3),
+        (quantities.barrier(run, LOW_SPARSITY), [0.25] * 3),  # of the paths to rounds 1 to 4
+        (quantities.barrier(run, VERY_HIGH), [2.25] * 3),
+        (quantities.angle(run, "imp", LOW_SPARSITY), [0.1 + 0.025] * 3),
+        (quantities.angle(run, "reinit", VERY_HIGH, apart=2), [0.6 + 0.225] * 3),
+        (quantities.valley(run, "imp"), [0.25] * 3),
+        (quantities.valley(run, "reinit"), [1] * 3),
     ]
     for values, numbers in expected:
         assert values.tolist() == pytest.approx(numbers)
@@ -100,9 +104,9 @@ def test_the_plateau_and_the_peak_of_the_threshold():
         accuracy=lambda arm, r, n: 0.9 - (0.0099 if n <= 12 + r else 0.0101) * (n > 0) + 0.05 * (n == 3),
         threshold=lambda arm, r, n: -abs(n - 7 - r) if arm == "imp" else n,
     )
-    assert claims.plateau(run).tolist() == [12, 13, 14]
-    assert claims.peak(run).tolist() == [7, 8, 9]
-    assert claims.peak(tables(RUN, rounds=20)).isna().all()  # it may rise yet
+    assert quantities.plateau(run).tolist() == [12, 13, 14]
+    assert quantities.peak(run).tolist() == [7, 8, 9]
+    assert quantities.peak(tables(RUN, rounds=20)).isna().all()  # it may rise yet
 
 
 def test_all_claims_hold_where_everything_is_as_the_paper_says(finished):
@@ -140,8 +144,12 @@ def test_too_little_data_is_no_verdict(finished):
     under_way = finished | {stable: tables(stable, rounds=18)}
     verdicts = [row.verdict for row in claims.measure(PAPER, under_way) if row.claim.id == "C1"]
     assert verdicts[1] == UNKNOWN  # round 20 is not there yet
-    alone = tables(stable)
-    alone.results.drop(alone.results[alone.results["replicate"] > 0].index, inplace=True)
+    analyses = {name: pd.DataFrame(columns=columns) for name, columns in analysis.TABLES.items()}
+    trained = dataclasses.replace(tables(stable), **analyses)
+    rows = [row for row in claims.measure(PAPER, finished | {stable: trained}) if stable in row.quantity.runs]
+    assert [row.verdict for row in rows if row.claim.id in ("C3", "C7", "C10")] == [UNKNOWN] * 8
+    whole = tables(stable)
+    alone = dataclasses.replace(whole, results=whole.results.query("replicate == 0"))
     assert claims.measure(PAPER, finished | {stable: alone})[0].verdict == UNKNOWN
 
 

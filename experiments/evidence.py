@@ -1,0 +1,326 @@
+"""The paper's claims C1 to C11, each as quantities of finished runs and what they should be if it is true."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments import barriers, repulsion, stabilisation, weight_decay
+from experiments.quantities import (
+    HIGH,
+    LOW_SPARSITY,
+    MEDIUM,
+    VERY_HIGH,
+    Values,
+    accuracy,
+    angle,
+    barrier,
+    instability,
+    lead,
+    peak,
+    plateau,
+    threshold_ratio,
+    valley,
+)
+from experiments.runs import Run
+from experiments.scales import Scale
+
+CONNECTED = 2.0  # points of error; a barrier below it is none (Frankle et al. 2020a, section 3)
+TWO_DIGITS = "{:.2f}"  # of angles and ratios
+
+
+class Expected(NamedTuple):
+    """What the numbers of the replicates should be if the claim is true."""
+
+    words: str
+    holds: Callable[[Values], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantity:
+    """What is measured in finished runs."""
+
+    words: str
+    runs: tuple[Run, ...]
+    of: Callable[..., Values]  # the tables of `runs`
+    expected: Expected
+    form: str = "{:.1f}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    id: str
+    words: str
+    quantities: Callable[[Scale], Sequence[Quantity]]
+
+
+def above(limit: float) -> Expected:
+    """Above `limit` in every replicate."""
+    return Expected(f"> {limit:g}", lambda values: (values > limit).all())
+
+
+def below(limit: float) -> Expected:
+    """Below `limit` in every replicate."""
+    return Expected(f"< {limit:g}", lambda values: (values < limit).all())
+
+
+def stable_wins(scale: Scale) -> list[Quantity]:
+    stable = (scale.batch(scale.stable),)
+    return [
+        Quantity("IMP − reinit at medium sparsity (points)", stable, lambda r: lead(r, MEDIUM), above(0)),
+        Quantity("IMP − reinit at high sparsity (points)", stable, lambda r: lead(r, HIGH), above(0)),
+    ]
+
+
+def unstable_does_not(scale: Scale) -> list[Quantity]:
+    unstable = (scale.batch(scale.unstable),)
+    no_lead = Expected("not > 0 in all", lambda values: not (values > 0).all())
+    return [
+        Quantity("IMP − reinit at medium sparsity (points)", unstable, lambda r: lead(r, MEDIUM), no_lead),
+        Quantity("IMP − reinit at high sparsity (points)", unstable, lambda r: lead(r, HIGH), no_lead),
+    ]
+
+
+def instability_tells(scale: Scale) -> list[Quantity]:
+    unstable, stable = scale.batch(scale.unstable), scale.batch(scale.stable)
+    all_sizes = tuple(stabilisation.over_batch_sizes(scale))
+    numbers = scale.resnet20.config.instability.rounds
+
+    def over_rounds(run):
+        return sum(instability(run, number) for number in numbers) / len(numbers)
+
+    def medium_first(*runs):
+        early, medium, late = (sum(instability(run, n) for run in runs) / len(runs) for n in numbers)
+        return np.minimum(early, late) - medium
+
+    between = (unstable, stable)
+    return [
+        Quantity(
+            "instability, unstable − stable (points)",
+            between,
+            lambda u, s: over_rounds(u) - over_rounds(s),
+            above(0),
+        ),
+        Quantity("instability, stable (points)", (stable,), over_rounds, below(CONNECTED)),
+        Quantity("instability, lower of rounds 5 and 15 − round 10", all_sizes, medium_first, above(0)),
+    ]
+
+
+def repulsion_undoes_it(scale: Scale) -> list[Quantity]:
+    quantities = []
+    for words, (plain, repelled) in (
+        ("batch size of fig. 3", repulsion.of_resnet20(scale)[:2]),
+        ("LeNet", repulsion.of_lenet(scale)),
+    ):
+        quantities += [
+            Quantity(
+                f"repelled IMP − reinit over IMP − reinit, {words} (%)",
+                (plain, repelled),
+                lambda p, r: (
+                    100
+                    * (accuracy(r, "imp", MEDIUM, HIGH) - accuracy(p, "reinit", MEDIUM, HIGH))
+                    / lead(p, MEDIUM, HIGH)
+                ),
+                Expected("mean < 25", lambda values: values.mean() < 25),
+                form="{:.0f}",
+            ),
+            Quantity(
+                f"repelled reinit − reinit, {words} (points)",
+                (plain, repelled),
+                lambda p, r: accuracy(r, "reinit", MEDIUM, HIGH) - accuracy(p, "reinit", MEDIUM, HIGH),
+                Expected("mean within ±1", lambda values: abs(values.mean()) < 1),
+            ),
+        ]
+    return quantities
+
+
+def attraction_helps(scale: Scale) -> list[Quantity]:
+    unstable, attracted = repulsion.of_resnet20(scale)[2:]
+    rewound = unstable.but(rewind_step=scale.rewind_step)
+
+    def difference(arm):
+        return lambda one, other: accuracy(other, arm, MEDIUM) - accuracy(one, arm, MEDIUM)
+
+    return [
+        Quantity(
+            "attracted − plain IMP, medium sparsity (points)",
+            (unstable, attracted),
+            difference("imp"),
+            above(0),
+        ),
+        Quantity(
+            "attracted − rewound IMP, medium sparsity (points)",
+            (rewound, attracted),
+            difference("imp"),
+            below(0),
+        ),
+        Quantity(
+            "attracted − plain reinit, medium sparsity (points)",
+            (unstable, attracted),
+            difference("reinit"),
+            below(0),
+        ),
+    ]
+
+
+def stable_comes_back(scale: Scale) -> list[Quantity]:
+    unstable, stable = (scale.batch(scale.unstable),), (scale.batch(scale.stable),)
+
+    def outside(run):
+        return np.minimum(angle(run, "imp", LOW_SPARSITY), angle(run, "imp", HIGH, VERY_HIGH))
+
+    return [
+        Quantity(
+            "angle, stable IMP, medium sparsity",
+            stable,
+            lambda r: angle(r, "imp", MEDIUM),
+            below(0.5),
+            TWO_DIGITS,
+        ),
+        Quantity(
+            "angle, unstable IMP, medium sparsity",
+            unstable,
+            lambda r: angle(r, "imp", MEDIUM),
+            above(0.75),
+            TWO_DIGITS,
+        ),
+        Quantity(
+            "angle, stable reinit, medium sparsity",
+            stable,
+            lambda r: angle(r, "reinit", MEDIUM),
+            above(0.75),
+            TWO_DIGITS,
+        ),
+        Quantity(
+            "angle, unstable reinit, medium sparsity",
+            unstable,
+            lambda r: angle(r, "reinit", MEDIUM),
+            above(0.75),
+            TWO_DIGITS,
+        ),
+        Quantity(
+            "angle, stable IMP, lower or higher − medium sparsity",
+            stable,
+            lambda r: outside(r) - angle(r, "imp", MEDIUM),
+            above(0),
+            TWO_DIGITS,
+        ),
+    ]
+
+
+def two_modes(scale: Scale) -> list[Quantity]:
+    stable = (scale.batch(scale.stable),)
+    words = "histogram of round 10 at zero over its peak, stable"
+    return [
+        Quantity(f"{words} IMP", stable, lambda run: valley(run, "imp"), below(0.5), TWO_DIGITS),
+        Quantity(f"{words} reinit", stable, lambda run: valley(run, "reinit"), above(0.5), TWO_DIGITS),
+    ]
+
+
+def threshold_rises(scale: Scale) -> list[Quantity]:
+    stable = (scale.batch(scale.stable),)
+    return [
+        Quantity(
+            "threshold, IMP over reinit, medium sparsity",
+            stable,
+            lambda r: threshold_ratio(r, MEDIUM),
+            above(1),
+            TWO_DIGITS,
+        ),
+        Quantity(
+            "threshold, IMP over reinit, high sparsity",
+            stable,
+            lambda r: threshold_ratio(r, HIGH),
+            above(1),
+            TWO_DIGITS,
+        ),
+    ]
+
+
+def weight_decay_hurts(scale: Scale) -> list[Quantity]:
+    runs = tuple(weight_decay.with_and_without(scale))
+    return [
+        Quantity(
+            "threshold's peak, without − with weight decay (rounds)",
+            runs,
+            lambda w, wo: peak(wo) - peak(w),
+            above(0),
+        ),
+        Quantity(
+            "end of the plateau, without − with (rounds)",
+            runs,
+            lambda w, wo: plateau(wo) - plateau(w),
+            above(0),
+        ),
+    ]
+
+
+def connected_at_medium(scale: Scale) -> list[Quantity]:
+    stable = tuple(barriers.of_stable(scale))
+    return [
+        Quantity("barrier, medium sparsity (points)", stable, lambda r: barrier(r, MEDIUM), below(CONNECTED)),
+        Quantity(
+            "barrier, low − medium sparsity (points)",
+            stable,
+            lambda r: barrier(r, LOW_SPARSITY) - barrier(r, MEDIUM),
+            above(0),
+        ),
+        Quantity(
+            "barrier, very high − medium sparsity (points)",
+            stable,
+            lambda r: barrier(r, VERY_HIGH) - barrier(r, MEDIUM),
+            above(0),
+        ),
+    ]
+
+
+def checkerboard(scale: Scale) -> list[Quantity]:
+    runs = tuple(repulsion.last_optimum_only(scale))
+
+    def apart(number):
+        return lambda run: angle(run, "imp", MEDIUM, HIGH, VERY_HIGH, apart=number)
+
+    return [
+        Quantity("angle of neighbours, IMP", runs, apart(1), above(0.75), TWO_DIGITS),
+        Quantity(
+            "angle of neighbours − of rounds two apart, IMP",
+            runs,
+            lambda r: apart(1)(r) - apart(2)(r),
+            above(0),
+            TWO_DIGITS,
+        ),
+    ]
+
+
+CLAIMS = (
+    Claim("C1", "Stable IMP beats its reinit at medium and high sparsity", stable_wins),
+    Claim("C2", "At a small batch it does not", unstable_does_not),
+    Claim(
+        "C3",
+        "Instability is high where IMP fails, near zero where it wins; medium sparsity stabilises first",
+        instability_tells,
+    ),
+    Claim("C4", "Repulsion takes IMP down to the plain reinit, and leaves the reinit", repulsion_undoes_it),
+    Claim(
+        "C5", "Attraction helps unstable IMP, but less than rewinding; it hurts the reinit", attraction_helps
+    ),
+    Claim(
+        "C6",
+        "Angles are small for stable IMP, smallest at medium sparsity; near 1 for unstable IMP and reinit",
+        stable_comes_back,
+    ),
+    Claim("C7", "The weights of stable IMP have two modes at round 10, those of its reinit one", two_modes),
+    Claim("C8", "IMP's threshold rises above its reinit's", threshold_rises),
+    Claim(
+        "C9",
+        "Without weight decay the threshold collapses later, and the plateau is longer",
+        weight_decay_hurts,
+    ),
+    Claim(
+        "C10",
+        "Successive optima are linearly connected at medium sparsity, not at very low or high",
+        connected_at_medium,
+    ),
+    Claim("C11", "Repelled from the last optimum only, IMP goes back and forth between two", checkerboard),
+)
