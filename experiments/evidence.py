@@ -9,7 +9,7 @@ import numpy as np
 from experiments import barriers, repulsion, stabilisation, weight_decay
 from experiments.quantities import (
     HIGH,
-    LOW_SPARSITY,
+    LOW,
     MEDIUM,
     VERY_HIGH,
     Values,
@@ -168,7 +168,7 @@ def stable_comes_back(scale: Scale) -> list[Quantity]:
     unstable, stable = (scale.batch(scale.unstable),), (scale.batch(scale.stable),)
 
     def outside(run):
-        return np.minimum(angle(run, "imp", LOW_SPARSITY), angle(run, "imp", HIGH, VERY_HIGH))
+        return np.minimum(angle(run, "imp", LOW), angle(run, "imp", HIGH, VERY_HIGH))
 
     return [
         Quantity(
@@ -260,17 +260,9 @@ def connected_at_medium(scale: Scale) -> list[Quantity]:
     stable = tuple(barriers.of_stable(scale))
     return [
         Quantity("barrier, medium sparsity (points)", stable, lambda r: barrier(r, MEDIUM), below(CONNECTED)),
+        Quantity("barrier, low sparsity (points)", stable, lambda r: barrier(r, LOW), above(CONNECTED)),
         Quantity(
-            "barrier, low − medium sparsity (points)",
-            stable,
-            lambda r: barrier(r, LOW_SPARSITY) - barrier(r, MEDIUM),
-            above(0),
-        ),
-        Quantity(
-            "barrier, very high − medium sparsity (points)",
-            stable,
-            lambda r: barrier(r, VERY_HIGH) - barrier(r, MEDIUM),
-            above(0),
+            "barrier, very high sparsity (points)", stable, lambda r: barrier(r, VERY_HIGH), above(CONNECTED)
         ),
     ]
 

@@ -8,7 +8,7 @@ import pytest
 
 from experiments import claims, quantities, repulsion
 from experiments.claims import FAILS, HOLDS, UNKNOWN
-from experiments.quantities import HIGH, LOW_SPARSITY, MEDIUM, VERY_HIGH
+from experiments.quantities import HIGH, LOW, MEDIUM, VERY_HIGH
 from experiments.scales import MINI, PAPER
 from imp_jax import analysis
 from imp_jax import config as configs
@@ -61,9 +61,7 @@ def finished():
 
 
 def test_bands_are_the_rounds_that_the_readme_says():
-    rounds = [
-        [n for n in range(25) if low <= 0.8**n < high] for low, high in (LOW_SPARSITY, MEDIUM, HIGH, VERY_HIGH)
-    ]
+    rounds = [[n for n in range(25) if low <= 0.8**n < high] for low, high in (LOW, MEDIUM, HIGH, VERY_HIGH)]
     assert rounds == [[*range(5)], [*range(5, 16)], [*range(16, 21)], [*range(21, 25)]]
 
 
@@ -86,9 +84,9 @@ def test_quantities_are_means_over_rounds_for_each_replicate():
         (quantities.lead(run, HIGH), [18] * 3),
         (quantities.threshold_ratio(run, MEDIUM), [4] * 3),
         (quantities.instability(run, 10), [2] * 3),
-        (quantities.barrier(run, LOW_SPARSITY), [0.25] * 3),  # of the paths to rounds 1 to 4
+        (quantities.barrier(run, LOW), [0.25] * 3),  # of the paths to rounds 1 to 4
         (quantities.barrier(run, VERY_HIGH), [2.25] * 3),
-        (quantities.angle(run, "imp", LOW_SPARSITY), [0.1 + 0.025] * 3),
+        (quantities.angle(run, "imp", LOW), [0.1 + 0.025] * 3),
         (quantities.angle(run, "reinit", VERY_HIGH, apart=2), [0.6 + 0.225] * 3),
         (quantities.valley(run, "imp"), [0.25] * 3),
         (quantities.valley(run, "reinit"), [1] * 3),
