@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -61,12 +62,19 @@ def local(sweep: Sweep, runs: Sequence[Run], data_dir: str | None, say: Callable
     """
     places = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus()] or [{}]
     waiting, tries, training, failed = deque(runs), Counter(), {}, 0
-    with _passing_on(training) as received:
+    with tempfile.TemporaryDirectory() as compiled, _passing_on(training) as received:
+        shared = {
+            "JAX_COMPILATION_CACHE_DIR": compiled,  # what runs compile alike is compiled once
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+            shared = {}
         while training or (waiting and not received):
             while places and waiting and not received:
                 run, place = waiting.popleft(), places.pop()
                 tries[run] += 1
-                training[run] = start(sweep, run, data_dir, **place), place, time.monotonic()
+                training[run] = start(sweep, run, data_dir, **shared, **place), place, time.monotonic()
                 say(f"started {run.name}")
             time.sleep(0.2)
             for run, (process, place, since) in list(training.items()):

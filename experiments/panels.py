@@ -96,21 +96,20 @@ def matrices(
 
 
 def histograms(finished: Finished, rows: Sequence[Sequence[tuple[str, Run, str]]], number: int = 10) -> Figure:
-    """The surviving weights after round `number`, of (title, run, arm) a panel, an axis a column."""
+    """The surviving weights after round `number`, of (title, run, arm) a panel, an axis a run."""
     figure, panels = _grid(rows, width=3, height=2.4)
     limits = {}
-    for index, (axes, (title, run, arm)) in enumerate(panels):
+    for axes, (title, run, arm) in panels:
         table = finished[run].histograms if run in finished else pd.DataFrame({"round": [], "arm": []})
         there = min(number, table["round"].max()) if len(table) else number
         if not ((table["round"] == there) & (table["arm"] == arm)).any():
             blank(axes)
         else:
-            column = index % len(rows[0])
-            limits[column] = max(limits.get(column, 0), figures.draw_histogram(axes, table, there, arm))
+            limits[run] = max(limits.get(run, 0), figures.draw_histogram(axes, table, there, arm))
         axes.set_title(title if there == number else f"{title}, round {there}", fontsize="medium")
-    for index, axes in enumerate(figure.axes):
-        if limit := limits.get(index % len(rows[0])):
-            axes.set_xlim(-limit, limit)
+    for axes, (_, run, _) in panels:
+        if run in limits:
+            axes.set_xlim(-limits[run], limits[run])
     for axes in figure.axes[-len(rows[0]) :]:
         axes.set_xlabel("Weight")
     for axes in figure.axes[:: len(rows[0])]:

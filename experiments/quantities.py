@@ -5,8 +5,8 @@ import pandas as pd
 
 from imp_jax import analysis
 
-# of sparsity, as densities from the lowest, included, to the highest: rounds 0 to 4, 5 to 15, 16 to 20, later (ours)
-LOW, MEDIUM, HIGH, VERY_HIGH = (0.35, 1.01), (0.03, 0.35), (0.01, 0.03), (0.0, 0.01)
+# densities from the lowest, included, to the highest: rounds 0 to 4, 5 to 15, 16 to 20, and later (ours)
+LOW, MEDIUM, HIGH, VERY_HIGH = (0.35, 1.01), (0.03, 0.35), (0.01, 0.03), (0.0, 0.01)  # sparsity
 
 Values = pd.Series  # by replicate
 
