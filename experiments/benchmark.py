@@ -34,15 +34,18 @@ import os
 import resource
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from absl import logging
 from ml_collections import ConfigDict
 
 from experiments import catalogue, cost, networks
+from experiments.runs import REPOSITORY, Run
 from experiments.scales import MINI, PAPER
 from imp_jax.config import UserError
 
@@ -226,8 +229,6 @@ def benchmark_throughput(
     """Time all networks at the batch sizes of the figures, and whole runs; print the table, and `record` it."""
     import jax
 
-    from imp_jax import analysis, imp
-
     on_cpu = jax.default_backend() == "cpu"
     speeds, table = {}, {}
     for name in names:
@@ -250,21 +251,17 @@ def benchmark_throughput(
             speeds.setdefault(name, {})[str(size)] = round(statistics.median(rates), 1)
             table[f"{name}, batch {size}, {members} members (images/s)"] = (rates, "{:,.0f}")
 
-    def whole_run(strength):
-        config = main_job(rounds, None)
-        config.repulsion.strength = strength
-        with tempfile.TemporaryDirectory() as workdir, contextlib.redirect_stdout(io.StringIO()):
+    def whole_run(run):
+        with tempfile.TemporaryDirectory() as workdir:
             start = time.perf_counter()
-            for _ in imp.rounds(config, workdir):
-                pass
-            analysis.run(workdir)
+            command = run.command(Path(workdir))
+            subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, check=True)
             return time.perf_counter() - start
 
-    config = main_job(rounds, None)
-    images = 6 * rounds * config.epochs * (4000 // config.batch_size) * config.batch_size
-    training_alone = images / speeds["lenet"][str(config.batch_size)]
-    plain, repelled = whole_run(0.0), whole_run(2.0)
-    besides, factor = plain - training_alone, 1 + (repelled - plain) / training_alone
+    plain = Run("mnist5k", (("rounds", rounds),))
+    training_alone = cost.seconds(plain, {"images_per_second": speeds})
+    taken, repelled = whole_run(plain), whole_run(plain.but(repulsion__strength=2.0))
+    besides, factor = taken - training_alone, 1 + (repelled - taken) / training_alone
     table["a run besides its training (s)"] = ([besides], "{:.1f}")
     table["training with repulsion over without"] = ([factor], "{:.2f}")
     print_table("throughput", table)
