@@ -48,6 +48,7 @@ from experiments import catalogue, cost, networks
 from experiments.runs import REPOSITORY, Run
 from experiments.scales import MINI, PAPER
 from imp_jax.config import UserError
+from imp_jax.records import write_atomically
 
 NETWORKS = ("conv4", "resnet20", "resnet50")  # whose steps are timed
 SUBJECTS = ("lenet", *NETWORKS, "analysis", "repulsion", "checkpoints", "disk", "throughput")
@@ -271,7 +272,7 @@ def benchmark_throughput(
             "repulsion": {"lenet": round(factor, 2)},
             "besides": {"lenet": round(besides, 1)},
         }
-        cost.MEASURED.write_text(json.dumps(cost.measured() | {record: entry}, indent=2) + "\n")
+        write_atomically(cost.MEASURED, json.dumps(cost.measured() | {record: entry}, indent=2) + "\n")
         print(f"recorded as {record!r} in {cost.MEASURED}")
 
 

@@ -45,15 +45,15 @@ def runs(scale: Scale) -> list[Run]:
 
 
 def measure(scale: Scale, finished: Finished) -> list[Row]:
-    """Every quantity of every claim; it takes all rounds of at least two replicates."""
+    """Every quantity of every claim, in the replicates that have all its rounds; it takes two of them."""
     rows = []
     for claim in CLAIMS:
         for quantity in claim.quantities(scale):
             values = pd.Series(dtype=float)
             if all(run in finished for run in quantity.runs):
-                values = quantity.of(*(finished[run] for run in quantity.runs))
+                values = quantity.of(*(finished[run] for run in quantity.runs)).dropna()
             verdict = UNKNOWN
-            if len(values) >= 2 and np.isfinite(values).all():
+            if len(values) >= 2:
                 verdict = HOLDS if quantity.expected.holds(values) else FAILS
             rows.append(Row(claim, quantity, values.mean(), values.min(), values.max(), verdict))
     return rows
@@ -141,7 +141,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.set_verbosity(logging.FATAL)
     try:
-        root = arguments.root.absolute()
+        root = arguments.root.expanduser().absolute()
         scale = scale_of(root, arguments.scale)
         sweep = Sweep(root)
         sweep.refuse_others(runs(scale))

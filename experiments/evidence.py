@@ -27,6 +27,9 @@ from experiments.runs import Run
 from experiments.scales import Scale
 
 CONNECTED = 2.0  # points of error; a barrier below it is none (Frankle et al. 2020a, section 3)
+SMALL, NEAR_ORTHOGONAL = 0.5, 0.75  # angles (ours)
+PART, LEVEL = 25, 1.0  # % of a lead, and points of accuracy, within which there is no difference (ours)
+HALF = 0.5  # of the height of a peak: a valley that parts two modes is lower (ours)
 TWO_DIGITS = "{:.2f}"  # of angles and ratios
 
 
@@ -74,63 +77,62 @@ def stable_wins(scale: Scale) -> list[Quantity]:
 
 
 def unstable_does_not(scale: Scale) -> list[Quantity]:
-    unstable = (scale.batch(scale.unstable),)
-    no_lead = Expected("not > 0 in all", lambda values: not (values > 0).all())
+    runs = (scale.batch(scale.stable), scale.batch(scale.unstable))
+    no_lead = Expected(f"mean < {PART}", lambda values: values.mean() < PART)
+
+    def over_stable(band):
+        return lambda stable, unstable: 100 * lead(unstable, band) / lead(stable, band).mean()
+
+    words = "IMP − reinit over that at the stable batch size"
     return [
-        Quantity("IMP − reinit at medium sparsity (points)", unstable, lambda r: lead(r, MEDIUM), no_lead),
-        Quantity("IMP − reinit at high sparsity (points)", unstable, lambda r: lead(r, HIGH), no_lead),
+        Quantity(f"{words}, medium sparsity (%)", runs, over_stable(MEDIUM), no_lead, "{:.0f}"),
+        Quantity(f"{words}, high sparsity (%)", runs, over_stable(HIGH), no_lead, "{:.0f}"),
     ]
 
 
 def instability_tells(scale: Scale) -> list[Quantity]:
-    unstable, stable = scale.batch(scale.unstable), scale.batch(scale.stable)
+    unstable, stable = (scale.batch(scale.unstable),), (scale.batch(scale.stable),)
     all_sizes = tuple(stabilisation.over_batch_sizes(scale))
-    numbers = scale.resnet20.config.instability.rounds
+    early, medium, late = scale.resnet20.config.instability.rounds
 
     def over_rounds(run):
-        return sum(instability(run, number) for number in numbers) / len(numbers)
+        return sum(instability(run, number) for number in (early, medium, late)) / 3
 
     def medium_first(*runs):
-        early, medium, late = (sum(instability(run, n) for run in runs) / len(runs) for n in numbers)
-        return np.minimum(early, late) - medium
+        at = {n: sum(instability(run, n) for run in runs) / len(runs) for n in (early, medium, late)}
+        return np.minimum(at[early], at[late]) - at[medium]
 
-    between = (unstable, stable)
+    words = f"instability, lower of rounds {early} and {late} − round {medium}, all batch sizes"
     return [
-        Quantity(
-            "instability, unstable − stable (points)",
-            between,
-            lambda u, s: over_rounds(u) - over_rounds(s),
-            above(0),
-        ),
-        Quantity("instability, stable (points)", (stable,), over_rounds, below(CONNECTED)),
-        Quantity("instability, lower of rounds 5 and 15 − round 10", all_sizes, medium_first, above(0)),
+        Quantity("instability, unstable (points)", unstable, over_rounds, above(CONNECTED)),
+        Quantity("instability, stable (points)", stable, over_rounds, below(CONNECTED)),
+        Quantity(words, all_sizes, medium_first, above(0)),
     ]
 
 
 def repulsion_undoes_it(scale: Scale) -> list[Quantity]:
+    of_networks = {  # at a smaller scale one may stand for several
+        tuple(repulsion.of_conv4(scale)): "Conv-4",
+        tuple(repulsion.of_lenet(scale)): "LeNet",
+        tuple(repulsion.of_resnet20(scale)[:2]): "batch size of fig. 3",
+    }
+    bands = (MEDIUM, HIGH)
+
+    def kept(plain, repelled):
+        beyond = accuracy(repelled, "imp", *bands) - accuracy(plain, "reinit", *bands)
+        return 100 * beyond / lead(plain, *bands).mean()
+
+    def control(plain, repelled):
+        return accuracy(repelled, "reinit", *bands) - accuracy(plain, "reinit", *bands)
+
     quantities = []
-    for words, (plain, repelled) in (
-        ("batch size of fig. 3", repulsion.of_resnet20(scale)[:2]),
-        ("LeNet", repulsion.of_lenet(scale)),
-    ):
+    for runs, words in reversed(of_networks.items()):
+        part = Expected(f"mean within ±{PART}", lambda values: abs(values.mean()) < PART)
+        level = Expected(f"mean within ±{LEVEL:g}", lambda values: abs(values.mean()) < LEVEL)
         quantities += [
-            Quantity(
-                f"repelled IMP − reinit over IMP − reinit, {words} (%)",
-                (plain, repelled),
-                lambda p, r: (
-                    100
-                    * (accuracy(r, "imp", MEDIUM, HIGH) - accuracy(p, "reinit", MEDIUM, HIGH))
-                    / lead(p, MEDIUM, HIGH)
-                ),
-                Expected("mean < 25", lambda values: values.mean() < 25),
-                form="{:.0f}",
-            ),
-            Quantity(
-                f"repelled reinit − reinit, {words} (points)",
-                (plain, repelled),
-                lambda p, r: accuracy(r, "reinit", MEDIUM, HIGH) - accuracy(p, "reinit", MEDIUM, HIGH),
-                Expected("mean within ±1", lambda values: abs(values.mean()) < 1),
-            ),
+            Quantity(f"IMP − reinit, {words} (points)", runs[:1], lambda r: lead(r, *bands), above(0)),
+            Quantity(f"repelled IMP − reinit over that, {words} (%)", runs, kept, part, "{:.0f}"),
+            Quantity(f"repelled reinit − reinit, {words} (points)", runs, control, level),
         ]
     return quantities
 
@@ -175,28 +177,28 @@ def stable_comes_back(scale: Scale) -> list[Quantity]:
             "angle, stable IMP, medium sparsity",
             stable,
             lambda r: angle(r, "imp", MEDIUM),
-            below(0.5),
+            below(SMALL),
             TWO_DIGITS,
         ),
         Quantity(
             "angle, unstable IMP, medium sparsity",
             unstable,
             lambda r: angle(r, "imp", MEDIUM),
-            above(0.75),
+            above(NEAR_ORTHOGONAL),
             TWO_DIGITS,
         ),
         Quantity(
             "angle, stable reinit, medium sparsity",
             stable,
             lambda r: angle(r, "reinit", MEDIUM),
-            above(0.75),
+            above(NEAR_ORTHOGONAL),
             TWO_DIGITS,
         ),
         Quantity(
             "angle, unstable reinit, medium sparsity",
             unstable,
             lambda r: angle(r, "reinit", MEDIUM),
-            above(0.75),
+            above(NEAR_ORTHOGONAL),
             TWO_DIGITS,
         ),
         Quantity(
@@ -213,8 +215,8 @@ def two_modes(scale: Scale) -> list[Quantity]:
     stable = (scale.batch(scale.stable),)
     words = "histogram of round 10 at zero over its peak, stable"
     return [
-        Quantity(f"{words} IMP", stable, lambda run: valley(run, "imp"), below(0.5), TWO_DIGITS),
-        Quantity(f"{words} reinit", stable, lambda run: valley(run, "reinit"), above(0.5), TWO_DIGITS),
+        Quantity(f"{words} IMP", stable, lambda run: valley(run, "imp"), below(HALF), TWO_DIGITS),
+        Quantity(f"{words} reinit", stable, lambda run: valley(run, "reinit"), above(HALF), TWO_DIGITS),
     ]
 
 
@@ -274,14 +276,8 @@ def checkerboard(scale: Scale) -> list[Quantity]:
         return lambda run: angle(run, "imp", MEDIUM, HIGH, VERY_HIGH, apart=number)
 
     return [
-        Quantity("angle of neighbours, IMP", runs, apart(1), above(0.75), TWO_DIGITS),
-        Quantity(
-            "angle of neighbours − of rounds two apart, IMP",
-            runs,
-            lambda r: apart(1)(r) - apart(2)(r),
-            above(0),
-            TWO_DIGITS,
-        ),
+        Quantity("angle of neighbours, IMP", runs, apart(1), above(NEAR_ORTHOGONAL), TWO_DIGITS),
+        Quantity("angle of rounds two apart, IMP", runs, apart(2), below(SMALL), TWO_DIGITS),
     ]
 
 

@@ -20,29 +20,29 @@ from imp_jax.config import UserError, in_one_line
 from imp_jax.interruption import SIGNALS
 from imp_jax.records import write_atomically
 
+PROMPT = "$ "  # ahead of the command in a log
 TRIES = 2  # of a run on this machine
-STOPPED = {128 + number for number in SIGNALS}  # exit statuses of a training that a signal ended in good order
+# exit statuses of a training that a signal ended, in good order or while it was starting
+STOPPED = {128 + number for number in SIGNALS} | {-number for number in SIGNALS}
 AHEAD = 120  # seconds before a Slurm job's time is up that it is told to stop, if that is not most of its time
 
 
-def start(sweep: Sweep, run: Run, data_dir: str | None, **environment: str) -> subprocess.Popen:
-    """Train a run, or go on with it, in a process of its own that writes to its log."""
+def start(sweep: Sweep, run: Run, data_dir: str | None, env: dict[str, str] | None = None) -> subprocess.Popen:
+    """Train a run, or go on with it, in a process of its own; its log begins with the command."""
     sweep.logs.mkdir(parents=True, exist_ok=True)
     sweep.log(run, "failed").unlink(missing_ok=True)
+    command = run.command(sweep.workdir(run).absolute(), data_dir)
     with open(sweep.log(run), "a") as log:
-        return subprocess.Popen(
-            run.command(sweep.workdir(run).absolute(), data_dir),
-            cwd=REPOSITORY,
-            env=os.environ | environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+        print(f"{PROMPT}{shlex.join(command)}", file=log, flush=True)
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(command, cwd=REPOSITORY, env=env, **pipes)
 
 
 def note_failure(sweep: Sweep, run: Run, status: int) -> str:
     """Write down why a run ended with exit status `status`, and return it."""
-    lines = sweep.log(run).read_text(errors="replace").strip().splitlines() or [""]
+    lines = sweep.log(run).read_text(errors="replace").strip().splitlines()
+    begun = max(place for place, line in enumerate(lines) if line.startswith(PROMPT))
+    lines = lines[begun + 1 :] or ["it said nothing"]
     said = [line for line in lines if line.startswith("error: ")] or lines
     how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
     why = f"{how}: {said[-1].removeprefix('error: ')}"
@@ -74,7 +74,11 @@ def local(sweep: Sweep, runs: Sequence[Run], data_dir: str | None, say: Callable
             while places and waiting and not received:
                 run, place = waiting.popleft(), places.pop()
                 tries[run] += 1
-                training[run] = start(sweep, run, data_dir, **shared, **place), place, time.monotonic()
+                sweep.log(run, "job").unlink(missing_ok=True)  # of Slurm, before
+                process = start(sweep, run, data_dir, env=os.environ | shared | place)
+                training[run] = process, place, time.monotonic()
+                if received:  # just now
+                    process.send_signal(received[0])
                 say(f"started {run.name}")
             time.sleep(0.2)
             for run, (process, place, since) in list(training.items()):
@@ -124,12 +128,19 @@ def _passing_on(training) -> Iterator[list[int]]:
     try:
         yield received
     finally:
+        for process, *_ in training.values():  # if the launcher itself fails, none goes on unseen
+            process.terminate()
+        for process, *_ in training.values():
+            process.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def gpus() -> list[str]:
-    """The GPUs of this machine that CUDA may use, without waking them."""
+    """The GPUs of this machine that JAX may use, without waking them."""
+    platforms = os.environ.get("JAX_PLATFORMS", "cuda")
+    if not {"cuda", "gpu"} & set(platforms.split(",")):
+        return []
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [gpu for gpu in visible.split(",") if gpu]
     if not shutil.which("nvidia-smi"):
@@ -146,19 +157,25 @@ class Training:
         self._process = None
 
     def __call__(self) -> None:
+        # some clusters send the SIGUSR2 that tells of the time limit to this process alone, others to all: the
+        # training is to hear of it from here
+        before = signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # which a process inherits
         self._process = start(self._sweep, self._run, self._data_dir)
+        signal.signal(signal.SIGUSR2, before)
         status = self._process.wait()
-        if status not in (0, *STOPPED):
-            raise RuntimeError(note_failure(self._sweep, self._run, status))
-        if status:
+        if status in STOPPED:
             raise RuntimeError("stopped by a signal; the same command goes on")
+        if status:
+            raise RuntimeError(note_failure(self._sweep, self._run, status))
 
     def checkpoint(self):
-        """Called by a signal's handler within `wait`: the training has had the signal too, and is saving."""
+        """Called by the handler of SIGUSR2, within `wait`: let the training save its state and end."""
         import submitit
 
-        # its status is left for `wait`, which holds the lock that asking Popen would need
-        os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        if self._process:
+            os.kill(self._process.pid, signal.SIGUSR1)
+            # its status is left for `wait`, which holds the lock that asking Popen would need
+            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
         return submitit.helpers.DelayedSubmission(Training(self._sweep.root, self._run, self._data_dir))
 
 
@@ -185,10 +202,9 @@ def slurm(sweep: Sweep, runs: Sequence[Run], data_dir: str | None, options: dict
         name="imp_jax",
         slurm_setup=[f"cd {shlex.quote(str(REPOSITORY))}"],
         slurm_signal_delay_s=min(AHEAD, 30 * options["timeout_min"]),
+        slurm_additional_parameters={"requeue": True},  # some clusters do not by default
         **options,
     )
-    for run in runs:
-        sweep.log(run, "failed").unlink(missing_ok=True)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
             jobs = executor.submit_array([Training(sweep.root, run, data_dir) for run in runs])

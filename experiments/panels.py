@@ -118,11 +118,11 @@ def histograms(finished: Finished, rows: Sequence[Sequence[tuple[str, Run, str]]
 
 
 def barrier(axes: Axes, finished: Finished, run: Run) -> None:
-    """The largest rise of the error between the optima of successive rounds over density."""
+    """The largest rise of the test error between the optima of successive rounds over density."""
     table = finished[run].barriers if run in finished else pd.DataFrame({"kind": []})
     if not len(table := table[table["kind"] == "successive"]):
         return blank(axes)
-    figures.draw_barriers(axes, table, finished[run].results)
+    figures.draw_barriers(axes, table, finished[run].results, splits=["test"])
 
 
 def blank(axes: Axes) -> None:

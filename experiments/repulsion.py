@@ -67,11 +67,7 @@ def repellent_and_plain_matrices(scale: Scale, finished: Finished) -> Figure:
     plain, repellent = of_conv4(scale)
     arms = (("IMP", "imp"), ("reinitialisation", "reinit"))
     return matrices(
-        finished,
-        [
-            [(f"{words}{name}", run, arm) for name, arm in arms]
-            for words, run in (("repellent ", repellent), ("", plain))
-        ],
+        finished, [[(name, plain, arm), (f"repellent {name}", repellent, arm)] for name, arm in arms]
     )
 
 

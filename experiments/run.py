@@ -10,6 +10,7 @@ the paper's own, or `mini`, which two cores do in under a quarter of an hour a f
 """
 
 import argparse
+import os
 import sys
 import textwrap
 from collections import Counter
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import logging
+from rich.markup import escape
 from rich.table import Table
 
 from experiments import catalogue, cost, launchers, networks
@@ -61,26 +63,33 @@ def show_list(exhibits: Sequence[Exhibit], scale: Scale) -> None:
     table.add_section()
     row("together", "each run once", catalogue.runs_of(exhibits, scale))
     wide_console().print(table)
+    print(
+        "Costs follow from images/s measured on such a device (experiments/throughput.json), and for LeNet from"
+    )
+    print(
+        "what repulsion and all besides training add on mnist5k; of convolutional networks that is not in them."
+    )
 
 
 def show_status(exhibits: Sequence[Exhibit], scale: Scale, sweep: Sweep) -> None:
     """A line a run, and how many are in each state."""
+    of = {exhibit.id: exhibit.runs(scale) for exhibit in exhibits}
     states = sweep.states(catalogue.runs_of(exhibits, scale))
     table = Table("run", "rounds", "state", "for")
     for run, state in states.items():
-        for_ = ", ".join(exhibit.id for exhibit in exhibits if run in exhibit.runs(scale))
-        words = f"{state.status}: {state.why}" if state.why else state.status
+        words = escape(f"{state.status}: {state.why}" if state.why else state.status)
+        for_ = ", ".join(name for name, runs in of.items() if run in runs)
         table.add_row(run.name, f"{state.rounds}/{run.config.rounds}", words, for_)
     wide_console().print(table)
     counts = Counter(state.status for state in states.values())
     print(", ".join(f"{count} {status}" for status, count in counts.items()) or "no runs are needed")
 
 
-def train(exhibits: Sequence[Exhibit], scale: Scale, sweep: Sweep, arguments: argparse.Namespace) -> None:
-    """Train what is missing, by the launcher of `arguments`.
+def train(exhibits: Sequence[Exhibit], scale: Scale, sweep: Sweep, arguments: argparse.Namespace) -> int:
+    """Train what is missing, by the launcher of `arguments`; returns how many runs failed.
 
     Raises:
-      UserError: a data set is not prepared; some run failed; see `launchers.slurm`.
+      UserError: a data set is not prepared; see `launchers.slurm`.
     """
     states = sweep.states(catalogue.runs_of(exhibits, scale))
     runs = [run for run, state in states.items() if state.status in ("missing", "failed")]
@@ -89,7 +98,7 @@ def train(exhibits: Sequence[Exhibit], scale: Scale, sweep: Sweep, arguments: ar
     for name in dict.fromkeys(run.config.dataset.name for run in runs):
         data.find(name, arguments.data_dir)
     if not runs:
-        return
+        return 0
     if arguments.launcher == "slurm":
         options = {
             "timeout_min": arguments.timeout_min,
@@ -103,34 +112,31 @@ def train(exhibits: Sequence[Exhibit], scale: Scale, sweep: Sweep, arguments: ar
         options = {name: value for name, value in options.items() if value is not None}
         for run, job in zip(runs, launchers.slurm(sweep, runs, arguments.data_dir, options), strict=True):
             print(f"job {job}: {run.name}")
-    elif failed := launchers.local(sweep, runs, arguments.data_dir, lambda line: print(line, flush=True)):
-        raise UserError(f"{failed} of {len(runs)} runs failed; what they printed is in {sweep.logs}")
+        return 0
+    return launchers.local(sweep, runs, arguments.data_dir, lambda line: print(line, flush=True))
 
 
 def draw(exhibits: Sequence[Exhibit], scale: Scale, sweep: Sweep) -> None:
     """Draw each exhibit from what is there, into `figures/` of the sweep, and say what it lacks.
 
     Raises:
-      UserError: nothing of what was asked for has been run yet.
+      UserError: of some exhibit nothing has been run yet; the others are drawn.
     """
     runs = catalogue.runs_of(exhibits, scale)
-    finished, states = sweep.finished(runs), sweep.states(runs)
-    if runs and not finished:
-        asked = ", ".join(exhibit.id for exhibit in exhibits)
-        raise UserError(f"nothing of {asked} at scale {scale.name} has been run in {sweep.root} yet")
+    finished, states, absent = sweep.finished(runs), sweep.states(runs), []
     folder = sweep.root / "figures"
-    folder.mkdir(parents=True, exist_ok=True)
     for exhibit in exhibits:
         of_exhibit = exhibit.runs(scale)
         lacking = [run for run in of_exhibit if states[run].status != "done"]
         if of_exhibit and not any(run in finished for run in of_exhibit):
-            print(f"{exhibit.id}: nothing of it has been run yet")
+            absent.append(exhibit.id)
             continue
+        folder.mkdir(parents=True, exist_ok=True)
         drawn = exhibit.draw(scale, finished)
         note = describe(exhibit, scale, lacking)
         if isinstance(drawn, str):
             path = folder / f"{exhibit.id}.md"
-            write_atomically(path, f"{drawn}\n\n{note}\n")
+            write_atomically(path, "\n\n".join(part for part in (drawn, note) if part) + "\n")
             print(drawn)
         else:
             path = folder / f"{exhibit.id}.png"
@@ -144,10 +150,15 @@ def draw(exhibits: Sequence[Exhibit], scale: Scale, sweep: Sweep) -> None:
                 print(f"  lacks {run.name}: {state.status}, {state.rounds} of {run.config.rounds} rounds")
             if behind := sweep.diverged(run):
                 print(f"  without {behind} of {run.name}, which diverged")
+    if absent:
+        asked = ", ".join(absent)
+        raise UserError(f"nothing of {asked} at scale {scale.name} has been run in {sweep.root} yet")
 
 
 def describe(exhibit: Exhibit, scale: Scale, lacking: Sequence[Run]) -> str:
     """What a figure is of, to be read on it; if that is not the paper's, what it stands for."""
+    if not exhibit.runs(scale):
+        return ""
     words = networks.in_words(exhibit.runs(scale))
     if scale.name != "paper":
         words = f"{scale.name} scale: {words}; in the paper {networks.in_words(exhibit.runs(SCALES['paper']))}"
@@ -184,19 +195,32 @@ def main() -> None:
         scale = choose(SCALES, "--scale", arguments.scale)
         choose(dict.fromkeys(LAUNCHERS), "--launcher", arguments.launcher)
         exhibits = catalogue.named(arguments.ids)
+        for flag, least in {"gpus": 0, "cpus": 1, "timeout_min": 1}.items():
+            value = getattr(arguments, flag)
+            if value is not None and value < least:
+                raise UserError(f"--{flag} is {value}; it should be at least {least}")
         if arguments.action == "list":
             return show_list(exhibits, scale)
-        sweep = Sweep((arguments.root or Path("runs") / scale.name).absolute())
+        if arguments.data_dir:
+            arguments.data_dir = str(Path(arguments.data_dir).expanduser().absolute())
+        sweep = Sweep((arguments.root or Path("runs") / scale.name).expanduser().absolute())
         sweep.refuse_others(catalogue.runs_of(exhibits, scale))
         if arguments.action == "status":
             return show_status(exhibits, scale, sweep)
-        if arguments.action == "run":
-            train(exhibits, scale, sweep, arguments)
-            if arguments.launcher == "slurm":
-                return None
-        draw(exhibits, scale, sweep)
+        failed = train(exhibits, scale, sweep, arguments) if arguments.action == "run" else 0
+        if arguments.action == "run" and arguments.launcher == "slurm":
+            return None
+        try:
+            draw(exhibits, scale, sweep)
+        finally:
+            if failed:
+                raise UserError(f"{failed} runs failed; what they printed is in {sweep.logs}")
     except UserError as error:
         sys.exit(f"error: {error}")
+    except BrokenPipeError:  # where this prints to is closed
+        os._exit(1)
+    except OSError as error:
+        sys.exit(f"error: cannot write to {error.filename}: {error.strerror}")
     except launchers.Interrupted as interrupted:
         print(interrupted, file=sys.stderr)
         sys.exit(128 + interrupted.number)

@@ -1,7 +1,7 @@
 """A folder of runs: where each of them stands.
 
 The folder holds a workdir for each run, by its name; `logs/NAME.log`, what it printed; `logs/NAME.failed`, why
-it failed; `logs/NAME.job`, its job on Slurm; and the drawn `figures/`.
+it failed; `logs/NAME.job`, its job on Slurm; `slurm/`, of submitit; the drawn `figures/`; and `claims.md`.
 """
 
 import contextlib
@@ -68,7 +68,7 @@ class Sweep:
         runs = list(runs)
         jobs = {run: self.log(run, "job").read_text() for run in runs if self.log(run, "job").exists()}
         queued = in_queue(jobs.values())
-        return {run: self._state(run, jobs.get(run) in queued) for run in runs}
+        return {run: self._state(run, jobs.get(run), queued) for run in runs}
 
     def finished(self, runs: Iterable[Run]) -> Finished:
         """The tables of those of `runs` that have a round at least."""
@@ -88,7 +88,7 @@ class Sweep:
             return ""
         return ", ".join(f"{row.arm} {row.replicate} from round {row.round}" for row in table.itertuples())
 
-    def _state(self, run, queued):
+    def _state(self, run, job, queued):
         workdir = self.workdir(run)
         results, report = workdir / "results.csv", workdir / "report.html"
         rounds = 0
@@ -96,7 +96,7 @@ class Sweep:
             rounds = int(pd.read_csv(results)["round"].max()) + 1
         if _held(workdir):
             return State("running", rounds)
-        if queued:
+        if job in queued:
             return State("queued", rounds)
         # the report is written last of all, and may be left of an earlier analysis
         if (
@@ -107,16 +107,25 @@ class Sweep:
             return State("done", rounds)
         if self.log(run, "failed").exists():
             return State("failed", rounds, self.log(run, "failed").read_text().strip())
+        if job:
+            return State("failed", rounds, f"job {job} is gone; its log is in {self.root / 'slurm'}")
         return State("missing", rounds)
 
 
 def in_queue(jobs: Iterable[str]) -> set[str]:
-    """Those of the Slurm `jobs`, such as 12_3, that wait or run; none where there is no Slurm."""
+    """Those of this user's Slurm `jobs`, such as 12_3, that wait or run; none where there is no Slurm.
+
+    Raises:
+      UserError: Slurm does not answer.
+    """
     jobs = set(jobs)
     if not jobs or not shutil.which("squeue"):
         return set()
     command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
-    return jobs & set(subprocess.run(command, capture_output=True, text=True, check=False).stdout.split())
+    listed = subprocess.run(command, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        raise UserError(f"cannot tell which jobs are in Slurm's queue: {' '.join(listed.stderr.split())}")
+    return jobs & set(listed.stdout.split())
 
 
 def _held(workdir):

@@ -7,7 +7,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from imp_jax.config import UserError
+
 LEARNT, CHANCE = 2.5, 1.25  # accuracies, as multiples of 1/classes
+
+
+class DivergedError(UserError):
+    """A run that ended because a training diverged; the rounds before are kept."""
 
 
 class Seen(NamedTuple):

@@ -166,15 +166,19 @@ def draw_paths(axes: Axes, paths: pd.DataFrame, results: pd.DataFrame, rounds: S
     axes.grid(alpha=0.3, linewidth=0.6)
 
 
-def draw_barriers(axes: Axes, barriers: pd.DataFrame, results: pd.DataFrame) -> None:
-    """The barriers of one kind over density, on both splits; if only the test error rises, it may be chance."""
+def draw_barriers(
+    axes: Axes, barriers: pd.DataFrame, results: pd.DataFrame, splits: Sequence[str] = ("test", "train")
+) -> None:
+    """The barriers of one kind over density; where the test error alone rises, it may be chance."""
     table = barriers.assign(density=barriers["round"].map(_densities(results)))
     styles = {"test": STYLES["imp"], "train": {"color": "#666666", "linestyle": ":", "marker": "^"}}
-    for split, style in styles.items():
-        draw_mean(axes, table[table["split"] == split], "barrier", 100, label=f"{split} set", **style)
+    for split in splits:
+        rows = table[table["split"] == split]
+        draw_mean(axes, rows, "barrier", 100, label=f"{split} set", **styles[split])
     density_axis(axes, table["density"].min())
     axes.set_ylabel("Error barrier (percentage points)")
-    axes.legend(frameon=False, fontsize="small")
+    if len(splits) > 1:
+        axes.legend(frameon=False, fontsize="small")
 
 
 def instability(barriers: pd.DataFrame, results: pd.DataFrame) -> Figure:

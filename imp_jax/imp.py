@@ -381,14 +381,14 @@ def _note(experiment, number, diverged, recorder):
     if diverged and config.on_divergence == "stop":
         index, (step, what) = next(iter(diverged.items()))
         member = members[index]
-        raise UserError(
+        raise divergence.DivergedError(
             f"{what} in round {number}, arm {member.arm}, replicate {member.replicate}, at step {step} "
             f"of the training; {_there(number)} on disk; a lower optimizer.learning_rate "
             f"({config.optimizer.learning_rate}) or a warm-up may help, and "
             f"--config.on_divergence=drop goes on with the other members"
         )
     if not going_on([member for i, member in enumerate(members) if i not in diverged]):
-        raise UserError(
+        raise divergence.DivergedError(
             f"no ticket is left: all have diverged, the last in round {number}; see divergences.csv"
         )
 

@@ -3,6 +3,7 @@
 Any field of the config can be overridden, as in `--config.optimizer.learning_rate=1e-2`.
 """
 
+import contextlib
 import os
 import re
 import sys
@@ -36,8 +37,14 @@ def main(argv):
             raise UserError("--workdir is missing; say where to keep the run, such as --workdir=runs/mnist5k")
         with Interruption() as interruption:
             from imp_jax import analysis, imp
+            from imp_jax.divergence import DivergedError
 
-            imp.run(_CONFIG.value, _WORKDIR.value, interruption)
+            try:
+                imp.run(_CONFIG.value, _WORKDIR.value, interruption)
+            except DivergedError:
+                with contextlib.suppress(UserError):  # what is on disk is worth a look all the same
+                    analysis.run(_WORKDIR.value)
+                raise
             analysis.run(_WORKDIR.value)
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -20,7 +20,7 @@ RUN = MINI.lenet
 def paper_like(run):
     """Tables in which everything is as the paper says, of a run of `PAPER`."""
     config = run.config
-    unstable = config.batch_size == PAPER.unstable
+    unstable = run.base == "resnet20" and config.batch_size == PAPER.unstable
     strength = config.repulsion.strength
     rewound = bool(config.rewind_step)
     without_decay = config.optimizer.weight_decay == 0
@@ -145,10 +145,12 @@ def test_too_little_data_is_no_verdict(finished):
     analyses = {name: pd.DataFrame(columns=columns) for name, columns in analysis.TABLES.items()}
     trained = dataclasses.replace(tables(stable), **analyses)
     rows = [row for row in claims.measure(PAPER, finished | {stable: trained}) if stable in row.quantity.runs]
-    assert [row.verdict for row in rows if row.claim.id in ("C3", "C7", "C10")] == [UNKNOWN] * 8
+    assert [row.verdict for row in rows if row.claim.id in ("C3", "C7", "C10")] == [UNKNOWN] * 7
     whole = tables(stable)
     alone = dataclasses.replace(whole, results=whole.results.query("replicate == 0"))
     assert claims.measure(PAPER, finished | {stable: alone})[0].verdict == UNKNOWN
+    two = dataclasses.replace(whole, results=whole.results.query("replicate < 2"))  # the third has diverged
+    assert claims.measure(PAPER, finished | {stable: two})[0].verdict == FAILS  # as far as it goes: no lead
 
 
 def test_repulsion_is_measured_against_the_lead_that_it_takes(finished):
@@ -159,9 +161,25 @@ def test_repulsion_is_measured_against_the_lead_that_it_takes(finished):
         plain: tables(plain, lambda a, r, n: level[a]),
         repelled: tables(repelled, lambda a, r, n: after[a]),
     }
-    kept, control = [row for row in claims.measure(PAPER, of) if row.claim.id == "C4"][2:]
+    lead, kept, control = [row for row in claims.measure(PAPER, of) if row.claim.id == "C4"][3:6]
+    assert (lead.mean, lead.verdict) == (pytest.approx(20), HOLDS)
     assert (kept.mean, kept.verdict) == (pytest.approx(25), FAILS)  # 5 of 20 points are left
     assert (control.mean, control.verdict) == (pytest.approx(-2), FAILS)
+
+
+def test_repulsion_that_wrecks_a_ticket_does_not_take_it_down_to_the_level(finished):
+    plain, repelled = repulsion.of_lenet(PAPER)
+    level = tables(plain, lambda arm, r, n: 0.9 if arm == "imp" else 0.7)
+    of = finished | {plain: level, repelled: tables(repelled, lambda arm, r, n: 0.3 if arm == "imp" else 0.7)}
+    verdicts = [row.verdict for row in claims.measure(PAPER, of) if row.claim.id == "C4"][3:6]
+    assert verdicts == [HOLDS, FAILS, HOLDS]
+
+
+def test_one_network_that_stands_for_several_is_measured_once():
+    (repelled,) = [claim for claim in claims.CLAIMS if claim.id == "C4"]
+    assert len(repelled.quantities(PAPER)) == 9
+    assert len(repelled.quantities(MINI)) == 6
+    assert "LeNet" in repelled.quantities(MINI)[3].words
 
 
 def test_the_table_is_markdown_with_the_runs_by_letters(finished):

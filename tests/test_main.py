@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from absl import flags
+
+from imp_jax import analysis, imp, main
+from imp_jax.divergence import DivergedError
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "--config=configs/mnist5k.py"
@@ -27,6 +31,20 @@ def test_help_needs_no_jax():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "--workdir" in done.stdout
+
+
+def test_a_run_that_diverged_is_analysed_as_far_as_it_came(tmp_path, monkeypatch):
+    def diverge(*_):
+        raise DivergedError("it broke in round 3")
+
+    analysed = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(imp, "run", diverge)
+    monkeypatch.setattr(analysis, "run", analysed.append)
+    flags.FLAGS(["main", CONFIG, f"--workdir={tmp_path}"])
+    with pytest.raises(SystemExit, match="error: it broke in round 3"):
+        main.main(["main"])
+    assert analysed == [str(tmp_path)]
 
 
 @pytest.fixture

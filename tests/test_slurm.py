@@ -33,7 +33,7 @@ def test_a_job_that_is_stopped_is_requeued_and_goes_on(cluster, data_dir, tmp_pa
         monkeypatch.setenv(name, cluster[name])
     sweep = Sweep(tmp_path / "sweep")
     asked = ("fig14", "--scale=smoke", f"--root={sweep.root}", f"--data_dir={data_dir}")
-    options = ("--launcher=slurm", "--gpus=0", "--cpus=1", "--timeout_min=30")
+    options = ("--launcher=slurm", "--gpus=0", "--cpus=1", "--timeout_min=10")
     submitted = experiments_run(cluster, "run", *asked, *options)
     assert submitted.returncode == 0, submitted.stderr
     assert submitted.stdout.count("job 1_") == 2
@@ -47,7 +47,7 @@ def test_a_job_that_is_stopped_is_requeued_and_goes_on(cluster, data_dir, tmp_pa
     subprocess.run(["scancel", "--signal=USR2", sweep.log(first, "job").read_text()], env=cluster, check=True)
     wait_until(lambda: {state.status for state in sweep.states(runs).values()} == {"done"})
     log = sweep.log(first).read_text()
-    assert "SIGUSR2" in log
+    assert "stopped at once by SIGUSR1" in log or "SIGUSR1: stopping where the run can be taken up" in log
     assert log.count("report: ") == 1
     job = ["scontrol", "show", "job", sweep.log(first, "job").read_text()]
     shown = subprocess.run(job, env=cluster, capture_output=True, text=True, check=True).stdout
@@ -57,8 +57,8 @@ def test_a_job_that_is_stopped_is_requeued_and_goes_on(cluster, data_dir, tmp_pa
     assert (sweep.root / "figures" / "fig14.png").exists()
 
 
-def test_what_slurm_rejects_is_said_once_in_its_own_words(cluster, tmp_path):
-    options = ("--launcher=slurm", "--gpus=0", "--partition=absent")
+def test_what_slurm_rejects_is_said_once_in_its_own_words(cluster, data_dir, tmp_path):
+    options = ("--launcher=slurm", "--gpus=0", "--partition=absent", f"--data_dir={data_dir}")
     refused = experiments_run(cluster, "run", "fig18", "--scale=smoke", f"--root={tmp_path}", *options)
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: Slurm rejects the jobs: invalid partition specified: absent")

@@ -104,6 +104,7 @@ def call(*arguments):
         (["list", "--scale=large"], "--scale is 'large'; it should be one of paper, mini, smoke"),
         (["run", "--launcher=cloud"], "--launcher is 'cloud'; it should be one of local, slurm"),
         (["figure", "fig1", "--scale=mini"], "nothing of fig1 at scale mini has been run in"),
+        (["run", "--launcher=slurm", "--timeout_min=0"], "--timeout_min is 0; it should be at least 1"),
         (["run", "fig1", "--data_dir=ROOT"], "prepare it once with: python -m imp_jax.data prepare cifar10"),
     ],
 )
@@ -153,13 +154,13 @@ def test_a_figure_says_what_it_lacks(tmp_path, capsys):
     (workdir / "config.json").write_text(configs.to_json(plain.config))
     tables(plain, rounds=9).results.to_csv(workdir / "results.csv", index=False)
     (workdir / "divergences.csv").write_text("replicate,arm,round,step,what\n2,reinit,7,40,loss is nan\n")
-    call("figure", "fig14", "fig17", "table1", "--scale=mini", f"--root={tmp_path}")
+    with pytest.raises(SystemExit, match="error: nothing of fig17 at scale mini has been run"):
+        call("figure", "fig14", "fig17", "table1", "--scale=mini", f"--root={tmp_path}")
     out = capsys.readouterr().out
     assert f"fig14: {tmp_path / 'figures' / 'fig14.png'}" in out
     assert f"lacks {plain.name}: missing, 9 of 25 rounds" in out
     assert f"without reinit 2 from round 7 of {plain.name}, which diverged" in out
     assert f"lacks {repelled.name}: missing, 0 of 25 rounds" in out
-    assert "fig17: nothing of it has been run yet" in out
     assert "266,610" in out
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"fig14.png", "fig14.pdf", "table1.md"}
 
@@ -168,7 +169,7 @@ def test_a_failing_run_is_tried_twice_and_reported(tmp_path, monkeypatch, capsys
     failing = [sys.executable, "-c", "print('error: no such luck'); raise SystemExit(3)"]
     monkeypatch.setattr(Run, "command", lambda *_: failing)
     arguments = ("fig18", "--scale=smoke", f"--root={tmp_path}", f"--data_dir={data_dir}")
-    with pytest.raises(SystemExit, match="1 of 1 runs failed; what they printed is in"):
+    with pytest.raises(SystemExit, match="error: 1 runs failed; what they printed is in"):
         call("run", *arguments)
     out = capsys.readouterr().out
     assert out.count("exit status 3: no such luck") == 2
@@ -177,6 +178,47 @@ def test_a_failing_run_is_tried_twice_and_reported(tmp_path, monkeypatch, capsys
     assert state == ("failed", 0, "exit status 3: no such luck")
     call("status", *arguments)
     assert "1 failed" in capsys.readouterr().out
+
+
+def test_the_reason_of_a_failure_is_of_the_last_attempt(tmp_path):
+    sweep = Sweep(tmp_path)
+    sweep.logs.mkdir()
+    sweep.log(SMOKE.lenet).write_text("$ train\nerror: no such luck\n$ train\ngoing on\n")
+    assert launchers.note_failure(sweep, SMOKE.lenet, -9) == "killed by SIGKILL: going on"
+    with open(sweep.log(SMOKE.lenet), "a") as log:
+        log.write("$ train\n")
+    assert launchers.note_failure(sweep, SMOKE.lenet, 1) == "exit status 1: it said nothing"
+
+
+def test_a_job_that_is_gone_has_failed(tmp_path, monkeypatch, capsys):
+    sweep = Sweep(tmp_path)
+    sweep.logs.mkdir()
+    sweep.log(SMOKE.lenet, "job").write_text("12_3")
+    squeue = tmp_path / "squeue"
+    squeue.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    squeue.write_text("#!/bin/sh\necho 12_2 12_3")
+    assert sweep.states([SMOKE.lenet])[SMOKE.lenet].status == "queued"
+    squeue.write_text("#!/bin/sh\necho 12_2")
+    assert sweep.states([SMOKE.lenet])[SMOKE.lenet].status == "failed"
+    call("status", "fig18", "--scale=smoke", f"--root={tmp_path}")
+    assert "failed: job 12_3 is gone; its log is in" in capsys.readouterr().out
+    squeue.write_text("#!/bin/sh\necho '[timed out]' >&2; exit 1")
+    with pytest.raises(SystemExit, match=r"which jobs are in Slurm's queue: \[timed out\]"):
+        call("run", "fig18", "--scale=smoke", f"--root={tmp_path}")
+
+
+def test_no_training_goes_on_without_its_launcher(tmp_path, monkeypatch):
+    sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(Run, "command", lambda *_: sleeps)
+
+    def say(_):
+        raise BrokenPipeError
+
+    begun = time.monotonic()
+    with pytest.raises(BrokenPipeError):
+        launchers.local(Sweep(tmp_path), [SMOKE.lenet], None, say)
+    assert time.monotonic() - begun < 30
 
 
 def test_a_worker_a_gpu(tmp_path, monkeypatch):
@@ -190,9 +232,9 @@ def test_a_worker_a_gpu(tmp_path, monkeypatch):
     sweep, runs, said = Sweep(tmp_path), runs_of(EXHIBITS.values(), SMOKE)[:3], []
     assert launchers.local(sweep, runs, None, said.append) == 0
     assert [line.split()[0] for line in said[:3]] == ["started", "started", "done"]  # two at a time
-    gpus = [sweep.log(run).read_text().strip() for run in runs]
+    gpus = [sweep.log(run).read_text().splitlines()[-1] for run in runs]
     assert set(gpus[:2]) == {"3", "5"}
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert launchers.gpus() == []
 
 
@@ -205,16 +247,18 @@ def test_a_sweep_that_is_stopped_goes_on(tmp_path, data_dir):
     pipes = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as process:
         end = time.monotonic() + 120
-        while not (sweep.workdir(plain) / "results.csv").exists():
+        while sweep.states([plain])[plain].rounds < 2:
             assert time.monotonic() < end
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate()
     assert process.returncode == 128 + signal.SIGINT
     assert "stopped by SIGINT; the same command goes on" in err
+    assert f"started {plain.name}" in out
     assert f"started {repelled.name}" not in out
     before = sweep.states([plain])[plain]
     assert before.status == "missing"
+    assert before.rounds >= 2
     rows = (sweep.workdir(plain) / "results.csv").read_text()
 
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
