@@ -13,6 +13,7 @@ import argparse
 import os
 import sys
 import textwrap
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,32 +89,57 @@ def show_status(exhibits: Sequence[Exhibit], scale: Scale, sweep: Sweep) -> None
 def train(exhibits: Sequence[Exhibit], scale: Scale, sweep: Sweep, arguments: argparse.Namespace) -> int:
     """Train what is missing, by the launcher of `arguments`; returns how many runs failed.
 
+    On this machine it also waits for runs that another process is training, and goes on with those it leaves.
+
     Raises:
       UserError: a data set is not prepared; see `launchers.slurm`.
     """
-    states = sweep.states(catalogue.runs_of(exhibits, scale))
+    asked = catalogue.runs_of(exhibits, scale)
+    states = sweep.states(asked)
     runs = [run for run, state in states.items() if state.status in ("missing", "failed")]
     others = Counter(state.status for state in states.values() if state.status not in ("missing", "failed"))
     print(", ".join([f"{len(runs)} runs to train", *(f"{count} {status}" for status, count in others.items())]))
     for name in dict.fromkeys(run.config.dataset.name for run in runs):
         data.find(name, arguments.data_dir)
-    if not runs:
-        return 0
     if arguments.launcher == "slurm":
-        options = {
-            "timeout_min": arguments.timeout_min,
-            "cpus_per_task": arguments.cpus,
-            "gpus_per_node": arguments.gpus or None,
-            "mem_gb": arguments.mem_gb,
-            "slurm_partition": arguments.partition,
-            "slurm_account": arguments.account,
-            "slurm_constraint": arguments.constraint,
-        }
-        options = {name: value for name, value in options.items() if value is not None}
-        for run, job in zip(runs, launchers.slurm(sweep, runs, arguments.data_dir, options), strict=True):
+        jobs = launchers.slurm(sweep, runs, arguments.data_dir, _slurm_options(arguments)) if runs else []
+        for run, job in zip(runs, jobs, strict=True):
             print(f"job {job}: {run.name}")
         return 0
-    return launchers.local(sweep, runs, arguments.data_dir, lambda line: print(line, flush=True))
+    failed, tried = 0, set()
+    runs = runs or _left_by_others(sweep, asked)
+    while runs:
+        failed += launchers.local(sweep, runs, arguments.data_dir, lambda line: print(line, flush=True))
+        tried |= set(runs)
+        runs = _left_by_others(sweep, [run for run in asked if run not in tried])
+    return failed
+
+
+def _left_by_others(sweep, runs):
+    """Those of `runs` that are missing once no other process is training any."""
+    told = False
+    while True:
+        states = sweep.states(runs)
+        if not any(state.status == "running" for state in states.values()):
+            return [run for run, state in states.items() if state.status == "missing"]
+        if not told:
+            names = [run.name for run, state in states.items() if state.status == "running"]
+            print(f"waiting for another process, which trains {'; '.join(names)}", flush=True)
+            told = True
+        time.sleep(1)
+
+
+def _slurm_options(arguments):
+    options = {
+        "timeout_min": arguments.timeout_min,
+        "cpus_per_task": arguments.cpus,
+        "gpus_per_node": arguments.gpus or None,
+        "mem_gb": arguments.mem_gb,
+        "slurm_partition": arguments.partition,
+        "slurm_account": arguments.account,
+        "slurm_constraint": arguments.constraint,
+    }
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def draw(exhibits: Sequence[Exhibit], scale: Scale, sweep: Sweep) -> None:

@@ -4,10 +4,12 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 from absl import flags
+from filelock import FileLock
 from ml_collections import config_flags
 
 from experiments import cost, launchers, run
@@ -206,6 +208,24 @@ def test_a_job_that_is_gone_has_failed(tmp_path, monkeypatch, capsys):
     squeue.write_text("#!/bin/sh\necho '[timed out]' >&2; exit 1")
     with pytest.raises(SystemExit, match=r"which jobs are in Slurm's queue: \[timed out\]"):
         call("run", "fig18", "--scale=smoke", f"--root={tmp_path}")
+
+
+def test_what_another_process_trains_is_waited_for(tmp_path, monkeypatch, capsys, data_dir):
+    monkeypatch.setattr(Run, "command", lambda *_: [sys.executable, "-c", "raise SystemExit('left to us')"])
+    workdir = tmp_path / SMOKE.lenet.name
+    workdir.mkdir()
+    (workdir / ".holder").write_text("process 1 on elsewhere")
+    lock = FileLock(workdir / ".lock", thread_local=False)
+    lock.acquire()
+    threading.Timer(3, lock.release).start()
+    begun = time.monotonic()
+    with pytest.raises(SystemExit, match="1 runs failed"):
+        call("run", "fig18", "--scale=smoke", f"--root={tmp_path}", f"--data_dir={data_dir}")
+    assert time.monotonic() - begun > 2
+    out = capsys.readouterr().out
+    assert "0 runs to train, 1 running" in out
+    assert f"waiting for another process, which trains {SMOKE.lenet.name}" in out
+    assert "left to us; trying again" in out  # and then it is ours
 
 
 def test_no_training_goes_on_without_its_launcher(tmp_path, monkeypatch):
