@@ -62,7 +62,7 @@ PAPER = Scale(
 )
 
 # LeNet on mnist5k in the place of all networks. A learning rate of 0.02 makes it unstable at a batch of 20: two
-# trainings of a ticket are 3 to 7 points of error apart there, and below one point from a batch of 200 on.
+# trainings of a ticket are 5 to 11 points of error apart there, and below half a point from a batch of 200 on.
 _LENET = run("mnist5k", {"epochs": 20})
 _UNSTABLE = run("mnist5k", {"optimizer.learning_rate": 0.02})
 
