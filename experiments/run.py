@@ -215,7 +215,7 @@ def main() -> None:
     slurm.add_argument(
         "--timeout_min", type=int, default=240, help="when it is requeued, to go on (default: 240)"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # figures may be named before the flags or after
     logging.set_verbosity(logging.FATAL)
     try:
         scale = choose(SCALES, "--scale", arguments.scale)
@@ -246,7 +246,7 @@ def main() -> None:
     except BrokenPipeError:  # where this prints to is closed
         os._exit(1)
     except OSError as error:
-        sys.exit(f"error: cannot write to {error.filename}: {error.strerror}")
+        sys.exit(f"error: cannot use {error.filename}: {error.strerror}")
     except launchers.Interrupted as interrupted:
         print(interrupted, file=sys.stderr)
         sys.exit(128 + interrupted.number)

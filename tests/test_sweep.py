@@ -106,6 +106,7 @@ def call(*arguments):
         (["list", "--scale=large"], "--scale is 'large'; it should be one of paper, mini, smoke"),
         (["run", "--launcher=cloud"], "--launcher is 'cloud'; it should be one of local, slurm"),
         (["figure", "fig1", "--scale=mini"], "nothing of fig1 at scale mini has been run in"),
+        (["figure", "--scale=mini", "fig1", "fig2"], "nothing of fig1, fig2 at scale mini has been run in"),
         (["run", "--launcher=slurm", "--timeout_min=0"], "--timeout_min is 0; it should be at least 1"),
         (["run", "fig1", "--data_dir=ROOT"], "prepare it once with: python -m imp_jax.data prepare cifar10"),
     ],
@@ -118,6 +119,13 @@ def test_bad_input_is_one_sentence_and_a_failure(arguments, sentence, tmp_path, 
     assert sentence in str(exit.value)
     assert len(str(exit.value).splitlines()) == 1
     assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize("action", ["status", "run", "figure"])
+def test_a_root_that_is_a_file_is_said(action, tmp_path, data_dir):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"error: cannot use .*/file.*: Not a directory"):
+        call(action, "fig18", "--scale=smoke", f"--root={tmp_path / 'file'}", f"--data_dir={data_dir}")
 
 
 def test_no_slurm_is_said(tmp_path, monkeypatch, data_dir):
