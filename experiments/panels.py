@@ -74,9 +74,8 @@ def matrices(
 ) -> Figure:
     """Matrices of distances between rounds, of (title, run, arm) a panel, with one colour scale."""
     figure, panels = _grid(rows, width=2.6, height=2.95, sharey=True)
-    tables = {
-        run: _of_metric(finished[run].distances, metric) for row in rows for _, run, _ in row if run in finished
-    }
+    runs = [run for row in rows for _, run, _ in row if run in finished]
+    tables = {run: finished[run].distances[finished[run].distances["metric"] == metric] for run in runs}
     limit = max((figures.distance_limit(table, metric) for table in tables.values() if len(table)), default=1.0)
     image = None
     for axes, (title, run, arm) in panels:
@@ -163,7 +162,3 @@ def _grid(rows, width, height, **options):
     figure = Figure(figsize=(width * len(rows[0]) + 0.9, height * len(rows)), layout="constrained")
     panels = figure.subplots(len(rows), len(rows[0]), squeeze=False, **options)
     return figure, list(zip(panels.flat, (panel for row in rows for panel in row), strict=True))
-
-
-def _of_metric(distances, metric):
-    return distances[distances["metric"] == metric]

@@ -63,20 +63,11 @@ def run(base: str, overrides: dict[str, Any]) -> Run:
       UserError: a field that does not exist, or may not hold this.
     """
     config = _base(base)
-    unchanged = fields_of(config)
+    unchanged = configs.flatten(config)
     config.update_from_flattened_dict(overrides)
     configs.validate(config)
-    changed = fields_of(config)
+    changed = configs.flatten(config)
     return Run(base, tuple((f, v) for f, v in sorted(changed.items()) if v != unchanged[f]))
-
-
-def fields_of(config: ConfigDict) -> dict[str, Any]:
-    """All fields by name, such as `optimizer.name`."""
-    return {
-        f"{group}.{field}" if field else group: value
-        for group, fields in config.items()
-        for field, value in (fields.items() if isinstance(fields, ConfigDict) else [("", fields)])
-    }
 
 
 def _base(name):

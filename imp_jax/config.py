@@ -4,6 +4,7 @@ import difflib
 import json
 import os
 import re
+from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference
@@ -160,7 +161,7 @@ def validate(config: ConfigDict) -> None:
         raise UserError(
             f"get_config() returned {type(config).__name__}; it should return an ml_collections.ConfigDict"
         )
-    known, given = _flatten(default()), _flatten(config)
+    known, given = flatten(default()), flatten(config)
     for field in given:
         if field not in known:
             raise UserError(unknown_field(field))
@@ -188,7 +189,7 @@ def choose(options: dict, field: str, name: str):
 
 def unknown_field(field: str) -> str:
     """The sentence for a field that does not exist: what it may have meant, or what its group holds."""
-    known = _flatten(default())
+    known = flatten(default())
     close = difflib.get_close_matches(field, known, n=1, cutoff=0.8)
     group = field.rpartition(".")[0]
     siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == group]
@@ -201,13 +202,24 @@ def unknown_field(field: str) -> str:
 
 def type_in_words(field: str) -> str:
     """What a field should hold, for a message: "of type int, like 60". Empty where there is no such field."""
-    known = _flatten(default())
+    known = flatten(default())
     if field not in known:
         is_group = any(name.startswith(f"{field}.") for name in known)
         return "a group of fields, set one by one" if is_group else ""
     if field in _UNIONS:
         return " or ".join("None" if t is type(None) else f"of type {t.__name__}" for t in _UNIONS[field])
     return f"of type {type(known[field]).__name__}, like {known[field]!r}"
+
+
+def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
+    """All fields of a config, or of a config.json's content, by name, such as `optimizer.name`."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict | dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
 
 
 def to_json(config: ConfigDict) -> str:
@@ -221,10 +233,10 @@ def from_json(stored: dict) -> ConfigDict:
     Raises:
       UserError: as `validate`, for the file of another version.
     """
-    fields = {name: tuple(v) if isinstance(v, list) else v for name, v in _flatten(stored).items()}
+    fields = {name: tuple(v) if isinstance(v, list) else v for name, v in flatten(stored).items()}
     config = default()
     for field in fields:
-        if field not in _flatten(config):
+        if field not in flatten(config):
             raise UserError(unknown_field(field))
     config.update_from_flattened_dict(fields)
     validate(config)
@@ -233,7 +245,7 @@ def from_json(stored: dict) -> ConfigDict:
 
 def differences(config: ConfigDict, stored: dict) -> list[str]:
     """Where `config` and a config.json's content ask for other results, a phrase a field."""
-    here, there = _flatten(json.loads(to_json(config))), _flatten(stored)
+    here, there = flatten(json.loads(to_json(config))), flatten(stored)
     absent = object()
 
     def show(value):
@@ -244,16 +256,6 @@ def differences(config: ConfigDict, stored: dict) -> list[str]:
         for field in sorted(here | there)
         if here.get(field, absent) != there.get(field, absent) and not field.startswith(_WITHOUT_INFLUENCE)
     ]
-
-
-def _flatten(config, prefix="") -> dict:
-    flat = {}
-    for name, value in config.items():
-        if isinstance(value, ConfigDict | dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def _has_type(value, field, example) -> bool:
