@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import imp_jax
+from imp_jax import devices
 from imp_jax.config import UserError, in_one_line
 from imp_jax.divergence import Seen
 from imp_jax.masking import Mask
@@ -62,23 +63,28 @@ class Checkpoints:
     Step n of `checkpoints` holds round n's `Round` and the rows of results.csv up to it, so that a run that
     died between the two loses neither. `progress` holds the latest `Progress`. All carry checksums of their
     content, the number of the format and the version of the package that wrote them.
+
+    Of several processes that train together each reads by itself, and all save together, each a part. What
+    else changes the folders is for one of them, while the others leave them alone.
     """
 
     def __init__(self, workdir: str | os.PathLike):
         self._workdir = Path(workdir).absolute()
-        self._rounds = _manager(
-            self._workdir / "checkpoints",
-            {
-                "networks": ocp.PyTreeCheckpointHandler(),
-                "optima": ocp.PyTreeCheckpointHandler(),
-                "rows": ocp.JsonCheckpointHandler(),
-            },
-        )
+        self._rounds = _rounds_manager(self._workdir, {jax.process_index()})
 
     @functools.cached_property
     def _progress(self):  # not opened by who only reads rounds, while another process replaces it
-        handler = ocp.PyTreeCheckpointHandler(use_compression=False)  # it is written often
-        return _manager(self._workdir / "progress", {"progress": handler}, max_to_keep=1)
+        return _progress_manager(self._workdir, {jax.process_index()})
+
+    @functools.cached_property
+    def _rounds_of_all(self):
+        return self._rounds if jax.process_count() == 1 else _rounds_manager(self._workdir, _all_processes())
+
+    @functools.cached_property
+    def _progress_of_all(self):
+        if jax.process_count() == 1:
+            return self._progress
+        return _progress_manager(self._workdir, _all_processes())
 
     def rounds(self) -> list[int]:
         """The rounds that are on disk, in order."""
@@ -96,7 +102,9 @@ class Checkpoints:
         items = {"networks": networks._asdict(), "rows": rows}
         if optima is not None:
             items["optima"] = optima._asdict()
-        _save(self._rounds, number, items)
+        _save(self._rounds_of_all, number, items)
+        if self._rounds is not self._rounds_of_all:
+            self._rounds.reload()
 
     def restore(self, number: int) -> Round:
         """The networks of round `number`, on the default device whatever devices wrote them.
@@ -129,7 +137,7 @@ class Checkpoints:
     def save_progress(self, number: int, progress: Progress, steps: int) -> None:
         """Write where round `number`, of `steps` steps, stands, in place of what `progress` held before."""
         (self._workdir / "progress").mkdir(exist_ok=True)
-        _save(self._progress, number * (steps + 1) + progress.step, {"progress": _as_arrays(progress)})
+        _save(self._progress_of_all, number * (steps + 1) + progress.step, {"progress": _as_arrays(progress)})
 
     def progress(self, number: int, like: Progress, steps: int) -> Progress | None:
         """What was saved of round `number`, of `steps` steps, in the structure of `like`; None if nothing was.
@@ -179,13 +187,14 @@ class Checkpoints:
 
     def discard_progress(self) -> None:
         """Remove what `progress` holds."""
+        self._progress.reload()
         for step in self._progress.all_steps():
             self._progress.delete(step)
 
     def close(self) -> None:
-        for manager in (self._rounds, self.__dict__.get("_progress")):
+        for name in ("_rounds", "_progress", "_rounds_of_all", "_progress_of_all"):
             with contextlib.suppress(Exception):  # a failed save, which has said so, is raised again
-                manager.close()
+                self.__dict__[name].close()
 
     def _set_aside(self, manager, step):
         place = set_aside(Path(manager.directory) / str(step), self._workdir)
@@ -193,9 +202,31 @@ class Checkpoints:
         return place
 
 
-def _manager(folder, handlers, **options):
+def _all_processes():
+    return set(range(jax.process_count()))
+
+
+def _rounds_manager(workdir, processes):
+    handlers = {
+        "networks": ocp.PyTreeCheckpointHandler(),
+        "optima": ocp.PyTreeCheckpointHandler(),
+        "rows": ocp.JsonCheckpointHandler(),
+    }
+    return _manager(workdir / "checkpoints", handlers, processes)
+
+
+def _progress_manager(workdir, processes):
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False)  # it is written often
+    return _manager(workdir / "progress", {"progress": handler}, processes, max_to_keep=1)
+
+
+def _manager(folder, handlers, processes, **options):
     # to read must not make folders, and who writes has a thread for it
     options |= {"create": False, "save_root_metadata": False, "enable_async_checkpointing": False}
+    # processes that are named wait for each other without the devices, which the training has
+    options["multiprocessing_options"] = ocp.options.MultiprocessingOptions(
+        primary_host=min(processes), active_processes=processes
+    )
     handlers = {**handlers, "version": ocp.JsonCheckpointHandler()}
     options = ocp.CheckpointManagerOptions(**options)
     return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
@@ -221,7 +252,7 @@ def _save(manager, step, items):
     }
     version["digest"] = _digest(version)
     arguments = {
-        name: ocp.args.JsonSave(item) if name in _JSON else ocp.args.PyTreeSave(item)
+        name: ocp.args.JsonSave(item) if name in _JSON else ocp.args.PyTreeSave(devices.over_processes(item))
         for name, item in {**items, "version": version}.items()
     }
     manager.save(step, args=ocp.args.Composite(**arguments))

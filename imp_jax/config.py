@@ -31,6 +31,9 @@ def default() -> ConfigDict:
     config.rounds = 25  # trainings, the dense one included: densities (1 − fraction)ⁿ for n from 0
     config.epochs = 25  # of each training
     config.batch_size = 60
+    # parts of a batch that are computed one after the other and added up, where it does not fit into memory;
+    # each is normalised by its own statistics
+    config.accumulate_steps = 1
     config.dtype = "float32"  # of the computation; parameters and optimizer state stay float32
     # how members and steps become programs: scan_vmap, scan_unroll, step_vmap, step_unroll (streams always
     # go step by step); auto suits network and device
@@ -61,6 +64,9 @@ def default() -> ConfigDict:
     config.model.width = 1.0  # factor of the number of channels, or of hidden units, for quick runs
     config.model.norm_affine = False  # learnable scale and bias in the normalisation of ResNets
     config.model.norm_momentum = 0.9  # how much of the running statistics of ResNets a step keeps
+    # parts of a batch that are normalised each by its own statistics, as each GPU's is in most code; 1 is by
+    # those of the whole batch, over all devices
+    config.model.norm_parts = 1
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adam"  # adam, momentum or sgd
@@ -70,6 +76,10 @@ def default() -> ConfigDict:
     config.optimizer.schedule = "constant"  # constant, step or cosine
     config.optimizer.milestones = ()  # epochs after which the step schedule divides by 10
     config.optimizer.warmup_epochs = 0.0  # the rate rises linearly from 0 over these, under any schedule
+
+    config.mesh = ConfigDict()  # of devices; it changes results by rounding only
+    config.mesh.member = -1  # over how many the members are spread; -1 fills, with as many as make it faster
+    config.mesh.data = 1  # over how many each batch is divided; -1 takes those that members leave
 
     config.pruning = ConfigDict()
     config.pruning.score = "magnitude"  # or random; the lowest scores go
@@ -102,6 +112,7 @@ _WITHOUT_INFLUENCE = (
     "on_divergence",
     "dataset.data_dir",
     "dataset.workers",
+    "mesh.",
 )
 # what a field of more than one type may hold
 _UNIONS = {
@@ -117,6 +128,10 @@ _BOUNDS = {
     "rounds": (lambda v: v >= 1, "at least 1"),
     "epochs": (lambda v: v >= 1, "at least 1"),
     "batch_size": (lambda v: v >= 1, "at least 1"),
+    "accumulate_steps": (lambda v: v >= 1, "at least 1"),
+    "model.norm_parts": (lambda v: v >= 1, "at least 1"),
+    "mesh.member": (lambda v: v >= 1 or v == -1, "at least 1, or -1 to fill"),
+    "mesh.data": (lambda v: v >= 1 or v == -1, "at least 1, or -1 to fill"),
     "checkpoint_every_epochs": (lambda v: v >= 1, "at least 1"),
     "checkpoint_every_steps": (lambda v: v >= 1, "at least 1"),
     "keep_checkpoints": (lambda v: v in ("all", "ends"), "all or ends"),

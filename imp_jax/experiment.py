@@ -5,12 +5,14 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from imp_jax import config as configs
-from imp_jax import data, masking, models, pruning, training
+from imp_jax import data, devices, masking, models, pruning, training
 from imp_jax.config import UserError, choose
+from imp_jax.devices import DATA
 from imp_jax.masking import Params
 from imp_jax.members import Member, members_of, with_twins
 
@@ -64,6 +66,14 @@ def setup(config: ConfigDict) -> Experiment:
             f"rewind_step is {config.rewind_step}; a training has {learning_rates.size} steps, "
             f"so it should be at most {learning_rates.size - 1}"
         )
+    parts = config.accumulate_steps * config.model.norm_parts
+    if config.batch_size % parts:
+        near = max(config.batch_size // parts, 1) * parts
+        raise UserError(
+            f"batch_size is {config.batch_size}; with accumulate_steps {config.accumulate_steps} and "
+            f"model.norm_parts {config.model.norm_parts} it should be a multiple of {parts}, such as {near} or "
+            f"{near + parts}"
+        )
     model = models.create(config, dataset.num_classes, dataset.train.image_shape)
     params = models.shapes(model, dataset.train.image_shape)["params"]
     _require_layers(config.pruning.exclude, params)
@@ -78,9 +88,51 @@ def setup(config: ConfigDict) -> Experiment:
             augmentation=dataset.augmentation,
             repulsion_strength=config.repulsion.strength,
             execution=training.choose_execution(config, params),
+            accumulate_steps=config.accumulate_steps,
+            norm_parts=config.model.norm_parts,
         ),
         score=score,
         learning_rates=learning_rates,
+    )
+
+
+def on_mesh(experiment: Experiment, mesh: Mesh | None) -> Experiment:
+    """The experiment with its data on every device of a mesh, where they are in memory, to be trained there.
+
+    Raises:
+      UserError: the devices divide a batch, and the network could not normalise by all of it.
+    """
+    if mesh is None:
+        return experiment
+    recipe, dataset = experiment.recipe._replace(mesh=mesh), experiment.dataset
+    if recipe.data_devices > 1 and recipe.norm_parts == 1:
+        if hasattr(recipe.model, "norm_axis"):
+            recipe = recipe._replace(model=recipe.model.copy(norm_axis=DATA))
+        elif set(models.shapes(recipe.model, dataset.train.image_shape)) != {"params"}:
+            raise UserError(
+                f"mesh.data is {recipe.data_devices}; {experiment.config.model.name} keeps statistics of its "
+                f"batches and has no field norm_axis to take them over devices, so it should be 1"
+            )
+    train, test = (
+        devices.replicate(split, mesh) if isinstance(split, data.InMemory) else split
+        for split in (dataset.train, dataset.test)
+    )
+    return experiment._replace(recipe=recipe, dataset=dataset._replace(train=train, test=test))
+
+
+def on_one_device(experiment: Experiment) -> Experiment:
+    """The experiment of `on_mesh` for one device of this process; its data are those of the mesh."""
+    recipe, dataset = experiment.recipe, experiment.dataset
+    if recipe.mesh is None:
+        return experiment
+    if hasattr(recipe.model, "norm_axis"):
+        recipe = recipe._replace(model=recipe.model.copy(norm_axis=None))
+    train, test = (
+        devices.on_one(split) if isinstance(split, data.InMemory) else split
+        for split in (dataset.train, dataset.test)
+    )
+    return experiment._replace(
+        recipe=recipe._replace(mesh=None), dataset=dataset._replace(train=train, test=test)
     )
 
 

@@ -20,10 +20,10 @@ import pandas as pd
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from imp_jax import data, divergence, masking, pruning, records, repulsion, training
+from imp_jax import data, devices, divergence, masking, pruning, records, repulsion, training
 from imp_jax.checkpoints import Checkpoints, DamagedError, Progress, Round
 from imp_jax.config import UserError
-from imp_jax.experiment import Experiment, in_round, in_words, setup
+from imp_jax.experiment import Experiment, in_round, in_words, on_mesh, setup
 from imp_jax.interruption import Interruption
 from imp_jax.masking import Mask
 from imp_jax.members import (
@@ -47,6 +47,8 @@ _LOOK_EVERY = 50  # steps of a stream, whose epochs are long: to tell of progres
 def run(config: ConfigDict, workdir: str | os.PathLike, interruption: Interruption | None = None) -> None:
     """Train all rounds of `config` into `workdir` and print a summary; `rounds` says what may be raised."""
     trained = sum(1 for _ in rounds(config, workdir, interruption))
+    if not devices.is_first():
+        return
     if not trained:
         print(f"{workdir} is finished: all {config.rounds} rounds were there, nothing to do")
     workdir = Path(workdir)
@@ -65,7 +67,10 @@ def rounds(
       Stopped: `interruption` has taken in a signal, and the training under way is saved up to here.
     """
     interruption = interruption or Interruption()
-    experiment = setup(config)
+    with devices.together():
+        experiment = setup(config)
+        mesh = devices.make_mesh(config, len(experiment.members))
+        experiment = on_mesh(experiment, mesh)
     steps, saved_steps = experiment.learning_rates.size, _saved_steps(experiment)
     with Recorder(experiment, workdir) as recorder:
         first = recorder.finished[-1] + 1 if recorder.finished else 0
@@ -82,12 +87,15 @@ def rounds(
         if first or step:
             print(f"{workdir} has {_there(first)}; going on with round {first} at step {step} of {steps}")
         print(in_words(experiment, tickets["params"]))
+        if on_devices := devices.in_words(mesh, len(experiment.members)):
+            print(on_devices)
         recorder.begin(first, step)
 
         def on_chunk(of_round, number, now, metrics, seconds):
             recorder.chunk(of_round, number, now, metrics.loss.size * config.batch_size, seconds)
             _note(of_round, number, divergence.broken(now.seen), recorder)
-            if interruption.requested:
+            if requested := devices.most(interruption.requested):
+                interruption.requested = interruption.requested or requested  # of another process
                 recorder.progress(number, now, at_once=True)
                 raise interruption.stopped(f"in round {number} at step {now.step} of {steps}")
             if now.step in saved_steps:
@@ -187,51 +195,56 @@ def train(
     Args:
       progress: where to go on, if not at the beginning.
       on_chunk: called after each epoch, or part of one where the host has something to do, with where the
-        training stands, the metrics of the chunk's steps as NumPy arrays, and its seconds. The next chunk takes
-        the states for its own: they are to be copied to be kept.
+        training stands, the metrics of the chunk's steps as NumPy arrays, and its seconds. The states are on
+        the mesh, and the next chunk takes them for its own: `devices.gather` copies them.
 
     Returns: the networks, and what else is known at the end.
     """
     config, recipe, split = experiment.config, experiment.recipe, experiment.dataset.train
     epochs, steps = experiment.learning_rates.shape
+    members, mesh = len(experiment.members), recipe.mesh
     rewound = jnp.array([member.arm in ("imp", "twin") for member in experiment.members])
     now = progress or begin(experiment, tickets, masks)
-    now = now._replace(**jax.tree.map(jnp.asarray, {"tickets": now.tickets, "states": now.states}))
+    now = now._replace(states=devices.spread(now.states, mesh))
     masks, optima = with_twins_as_imp(experiment.members, (masks, optima))
-    optima = jax.tree.map(jnp.asarray, optima)  # from the host
     keys = member_keys(
         experiment.members, experiment.config.seed, lambda member: ["data", ARMS[member.arm], number]
     )
+    keys, masks_there, optima = devices.spread((keys, masks, optima), mesh)
     if isinstance(split, data.Streamed):
-        seeds = np.asarray(jax.random.key_data(keys))
-        batches = split.training_batches(seeds, epochs, config.batch_size, first_step=now.step)
+        seeds = devices.gather(jax.random.key_data(keys), None)
+        batches = split.training_batches(seeds, epochs, config.batch_size, first_step=now.step, mesh=mesh)
 
     for first, last in _chunks(experiment, now.step):
         start = time.perf_counter()
         tickets, states = now.tickets, now.states
         if first > 0 and first == config.rewind_step:
+            states = devices.gather(states, members)
             if number == 0:
                 states = with_twins_as_imp(experiment.members, states)  # they part at step k
                 tickets = where_member(rewound, states.variables, tickets)
             else:
                 fresh = training.init_states(tickets, masks, optimizer=recipe.optimizer)
                 states = where_member(rewound, fresh, states)
+            states = devices.spread(states, mesh)
         rates = experiment.learning_rates.ravel()[first:last]
         if isinstance(split, data.Streamed):
-            states, metrics = training.train_on_stream(states, masks, batches, rates, optima, recipe=recipe)
+            states, metrics = training.train_on_stream(
+                states, masks_there, batches, rates, optima, recipe=recipe
+            )
         else:
             epoch, step = divmod(first, steps)
             options = {"batch_size": config.batch_size, "recipe": recipe}
             states, metrics = training.train_steps(
-                states, masks, split, keys, epoch, step, rates, optima, **options
+                states, masks_there, split, keys, epoch, step, rates, optima, **options
             )
-        metrics = jax.tree.map(np.asarray, metrics)  # the one wait for the device
+        metrics = devices.gather(metrics, members, axis=1)  # the one wait for the device
         seconds = time.perf_counter() - start
         seen = divergence.see(now.seen, metrics.loss, metrics.accuracy, first, steps)
         now = Progress(last, tickets, states, seen, now.seconds + seconds)
         on_chunk(now, metrics, seconds)
     initial = {**now.tickets, "params": masking.apply(now.tickets["params"], masks)}
-    return Round(initial, now.states.variables, masks), now
+    return Round(initial, devices.gather(now.states.variables, members), masks), now
 
 
 def prune(experiment: Experiment, number: int, networks: Round) -> tuple[Mask, Float[np.ndarray, " members"]]:
@@ -308,8 +321,9 @@ def measure(
     With repulsion, J_r at the end of training too, and the mean cosine with the `optima` the round knew of.
     """
     dataset, recipe = experiment.dataset, experiment.recipe
-    train_loss, train_correct = training.evaluate(networks.trained, dataset.train, recipe=recipe)
-    test_loss, test_correct = training.evaluate(networks.trained, dataset.test, recipe=recipe)
+    trained = devices.spread(networks.trained, recipe.mesh)
+    sums = [training.evaluate(trained, split, recipe=recipe) for split in (dataset.train, dataset.test)]
+    (train_loss, train_correct), (test_loss, test_correct) = devices.gather(sums, len(experiment.members))
     exclude = tuple(experiment.config.pruning.exclude)
     prunable_weights = masking.size(networks.mask, exclude) // len(experiment.members)
     columns = {

@@ -20,6 +20,10 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run is kept; a run found there goes on where it stopped."
 )
+# of several processes that train together; srun and mpirun tell them
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many train together.", lower_bound=1)
+_PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0)
 
 
 def main(argv):
@@ -36,16 +40,11 @@ def main(argv):
         if not _WORKDIR.value:
             raise UserError("--workdir is missing; say where to keep the run, such as --workdir=runs/mnist5k")
         with Interruption() as interruption:
-            from imp_jax import analysis, imp
-            from imp_jax.divergence import DivergedError
+            from imp_jax import devices
 
-            try:
-                imp.run(_CONFIG.value, _WORKDIR.value, interruption)
-            except DivergedError:
-                with contextlib.suppress(UserError):  # what is on disk is worth a look all the same
-                    analysis.run(_WORKDIR.value)
-                raise
-            analysis.run(_WORKDIR.value)
+            devices.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+            with devices.fails_alone(), devices.first_speaks():
+                _run(interruption)
     except UserError as error:
         sys.exit(f"error: {error}")
     except OSError as error:  # where this prints to is full, or closed
@@ -54,6 +53,24 @@ def main(argv):
     except Stopped as stopped:
         print(stopped, file=sys.stderr, flush=True)
         os._exit(128 + stopped.number)  # not to wait for analyses beside the training
+
+
+def _run(interruption):
+    from imp_jax import analysis, devices, imp
+    from imp_jax.config import UserError
+    from imp_jax.divergence import DivergedError
+
+    try:
+        imp.run(_CONFIG.value, _WORKDIR.value, interruption)
+    except DivergedError:
+        with contextlib.suppress(UserError):  # what is on disk is worth a look all the same
+            if devices.is_first():
+                analysis.run(_WORKDIR.value)
+        devices.leave()
+        raise
+    if devices.is_first():
+        analysis.run(_WORKDIR.value)
+    devices.leave()
 
 
 def _unraisable(unraisable):

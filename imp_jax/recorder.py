@@ -2,19 +2,20 @@
 
 import contextlib
 import os
+import socket
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import pandas as pd
 
-from imp_jax import analysis, figures, records
+from imp_jax import analysis, devices, figures, records
 from imp_jax.checkpoints import Checkpoints, DamagedError, Progress, Round
 from imp_jax.config import UserError, in_one_line
-from imp_jax.experiment import Experiment
+from imp_jax.experiment import Experiment, on_one_device
 from imp_jax.members import Member, members_in
 from imp_jax.repulsion import Optima
 
@@ -24,6 +25,9 @@ class Recorder(contextlib.AbstractContextManager):
 
     Once something could not be written nothing else is: each call after it, and leaving, raise the UserError
     that says so.
+
+    Of several processes that train together all call the same, and save checkpoints together; all else is
+    written and said by the first.
     """
 
     def __init__(self, experiment: Experiment, workdir: str | os.PathLike):
@@ -36,39 +40,53 @@ class Recorder(contextlib.AbstractContextManager):
         self._failure: UserError | None = None
         self._saving: Future | None = None
         self._thread: ThreadPoolExecutor | None = None
-        with contextlib.ExitStack() as stack, _writing(workdir):
-            self.workdir = stack.enter_context(records.open_workdir(workdir, experiment.config))
-            self.checkpoints = stack.enter_context(contextlib.closing(Checkpoints(self.workdir)))
-            for sentence in self.checkpoints.mend():
-                print(sentence, file=sys.stderr)
-            self.finished = self.checkpoints.rounds()
-            rows = self.checkpoints.rows(self.finished[-1]) if self.finished else []
-            self._results = records.Results(self.workdir, rows)
-            if self.finished:
-                self._refresh_figure()  # a run that died may not have come to it
+        self._first, self.workdir = devices.is_first(), Path(workdir)
+        with contextlib.ExitStack() as stack:
+            with devices.together(), _writing(workdir):
+                if self._first:
+                    stack.enter_context(records.open_workdir(workdir, experiment.config))
+                    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+                        for sentence in checkpoints.mend():
+                            print(sentence, file=sys.stderr)
+            with devices.together(), _writing(workdir):
+                if not (self.workdir / "config.json").exists():
+                    raise UserError(
+                        f"{self.workdir} on {socket.gethostname()} is not the one of process 0; it should be a "
+                        f"folder that all processes share"
+                    )
+                self.checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir)))
+                self.finished = self.checkpoints.rounds()
+                rows = self.checkpoints.rows(self.finished[-1]) if self.finished else []
+                self.rows: list[records.Row] = list(rows)  # of results.csv
+                if self._first:
+                    self._results = records.Results(self.workdir, rows)
+                    if self.finished:
+                        self._refresh_figure()  # a run that died may not have come to it
             self._stack = stack.pop_all()
-
-    @property
-    def rows(self) -> list[records.Row]:
-        """Of results.csv."""
-        return self._results.rows
 
     def saved_progress(self, number: int, like: Progress) -> Progress | None:
         """Where round `number` stood when the run was stopped; None if nothing was saved of it."""
-        try:
-            progress = self.checkpoints.progress(number, like, self._experiment.learning_rates.size)
-        except DamagedError as error:
-            with _writing(self.workdir):
+        progress, damage = None, None
+        with devices.together():
+            try:
+                progress = self.checkpoints.progress(number, like, self._experiment.learning_rates.size)
+            except DamagedError as error:
+                damage = error
+        if not devices.most(progress is None):
+            return progress
+        with devices.together(), _writing(self.workdir):
+            if self._first and damage:
                 aside = self.checkpoints.set_progress_aside()
-            print(f"{error}; it is set aside as {aside}, and round {number} begins anew", file=sys.stderr)
-            return None
-        if progress is None:
-            with _writing(self.workdir):
+                print(f"{damage}; it is set aside as {aside}, and round {number} begins anew", file=sys.stderr)
+            elif self._first:
                 self.checkpoints.discard_progress()  # of a finished round, or one that followed a damaged one
-        return progress
+        return None
 
     def begin(self, number: int, step: int) -> None:
         """Be ready for a training that goes on with `step` of round `number`."""
+        self._thread, self._analyses = (ThreadPoolExecutor(max_workers=1) for _ in range(2))
+        if not self._first:
+            return
         with _writing(self.workdir):
             analysis.forget(self.workdir, number)
         epochs, steps = self._experiment.learning_rates.shape
@@ -77,10 +95,11 @@ class Recorder(contextlib.AbstractContextManager):
         self._stack.enter_context(contextlib.closing(self._events))
         display = records.Display(self._experiment.config.rounds, total, first_step=number * total + step)
         self._display = self._stack.enter_context(display)
-        self._thread, self._analyses = (ThreadPoolExecutor(max_workers=1) for _ in range(2))
 
     def tidy(self) -> None:
         """Do what a run that died after its last round had left to do."""
+        if not self._first:
+            return
         with _writing(self.workdir):
             self.checkpoints.discard_progress()
             if self._experiment.config.keep_checkpoints == "ends":
@@ -88,7 +107,8 @@ class Recorder(contextlib.AbstractContextManager):
 
     def __exit__(self, *raised):
         if self._thread:
-            self._thread.shutdown()
+            # to be saved with a process that has died there is nothing to wait for
+            self._thread.shutdown(wait=not isinstance(raised[1], jax.errors.JaxRuntimeError))
             stopped = isinstance(raised[1], KeyboardInterrupt)  # the next process analyses what is left
             self._analyses.shutdown(wait=not stopped, cancel_futures=stopped)
         self._stack.__exit__(*raised)
@@ -100,6 +120,8 @@ class Recorder(contextlib.AbstractContextManager):
     ) -> None:
         """Round `number`, of the members of `experiment`, has come to `progress` by `images` in `seconds`."""
         self._raise_failure()
+        if not self._first:
+            return
         epochs, steps = experiment.learning_rates.shape
         self._display.chunk(number, progress.step, images, seconds)
         if progress.step % steps == 0:
@@ -113,9 +135,11 @@ class Recorder(contextlib.AbstractContextManager):
         With `at_once` it is on disk when this returns.
         """
         self._raise_failure()
-        if self._saving and not self._saving.done() and not at_once:
+        saving = self._saving is not None and not self._saving.done()
+        if devices.most(saving) and not at_once:
             return
-        progress = progress._replace(states=jax.tree.map(jnp.copy, progress.states))  # the next step's donation
+        members = len(progress.seen.loss)
+        progress = progress._replace(states=devices.gather(progress.states, members))  # the next donates them
         steps = self._experiment.learning_rates.size
         self._saving = self._later(number, self.checkpoints.save_progress, number, progress, steps)
         if at_once:
@@ -128,15 +152,19 @@ class Recorder(contextlib.AbstractContextManager):
     def divergence(self, number: int, member: Member, step: int, what: str) -> None:
         """Add a line to divergences.csv, unless it is there already."""
         row = {"replicate": member.replicate, "arm": member.arm, "round": number, "step": step, "what": what}
-        self._now(number, self._divergence, pd.DataFrame([row]))
+        if self._first:
+            self._now(number, self._divergence, pd.DataFrame([row]))
 
     def _round(self, number, networks, rows, optima):
         config, here = self._experiment.config, members_in(rows, number)
         ends = config.keep_checkpoints == "ends"
         # what a later process could not recall from the rounds before goes with this one
         dropped = not set(self._experiment.members) <= set(here)
-        kept = optima if ends or dropped or self.checkpoints.rounds() != list(range(number)) else None
-        self.checkpoints.save(number, networks, [*self._results.rows, *rows], kept)
+        gap = self.finished != list(range(len(self.finished)))
+        self.rows = [*self.rows, *rows]
+        self.checkpoints.save(number, networks, self.rows, optima if ends or dropped or gap else None)
+        if not self._first:
+            return rows
         self._results.append(rows)
         self._refresh_figure()
         names = [name for name in rows[0] if name not in ("replicate", "arm", "round")]
@@ -156,7 +184,9 @@ class Recorder(contextlib.AbstractContextManager):
         config = self._experiment.config
         # the other thread saves with its own
         with contextlib.closing(Checkpoints(self.workdir)) as checkpoints:
-            analysis.compute(checkpoints, config, lambda: self._experiment, self.workdir, results)
+            analysis.compute(
+                checkpoints, config, lambda: on_one_device(self._experiment), self.workdir, results
+            )
             # a round that has no optima would lead nowhere without those before it
             if not config.repulsion.strength or (number and checkpoints.optima(number - 1)):
                 checkpoints.keep_ends(number)

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 from ml_collections import ConfigDict
 
@@ -21,6 +23,7 @@ from imp_jax import masking, repulsion
 from imp_jax.config import choose
 from imp_jax.data import InMemory, Normalize, Streamed
 from imp_jax.data.augmentation import augment
+from imp_jax.devices import DATA, MEMBER
 from imp_jax.masking import Mask, Params
 from imp_jax.repulsion import Optima
 
@@ -68,6 +71,14 @@ class Recipe(NamedTuple):
     augmentation: tuple[str, ...] = ()  # of images in memory; a stream has made its own
     repulsion_strength: float = 0.0  # λ_r; read where there are earlier optima
     execution: Execution = Execution()
+    accumulate_steps: int = 1  # parts of a batch that are computed one after the other
+    norm_parts: int = 1  # parts of those that are normalised each by its own statistics
+    mesh: Mesh | None = None  # of devices; None is one
+
+    @property
+    def data_devices(self) -> int:
+        """How many devices divide each batch."""
+        return self.mesh.shape[DATA] if self.mesh else 1
 
 
 class TrainState(NamedTuple):
@@ -160,25 +171,59 @@ def train_step(
 
     With `optima`, J_r joins the loss that is descended, not the one that is reported: as a gradient of its own,
     since `jax.grad` of the sum would take several more passes over all weights, pruned ones too.
+    Where devices divide the batch, images and labels are this one's, and all else is the same on all of them.
     """
 
-    def loss_fn(params):
-        logits, model_state = recipe.model.apply(
-            {"params": params, **state.model_state},
-            recipe.normalize(images),
-            train=True,
-            mutable=list(state.model_state),
-        )
+    def loss_fn(params, images, labels):
+        logits, model_state = _forward(params, state.model_state, images, recipe)
         logits = logits.astype(jnp.float32)
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         return loss, (model_state, jnp.mean(logits.argmax(-1) == labels))
 
-    (loss, (model_state, accuracy)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    gradient = functools.partial(jax.value_and_grad(loss_fn, has_aux=True), state.params)
+    (loss, (model_state, accuracy)), gradients = _over_batch(gradient, images, labels, recipe)
     if optima is not None:
         gradients = repulsion.add_gradient(gradients, state.params, optima, recipe.repulsion_strength)
     directions, opt_state = recipe.optimizer.update(gradients, state.opt_state, state.params, mask=mask)
     params = jax.tree.map(lambda p, d: p - learning_rate * d, state.params, directions)
     return TrainState(params, model_state, opt_state), Metrics(loss, accuracy)
+
+
+def _forward(params, model_state, images, recipe):
+    """Logits of a batch in training, and the collections after it, by parts where each is normalised alone."""
+
+    def forward(images):
+        variables, options = {"params": params, **model_state}, {"train": True, "mutable": list(model_state)}
+        return recipe.model.apply(variables, recipe.normalize(images), **options)
+
+    if recipe.norm_parts == 1:
+        return forward(images)
+    parts = recipe.norm_parts // recipe.data_devices
+    logits, model_states = jax.vmap(forward)(images.reshape(parts, -1, *images.shape[1:]))
+    return logits.reshape(len(images), -1), jax.tree.map(lambda leaf: leaf.mean(0), model_states)
+
+
+def _over_batch(function, images, labels, recipe):
+    """The mean of `function(images, labels)` over a batch: over its parts in turn, then over its devices."""
+    if (steps := recipe.accumulate_steps) == 1:
+        mean = function(images, labels)
+    else:
+        # every n-th image: each device has its share of every part, which so is the same on any mesh
+        parts = jax.tree.map(
+            lambda leaf: leaf.reshape(-1, steps, *leaf.shape[1:]).swapaxes(0, 1), (images, labels)
+        )
+        total = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, *(leaf[0] for leaf in parts)))
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, function(*part)), None
+
+        if recipe.execution.scan:
+            total, _ = jax.lax.scan(add, total, parts)
+        else:  # a CPU's convolutions are slow in a loop
+            for number in range(steps):
+                total, _ = add(total, [leaf[number] for leaf in parts])
+        mean = jax.tree.map(lambda leaf: leaf / steps, total)
+    return jax.lax.pmean(mean, DATA) if recipe.data_devices > 1 else mean
 
 
 def train_members(
@@ -194,6 +239,8 @@ def train_members(
     """`train_step` of all members, which lead all but the rate, each on a batch of its own."""
     step = functools.partial(train_step, recipe=recipe)
     step = _over_members(step, (0, 0, 0, 0, None, 0), recipe)
+    member, batch = P(MEMBER), P(MEMBER, DATA)
+    step = _over_devices(step, (member, member, batch, batch, P(), member), recipe)
     return step(states, masks, images, labels, learning_rate, optima)
 
 
@@ -272,10 +319,17 @@ def sum_over_batches(
       batch_size: None is 1000 small images or 250 large ones.
     """
     batch_size = min(batch_size or (250 if isinstance(split, Streamed) else 1000), split.examples)
+    batch_size = -(-batch_size // recipe.data_devices) * recipe.data_devices
     numbers = np.arange(-(-split.examples // batch_size))
     if isinstance(split, Streamed):
-        batches = (_filled(*batch, batch_size) for batch in split.evaluation_batches(batch_size))
-        sums = _collect(_stream_sums_alone(function, networks, *batch, recipe=recipe) for batch in batches)
+        # the last batch is filled up, so that one program serves all
+        examples = np.arange(len(numbers) * batch_size)
+        batches = split.evaluation_batches(batch_size, examples % split.examples, recipe.mesh)
+        counted = (examples < split.examples).reshape(-1, batch_size)
+        sums = _collect(
+            _stream_sums_alone(function, networks, *batch, counted=of_batch, recipe=recipe)
+            for batch, of_batch in zip(batches, counted, strict=True)
+        )
     else:
         options = {"batch_size": batch_size, "recipe": recipe}
         if recipe.execution.scan:
@@ -334,9 +388,12 @@ def _member_sums(variables, images, labels, counted, *, recipe):
 
     def of_member(variables, images, labels, counted):
         logits = recipe.model.apply(variables, recipe.normalize(images), train=False)
-        return example_sums(logits, labels, counted)
+        sums = example_sums(logits, labels, counted)
+        return jax.lax.psum(sums, DATA) if recipe.data_devices > 1 else sums
 
-    return _over_members(of_member, (0, None, None, None), recipe)(variables, images, labels, counted)
+    sums = _over_members(of_member, (0, None, None, None), recipe)
+    sums = _over_devices(sums, (P(MEMBER), P(DATA), P(DATA), P(DATA)), recipe)
+    return sums(variables, images, labels, counted)
 
 
 def _sums(function, networks, split, number, *, batch_size, recipe):
@@ -356,13 +413,6 @@ def _scan_sums(function, networks, split, numbers, *, batch_size, recipe):
 
 def _stream_sums(function, networks, images, labels, counted, *, recipe):
     return function(networks, images, labels, counted, recipe=recipe)
-
-
-def _filled(images, labels, batch_size):
-    """A batch of `batch_size` examples, of which the last may not count, so that one program serves all."""
-    missing = batch_size - len(labels)
-    images = jnp.pad(images, [(0, missing)] + [(0, 0)] * 3)
-    return images, jnp.pad(labels, (0, missing)), np.arange(batch_size) < batch_size - missing
 
 
 def _alone(function, **options):
@@ -415,7 +465,17 @@ def _collect(outputs):
         collected.append(output)
         if len(collected) > 1:  # or the host would run ahead, and batches pile up on the device
             jax.block_until_ready(collected[-2])
-    return jax.tree.map(lambda *parts: np.stack(parts), *collected)
+    stack = np.stack if jax.process_count() == 1 else jnp.stack
+    return jax.tree.map(lambda *parts: stack(parts), *collected)
+
+
+def _over_devices(function, in_specs, recipe):
+    """`function` on each device's part of its arguments; the outputs lead with members."""
+    if recipe.mesh is None:
+        return function
+    options = {"in_specs": in_specs, "out_specs": P(MEMBER)}
+    # unchecked: gradients stay those of a device's own images until `_over_batch` takes their mean
+    return jax.shard_map(function, mesh=recipe.mesh, check_vma=False, **options)
 
 
 def _over_members(function, in_axes, recipe):

@@ -33,7 +33,7 @@ def test_config_files_are_valid(path):
             1.0,
             "no config field optimizer.lr; optimizer has learning_rate, milestones, momentum",
         ),
-        ("nosuch", 1.0, "no config field nosuch; the config has arms, batch_size"),
+        ("nosuch", 1.0, "no config field nosuch; the config has accumulate_steps, arms, batch_size"),
         ("rounds", "five", "rounds is 'five'; it should be of type int, like 25"),
         ("rounds", 2.5, "rounds is 2.5; it should be of type int"),
         ("rounds", True, "rounds is True; it should be of type int"),

@@ -18,11 +18,14 @@ import grain
 import jax
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Int, UInt8, UInt32
 from PIL import Image
 
 from imp_jax.config import UserError, in_one_line
 from imp_jax.data.source import Source
+from imp_jax.devices import DATA, MEMBER
 from imp_jax.interruption import SIGNALS
 
 Crop = UInt8[np.ndarray, "side side 3"]
@@ -49,30 +52,47 @@ class Streamed:
         return (self.side, self.side, 3)
 
     def training_batches(
-        self, seeds: UInt32[np.ndarray, "members words"], epochs: int, batch_size: int, first_step: int = 0
+        self,
+        seeds: UInt32[np.ndarray, "members words"],
+        epochs: int,
+        batch_size: int,
+        first_step: int = 0,
+        mesh: Mesh | None = None,
     ) -> Iterator[tuple[UInt8[jax.Array, "members batch side side 3"], Int[jax.Array, "members batch"]]]:
         """The batches of a training from step `first_step` on, on the device a little before they are needed.
 
         In each epoch each member visits the examples in an order and in crops of its own, drawn from its seed;
-        examples that do not fill a last batch are left out of that epoch.
+        examples that do not fill a last batch are left out of that epoch. On a mesh a process decodes what its
+        devices train on, and no more.
 
         Raises:
           UserError: an example that cannot be read.
         """
-        visits = _Visits(self, tuple(tuple(map(int, seed)) for seed in seeds), epochs, batch_size)
-        batches = grain.MapDataset.source(visits)[first_step * len(seeds) * batch_size :].batch(batch_size)
-        return _on_device(self._decode(batches).batch(len(seeds), drop_remainder=True))
+        sharding = mesh and NamedSharding(mesh, P(MEMBER, DATA))
+        members, places = _here(sharding, (len(seeds), batch_size))
+        seeds = tuple(tuple(map(int, seed)) for seed in seeds[members.start : members.stop])
+        visits = grain.MapDataset.source(_Visits(self, seeds, epochs, batch_size, places))
+        batches = visits[first_step * len(seeds) * len(places) :].batch(len(places))
+        return _on_devices(self._decode(batches).batch(len(seeds), drop_remainder=True), sharding)
 
     def evaluation_batches(
-        self, batch_size: int, examples: Sequence[int] | None = None
+        self, batch_size: int, examples: Sequence[int] | None = None, mesh: Mesh | None = None
     ) -> Iterator[tuple[UInt8[jax.Array, "batch side side 3"], Int[jax.Array, " batch"]]]:
         """The central crops of all examples, or of those named, in order; the last batch may be smaller.
 
+        On a mesh, along whose axis "data" the batches are divided, there should be as many as fill all batches.
+
         Raises:
           UserError: an example that cannot be read.
         """
-        views = _Views(self, range(self.examples) if examples is None else examples)
-        return _on_device(self._decode(grain.MapDataset.source(views).batch(batch_size)))
+        examples = np.arange(self.examples) if examples is None else np.asarray(examples)
+        sharding = mesh and NamedSharding(mesh, P(DATA))
+        if sharding:
+            (places,) = _here(sharding, (batch_size,))
+            examples = examples.reshape(-1, batch_size)[:, places.start : places.stop].ravel()
+            batch_size = len(places)
+        views = _Views(self, tuple(examples.tolist()))
+        return _on_devices(self._decode(grain.MapDataset.source(views).batch(batch_size)), sharding)
 
     def _decode(self, batches):
         # whoever decodes makes a whole batch: its make-up does not depend on their number
@@ -102,16 +122,17 @@ class _Visits:
     seeds: tuple[tuple[int, ...], ...]
     epochs: int
     batch_size: int
+    places: range  # of each batch, that are seen here
 
     def __len__(self):
-        return self.epochs * self._steps * len(self.seeds) * self.batch_size
+        return self.epochs * self._steps * len(self.seeds) * len(self.places)
 
     def __getitem__(self, index):
-        step, index = divmod(index, len(self.seeds) * self.batch_size)
-        member, place = divmod(index, self.batch_size)
+        step, index = divmod(index, len(self.seeds) * len(self.places))
+        member, place = divmod(index, len(self.places))
         epoch, step = divmod(step, self._steps)
         seed = (*self.seeds[member], epoch)
-        place += step * self.batch_size
+        place = self.places[place] + step * self.batch_size
         example = int(_order(seed, self.split.examples)[place])
         draw = np.random.default_rng((*seed, 1, place))
         return _read(self.split, example, draw)
@@ -186,9 +207,24 @@ def resized(image: Image.Image, box: Box, side: int) -> Crop:
     return np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR, box=box))
 
 
-def _on_device(batches):
-    """Iterate with batches put on the device ahead of their use."""
-    iterator = iter(grain.experimental.device_put(batches, jax.local_devices()[0], cpu_buffer_size=2))
+def _here(sharding, shape):
+    """The part of each axis of an array of `shape` that lies on this process's devices."""
+    if sharding is None:
+        return tuple(map(range, shape))
+    parts = sharding.addressable_devices_indices_map(shape).values()
+    numbers = ({n for part in parts for n in range(size)[part[axis]]} for axis, size in enumerate(shape))
+    return tuple(range(min(of_axis), max(of_axis) + 1) for of_axis in numbers)
+
+
+def _on_devices(batches, sharding):
+    """Iterate with batches put on the device, or those of `sharding`, ahead of their use."""
+    if sharding is None:
+        put = functools.partial(jax.device_put, device=jax.local_devices()[0])
+    else:
+        put = functools.partial(jax.make_array_from_process_local_data, sharding)
+    ahead = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)
+    on_devices = ahead.map(lambda batch: jax.tree.map(put, batch))
+    iterator = iter(grain.experimental.ThreadPrefetchIterDataset(on_devices, prefetch_buffer_size=2))
     try:
         yield from iterator
     finally:

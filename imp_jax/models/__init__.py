@@ -1,8 +1,8 @@
 """The networks, by the name a config gives them.
 
 A model is a Flax Linen module called as `model(images, train=…)` that returns logits. It has the fields
-`num_classes`, `width` and `dtype`, with normalisation `norm_affine` and `norm_momentum` too, and says in
-`image_sides` which images suit it. To add one, write the module and name it in `MODELS`.
+`num_classes`, `width` and `dtype`, with normalisation `norm_affine`, `norm_momentum` and `norm_axis` too, and
+says in `image_sides` which images suit it. To add one, write the module and name it in `MODELS`.
 """
 
 import functools
@@ -54,6 +54,10 @@ def create(config: ConfigDict, num_classes: int, image_shape: tuple[int, int, in
         model = model.copy(norm_affine=config.model.norm_affine, norm_momentum=config.model.norm_momentum)
     elif config.model.norm_affine:
         raise UserError(f"model.norm_affine is True; {name} has no normalisation, so it should be False")
+    elif config.model.norm_parts > 1:
+        raise UserError(
+            f"model.norm_parts is {config.model.norm_parts}; {name} has no normalisation, so it should be 1"
+        )
     _require_suitable(name, model, image_shape)
     return model
 

@@ -32,6 +32,7 @@ class CifarResNet(nn.Module):
     width: float = 1.0  # factor of the number of channels
     norm_affine: bool = False
     norm_momentum: float = 0.9
+    norm_axis: str | None = None  # of a mesh, over whose devices statistics are taken
     dtype: Any = jnp.float32
 
     image_sides: ClassVar = (8, 96)  # pixels; larger images would stay large through all layers
@@ -69,6 +70,7 @@ class ResNet50(nn.Module):
     width: float = 1.0  # factor of the number of channels
     norm_affine: bool = False
     norm_momentum: float = 0.9
+    norm_axis: str | None = None  # of a mesh, over whose devices statistics are taken
     dtype: Any = jnp.float32
 
     image_sides: ClassVar = (32, None)  # pixels; the last stage sees a 32nd of them
@@ -112,6 +114,7 @@ def _layers(module, train):
         nn.BatchNorm,
         use_running_average=not train,
         momentum=module.norm_momentum,
+        axis_name=module.norm_axis,
         epsilon=1e-5,
         use_scale=module.norm_affine,
         use_bias=module.norm_affine,
