@@ -166,16 +166,25 @@ def together() -> Iterator[None]:
 def make_mesh(config: ConfigDict, members: int) -> Mesh | None:
     """The mesh of `config.mesh` for a run that begins with `members`; None is one device.
 
-    A −1 is filled: `member` first, with as many devices as shorten the training, then `data`. Where members do
-    not fill their places, as with twins, or once one has diverged, the places left compute in vain.
+    A −1 is filled: `member` first, with as many devices as shorten the training, then `data`, with as many of
+    the rest as divide the batch. Where members do not fill their places, as with twins, or once one has
+    diverged, the places left compute in vain.
 
     Raises:
       UserError: there are fewer devices; or, of several processes, one has none, or parts of many rows; the
         batch cannot be divided. The sentence has the sizes that fit.
     """
-    there, processes = jax.device_count(), jax.process_count()
+    there, processes, local = jax.device_count(), jax.process_count(), jax.local_device_count()
     member, data = config.mesh.member, config.mesh.data
-    sizes = ", ".join(f"{n} × {there // n}" for n in range(there, 0, -1) if there % n == 0)
+    parts, norm_parts = config.accumulate_steps, config.model.norm_parts
+
+    def fits(data):
+        in_rows = local % data == 0 or data % local == 0 or processes == 1
+        return (
+            in_rows and config.batch_size % (data * parts) == 0 and (norm_parts % data == 0 or norm_parts == 1)
+        )
+
+    sizes = ", ".join(f"{there // n} × {n}" for n in range(1, there + 1) if there % n == 0 and fits(n))
     if max(member, 1) * max(data, 1) > there:
         raise UserError(
             f"mesh.member × mesh.data is {member} × {data}, and there {'are' if there > 1 else 'is'} {there} "
@@ -184,28 +193,24 @@ def make_mesh(config: ConfigDict, members: int) -> Mesh | None:
     if member == -1:
         places = there // max(data, 1)
         # the fewest devices that are as fast; of several processes none may be left out
-        member = places if processes > 1 else -(-members // -(-members // places))
+        member = places if processes > 1 and data != -1 else -(-members // -(-members // places))
     if data == -1:
-        data = there // member
-    if processes > 1:
-        local = jax.local_device_count()
-        if member * data != there or (local % data and data % local):
-            raise UserError(
-                f"mesh.member × mesh.data is {member} × {data}; {processes} processes of {local} devices have "
-                f"{there}, all of which have to be in it, and one of {local} and mesh.data should divide the "
-                f"other: such as {sizes}"
-            )
-    share = data * config.accumulate_steps
-    if config.batch_size % share:
+        data = max(filter(fits, range(1, there // member + 1)), default=1)
+    if config.batch_size % (share := data * parts):
         near = max(config.batch_size // share, 1) * share
         raise UserError(
-            f"batch_size is {config.batch_size}; with mesh.data {data} and accumulate_steps "
-            f"{config.accumulate_steps} it should be a multiple of {share}, such as {near} or {near + share}"
+            f"batch_size is {config.batch_size}; with mesh.data {data} and accumulate_steps {parts} it should "
+            f"be a multiple of {share}, such as {near} or {near + share}"
         )
-    if config.model.norm_parts > 1 and config.model.norm_parts % data:
+    if norm_parts > 1 and norm_parts % data:
         raise UserError(
-            f"model.norm_parts is {config.model.norm_parts} and mesh.data {data}; it should be a multiple of "
-            f"mesh.data, or 1"
+            f"model.norm_parts is {norm_parts} and mesh.data {data}; it should be a multiple of that, or 1"
+        )
+    if processes > 1 and (member * data != there or not fits(data)):
+        raise UserError(
+            f"mesh.member × mesh.data is {member} × {data}; {processes} processes of {local} devices have "
+            f"{there}, all of which have to be in it, and of {local} and mesh.data one should divide the "
+            f"other: such as {sizes}"
         )
     if member * data == 1:
         return None

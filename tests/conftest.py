@@ -40,37 +40,38 @@ def quick_config(data_dir, **overrides):
 
 @pytest.fixture
 def tiny_experiment():
-    """A function of config overrides: LeNet 16 → 6 → 5 → 3 on 46 random images of 4 × 4, in batches of 8."""
+    """The function `make_tiny_experiment`."""
+    return make_tiny_experiment
 
-    def make(**overrides):
-        config = configs.default()
-        with config.unlocked():
-            config.update({"replicates": 2, "rounds": 3, "epochs": 2, "batch_size": 8})
-            config.update_from_flattened_dict(overrides)
-        configs.validate(config)
-        draw = np.random.default_rng(0)
-        images = draw.integers(0, 256, (46, 4, 4, 1), np.uint8)
-        labels = (images.mean((1, 2, 3)) / 256 * 60).astype(np.int32) % 3
-        images, labels = jnp.asarray(images), jnp.asarray(labels)
-        dataset = data.Dataset(
-            data.InMemory(images, labels),
-            data.InMemory(images[:13], labels[:13]),
-            num_classes=3,
-            augmentation=(),
-            folder=None,
-        )
-        return imp.Experiment(
-            config=config,
-            members=tuple(Member(arm, r) for arm in config.arms for r in range(config.replicates)),
-            dataset=dataset,
-            recipe=training.Recipe(
-                LeNet(num_classes=3, widths=(6, 5)),
-                training.make_optimizer(config),
-                repulsion_strength=config.repulsion.strength,
-                execution=training.EXECUTIONS.get(config.execution, training.Execution()),
-            ),
-            score=imp.pruning.SCORES[config.pruning.score],
-            learning_rates=training.learning_rates(config, len(images) // config.batch_size),
-        )
 
-    return make
+def make_tiny_experiment(**overrides):
+    """LeNet 16 → 6 → 5 → 3 on 46 random images of 4 × 4, in batches of 8, with these fields of the config."""
+    config = configs.default()
+    with config.unlocked():
+        config.update({"replicates": 2, "rounds": 3, "epochs": 2, "batch_size": 8})
+        config.update_from_flattened_dict(overrides)
+    configs.validate(config)
+    draw = np.random.default_rng(0)
+    images = draw.integers(0, 256, (46, 4, 4, 1), np.uint8)
+    labels = (images.mean((1, 2, 3)) / 256 * 60).astype(np.int32) % 3
+    images, labels = jnp.asarray(images), jnp.asarray(labels)
+    dataset = data.Dataset(
+        data.InMemory(images, labels),
+        data.InMemory(images[:13], labels[:13]),
+        num_classes=3,
+        augmentation=(),
+        folder=None,
+    )
+    return imp.Experiment(
+        config=config,
+        members=tuple(Member(arm, r) for arm in config.arms for r in range(config.replicates)),
+        dataset=dataset,
+        recipe=training.Recipe(
+            LeNet(num_classes=3, widths=(6, 5)),
+            training.make_optimizer(config),
+            repulsion_strength=config.repulsion.strength,
+            execution=training.EXECUTIONS.get(config.execution, training.Execution()),
+        ),
+        score=imp.pruning.SCORES[config.pruning.score],
+        learning_rates=training.learning_rates(config, len(images) // config.batch_size),
+    )

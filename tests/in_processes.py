@@ -1,0 +1,95 @@
+"""What each of two processes does for test_processes.py: python -m tests.in_processes FOLDER --process=…"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from imp_jax import config as configs
+from imp_jax import data, devices, divergence
+from imp_jax.checkpoints import Checkpoints, Progress, Round
+from imp_jax.config import UserError
+from imp_jax.data import streaming
+
+SEEDS = np.array([[1, 2], [3, 4]], np.uint32)  # of two members
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    for name in ("coordinator", "processes", "process"):
+        parser.add_argument(f"--{name}", type=str if name == "coordinator" else int)
+    given = parser.parse_args()
+    devices.join(given.coordinator, given.processes, given.process)
+    with devices.fails_alone():
+        found = {"most": devices.most(10 * given.process), "errors": errors(given.process)}
+        found |= stream(given.folder)
+        save(given.folder)
+        (given.folder / f"found-{given.process}.json").write_text(json.dumps(found))
+        devices.leave()
+
+
+def errors(process):
+    """Who raises what, where one process, or both, cannot do something."""
+    raised = []
+    for failing in ((), (1,), (0, 1)):
+        try:
+            with devices.together():
+                if process in failing:
+                    raise UserError(f"not here, {process}")
+            raised.append("")
+        except UserError as error:
+            raised.append(f"{type(error).__name__}: {error}")
+    return raised
+
+
+def stream(folder):
+    """What both see together of a stream, and the examples that this one decodes."""
+    read, decoded = streaming._read, []
+
+    def noting(split, example, draw):
+        decoded.append(int(example))
+        return read(split, example, draw)
+
+    streaming._read = noting
+    found = {}
+    dataset = data.load("imagenet2012", folder, image_side=8, workers=0)
+    for name, sizes in (("members", (2, 1)), ("data", (1, 2))):
+        config = configs.default()
+        config.batch_size = 4
+        config.mesh.member, config.mesh.data = sizes
+        mesh = devices.make_mesh(config, 2)
+        decoded.clear()
+        batches = list(dataset.train.training_batches(SEEDS, 1, 4, mesh=mesh))
+        images, labels = zip(*(devices.gather(batch, None) for batch in batches), strict=True)
+        found[name] = {
+            "images": np.stack(images).astype(int).sum((3, 4, 5)).tolist(),
+            "labels": np.stack(labels).tolist(),
+            "decoded": len(decoded),
+        }
+        decoded.clear()
+        examples = np.arange(8) % dataset.test.examples
+        views = [
+            devices.gather(b, None)[1].tolist() for b in dataset.test.evaluation_batches(4, examples, mesh)
+        ]
+        found[name] |= {"views": views, "viewed": len(decoded)}
+    return found
+
+
+def save(folder):
+    """A round and the state of one, by both."""
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    tree = {
+        "params": {"kernel": np.arange(24, dtype=np.float32).reshape(2, 3, 4), "odd": np.ones(3, np.float32)}
+    }
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(0, Round(tree, tree, jax.tree.map(lambda leaf: leaf > 1, tree)), [{"round": 0}])
+    checkpoints.save_progress(1, Progress(3, tree, tree, divergence.nothing_seen(2), 0.5), 10)
+    checkpoints.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

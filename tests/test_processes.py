@@ -1,0 +1,112 @@
+"""Several processes: two that train together on this machine, by gloo."""
+
+import json
+import signal
+import time
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+
+from imp_jax import data, divergence, imp
+from imp_jax.checkpoints import Checkpoints, Progress
+from tests import folders, in_processes
+from tests.conftest import quick_config
+from tests.processes import Processes
+
+OF_BOTH = in_processes.SEEDS
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where both have left what they found."""
+    path = tmp_path_factory.mktemp("processes")
+    folders.write_imagenet(path)
+    with Processes(2, ["-m", "tests.in_processes", path]) as processes:
+        for status, _, said in processes.ended():
+            assert status == 0, said
+    return path
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    return [json.loads((folder / f"found-{process}.json").read_text()) for process in (0, 1)]
+
+
+def test_all_hear_of_an_error_and_one_says_it(found):
+    assert [of["most"] for of in found] == [10, 10]
+    assert found[0]["errors"] == ["", "SaidElsewhereError: process 1: not here, 1", "UserError: not here, 0"]
+    assert found[1]["errors"] == ["", "UserError: not here, 1", "SaidElsewhereError: process 0: not here, 0"]
+
+
+@pytest.mark.parametrize("mesh", ["members", "data"])
+def test_each_decodes_its_part_of_a_stream(folder, found, mesh):
+    """And what all have together is the stream of one process."""
+    dataset = data.load("imagenet2012", folder, image_side=8, workers=0)
+    images, labels = zip(*dataset.train.training_batches(OF_BOTH, 1, 4), strict=True)
+    steps, members, batch = np.shape(labels)
+    assert (steps, members, batch) == (3, 2, 4)
+    for of in found:
+        assert of[mesh]["labels"] == np.stack(labels).tolist()
+        assert of[mesh]["images"] == np.stack(images).astype(int).sum((3, 4, 5)).tolist()
+        assert of[mesh]["decoded"] == steps * members * batch // 2
+        views = [labels for _, labels in dataset.test.evaluation_batches(4, np.arange(8) % 6)]
+        assert of[mesh]["views"] == np.stack(views).tolist()
+        # along "data" a batch is divided; along "member" all see it
+        assert of[mesh]["viewed"] == (4 if mesh == "data" else 8)
+
+
+def test_checkpoints_are_written_by_all_and_read_by_one(folder):
+    networks = folder / "checkpoints" / "0" / "networks"
+    for process in (0, 1):
+        parts = (networks / f"ocdbt.process_{process}" / "d").iterdir()
+        assert sum(part.stat().st_size for part in parts) > 0
+    checkpoints = Checkpoints(folder)  # which compares their checksums
+    restored = checkpoints.restore(0)
+    expected = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    np.testing.assert_array_equal(restored.trained["params"]["kernel"], expected)
+    np.testing.assert_array_equal(restored.mask["params"]["kernel"], expected > 1)
+    like = Progress(0, restored.initial, restored.initial, divergence.nothing_seen(2), 0.0)
+    progress = checkpoints.progress(1, like, 10)
+    assert (progress.step, progress.seconds) == (3, 0.5)
+    jax.tree.map(np.testing.assert_array_equal, progress.tickets, restored.initial)
+
+
+def test_two_processes_train_die_stop_go_on_and_match_one(data_dir, tmp_path):
+    """Each batch divided between them."""
+    config = quick_config(data_dir, rounds=12, epochs=4, **{"instability.rounds": (1,)})
+    flags = [f"--config.{f}={config[f]}" for f in ("replicates", "rounds", "epochs", "batch_size")]
+    flags += ["--config.instability.rounds=(1,)", f"--config.dataset.data_dir={data_dir}"]
+    workdir = tmp_path / "together"
+    command = ["-m", "imp_jax.main", "--config=configs/mnist5k.py", f"--workdir={workdir}", *flags]
+    command += ["--config.mesh.data=2", "--config.checkpoint_every_epochs=1"]
+
+    with Processes(2, command) as processes:
+        processes.wait_for_line(lambda line: line.startswith("round 1/"))
+        processes.all[1].kill()
+        start = time.monotonic()
+        (status, _, said), _ = processes.ended()
+        assert status != 0
+        assert "another" in said  # ours, or that of JAX
+        assert "died" in said
+        assert time.monotonic() - start < 60
+
+    with Processes(2, command) as processes:
+        line = processes.wait_for_line(lambda line: " × 2 (member × data)" in line)
+        assert line.startswith("mesh 1 × 2 (member × data) on 2 of 2 devices of 2 processes, cpu; 2 members")
+        processes.wait_for_line(lambda line: line.startswith("round "))
+        processes.all[1].send_signal(signal.SIGTERM)
+        ended = processes.ended()
+    assert [status for status, *_ in ended] == [128 + signal.SIGTERM] * 2
+    assert all("stopped by SIGTERM in round" in said for *_, said in ended)
+    assert ended[1][1].strip().startswith("[Gloo]")  # and nothing of ours
+    assert "round" not in ended[1][1]
+
+    config.mesh.data = -1  # on one device now, from within the round
+    imp.run(config, workdir)
+    imp.run(config, tmp_path / "alone")
+    together, alone = (pd.read_csv(path / "results.csv") for path in (workdir, tmp_path / "alone"))
+    assert together[["round", "arm", "density"]].equals(alone[["round", "arm", "density"]])
+    np.testing.assert_allclose(together["train_loss"], alone["train_loss"], atol=2e-3)
+    np.testing.assert_allclose(together["test_accuracy"], alone["test_accuracy"], atol=5e-3)
