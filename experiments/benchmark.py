@@ -1,6 +1,6 @@
 """How fast this machine is: `python -m experiments.benchmark SUBJECT`.
 
-SUBJECT is lenet, conv4, resnet20, resnet50, analysis, repulsion, checkpoints, disk or throughput.
+SUBJECT is lenet, conv4, resnet20, resnet50, analysis, repulsion, checkpoints, disk, throughput or scaling.
 
 For lenet the real thing is timed, `imp.rounds` of configs/mnist5k.py into a temporary workdir, from one round
 to the next: training, evaluation, pruning, checkpoint, results and figure. Recording goes on beside the next
@@ -20,6 +20,9 @@ that does not.
 For throughput, the training steps of all networks are timed at the batch sizes of the figures (on a CPU, of
 the convolutional ones at one), and what a whole run of configs/mnist5k.py takes besides, and with repulsion.
 With --record="one H100" that becomes what `python -m experiments.run list` reckons with on such a device.
+
+For scaling, training steps are timed over more and more GPUs, or over virtual devices of the CPU, with the same
+work for each; and what the sweeps of the paper would take on 1, 8 and 64 devices like this is printed.
 
 For disk, networks of random weights are saved as the rounds of each config would be, and the sizes printed.
 """
@@ -44,14 +47,14 @@ from pathlib import Path
 from absl import logging
 from ml_collections import ConfigDict
 
-from experiments import catalogue, cost, networks
+from experiments import catalogue, cost, networks, scaling
 from experiments.runs import REPOSITORY, Run
 from experiments.scales import MINI, PAPER
 from imp_jax.config import UserError
 from imp_jax.records import write_atomically
 
 NETWORKS = ("conv4", "resnet20", "resnet50")  # whose steps are timed
-SUBJECTS = ("lenet", *NETWORKS, "analysis", "repulsion", "checkpoints", "disk", "throughput")
+SUBJECTS = ("lenet", *NETWORKS, "analysis", "repulsion", "checkpoints", "disk", "throughput", "scaling")
 
 
 def main():
@@ -106,6 +109,8 @@ def main():
             benchmark_disk(arguments.rounds or 25)
         elif arguments.subject == "throughput":
             benchmark_throughput(arguments.rounds or 25, arguments.repeats or 3, arguments.record)
+        elif arguments.subject == "scaling":
+            scaling.benchmark(arguments.repeats or 3)
         else:
             benchmark_steps(arguments)
     except UserError as error:
@@ -182,9 +187,11 @@ def benchmark_steps(arguments: argparse.Namespace) -> None:
 def stepper(config: ConfigDict, members: int, steps: int) -> tuple[Callable[[], None], str]:
     """A call that trains `members` networks of a config by `steps` on random images; its execution's name."""
     import jax
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
 
     from imp_jax import config as configs
-    from imp_jax import data, masking, models, training
+    from imp_jax import data, devices, experiment, masking, models, training
 
     configs.validate(config)
     batch_size = config.batch_size
@@ -205,10 +212,16 @@ def stepper(config: ConfigDict, members: int, steps: int) -> tuple[Callable[[], 
     variables = jax.jit(jax.vmap(lambda key: dict(model.init(key, image, train=False))))(keys)
     masks = masking.ones_like(variables["params"])
     states = training.init_states(variables, masks, optimizer=recipe.optimizer)
+    mesh = devices.make_mesh(config, members)
+    recipe = experiment.recipe_on_mesh(recipe, mesh)
+    states, masks, keys = devices.spread((states, masks, keys), mesh)
     rates = training.learning_rates(config, steps)[0]
     leading = (members, batch_size) if streamed else (steps * batch_size,)
     images = jax.random.bits(key, (*leading, *image_shape), "uint8")
     labels = jax.random.randint(key, leading, 0, num_classes)
+    if mesh is not None:
+        where = P(devices.MEMBER, devices.DATA) if streamed else P()
+        images, labels = jax.device_put((images, labels), NamedSharding(mesh, where))
 
     def train():
         nonlocal states

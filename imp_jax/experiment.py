@@ -104,15 +104,13 @@ def on_mesh(experiment: Experiment, mesh: Mesh | None) -> Experiment:
     """
     if mesh is None:
         return experiment
-    recipe, dataset = experiment.recipe._replace(mesh=mesh), experiment.dataset
-    if recipe.data_devices > 1 and recipe.norm_parts == 1:
-        if hasattr(recipe.model, "norm_axis"):
-            recipe = recipe._replace(model=recipe.model.copy(norm_axis=DATA))
-        elif set(models.shapes(recipe.model, dataset.train.image_shape)) != {"params"}:
-            raise UserError(
-                f"mesh.data is {recipe.data_devices}; {experiment.config.model.name} keeps statistics of its "
-                f"batches and has no field norm_axis to take them over devices, so it should be 1"
-            )
+    recipe, dataset = recipe_on_mesh(experiment.recipe, mesh), experiment.dataset
+    with_statistics = set(models.shapes(recipe.model, dataset.train.image_shape)) != {"params"}
+    if recipe.data_devices > 1 and with_statistics and not hasattr(recipe.model, "norm_axis"):
+        raise UserError(
+            f"mesh.data is {recipe.data_devices}; {experiment.config.model.name} keeps statistics of its "
+            f"batches and has no field norm_axis to take them over devices, so it should be 1"
+        )
     train, test = (
         devices.replicate(split, mesh) if isinstance(split, data.InMemory) else split
         for split in (dataset.train, dataset.test)
@@ -120,20 +118,25 @@ def on_mesh(experiment: Experiment, mesh: Mesh | None) -> Experiment:
     return experiment._replace(recipe=recipe, dataset=dataset._replace(train=train, test=test))
 
 
+def recipe_on_mesh(recipe: training.Recipe, mesh: Mesh | None) -> training.Recipe:
+    """The recipe for steps on a mesh, whose network normalises over all devices that divide a batch."""
+    recipe = recipe._replace(mesh=mesh)
+    if not hasattr(recipe.model, "norm_axis"):
+        return recipe
+    whole = recipe.data_devices > 1 and recipe.norm_parts == 1
+    return recipe._replace(model=recipe.model.copy(norm_axis=DATA if whole else None))
+
+
 def on_one_device(experiment: Experiment) -> Experiment:
     """The experiment of `on_mesh` for one device of this process; its data are those of the mesh."""
-    recipe, dataset = experiment.recipe, experiment.dataset
-    if recipe.mesh is None:
+    if experiment.recipe.mesh is None:
         return experiment
-    if hasattr(recipe.model, "norm_axis"):
-        recipe = recipe._replace(model=recipe.model.copy(norm_axis=None))
+    recipe, dataset = recipe_on_mesh(experiment.recipe, None), experiment.dataset
     train, test = (
         devices.on_one(split) if isinstance(split, data.InMemory) else split
         for split in (dataset.train, dataset.test)
     )
-    return experiment._replace(
-        recipe=recipe._replace(mesh=None), dataset=dataset._replace(train=train, test=test)
-    )
+    return experiment._replace(recipe=recipe, dataset=dataset._replace(train=train, test=test))
 
 
 def in_round(experiment: Experiment, number: int) -> Experiment:

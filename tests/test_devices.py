@@ -55,11 +55,10 @@ def test_resnet_is_the_same_on_any_mesh(results, mesh):
 def test_parts_of_a_batch_are_the_same_on_any_mesh(results):
     on_one, on_four = results["resnet in parts"].values()
     assert_same_rounds(on_one, on_four)
-    statistics = [rounds[0][0].trained["batch_stats"] for rounds in (on_one, results["resnet"][ONE])]
-    in_parts, whole = map(jax.tree.leaves, statistics)
-    # the mean of the parts' means is that of the batch, as long as the layers before are the same
-    np.testing.assert_allclose(in_parts[0], whole[0], atol=1e-2)
-    assert np.abs(in_parts[1] - whole[1]).max() > 1e-3  # what is between the parts is not in their variances
+    kernels = [
+        rounds[0][0].trained["params"]["Dense_0"]["kernel"] for rounds in (on_one, results["resnet"][ONE])
+    ]
+    assert np.abs(kernels[0] - kernels[1]).max() > 1e-3  # statistics of parts are others
 
 
 def test_accumulated_lenet_is_that_of_the_large_batch(results):

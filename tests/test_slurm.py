@@ -65,6 +65,18 @@ def test_what_slurm_rejects_is_said_once_in_its_own_words(cluster, data_dir, tmp
     assert len(refused.stderr.splitlines()) == 1
 
 
+def test_the_tasks_of_srun_train_together(cluster, data_dir, tmp_path):
+    command = ["srun", "--ntasks=2", "--overcommit", "--label", sys.executable, "-m", "imp_jax.main"]
+    command += ["--config=configs/mnist5k.py", f"--workdir={tmp_path / 'run'}", "--config.batch_size=500"]
+    command += ["--config.rounds=1", "--config.epochs=1", f"--config.dataset.data_dir={data_dir}"]
+    environment = cluster | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "0: mesh 2 × 1 (member × data) on 2 of 2 devices of 2 processes" in done.stdout
+    assert "1: round" not in done.stdout
+    assert (tmp_path / "run" / "report.html").exists()
+
+
 def wait_until(ready, seconds=240):
     end = time.monotonic() + seconds
     while not ready():

@@ -107,7 +107,7 @@ def load(
     Args:
       augmentation: of training images, names of `AUGMENTATIONS`; None is what is usual for the set.
       image_side: pixels, of a streamed set's crops.
-      workers: processes that decode a streamed set; None is one a core.
+      workers: processes that decode a streamed set; None is one for each core that this process may use.
 
     Raises:
       UserError: see `find`; a set that cannot be read, or is not for image classification; an unknown
@@ -128,9 +128,7 @@ def load(
         if streamed:
             source[0]  # a split without labels is said now, and not after a training
             splits.append(
-                Streamed(
-                    source, image_side, tuple(augmentation), os.cpu_count() if workers is None else workers
-                )
+                Streamed(source, image_side, tuple(augmentation), _cores() if workers is None else workers)
             )
         else:
             splits.append(InMemory(*map(jnp.asarray, source.read_all())))
@@ -208,6 +206,11 @@ def device_memory() -> int:
     """Bytes of memory of the first device; of a CPU, those of the machine."""
     statistics = jax.local_devices()[0].memory_stats() or {}
     return statistics.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _cores():
+    # those that Slurm gives to a task, where the system tells
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _builder(name, data_dir):
