@@ -104,6 +104,7 @@ def fails_alone() -> Iterator[None]:
             traceback.print_exc()
         elif not isinstance(error, SaidElsewhereError):
             print(f"error: {error}", file=sys.stderr)
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
 

@@ -78,7 +78,8 @@ def rounds(
             recorder.tidy()
             return
         if recorder.finished:
-            experiment, tickets, masks, optima = resume(experiment, recorder.checkpoints, recorder.rows)
+            with devices.together():
+                experiment, tickets, masks, optima = resume(experiment, recorder.checkpoints, recorder.rows)
         else:
             tickets = initialize(experiment)
             masks, optima = masking.ones_like(tickets["params"]), None

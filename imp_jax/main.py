@@ -67,6 +67,8 @@ def _run(interruption):
             if devices.is_first():
                 analysis.run(_WORKDIR.value)
         devices.leave()
+        if not devices.is_first():  # which says it
+            sys.exit(1)
         raise
     if devices.is_first():
         analysis.run(_WORKDIR.value)
