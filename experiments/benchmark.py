@@ -191,7 +191,7 @@ def stepper(config: ConfigDict, members: int, steps: int) -> tuple[Callable[[], 
     from jax.sharding import PartitionSpec as P
 
     from imp_jax import config as configs
-    from imp_jax import data, devices, experiment, masking, models, training
+    from imp_jax import data, devices, execution, experiment, masking, models, training
 
     configs.validate(config)
     batch_size = config.batch_size
@@ -204,7 +204,7 @@ def stepper(config: ConfigDict, members: int, steps: int) -> tuple[Callable[[], 
         training.make_optimizer(config),
         normalize=data.Normalize((0.5,), (0.25,)),
         augmentation=data.USUAL_AUGMENTATION.get(config.dataset.name, ()) if not streamed else (),
-        execution=training.choose_execution(config, models.shapes(model, image_shape)["params"]),
+        execution=execution.choose_execution(config, models.shapes(model, image_shape)["params"]),
     )
     key = jax.random.key(0)
     keys = jax.random.split(key, members)
@@ -234,7 +234,7 @@ def stepper(config: ConfigDict, members: int, steps: int) -> tuple[Callable[[], 
             states, _ = training.train_steps(states, masks, split, keys, 0, 0, rates, **options)
         jax.block_until_ready(states)
 
-    return train, next(name for name, value in training.EXECUTIONS.items() if value == recipe.execution)
+    return train, next(name for name, value in execution.EXECUTIONS.items() if value == recipe.execution)
 
 
 def benchmark_throughput(

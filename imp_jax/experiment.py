@@ -13,6 +13,7 @@ from imp_jax import config as configs
 from imp_jax import data, devices, masking, models, pruning, training
 from imp_jax.config import UserError, choose
 from imp_jax.devices import DATA
+from imp_jax.execution import choose_execution
 from imp_jax.masking import Params
 from imp_jax.members import Member, members_of, with_twins
 
@@ -87,7 +88,7 @@ def setup(config: ConfigDict) -> Experiment:
             normalize=data.statistics(dataset) if config.dataset.normalize else data.Normalize(),
             augmentation=dataset.augmentation,
             repulsion_strength=config.repulsion.strength,
-            execution=training.choose_execution(config, params),
+            execution=choose_execution(config, params),
             accumulate_steps=config.accumulate_steps,
             norm_parts=config.model.norm_parts,
         ),

@@ -24,42 +24,11 @@ from imp_jax.config import choose
 from imp_jax.data import InMemory, Normalize, Streamed
 from imp_jax.data.augmentation import augment
 from imp_jax.devices import DATA, MEMBER
+from imp_jax.execution import Execution, alone, collect, over_devices, over_members, step_by_step
 from imp_jax.masking import Mask, Params
 from imp_jax.repulsion import Optima
 
 Variables = dict[str, Any]  # what model.init returns: "params", and collections such as "batch_stats"
-
-
-class Execution(NamedTuple):
-    """How members and steps become programs; results differ by rounding only."""
-
-    scan: bool = True  # all steps of an epoch in one program, or a program a step
-    unroll: bool = False  # members one after the other in a program, or vmapped
-
-
-EXECUTIONS = {
-    "scan_vmap": Execution(scan=True, unroll=False),
-    "scan_unroll": Execution(scan=True, unroll=True),
-    "step_vmap": Execution(scan=False, unroll=False),
-    "step_unroll": Execution(scan=False, unroll=True),
-}
-
-
-def choose_execution(config: ConfigDict, params: PyTree[jax.ShapeDtypeStruct]) -> Execution:
-    """What `config.execution` says; `auto` is a scan over vmapped members, but for convolutional networks.
-
-    Under vmap over kernels a convolution becomes a grouped one, whose gradients are slow at the paper's batch
-    sizes; and XLA's convolutions on a CPU are many times slower inside a loop (jax-ml/jax issue 12868). The
-    README has the measured table, of a CPU; that a GPU does not like grouped ones either is assumed.
-
-    Raises:
-      UserError: an unknown name.
-    """
-    auto = "scan_vmap"
-    if any(leaf.ndim == 4 for leaf in jax.tree.leaves(params)):
-        auto = "step_unroll" if jax.default_backend() == "cpu" else "scan_unroll"
-    options = {"auto": EXECUTIONS[auto], **EXECUTIONS}
-    return choose(options, "execution", config.execution)
 
 
 class Recipe(NamedTuple):
@@ -238,9 +207,9 @@ def train_members(
 ) -> tuple[TrainState, Metrics]:
     """`train_step` of all members, which lead all but the rate, each on a batch of its own."""
     step = functools.partial(train_step, recipe=recipe)
-    step = _over_members(step, (0, 0, 0, 0, None, 0), recipe)
+    step = over_members(step, (0, 0, 0, 0, None, 0), recipe.execution)
     member, batch = P(MEMBER), P(MEMBER, DATA)
-    step = _over_devices(step, (member, member, batch, batch, P(), member), recipe)
+    step = over_devices(step, (member, member, batch, batch, P(), member), recipe.mesh)
     return step(states, masks, images, labels, learning_rate, optima)
 
 
@@ -267,7 +236,7 @@ def train_steps(
     draws = _draw_epoch_alone(keys, epoch, examples=split.examples)
     if recipe.execution.scan:
         return _scan_steps(states, masks, split, draws, first_step, learning_rates, optima, **options)
-    return _step_by_step(
+    return step_by_step(
         lambda states, *inputs: _step_alone(states, masks, split, draws, optima, inputs, **options),
         states,
         enumerate(learning_rates, start=first_step),
@@ -284,7 +253,7 @@ def train_on_stream(
     recipe: Recipe,
 ) -> tuple[TrainState, Metrics]:
     """Train all members on the next `len(learning_rates)` batches of a stream. `states` is donated."""
-    return _step_by_step(
+    return step_by_step(
         lambda states, rate, batch: _train_members_alone(states, masks, *batch, rate, optima, recipe=recipe),
         states,
         zip(learning_rates, batches, strict=False),  # rates first: no batch is taken in vain
@@ -326,7 +295,7 @@ def sum_over_batches(
         examples = np.arange(len(numbers) * batch_size)
         batches = split.evaluation_batches(batch_size, examples % split.examples, recipe.mesh)
         counted = (examples < split.examples).reshape(-1, batch_size)
-        sums = _collect(
+        sums = collect(
             _stream_sums_alone(function, networks, *batch, counted=of_batch, recipe=recipe)
             for batch, of_batch in zip(batches, counted, strict=True)
         )
@@ -335,7 +304,7 @@ def sum_over_batches(
         if recipe.execution.scan:
             sums = _scan_sums(function, networks, split, numbers, **options)
         else:
-            sums = _collect(_sums_alone(function, networks, split, i, **options) for i in numbers)
+            sums = collect(_sums_alone(function, networks, split, i, **options) for i in numbers)
     return jax.tree.map(lambda leaf: leaf.sum(0), sums)
 
 
@@ -391,8 +360,8 @@ def _member_sums(variables, images, labels, counted, *, recipe):
         sums = example_sums(logits, labels, counted)
         return jax.lax.psum(sums, DATA) if recipe.data_devices > 1 else sums
 
-    sums = _over_members(of_member, (0, None, None, None), recipe)
-    sums = _over_devices(sums, (P(MEMBER), P(DATA), P(DATA), P(DATA)), recipe)
+    sums = over_members(of_member, (0, None, None, None), recipe.execution)
+    sums = over_devices(sums, (P(MEMBER), P(DATA), P(DATA), P(DATA)), recipe.mesh)
     return sums(variables, images, labels, counted)
 
 
@@ -415,83 +384,8 @@ def _stream_sums(function, networks, images, labels, counted, *, recipe):
     return function(networks, images, labels, counted, recipe=recipe)
 
 
-def _alone(function, **options):
-    """`function` as a program of its own, where a step or a batch is not part of a larger one."""
-
-    @functools.cache
-    def program():  # not before its first call: the options depend on the device
-        return jax.jit(function, compiler_options=_compiler_options(), **options)
-
-    return lambda *args, **kwargs: program()(*args, **kwargs)
-
-
-@functools.cache
-def _compiler_options():
-    """Keeps XLA on a CPU from handing convolutions to YNNPACK, whose weight gradients take twice the time."""
-    kinds = ("INDIVIDUAL_DOT", "REDUCE")  # what it is left: by default INDIVIDUAL_CONVOLUTION too
-    fusions = ",".join(f"LIBRARY_FUSION_TYPE_{kind}" for kind in kinds)
-    options = {"xla_cpu_experimental_ynn_fusion_type": fusions} if jax.default_backend() == "cpu" else {}
-    try:
-        jax.jit(jnp.negative, compiler_options=options)(0.0)
-    except jax.errors.JaxRuntimeError:  # an experimental option: this XLA does not know it
-        return {}
-    return options
-
-
-_draw_epoch_alone = _alone(_draw_epoch, static_argnames="examples")
-_step_alone = _alone(_step, static_argnames=("batch_size", "recipe"), donate_argnames="states")
-_train_members_alone = _alone(train_members, static_argnames="recipe", donate_argnames="states")
-_stream_sums_alone = _alone(_stream_sums, static_argnames=("function", "recipe"))
-_sums_alone = _alone(_sums, static_argnames=("function", "batch_size", "recipe"))
-
-
-def _step_by_step(step, states, inputs):
-    """`step(states, *inputs)` again and again, a program each; the metrics are stacked as by a scan."""
-
-    def all_metrics():
-        nonlocal states
-        for step_inputs in inputs:
-            states, metrics = step(states, *step_inputs)
-            yield metrics
-
-    metrics = _collect(all_metrics())
-    return states, metrics
-
-
-def _collect(outputs):
-    """The outputs of programs started one after the other, stacked; two at most are under way."""
-    collected = []
-    for output in outputs:
-        collected.append(output)
-        if len(collected) > 1:  # or the host would run ahead, and batches pile up on the device
-            jax.block_until_ready(collected[-2])
-    stack = np.stack if jax.process_count() == 1 else jnp.stack
-    return jax.tree.map(lambda *parts: stack(parts), *collected)
-
-
-def _over_devices(function, in_specs, recipe):
-    """`function` on each device's part of its arguments; the outputs lead with members."""
-    if recipe.mesh is None:
-        return function
-    options = {"in_specs": in_specs, "out_specs": P(MEMBER)}
-    # unchecked: gradients stay those of a device's own images until `_over_batch` takes their mean
-    return jax.shard_map(function, mesh=recipe.mesh, check_vma=False, **options)
-
-
-def _over_members(function, in_axes, recipe):
-    """`function` of one member as a function of all, which lead the arguments whose axis is 0."""
-    if not recipe.execution.unroll:
-        return jax.vmap(function, in_axes)
-
-    def unrolled(*arguments):
-        def of_member(i):
-            return [
-                jax.tree.map(lambda leaf: leaf[i], argument) if axis == 0 else argument
-                for argument, axis in zip(arguments, in_axes, strict=True)
-            ]
-
-        members = len(jax.tree.leaves(arguments[0])[0])
-        outputs = [function(*of_member(i)) for i in range(members)]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
-
-    return unrolled
+_draw_epoch_alone = alone(_draw_epoch, static_argnames="examples")
+_step_alone = alone(_step, static_argnames=("batch_size", "recipe"), donate_argnames="states")
+_train_members_alone = alone(train_members, static_argnames="recipe", donate_argnames="states")
+_stream_sums_alone = alone(_stream_sums, static_argnames=("function", "recipe"))
+_sums_alone = alone(_sums, static_argnames=("function", "batch_size", "recipe"))

@@ -11,6 +11,11 @@ os.environ |= {
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
 
+# most programs of the tests run for milliseconds, and would be optimised for a second
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
+
 # ruff: noqa: E402
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +23,7 @@ import pytest
 
 from imp_jax import config as configs
 from imp_jax import data, imp, training
+from imp_jax.execution import EXECUTIONS, Execution
 from imp_jax.members import Member
 from imp_jax.models.lenet import LeNet
 
@@ -70,7 +76,7 @@ def make_tiny_experiment(**overrides):
             LeNet(num_classes=3, widths=(6, 5)),
             training.make_optimizer(config),
             repulsion_strength=config.repulsion.strength,
-            execution=training.EXECUTIONS.get(config.execution, training.Execution()),
+            execution=EXECUTIONS.get(config.execution, Execution()),
         ),
         score=imp.pruning.SCORES[config.pruning.score],
         learning_rates=training.learning_rates(config, len(images) // config.batch_size),

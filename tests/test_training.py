@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from imp_jax import config as configs
-from imp_jax import masking, models, repulsion, training
+from imp_jax import masking, repulsion, training
 from imp_jax.config import UserError
 from imp_jax.data import Normalize
 from imp_jax.data.augmentation import augment
+from imp_jax.execution import EXECUTIONS
 from imp_jax.models.lenet import LeNet
 
 
@@ -63,22 +64,6 @@ def test_unknown_schedule_and_optimizer():
         training.learning_rates(settings(**{"optimizer.schedule": "stepp"}), 5)
     with pytest.raises(UserError, match=r"optimizer.name is 'adamw'.*adam, momentum, sgd"):
         training.make_optimizer(settings(**{"optimizer.name": "adamw"}))
-
-
-# --- execution ---
-
-
-def test_convolutions_run_step_by_step_on_a_cpu():
-    def chosen(name, **overrides):
-        model = models.find(name)()
-        params = models.shapes(model, (32, 32, 3))["params"]
-        return training.choose_execution(settings(**overrides), params)
-
-    assert chosen("lenet") == (True, False)  # scan, vmap
-    assert chosen("conv4") == chosen("resnet20") == (False, True)  # a program a step, members unrolled
-    assert chosen("conv4", execution="scan_unroll") == (True, True)
-    with pytest.raises(UserError, match=r"execution is 'scan'; it should be one of auto, scan_vmap"):
-        chosen("lenet", execution="scan")
 
 
 # --- a network, its gradient and its optimizers in NumPy ---
@@ -229,7 +214,7 @@ def add_member_axis(tree):
 
 @pytest.mark.parametrize(
     ("execution", "repelled"),
-    [*((execution, True) for execution in training.EXECUTIONS), ("scan_vmap", False), ("step_unroll", False)],
+    [*((execution, True) for execution in EXECUTIONS), ("scan_vmap", False), ("step_unroll", False)],
 )
 def test_every_program_equals_the_step_of_each_member(tiny_experiment, execution, repelled):
     """`train_steps` over members is `train_step` of each, one after the other."""
@@ -319,7 +304,7 @@ def test_running_statistics_are_carried_and_never_masked(tiny_experiment):
     assert 0 <= correct[0] <= 46
 
 
-@pytest.mark.parametrize("execution", training.EXECUTIONS)
+@pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.parametrize("batch_size", [7, 23, None])
 def test_evaluation_counts_every_example_once(tiny_experiment, batch_size, execution):
     """Also where the last batch is not full."""

@@ -1,0 +1,133 @@
+"""How steps, members and devices become programs: many steps in one or a program each, one copy or several.
+
+XLA's convolutions on a CPU are fast at the top level of a program only, one network at a time (jax-ml/jax issue
+12868); everything else is faster as one large program.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from imp_jax.config import choose
+from imp_jax.devices import MEMBER
+
+
+class Execution(NamedTuple):
+    """How members and steps become programs; results differ by rounding only."""
+
+    scan: bool = True  # all steps of an epoch in one program, or a program a step
+    unroll: bool = False  # members one after the other in a program, or vmapped
+
+
+EXECUTIONS = {
+    "scan_vmap": Execution(scan=True, unroll=False),
+    "scan_unroll": Execution(scan=True, unroll=True),
+    "step_vmap": Execution(scan=False, unroll=False),
+    "step_unroll": Execution(scan=False, unroll=True),
+}
+
+
+def choose_execution(config: ConfigDict, params: PyTree[jax.ShapeDtypeStruct]) -> Execution:
+    """What `config.execution` says; `auto` is a scan over vmapped members, but for convolutional networks.
+
+    Under vmap over kernels a convolution becomes a grouped one, whose gradients are slow at the paper's batch
+    sizes; and XLA's convolutions on a CPU are many times slower inside a loop (jax-ml/jax issue 12868). The
+    README has the measured table, of a CPU; that a GPU does not like grouped ones either is assumed.
+
+    Raises:
+      UserError: an unknown name.
+    """
+    auto = "scan_vmap"
+    if any(leaf.ndim == 4 for leaf in jax.tree.leaves(params)):
+        auto = "step_unroll" if jax.default_backend() == "cpu" else "scan_unroll"
+    options = {"auto": EXECUTIONS[auto], **EXECUTIONS}
+    return choose(options, "execution", config.execution)
+
+
+def alone(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`function` as a program of its own, where a step or a batch is not part of a larger one."""
+
+    @functools.cache
+    def program():  # not before its first call: the options depend on the device
+        return jax.jit(function, compiler_options=_compiler_options(), **options)
+
+    return lambda *args, **kwargs: program()(*args, **kwargs)
+
+
+@functools.cache
+def _compiler_options():
+    """Keeps XLA on a CPU from handing convolutions to YNNPACK, whose weight gradients take twice the time."""
+    kinds = ("INDIVIDUAL_DOT", "REDUCE")  # what it is left: by default INDIVIDUAL_CONVOLUTION too
+    fusions = ",".join(f"LIBRARY_FUSION_TYPE_{kind}" for kind in kinds)
+    options = {"xla_cpu_experimental_ynn_fusion_type": fusions} if jax.default_backend() == "cpu" else {}
+    try:
+        jax.jit(jnp.negative, compiler_options=options)(0.0)
+    except jax.errors.JaxRuntimeError:  # an experimental option: this XLA does not know it
+        return {}
+    return options
+
+
+def step_by_step(
+    step: Callable[..., tuple[PyTree, PyTree]], states: PyTree, inputs: Iterable[tuple]
+) -> tuple[PyTree, PyTree]:
+    """`step(states, *inputs)` again and again, a program each; the metrics are stacked as by a scan."""
+
+    def all_metrics():
+        nonlocal states
+        for step_inputs in inputs:
+            states, metrics = step(states, *step_inputs)
+            yield metrics
+
+    metrics = collect(all_metrics())
+    return states, metrics
+
+
+def collect(outputs: Iterable[PyTree]) -> PyTree:
+    """The outputs of programs started one after the other, stacked; two at most are under way."""
+    collected = []
+    for output in outputs:
+        collected.append(output)
+        if len(collected) > 1:  # or the host would run ahead, and batches pile up on the device
+            jax.block_until_ready(collected[-2])
+    stack = np.stack if jax.process_count() == 1 else jnp.stack
+    return jax.tree.map(lambda *parts: stack(parts), *collected)
+
+
+def over_devices(
+    function: Callable[..., PyTree], in_specs: tuple[P, ...], mesh: Mesh | None
+) -> Callable[..., PyTree]:
+    """`function` on each device's part of its arguments; the outputs lead with members."""
+    if mesh is None:
+        return function
+    options = {"in_specs": in_specs, "out_specs": P(MEMBER)}
+    # unchecked: gradients stay those of a device's own images until the step takes their mean
+    return jax.shard_map(function, mesh=mesh, check_vma=False, **options)
+
+
+def over_members(
+    function: Callable[..., PyTree], in_axes: tuple[int | None, ...], execution: Execution
+) -> Callable[..., PyTree]:
+    """`function` of one member as a function of all, which lead the arguments whose axis is 0."""
+    if not execution.unroll:
+        return jax.vmap(function, in_axes)
+
+    def unrolled(*arguments):
+        def of_member(i):
+            return [
+                jax.tree.map(lambda leaf: leaf[i], argument) if axis == 0 else argument
+                for argument, axis in zip(arguments, in_axes, strict=True)
+            ]
+
+        members = len(jax.tree.leaves(arguments[0])[0])
+        outputs = [function(*of_member(i)) for i in range(members)]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+    return unrolled

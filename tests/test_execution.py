@@ -1,0 +1,43 @@
+"""How steps and members become programs, on functions with a closed form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imp_jax import config as configs
+from imp_jax import models
+from imp_jax.config import UserError
+from imp_jax.execution import EXECUTIONS, choose_execution, collect, over_members, step_by_step
+
+
+def test_convolutions_run_step_by_step_on_a_cpu():
+    def chosen(name, execution="auto"):
+        config = configs.default()
+        config.execution = execution
+        return choose_execution(config, models.shapes(models.find(name)(), (32, 32, 3))["params"])
+
+    assert chosen("lenet") == (True, False)  # scan, vmap
+    assert chosen("conv4") == chosen("resnet20") == (False, True)  # a program a step, members unrolled
+    assert chosen("conv4", "scan_unroll") == (True, True)
+    with pytest.raises(UserError, match=r"execution is 'scan'; it should be one of auto, scan_vmap"):
+        chosen("lenet", "scan")
+
+
+@pytest.mark.parametrize("name", EXECUTIONS)
+def test_a_function_of_a_member_is_one_of_all(name):
+    def function(weights, image, absent):
+        assert absent is None
+        return {"product": weights["kernel"] @ image}
+
+    kernels = np.arange(12.0).reshape(2, 3, 2)
+    of_all = over_members(function, (0, None, 0), EXECUTIONS[name])
+    products = jax.jit(of_all)({"kernel": kernels}, jnp.array([1.0, 10.0]), None)["product"]
+    np.testing.assert_array_equal(products, [[10, 32, 54], [76, 98, 120]])
+
+
+def test_steps_follow_each_other():
+    states, metrics = step_by_step(lambda state, by: (state + by, {"was": state}), jnp.array(1.0), [(2,), (3,)])
+    assert states == 6
+    np.testing.assert_array_equal(metrics["was"], [1, 3])
+    np.testing.assert_array_equal(collect(iter([jnp.array([1, 2]), jnp.array([3, 4])])), [[1, 2], [3, 4]])
