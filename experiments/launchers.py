@@ -17,6 +17,7 @@ from pathlib import Path
 from experiments.runs import REPOSITORY, Run
 from experiments.sweep import Sweep
 from imp_jax.config import UserError, in_one_line
+from imp_jax.devices import gpus
 from imp_jax.interruption import SIGNALS
 from imp_jax.records import write_atomically
 
@@ -60,7 +61,7 @@ def local(sweep: Sweep, runs: Sequence[Run], data_dir: str | None, say: Callable
     Raises:
       Interrupted: after a signal, once all have ended.
     """
-    places = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus()] or [{}]
+    places = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus(os.environ)] or [{}]
     waiting, tries, training, failed = deque(runs), Counter(), {}, 0
     with tempfile.TemporaryDirectory() as compiled, _passing_on(training) as received:
         shared = {
@@ -134,19 +135,6 @@ def _passing_on(training) -> Iterator[list[int]]:
             process.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def gpus() -> list[str]:
-    """The GPUs of this machine that JAX may use, without waking them."""
-    platforms = os.environ.get("JAX_PLATFORMS", "cuda")
-    if not {"cuda", "gpu"} & set(platforms.split(",")):
-        return []
-    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [gpu for gpu in visible.split(",") if gpu]
-    if not shutil.which("nvidia-smi"):
-        return []
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return re.findall(r"^GPU (\d+):", listed.stdout, re.MULTILINE)
 
 
 class Training:

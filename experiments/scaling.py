@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from experiments import catalogue, cost
-from experiments.launchers import gpus
 from experiments.runs import REPOSITORY, Run
 from experiments.scales import PAPER
+from imp_jax.devices import gpus
 
 VIRTUAL = (1, 2, 4)  # devices of a CPU
 # of each network, on a CPU and on GPUs: members of a device, its part of a batch, steps of a timing
@@ -42,7 +42,7 @@ def benchmark(repeats: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    there = gpus()
+    there = gpus(os.environ)
     sizes = [n for n in (1, 2, 4, 8, 16) if n <= len(there)] if there else VIRTUAL
     kind = "GPUs" if there else f"virtual devices on {os.cpu_count()} cores"
     table = Table("network", "divided", "devices", "images/s", "min", "max", "efficiency", title=f"On {kind}")

@@ -20,6 +20,8 @@ import pandas as pd
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
+import imp_jax
+from imp_jax import config as configs
 from imp_jax import data, devices, divergence, masking, pruning, records, repulsion, training
 from imp_jax.checkpoints import Checkpoints, DamagedError, Progress, Round
 from imp_jax.config import UserError
@@ -67,6 +69,7 @@ def rounds(
       Stopped: `interruption` has taken in a signal, and the training under way is saved up to here.
     """
     interruption = interruption or Interruption()
+    _require_one_program(config)
     with devices.together():
         experiment = setup(config)
         mesh = devices.make_mesh(config, len(experiment.members))
@@ -95,8 +98,7 @@ def rounds(
         def on_chunk(of_round, number, now, metrics, seconds):
             recorder.chunk(of_round, number, now, metrics.loss.size * config.batch_size, seconds)
             _note(of_round, number, divergence.broken(now.seen), recorder)
-            if requested := devices.most(interruption.requested):
-                interruption.requested = interruption.requested or requested  # of another process
+            if interruption.agreed(devices.most):
                 recorder.progress(number, now, at_once=True)
                 raise interruption.stopped(f"in round {number} at step {now.step} of {steps}")
             if now.step in saved_steps:
@@ -126,7 +128,21 @@ def rounds(
                 if recorded:
                     yield recorded.result()
                 recorded = recorder.round(number, networks, rows, optima)  # while the next round trains
+            interruption.agreed(devices.most)
             yield recorded.result()
+
+
+def _require_one_program(config):
+    """Refuse processes that would not train the same."""
+    may_differ = ("dataset.data_dir", "dataset.workers")
+    fields = {name: value for name, value in configs.flatten(config).items() if name not in may_differ}
+    versions = f"imp_jax {imp_jax.__version__}, jax {jax.__version__}"
+    with devices.together():
+        if not devices.is_same(f"{fields}, {versions}, {jax.local_device_count()} devices"):
+            raise UserError(
+                "the processes differ in their configs, in the versions of imp_jax or JAX, or in how many "
+                "devices they have; they should have the same command and environment"
+            )
 
 
 def resume(

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 # Ctrl-C; what Slurm sends at preemption, and what it is told to send ahead (--signal=USR1@60; submitit: USR2)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -49,6 +49,16 @@ class Interruption:
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._writer)
+
+    def agreed(self, most: Callable[[int], int]) -> int:
+        """The number of a signal that this process, or another that trains with it, has got; 0 if none has.
+
+        Args:
+          most: gives all processes the largest of their numbers.
+        """
+        heard = most(self.requested)
+        self.requested = self.requested or heard
+        return heard
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:

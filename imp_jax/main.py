@@ -43,7 +43,7 @@ def main(argv):
             from imp_jax import devices
 
             devices.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-            with devices.fails_alone(), devices.first_speaks():
+            with devices.ends_alone(), devices.first_speaks():
                 _run(interruption)
     except UserError as error:
         sys.exit(f"error: {error}")
@@ -52,6 +52,9 @@ def main(argv):
         os._exit(1)  # or Python would try to print the rest
     except Stopped as stopped:
         print(stopped, file=sys.stderr, flush=True)
+        from imp_jax import devices
+
+        devices.leave(devices.PARTING)
         os._exit(128 + stopped.number)  # not to wait for analyses beside the training
 
 
@@ -92,7 +95,7 @@ def parse_flags(argv):
     except flags.IllegalFlagValueError as error:
         match = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
         expected = type_in_words(match[1]) if match else ""
-        message = f"{match[1]} is {match[2]!r}; it should be {expected}" if expected else _cannot_load(error)
+        message = f"{match[1]} is {match[2]!r}; it should be {expected}" if expected else str(error)
     except flags.UnrecognizedFlagError as error:
         hint = (
             f"; the config field is set by --config.{error.flagname}" if type_in_words(error.flagname) else ""

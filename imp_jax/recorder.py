@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import socket
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -49,11 +48,6 @@ class Recorder(contextlib.AbstractContextManager):
                         for sentence in checkpoints.mend():
                             print(sentence, file=sys.stderr)
             with devices.together(), _writing(workdir):
-                if not (self.workdir / "config.json").exists():
-                    raise UserError(
-                        f"{self.workdir} on {socket.gethostname()} is not the one of process 0; it should be a "
-                        f"folder that all processes share"
-                    )
                 self.checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir)))
                 self.finished = self.checkpoints.rounds()
                 rows = self.checkpoints.rows(self.finished[-1]) if self.finished else []
@@ -62,7 +56,15 @@ class Recorder(contextlib.AbstractContextManager):
                     self._results = records.Results(self.workdir, rows)
                     if self.finished:
                         self._refresh_figure()  # a run that died may not have come to it
+            self._require_same(f"{records.holder(self.workdir)}, rounds {self.finished}")
             self._stack = stack.pop_all()
+
+    def _require_same(self, seen):
+        with devices.together():
+            if not devices.is_same(seen):
+                raise UserError(
+                    f"the processes do not see the same in {self.workdir}; it should be a folder that all share"
+                )
 
     def saved_progress(self, number: int, like: Progress) -> Progress | None:
         """Where round `number` stood when the run was stopped; None if nothing was saved of it."""
@@ -72,7 +74,8 @@ class Recorder(contextlib.AbstractContextManager):
                 progress = self.checkpoints.progress(number, like, self._experiment.learning_rates.size)
             except DamagedError as error:
                 damage = error
-        if not devices.most(progress is None):
+        self._require_same(str(progress and progress.step))
+        if progress is not None:
             return progress
         with devices.together(), _writing(self.workdir):
             if self._first and damage:

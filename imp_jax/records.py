@@ -59,7 +59,7 @@ def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Iterator[Path]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise UserError(
-            f"{_holder(workdir)} is writing to {workdir}; wait for it to end, or give another --workdir"
+            f"{holder(workdir)} is writing to {workdir}; wait for it to end, or give another --workdir"
         ) from error
     except OSError as error:
         raise UserError(f"cannot write to workdir {workdir}: {error.strerror}") from error
@@ -74,7 +74,8 @@ def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Iterator[Path]:
         lock.release()
 
 
-def _holder(workdir):
+def holder(workdir: Path) -> str:
+    """The process that holds a workdir, in words."""
     try:
         return (workdir / ".holder").read_text()
     except OSError:  # it has only just come, or is about to leave

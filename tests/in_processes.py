@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import jax
 import numpy as np
 
 from imp_jax import config as configs
-from imp_jax import data, devices, divergence
+from imp_jax import data, devices, divergence, imp
 from imp_jax.checkpoints import Checkpoints, Progress, Round
 from imp_jax.config import UserError
 from imp_jax.data import streaming
+from tests.conftest import quick_config
 
 SEEDS = np.array([[1, 2], [3, 4]], np.uint32)  # of two members
 
@@ -22,14 +24,34 @@ def main():
     parser.add_argument("folder", type=Path)
     for name in ("coordinator", "processes", "process"):
         parser.add_argument(f"--{name}", type=str if name == "coordinator" else int)
+    parser.add_argument("--data_dir")
     given = parser.parse_args()
     devices.join(given.coordinator, given.processes, given.process)
-    with devices.fails_alone():
+    with devices.ends_alone():
+        if given.data_dir:
+            differ(given)
         found = {"most": devices.most(10 * given.process), "errors": errors(given.process)}
+        found["same"] = [devices.is_same(value) for value in ("a", f"{given.process}", "b")]
         found |= stream(given.folder)
         save(given.folder)
         (given.folder / f"found-{given.process}.json").write_text(json.dumps(found))
         devices.leave()
+
+
+def differ(given):
+    """Be refused, as the seeds differ; then process 0 dies, and the other waits for it."""
+    config = quick_config(given.data_dir, seed=given.process)
+    try:
+        list(imp.rounds(config, given.folder / "run"))
+    except devices.SaidElsewhereError:
+        pass
+    except UserError as error:
+        print(error, file=sys.stderr, flush=True)
+    devices.most(0)
+    if given.process == 0:
+        os._exit(7)
+    while True:
+        devices.most(0)
 
 
 def errors(process):

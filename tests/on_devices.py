@@ -92,7 +92,7 @@ def run(experiment):
 
 
 def collectives(experiment):
-    """How many of each kind there are in the program of an epoch."""
+    """How many there are in the programs of an epoch and of an evaluation."""
     recipe, members = experiment.recipe, len(experiment.members)
     tickets = imp.initialize(experiment)
     masks = masking.ones_like(tickets["params"])
@@ -106,8 +106,18 @@ def collectives(experiment):
     def epoch(states, masks, split, keys):
         return training._scan_steps(states, masks, split, draws(keys), 0, rates, None, **options)
 
-    program = jax.jit(epoch).lower(states, masks, split, keys).compile().as_text()
-    return sum(len(re.findall(rf" {kind}(?:-start)?\(", program)) for kind in COLLECTIVES)
+    def evaluation(variables, split):
+        numbers = np.arange(2)
+        return training._scan_sums(
+            training._member_sums, variables, split, numbers, batch_size=20, recipe=recipe
+        )
+
+    programs = (
+        jax.jit(epoch).lower(states, masks, split, keys),
+        jax.jit(evaluation).lower(states.variables, split),
+    )
+    texts = [program.compile().as_text() for program in programs]
+    return [sum(len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in COLLECTIVES) for text in texts]
 
 
 def compiled(experiment):

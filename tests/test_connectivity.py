@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from imp_jax import connectivity, data, training
+from imp_jax.execution import EXECUTIONS
 from imp_jax.models.lenet import LeNet
 from imp_jax.models.resnet import CifarResNet
-from imp_jax.training import EXECUTIONS, Recipe
+from imp_jax.training import Recipe
 from tests import folders
 
 

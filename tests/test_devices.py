@@ -73,8 +73,8 @@ def test_a_step_in_parts_is_the_mean_of_steps_on_the_parts(results, how):
 
 
 def test_members_alone_need_no_collective(results):
-    assert results["collectives"][4, 1] == 0
-    assert results["collectives"][2, 2] > 0
+    assert results["collectives"][4, 1] == [0, 0]
+    assert min(results["collectives"][2, 2]) > 0  # which could be seen
 
 
 def test_one_program_serves_all_rounds_of_a_mesh(results):
@@ -166,6 +166,7 @@ def test_the_mesh_in_words(mesh_of, monkeypatch):
 # --- several processes ---
 
 SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+MPIRUN = {"OMPI_COMM_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "2,3"}
 
 
 @pytest.mark.parametrize(
@@ -178,6 +179,8 @@ SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2", "CUDA_VISIBLE_
         (SRUN | {"SLURM_STEP_NUM_TASKS": "8"}, 8, None),  # a process a GPU: JAX takes its own
         (SRUN | {"SLURM_STEP_NUM_TASKS": "8", "SLURM_GPUS_PER_TASK": "4"}, 8, [0, 1, 2, 3]),
         (SRUN | {"CUDA_VISIBLE_DEVICES": ""}, 2, None),
+        (MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, 2, None),
+        (MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, 2, [0, 1]),
     ],
 )
 def test_processes_and_gpus_are_read_from_the_environment(environment, tasks, gpus):

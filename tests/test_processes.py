@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import time
 
 import jax
@@ -9,8 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from imp_jax import data, divergence, imp
+from imp_jax import data, devices, divergence, imp
 from imp_jax.checkpoints import Checkpoints, Progress
+from imp_jax.config import UserError
 from tests import folders, in_processes
 from tests.conftest import quick_config
 from tests.processes import Processes
@@ -36,6 +38,7 @@ def found(folder):
 
 def test_all_hear_of_an_error_and_one_says_it(found):
     assert [of["most"] for of in found] == [10, 10]
+    assert [of["same"] for of in found] == [[True, False, True]] * 2
     assert found[0]["errors"] == ["", "SaidElsewhereError: process 1: not here, 1", "UserError: not here, 0"]
     assert found[1]["errors"] == ["", "UserError: not here, 1", "SaidElsewhereError: process 0: not here, 0"]
 
@@ -71,6 +74,40 @@ def test_checkpoints_are_written_by_all_and_read_by_one(folder):
     progress = checkpoints.progress(1, like, 10)
     assert (progress.step, progress.seconds) == (3, 0.5)
     jax.tree.map(np.testing.assert_array_equal, progress.tickets, restored.initial)
+
+
+@pytest.mark.parametrize("address", ["node", "node:", ":1234", "node:port", "node:0", "node:99999"])
+def test_a_coordinator_is_a_host_and_a_port(address):
+    with pytest.raises(UserError, match=rf"--coordinator is '{address}'; it should be HOST:PORT, such as"):
+        devices.join(address, 2, 0)
+
+
+def test_a_process_0_that_does_not_answer_is_said(monkeypatch):
+    monkeypatch.setattr(devices, "_PATIENCE", 0.1)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(UserError, match=rf"process 0 does not answer at {address}: .*refused; give each"):
+            devices.join(address, 2, 1)
+
+
+def test_one_process_joins_nobody():
+    devices.join("node:1234", 1, 0)
+    assert not jax.distributed.is_initialized()
+
+
+def test_unlike_processes_do_not_train(data_dir, tmp_path):
+    """And the one that dies, here process 0, takes the other with it."""
+    command = ["-m", "tests.in_processes", tmp_path, f"--data_dir={data_dir}"]
+    with Processes(2, command) as processes:
+        (first, _, first_said), (second, _, second_said) = processes.ended()
+    assert first == 7
+    assert second not in (0, 7)
+    refusal = "the processes differ in their configs"
+    assert refusal in first_said
+    assert refusal not in second_said  # it is said once
+    assert "cannot go on, as when another has died" in second_said or "another task died" in second_said
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_processes_train_die_stop_go_on_and_match_one(data_dir, tmp_path):

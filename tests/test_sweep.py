@@ -1,6 +1,7 @@
 """Runs by name, where they stand, what they cost, and the command line over them."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from imp_jax import __version__
 from imp_jax import config as configs
 from imp_jax.checkpoints import versions
 from imp_jax.config import UserError
+from imp_jax.devices import gpus
 from tests.tables import tables
 from tests.test_readme import ROOT
 
@@ -260,10 +262,10 @@ def test_a_worker_a_gpu(tmp_path, monkeypatch):
     sweep, runs, said = Sweep(tmp_path), runs_of(EXHIBITS.values(), SMOKE)[:3], []
     assert launchers.local(sweep, runs, None, said.append) == 0
     assert [line.split()[0] for line in said[:3]] == ["started", "started", "done"]  # two at a time
-    gpus = [sweep.log(run).read_text().splitlines()[-1] for run in runs]
-    assert set(gpus[:2]) == {"3", "5"}
+    seen = [sweep.log(run).read_text().splitlines()[-1] for run in runs]
+    assert set(seen[:2]) == {"3", "5"}
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert launchers.gpus() == []
+    assert gpus(os.environ) == []
 
 
 def test_a_sweep_that_is_stopped_goes_on(tmp_path, data_dir):
