@@ -17,8 +17,8 @@ from pathlib import Path
 from experiments.runs import REPOSITORY, Run
 from experiments.sweep import Sweep
 from imp_jax.config import UserError, in_one_line
-from imp_jax.devices import gpus
 from imp_jax.interruption import SIGNALS
+from imp_jax.processes import gpus
 from imp_jax.records import write_atomically
 
 PROMPT = "$ "  # ahead of the command in a log

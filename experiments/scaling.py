@@ -17,7 +17,7 @@ from typing import NamedTuple
 from experiments import catalogue, cost
 from experiments.runs import REPOSITORY, Run
 from experiments.scales import PAPER
-from imp_jax.devices import gpus
+from imp_jax.processes import gpus
 
 VIRTUAL = (1, 2, 4)  # devices of a CPU
 # of each network, on a CPU and on GPUs: members of a device, its part of a batch, steps of a timing

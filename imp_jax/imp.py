@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 import imp_jax
 from imp_jax import config as configs
-from imp_jax import data, devices, divergence, masking, pruning, records, repulsion, training
+from imp_jax import data, devices, divergence, masking, processes, pruning, records, repulsion, training
 from imp_jax.checkpoints import Checkpoints, DamagedError, Progress, Round
 from imp_jax.config import UserError
 from imp_jax.experiment import Experiment, in_round, in_words, on_mesh, setup
@@ -49,7 +49,7 @@ _LOOK_EVERY = 50  # steps of a stream, whose epochs are long: to tell of progres
 def run(config: ConfigDict, workdir: str | os.PathLike, interruption: Interruption | None = None) -> None:
     """Train all rounds of `config` into `workdir` and print a summary; `rounds` says what may be raised."""
     trained = sum(1 for _ in rounds(config, workdir, interruption))
-    if not devices.is_first():
+    if not processes.is_first():
         return
     if not trained:
         print(f"{workdir} is finished: all {config.rounds} rounds were there, nothing to do")
@@ -70,7 +70,7 @@ def rounds(
     """
     interruption = interruption or Interruption()
     _require_one_program(config)
-    with devices.together():
+    with processes.together():
         experiment = setup(config)
         mesh = devices.make_mesh(config, len(experiment.members))
         experiment = on_mesh(experiment, mesh)
@@ -81,7 +81,7 @@ def rounds(
             recorder.tidy()
             return
         if recorder.finished:
-            with devices.together():
+            with processes.together():
                 experiment, tickets, masks, optima = resume(experiment, recorder.checkpoints, recorder.rows)
         else:
             tickets = initialize(experiment)
@@ -98,7 +98,7 @@ def rounds(
         def on_chunk(of_round, number, now, metrics, seconds):
             recorder.chunk(of_round, number, now, metrics.loss.size * config.batch_size, seconds)
             _note(of_round, number, divergence.broken(now.seen), recorder)
-            if interruption.agreed(devices.most):
+            if interruption.agreed(processes.most):
                 recorder.progress(number, now, at_once=True)
                 raise interruption.stopped(f"in round {number} at step {now.step} of {steps}")
             if now.step in saved_steps:
@@ -128,7 +128,7 @@ def rounds(
                 if recorded:
                     yield recorded.result()
                 recorded = recorder.round(number, networks, rows, optima)  # while the next round trains
-            interruption.agreed(devices.most)
+            interruption.agreed(processes.most)
             yield recorded.result()
 
 
@@ -137,8 +137,8 @@ def _require_one_program(config):
     may_differ = ("dataset.data_dir", "dataset.workers")
     fields = {name: value for name, value in configs.flatten(config).items() if name not in may_differ}
     versions = f"imp_jax {imp_jax.__version__}, jax {jax.__version__}"
-    with devices.together():
-        if not devices.is_same(f"{fields}, {versions}, {jax.local_device_count()} devices"):
+    with processes.together():
+        if not processes.is_same(f"{fields}, {versions}, {jax.local_device_count()} devices"):
             raise UserError(
                 "the processes differ in their configs, in the versions of imp_jax or JAX, or in how many "
                 "devices they have; they should have the same command and environment"

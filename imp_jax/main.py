@@ -40,10 +40,10 @@ def main(argv):
         if not _WORKDIR.value:
             raise UserError("--workdir is missing; say where to keep the run, such as --workdir=runs/mnist5k")
         with Interruption() as interruption:
-            from imp_jax import devices
+            from imp_jax import processes
 
-            devices.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-            with devices.ends_alone(), devices.first_speaks():
+            processes.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+            with processes.ends_alone(), processes.first_speaks():
                 _run(interruption)
     except UserError as error:
         sys.exit(f"error: {error}")
@@ -52,14 +52,14 @@ def main(argv):
         os._exit(1)  # or Python would try to print the rest
     except Stopped as stopped:
         print(stopped, file=sys.stderr, flush=True)
-        from imp_jax import devices
+        from imp_jax import processes
 
-        devices.leave(devices.PARTING)
+        processes.leave(processes.PARTING)
         os._exit(128 + stopped.number)  # not to wait for analyses beside the training
 
 
 def _run(interruption):
-    from imp_jax import analysis, devices, imp
+    from imp_jax import analysis, imp, processes
     from imp_jax.config import UserError
     from imp_jax.divergence import DivergedError
 
@@ -67,15 +67,15 @@ def _run(interruption):
         imp.run(_CONFIG.value, _WORKDIR.value, interruption)
     except DivergedError:
         with contextlib.suppress(UserError):  # what is on disk is worth a look all the same
-            if devices.is_first():
+            if processes.is_first():
                 analysis.run(_WORKDIR.value)
-        devices.leave()
-        if not devices.is_first():  # which says it
+        processes.leave()
+        if not processes.is_first():  # which says it
             sys.exit(1)
         raise
-    if devices.is_first():
+    if processes.is_first():
         analysis.run(_WORKDIR.value)
-    devices.leave()
+    processes.leave()
 
 
 def _unraisable(unraisable):

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import pandas as pd
 
-from imp_jax import analysis, devices, figures, records
+from imp_jax import analysis, devices, figures, processes, records
 from imp_jax.checkpoints import Checkpoints, DamagedError, Progress, Round
 from imp_jax.config import UserError, in_one_line
 from imp_jax.experiment import Experiment, on_one_device
@@ -39,15 +39,15 @@ class Recorder(contextlib.AbstractContextManager):
         self._failure: UserError | None = None
         self._saving: Future | None = None
         self._thread: ThreadPoolExecutor | None = None
-        self._first, self.workdir = devices.is_first(), Path(workdir)
+        self._first, self.workdir = processes.is_first(), Path(workdir)
         with contextlib.ExitStack() as stack:
-            with devices.together(), _writing(workdir):
+            with processes.together(), _writing(workdir):
                 if self._first:
                     stack.enter_context(records.open_workdir(workdir, experiment.config))
                     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
                         for sentence in checkpoints.mend():
                             print(sentence, file=sys.stderr)
-            with devices.together(), _writing(workdir):
+            with processes.together(), _writing(workdir):
                 self.checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir)))
                 self.finished = self.checkpoints.rounds()
                 rows = self.checkpoints.rows(self.finished[-1]) if self.finished else []
@@ -60,8 +60,8 @@ class Recorder(contextlib.AbstractContextManager):
             self._stack = stack.pop_all()
 
     def _require_same(self, seen):
-        with devices.together():
-            if not devices.is_same(seen):
+        with processes.together():
+            if not processes.is_same(seen):
                 raise UserError(
                     f"the processes do not see the same in {self.workdir}; it should be a folder that all share"
                 )
@@ -69,7 +69,7 @@ class Recorder(contextlib.AbstractContextManager):
     def saved_progress(self, number: int, like: Progress) -> Progress | None:
         """Where round `number` stood when the run was stopped; None if nothing was saved of it."""
         progress, damage = None, None
-        with devices.together():
+        with processes.together():
             try:
                 progress = self.checkpoints.progress(number, like, self._experiment.learning_rates.size)
             except DamagedError as error:
@@ -77,7 +77,7 @@ class Recorder(contextlib.AbstractContextManager):
         self._require_same(str(progress and progress.step))
         if progress is not None:
             return progress
-        with devices.together(), _writing(self.workdir):
+        with processes.together(), _writing(self.workdir):
             if self._first and damage:
                 aside = self.checkpoints.set_progress_aside()
                 print(f"{damage}; it is set aside as {aside}, and round {number} begins anew", file=sys.stderr)
@@ -139,7 +139,7 @@ class Recorder(contextlib.AbstractContextManager):
         """
         self._raise_failure()
         saving = self._saving is not None and not self._saving.done()
-        if devices.most(saving) and not at_once:
+        if processes.most(saving) and not at_once:
             return
         members = len(progress.seen.loss)
         progress = progress._replace(states=devices.gather(progress.states, members))  # the next donates them

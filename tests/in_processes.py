@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from imp_jax import config as configs
-from imp_jax import data, devices, divergence, imp
+from imp_jax import data, devices, divergence, imp, processes
 from imp_jax.checkpoints import Checkpoints, Progress, Round
 from imp_jax.config import UserError
 from imp_jax.data import streaming
@@ -26,16 +26,16 @@ def main():
         parser.add_argument(f"--{name}", type=str if name == "coordinator" else int)
     parser.add_argument("--data_dir")
     given = parser.parse_args()
-    devices.join(given.coordinator, given.processes, given.process)
-    with devices.ends_alone():
+    processes.join(given.coordinator, given.processes, given.process)
+    with processes.ends_alone():
         if given.data_dir:
             differ(given)
-        found = {"most": devices.most(10 * given.process), "errors": errors(given.process)}
-        found["same"] = [devices.is_same(value) for value in ("a", f"{given.process}", "b")]
+        found = {"most": processes.most(10 * given.process), "errors": errors(given.process)}
+        found["same"] = [processes.is_same(value) for value in ("a", f"{given.process}", "b")]
         found |= stream(given.folder)
         save(given.folder)
         (given.folder / f"found-{given.process}.json").write_text(json.dumps(found))
-        devices.leave()
+        processes.leave()
 
 
 def differ(given):
@@ -43,15 +43,15 @@ def differ(given):
     config = quick_config(given.data_dir, seed=given.process)
     try:
         list(imp.rounds(config, given.folder / "run"))
-    except devices.SaidElsewhereError:
+    except processes.SaidElsewhereError:
         pass
     except UserError as error:
         print(error, file=sys.stderr, flush=True)
-    devices.most(0)
+    processes.most(0)
     if given.process == 0:
         os._exit(7)
     while True:
-        devices.most(0)
+        processes.most(0)
 
 
 def errors(process):
@@ -59,7 +59,7 @@ def errors(process):
     raised = []
     for failing in ((), (1,), (0, 1)):
         try:
-            with devices.together():
+            with processes.together():
                 if process in failing:
                     raise UserError(f"not here, {process}")
             raised.append("")

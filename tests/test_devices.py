@@ -161,28 +161,3 @@ def test_the_mesh_in_words(mesh_of, monkeypatch):
         r"mesh 4 × 2 \(member × data\) on 8 of 8 devices, .*; 2 members a device, 2 places empty", words
     )
     assert "mesh 1 × 1 (member × data) on 1 of 8 devices" in devices.in_words(None, 6)
-
-
-# --- several processes ---
-
-SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}
-MPIRUN = {"OMPI_COMM_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "2,3"}
-
-
-@pytest.mark.parametrize(
-    ("environment", "tasks", "gpus"),
-    [
-        ({}, 1, None),
-        ({"SLURM_NTASKS": "8"}, 1, None),  # a batch script, which is one process
-        ({"OMPI_COMM_WORLD_SIZE": "4"}, 4, None),
-        (SRUN, 2, [0, 1, 2, 3]),  # a process a node
-        (SRUN | {"SLURM_STEP_NUM_TASKS": "8"}, 8, None),  # a process a GPU: JAX takes its own
-        (SRUN | {"SLURM_STEP_NUM_TASKS": "8", "SLURM_GPUS_PER_TASK": "4"}, 8, [0, 1, 2, 3]),
-        (SRUN | {"CUDA_VISIBLE_DEVICES": ""}, 2, None),
-        (MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, 2, None),
-        (MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, 2, [0, 1]),
-    ],
-)
-def test_processes_and_gpus_are_read_from_the_environment(environment, tasks, gpus):
-    assert devices.tasks(environment) == tasks
-    assert devices.local_gpus(environment) == gpus

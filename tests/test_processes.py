@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from imp_jax import data, devices, divergence, imp
+from imp_jax import data, divergence, imp, processes
 from imp_jax.checkpoints import Checkpoints, Progress
 from imp_jax.config import UserError
 from tests import folders, in_processes
@@ -25,8 +25,8 @@ def folder(tmp_path_factory):
     """Where both have left what they found."""
     path = tmp_path_factory.mktemp("processes")
     folders.write_imagenet(path)
-    with Processes(2, ["-m", "tests.in_processes", path]) as processes:
-        for status, _, said in processes.ended():
+    with Processes(2, ["-m", "tests.in_processes", path]) as both:
+        for status, _, said in both.ended():
             assert status == 0, said
     return path
 
@@ -76,31 +76,54 @@ def test_checkpoints_are_written_by_all_and_read_by_one(folder):
     jax.tree.map(np.testing.assert_array_equal, progress.tickets, restored.initial)
 
 
+SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+MPIRUN = {"OMPI_COMM_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "2,3"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "tasks", "gpus"),
+    [
+        ({}, 1, None),
+        ({"SLURM_NTASKS": "8"}, 1, None),  # a batch script, which is one process
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, 4, None),
+        (SRUN, 2, [0, 1, 2, 3]),  # a process a node
+        (SRUN | {"SLURM_STEP_NUM_TASKS": "8"}, 8, None),  # a process a GPU: JAX takes its own
+        (SRUN | {"SLURM_STEP_NUM_TASKS": "8", "SLURM_GPUS_PER_TASK": "4"}, 8, [0, 1, 2, 3]),
+        (SRUN | {"CUDA_VISIBLE_DEVICES": ""}, 2, None),
+        (MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, 2, None),
+        (MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, 2, [0, 1]),
+    ],
+)
+def test_processes_and_gpus_are_read_from_the_environment(environment, tasks, gpus):
+    assert processes.tasks(environment) == tasks
+    assert processes.local_gpus(environment) == gpus
+
+
 @pytest.mark.parametrize("address", ["node", "node:", ":1234", "node:port", "node:0", "node:99999"])
 def test_a_coordinator_is_a_host_and_a_port(address):
     with pytest.raises(UserError, match=rf"--coordinator is '{address}'; it should be HOST:PORT, such as"):
-        devices.join(address, 2, 0)
+        processes.join(address, 2, 0)
 
 
 def test_a_process_0_that_does_not_answer_is_said(monkeypatch):
-    monkeypatch.setattr(devices, "_PATIENCE", 0.1)
+    monkeypatch.setattr(processes, "_PATIENCE", 0.1)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"
         with pytest.raises(UserError, match=rf"process 0 does not answer at {address}: .*refused; give each"):
-            devices.join(address, 2, 1)
+            processes.join(address, 2, 1)
 
 
 def test_one_process_joins_nobody():
-    devices.join("node:1234", 1, 0)
+    processes.join("node:1234", 1, 0)
     assert not jax.distributed.is_initialized()
 
 
 def test_unlike_processes_do_not_train(data_dir, tmp_path):
     """And the one that dies, here process 0, takes the other with it."""
     command = ["-m", "tests.in_processes", tmp_path, f"--data_dir={data_dir}"]
-    with Processes(2, command) as processes:
-        (first, _, first_said), (second, _, second_said) = processes.ended()
+    with Processes(2, command) as both:
+        (first, _, first_said), (second, _, second_said) = both.ended()
     assert first == 7
     assert second not in (0, 7)
     refusal = "the processes differ in their configs"
@@ -119,22 +142,22 @@ def test_two_processes_train_die_stop_go_on_and_match_one(data_dir, tmp_path):
     command = ["-m", "imp_jax.main", "--config=configs/mnist5k.py", f"--workdir={workdir}", *flags]
     command += ["--config.mesh.data=2", "--config.checkpoint_every_epochs=1"]
 
-    with Processes(2, command) as processes:
-        processes.wait_for_line(lambda line: line.startswith("round 1/"))
-        processes.all[1].kill()
+    with Processes(2, command) as both:
+        both.wait_for_line(lambda line: line.startswith("round 1/"))
+        both.all[1].kill()
         start = time.monotonic()
-        (status, _, said), _ = processes.ended()
+        (status, _, said), _ = both.ended()
         assert status != 0
         assert "another" in said  # ours, or that of JAX
         assert "died" in said
         assert time.monotonic() - start < 60
 
-    with Processes(2, command) as processes:
-        line = processes.wait_for_line(lambda line: " × 2 (member × data)" in line)
+    with Processes(2, command) as both:
+        line = both.wait_for_line(lambda line: " × 2 (member × data)" in line)
         assert line.startswith("mesh 1 × 2 (member × data) on 2 of 2 devices of 2 processes, cpu; 2 members")
-        processes.wait_for_line(lambda line: line.startswith("round "))
-        processes.all[1].send_signal(signal.SIGTERM)
-        ended = processes.ended()
+        both.wait_for_line(lambda line: line.startswith("round "))
+        both.all[1].send_signal(signal.SIGTERM)
+        ended = both.ended()
     assert [status for status, *_ in ended] == [128 + signal.SIGTERM] * 2
     assert all("stopped by SIGTERM in round" in said for *_, said in ended)
     assert ended[1][1].strip().startswith("[Gloo]")  # and nothing of ours

@@ -23,7 +23,7 @@ from imp_jax import __version__
 from imp_jax import config as configs
 from imp_jax.checkpoints import versions
 from imp_jax.config import UserError
-from imp_jax.devices import gpus
+from imp_jax.processes import gpus
 from tests.tables import tables
 from tests.test_readme import ROOT
 

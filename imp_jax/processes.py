@@ -1,0 +1,210 @@
+"""Several processes that train together: how they find each other, agree, and end.
+
+All do the same, each with its devices; the first alone writes what is not a checkpoint, and speaks. What
+they ask each other goes over the devices, as the training does, so all have to ask it in the same order.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import zlib
+from collections.abc import Iterator, Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from imp_jax.config import UserError, in_one_line
+
+_HEARTBEAT = 30  # seconds without a word, after which a process counts as dead
+_WEEK = 7 * 24 * 3600  # seconds that the others wait, at the end, for the one that analyses the run
+_PATIENCE = 300  # seconds, for the others to begin
+PARTING = 10  # seconds, for the others to end too: if process 0 is gone they would die of that
+_LONGEST_SENTENCE = 4000  # bytes of an error that one process tells the others
+_GIVE = "give each --coordinator=HOST:PORT of process 0, --processes=NUMBER and --process=0, 1, …"
+
+
+class SaidElsewhereError(UserError):
+    """What another process cannot do; it says so itself."""
+
+
+def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+    """Make this process one of several that train together, if it was started as one; before JAX computes.
+
+    With srun and mpirun JAX finds the others by itself: what is given comes before what it finds.
+
+    Args:
+      coordinator: host:port of process 0, that all others reach.
+      processes: their number.
+      process: which of them this is, from 0.
+
+    Raises:
+      UserError: the processes cannot find each other.
+    """
+    if processes == 1 or ((coordinator, processes, process) == (None, None, None) and tasks(os.environ) <= 1):
+        return
+    if coordinator:
+        _require_reachable(coordinator, seconds=_PATIENCE if process else 0)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM from us
+    waiting = "waiting for the other processes, to begin with all of them"
+    told = threading.Timer(10, print, [waiting], {"file": sys.stderr, "flush": True})
+    told.start()
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process,
+            local_device_ids=local_gpus(os.environ),
+            initialization_timeout=_PATIENCE,
+            heartbeat_timeout_seconds=_HEARTBEAT,
+            shutdown_timeout_seconds=_WEEK,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"the processes cannot find each other: {in_one_line(error)}; {_GIVE}") from error
+    finally:
+        told.cancel()
+
+
+def leave(seconds: float = _WEEK) -> None:
+    """Part from the other processes, once all of them leave or so much time has gone by."""
+    if jax.distributed.is_initialized():
+        parting = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        parting.start()
+        parting.join(seconds)
+
+
+@contextlib.contextmanager
+def first_speaks() -> Iterator[None]:
+    """Of several processes, only the first one's stdout is seen."""
+    with contextlib.ExitStack() as stack:
+        if not is_first():
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        yield
+
+
+@contextlib.contextmanager
+def ends_alone() -> Iterator[None]:
+    """Of several processes one that fails ends, and does not wait for those that wait for it."""
+    try:
+        yield
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        process, processes = jax.process_index(), jax.process_count()
+        if isinstance(error, SaidElsewhereError):
+            pass
+        elif isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        elif isinstance(error, OSError):
+            print(f"error: cannot go on: {error}", file=sys.stderr, flush=True)
+        elif isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            print(
+                f"error: process {process} of {processes} cannot go on, as when another has died: "
+                f"{in_one_line(error)}; the same command goes on after what is on disk",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(1)
+        else:
+            traceback.print_exc()
+            sys.stderr.flush()
+        leave(PARTING)
+        os._exit(1)
+
+
+def tasks(environment: Mapping[str, str]) -> int:
+    """How many processes srun or mpirun has started as one program; 1 if neither has."""
+    names = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+    return max(int(environment.get(name, 1)) for name in names)
+
+
+def gpus(environment: Mapping[str, str]) -> list[str]:
+    """The GPUs of this machine that JAX may use, without waking them."""
+    if not {"cuda", "gpu"} & set(environment.get("JAX_PLATFORMS", "cuda").split(",")):
+        return []
+    if (visible := environment.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [gpu for gpu in visible.split(",") if gpu]
+    if not shutil.which("nvidia-smi"):
+        return []
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return re.findall(r"^GPU (\d+):", listed.stdout, re.MULTILINE)
+
+
+def local_gpus(environment: Mapping[str, str]) -> list[int] | None:
+    """Those of the visible GPUs that are this process's, where JAX would take one of them and should take all.
+
+    JAX expects a process a GPU under srun and mpirun. A task that is alone on its node, or was given GPUs of
+    its own by --gpus-per-task, has all that it sees.
+    """
+    of_slurm = [environment.get(f"SLURM_STEP_NUM_{name}") for name in ("NODES", "TASKS")]
+    alone = None not in of_slurm and of_slurm[0] == of_slurm[1]
+    alone |= environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" or "SLURM_GPUS_PER_TASK" in environment
+    return list(range(len(gpus(environment)))) or None if alone else None
+
+
+def _require_reachable(coordinator, seconds):
+    """Refuse what is no HOST:PORT, or does not answer within so many seconds; 0 does not ask."""
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(f"--coordinator is {coordinator!r}; it should be HOST:PORT, such as node1:12345")
+    end = time.monotonic() + seconds
+    while seconds:
+        try:
+            return socket.create_connection((host, int(port)), timeout=5).close()
+        except OSError as error:
+            if time.monotonic() > end:
+                raise UserError(f"process 0 does not answer at {coordinator}: {error}; {_GIVE}") from error
+            time.sleep(0.2)
+    return None
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and speaks; it is where there is only one."""
+    return jax.process_index() == 0
+
+
+def most(value: int) -> int:
+    """The largest of the processes' values. All have to ask, in the same order."""
+    if jax.process_count() == 1:
+        return int(value)
+    return int(multihost_utils.process_allgather(np.int32(value)).max())
+
+
+def is_same(value: str) -> bool:
+    """Whether all processes have the same value. All have to ask, in the same order."""
+    number = zlib.crc32(value.encode()) >> 1  # fits into an int32
+    highest, lowest = most(number), -most(-number)  # both, whatever the first is
+    return highest == lowest
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A step that all processes take or none does: a UserError in one of them ends it in all.
+
+    Raises:
+      SaidElsewhereError: another process, of a lower number if this one too, raises what went wrong.
+    """
+    error = None
+    try:
+        yield
+    except UserError as raised:
+        error = raised
+    if jax.process_count() > 1:
+        sentence = str(error).encode() if error else b""
+        padded = sentence[:_LONGEST_SENTENCE].ljust(_LONGEST_SENTENCE, b"\0")
+        sentences = multihost_utils.process_allgather(np.frombuffer(padded, np.uint8))
+        said = [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in sentences]
+        failed = [process for process, sentence in enumerate(said) if sentence]
+        if failed and failed[0] != jax.process_index():
+            raise SaidElsewhereError(f"process {failed[0]}: {said[failed[0]]}")
+    if error:
+        raise error
