@@ -134,6 +134,8 @@ def rounds(
 
 def _require_one_program(config):
     """Refuse processes that would not train the same."""
+    with processes.together():
+        configs.validate(config)
     may_differ = ("dataset.data_dir", "dataset.workers")
     fields = {name: value for name, value in configs.flatten(config).items() if name not in may_differ}
     versions = f"imp_jax {imp_jax.__version__}, jax {jax.__version__}"

@@ -95,7 +95,8 @@ def parse_flags(argv):
     except flags.IllegalFlagValueError as error:
         match = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
         expected = type_in_words(match[1]) if match else ""
-        message = f"{match[1]} is {match[2]!r}; it should be {expected}" if expected else str(error)
+        message = str(error) if not str(error).startswith("flag --config") else _cannot_load(error)
+        message = f"{match[1]} is {match[2]!r}; it should be {expected}" if expected else message
     except flags.UnrecognizedFlagError as error:
         hint = (
             f"; the config field is set by --config.{error.flagname}" if type_in_words(error.flagname) else ""

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,8 @@ from imp_jax.config import UserError, in_one_line
 from imp_jax.experiment import Experiment, on_one_device
 from imp_jax.members import Member, members_in
 from imp_jax.repulsion import Optima
+
+_LOOKS = 30  # at what the processes see of a workdir, 2 s apart: a file system on a network may be behind
 
 
 class Recorder(contextlib.AbstractContextManager):
@@ -47,6 +50,7 @@ class Recorder(contextlib.AbstractContextManager):
                     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
                         for sentence in checkpoints.mend():
                             print(sentence, file=sys.stderr)
+            self._require_same(self._seen)
             with processes.together(), _writing(workdir):
                 self.checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir)))
                 self.finished = self.checkpoints.rounds()
@@ -56,15 +60,23 @@ class Recorder(contextlib.AbstractContextManager):
                     self._results = records.Results(self.workdir, rows)
                     if self.finished:
                         self._refresh_figure()  # a run that died may not have come to it
-            self._require_same(f"{records.holder(self.workdir)}, rounds {self.finished}")
             self._stack = stack.pop_all()
 
-    def _require_same(self, seen):
+    def _seen(self):
+        folders = [self.workdir / name for name in ("checkpoints", "progress")]
+        listed = [sorted(path.name for path in folder.glob("*")) for folder in folders]
+        return f"{records.holder(self.workdir)}, {listed}"
+
+    def _require_same(self, seen: Callable[[], str]):
+        """Refuse a workdir in which the processes do not all see the same, in the end."""
         with processes.together():
-            if not processes.is_same(seen):
-                raise UserError(
-                    f"the processes do not see the same in {self.workdir}; it should be a folder that all share"
-                )
+            for _ in range(_LOOKS):
+                if processes.is_same(seen()):
+                    return
+                time.sleep(2)
+            raise UserError(
+                f"the processes do not see the same in {self.workdir}; it should be a folder that all share"
+            )
 
     def saved_progress(self, number: int, like: Progress) -> Progress | None:
         """Where round `number` stood when the run was stopped; None if nothing was saved of it."""
@@ -74,7 +86,7 @@ class Recorder(contextlib.AbstractContextManager):
                 progress = self.checkpoints.progress(number, like, self._experiment.learning_rates.size)
             except DamagedError as error:
                 damage = error
-        self._require_same(str(progress and progress.step))
+        self._require_same(lambda: str(progress and progress.step))
         if progress is not None:
             return progress
         with processes.together(), _writing(self.workdir):

@@ -75,6 +75,8 @@ def config_file(tmp_path):
         ([W, CONFIG, "--config.dataset=mnist"], "dataset is 'mnist'; it should be a group of fields"),
         ([W, CONFIG, "--config.pruning.fraction=1.5"], "pruning.fraction is 1.5; it should be"),
         ([W, CONFIG, "--config.rewind_step=x"], "rewind_step is 'x'; it should be of type int or None"),
+        ([W, CONFIG, "--processes=0"], "flag --processes=0: 0 is not a positive integer"),
+        ([W, CONFIG, "--processes=2", "--process=0", "--coordinator=node"], "it should be HOST:PORT"),
         ([W, CONFIG, "--config.dataset.name=mnist", "--config.dataset.data_dir=W"], "imp_jax.data prepare"),
     ],
 )  # fmt: skip
