@@ -20,8 +20,6 @@ import pandas as pd
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-import imp_jax
-from imp_jax import config as configs
 from imp_jax import data, devices, divergence, masking, processes, pruning, records, repulsion, training
 from imp_jax.checkpoints import Checkpoints, DamagedError, Progress, Round
 from imp_jax.config import UserError
@@ -69,7 +67,7 @@ def rounds(
       Stopped: `interruption` has taken in a signal, and the training under way is saved up to here.
     """
     interruption = interruption or Interruption()
-    _require_one_program(config)
+    processes.require_alike(config)
     with processes.together():
         experiment = setup(config)
         mesh = devices.make_mesh(config, len(experiment.members))
@@ -130,21 +128,6 @@ def rounds(
                 recorded = recorder.round(number, networks, rows, optima)  # while the next round trains
             interruption.agreed(processes.most)
             yield recorded.result()
-
-
-def _require_one_program(config):
-    """Refuse processes that would not train the same."""
-    with processes.together():
-        configs.validate(config)
-    may_differ = ("dataset.data_dir", "dataset.workers")
-    fields = {name: value for name, value in configs.flatten(config).items() if name not in may_differ}
-    versions = f"imp_jax {imp_jax.__version__}, jax {jax.__version__}"
-    with processes.together():
-        if not processes.is_same(f"{fields}, {versions}, {jax.local_device_count()} devices"):
-            raise UserError(
-                "the processes differ in their configs, in the versions of imp_jax or JAX, or in how many "
-                "devices they have; they should have the same command and environment"
-            )
 
 
 def resume(

@@ -20,7 +20,10 @@ from collections.abc import Iterator, Mapping
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 
+import imp_jax
+from imp_jax import config as configs
 from imp_jax.config import UserError, in_one_line
 
 _HEARTBEAT = 30  # seconds without a word, after which a process counts as dead
@@ -149,6 +152,26 @@ def local_gpus(environment: Mapping[str, str]) -> list[int] | None:
     alone = None not in of_slurm and of_slurm[0] == of_slurm[1]
     alone |= environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" or "SLURM_GPUS_PER_TASK" in environment
     return list(range(len(gpus(environment)))) or None if alone else None
+
+
+def require_alike(config: ConfigDict) -> None:
+    """Check `config`, and that all processes would train the same.
+
+    Raises:
+      UserError: see `config.validate`; another config here than elsewhere, but for where data lie and who
+        decodes them, or other versions, or another number of devices.
+    """
+    with together():
+        configs.validate(config)
+    may_differ = ("dataset.data_dir", "dataset.workers")
+    fields = {name: value for name, value in configs.flatten(config).items() if name not in may_differ}
+    versions = f"imp_jax {imp_jax.__version__}, jax {jax.__version__}"
+    with together():
+        if not is_same(f"{fields}, {versions}, {jax.local_device_count()} devices"):
+            raise UserError(
+                "the processes differ in their configs, in the versions of imp_jax or JAX, or in how many "
+                "devices they have; they should have the same command and environment"
+            )
 
 
 def _require_reachable(coordinator, seconds):
