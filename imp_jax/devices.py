@@ -108,8 +108,8 @@ def spread(tree: PyTree[Array], mesh: Mesh | None) -> PyTree[Array]:
     return jax.tree.map(of_leaf, tree)
 
 
-def gather(tree: PyTree[Array], members: int, axis: int = 0) -> PyTree[np.ndarray]:
-    """The first `members` along `axis` of a tree on a mesh: copies of its own, in every process."""
+def gather(tree: PyTree[Array], members: int | None, axis: int = 0) -> PyTree[np.ndarray]:
+    """The first `members` (None: all) along `axis` of a tree on a mesh: copies of its own, in every process."""
 
     def of_leaf(leaf):
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
