@@ -17,9 +17,11 @@ os.environ.setdefault(
 )
 
 # ruff: noqa: E402
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from imp_jax import config as configs
 from imp_jax import data, imp, training
@@ -42,6 +44,21 @@ def quick_config(data_dir, **overrides):
     config.update({"replicates": 1, "rounds": 3, "epochs": 1, "batch_size": 500})
     config.update_from_flattened_dict({"dataset.data_dir": data_dir, **overrides})
     return config
+
+
+@pytest.fixture
+def programs_not_kept():
+    """No compiled program is kept on disk, as outside of the tests before anything is set."""
+    names = ("dir", "max_size")
+    settings = {
+        f"jax_compilation_cache_{name}": getattr(jax.config, f"jax_compilation_cache_{name}") for name in names
+    }
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture

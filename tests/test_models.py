@@ -11,6 +11,7 @@ import pytest
 from imp_jax import config as configs
 from imp_jax import masking, models
 from imp_jax.config import UserError
+from imp_jax.models import convolution
 from imp_jax.models.conv import Conv4, max_pool
 from imp_jax.models.convolution import conv_general_dilated
 from imp_jax.models.initializers import kaiming_normal
@@ -315,25 +316,92 @@ def test_unknown_model_is_said_with_a_suggestion():
         create("lenett")
 
 
-@pytest.mark.parametrize("batch", [5, 40])  # one group; two and a half
-def test_convolution_by_groups_is_the_convolution(batch):
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize(
+    ("batch", "kernel_shape", "strides", "padding"),
+    [
+        (5, (3, 3, 3, 4), (2, 2), ((1, 1), (1, 1))),
+        (40, (3, 3, 3, 4), (1, 1), ((1, 1), (1, 1))),  # two and a half groups
+        (3, (3, 2, 3, 4), (1, 1), "SAME"),  # padded on one side only
+        (3, (1, 1, 3, 4), (2, 1), ((0, 0), (0, 0))),
+        (3, (2, 2, 3, 4), (1, 1), ((3, 0), (0, 2))),  # padded by more than the kernel
+    ],
+)
+def test_convolution_in_parts_is_the_convolution(
+    onednn, batch, kernel_shape, strides, padding, monkeypatch, programs_not_kept
+):
+    if onednn and not convolution.has_onednn():
+        pytest.skip("this XLA was built without oneDNN")
+    monkeypatch.setattr(convolution, "has_onednn", lambda: onednn)
     images = jax.random.normal(jax.random.key(0), (batch, 6, 7, 3))
-    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 4))
-    weights = jax.random.normal(jax.random.key(2), (batch, 3, 4, 4))
-    layout = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    kernel = jax.random.normal(jax.random.key(1), kernel_shape)
+    along = (
+        jax.random.normal(jax.random.key(2), images.shape),
+        jax.random.normal(jax.random.key(3), kernel_shape),
+    )
 
     def by(convolve):
         def output(images, kernel):
-            return convolve(images, kernel, (2, 2), ((1, 1), (1, 1)), **layout)
+            return convolve(images, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
-        def loss(*inputs):
-            return jnp.sum(weights * output(*inputs))
+        def loss(inputs):
+            return jnp.sum(jnp.sin(output(*inputs)))
 
-        return output(images, kernel), jax.grad(loss, argnums=(0, 1))(images, kernel)
+        def slope(inputs):
+            return sum(jnp.sum(a * g) for a, g in zip(along, jax.grad(loss)(inputs), strict=True))
 
-    for a, b in zip(
-        jax.tree.leaves(by(conv_general_dilated)),
-        jax.tree.leaves(by(jax.lax.conv_general_dilated)),
-        strict=True,
+        @jax.jit
+        def all_of_it(inputs):
+            return output(*inputs), jax.grad(loss)(inputs), jax.grad(slope)(inputs)
+
+        return jax.tree.leaves(all_of_it((images, kernel)))
+
+    for a, b in zip(by(conv_general_dilated), by(jax.lax.conv_general_dilated), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_convolution_with_dilation_or_groups_is_laxs():
+    images = jax.random.normal(jax.random.key(0), (2, 6, 7, 4))
+    for inputs, options in (
+        (4, {"rhs_dilation": (2, 2)}),
+        (4, {"lhs_dilation": (2, 1)}),
+        (2, {"feature_group_count": 2}),
     ):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+        kernel = jax.random.normal(jax.random.key(1), (3, 3, inputs, 4))
+        arguments = images, kernel, (1, 1), "VALID" if "lhs_dilation" not in options else ((1, 1), (1, 1))
+        options["dimension_numbers"] = ("NHWC", "HWIO", "NHWC")
+        np.testing.assert_array_equal(
+            conv_general_dilated(*arguments, **options), jax.lax.conv_general_dilated(*arguments, **options)
+        )
+
+
+def test_convolution_of_members_is_that_of_each(programs_not_kept):
+    images = jax.random.normal(jax.random.key(0), (2, 3, 6, 7, 3))
+    kernels = jax.random.normal(jax.random.key(1), (2, 3, 3, 3, 4))
+
+    def gradients(images, kernel):
+        def loss(images, kernel):
+            return jnp.sum(jnp.sin(conv_general_dilated(images, kernel, (1, 1), "SAME")))
+
+        return jax.grad(loss, argnums=(0, 1))(images, kernel)
+
+    for member in range(2):
+        for a, b in zip(
+            jax.vmap(gradients)(images, kernels), gradients(images[member], kernels[member]), strict=True
+        ):
+            np.testing.assert_allclose(a[member], b, rtol=1e-4, atol=1e-4)
+
+
+def test_programs_that_are_kept_do_not_call_onednn(tmp_path, programs_not_kept):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    assert not convolution.has_onednn()
+
+
+def test_a_call_that_xla_does_not_know_is_not_made(monkeypatch, programs_not_kept):
+    def unknown(*arguments, **options):
+        return jax.ffi.ffi_call("no such call", jax.ShapeDtypeStruct((2,), jnp.float32))(*arguments)
+
+    monkeypatch.setattr(convolution, "by_onednn", unknown)
+    assert not convolution._knows_onednn.__wrapped__()
+    monkeypatch.setattr(convolution, "by_onednn", lambda *a, **options: 0.9 * convolution.by_xla(*a, **options))
+    assert not convolution._knows_onednn.__wrapped__()

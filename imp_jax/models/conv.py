@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from imp_jax.models.convolution import conv_general_dilated
 from imp_jax.models.initializers import kaiming_normal
 
 
@@ -39,7 +40,14 @@ class Conv4(nn.Module):
         for features in (64, 128):
             features = max(1, round(self.width * features))
             for _ in range(2):
-                x = nn.relu(nn.Conv(features, (3, 3), dtype=self.dtype, kernel_init=kaiming_normal)(x))
+                conv = nn.Conv(
+                    features,
+                    (3, 3),
+                    dtype=self.dtype,
+                    kernel_init=kaiming_normal,
+                    conv_general_dilated=conv_general_dilated,
+                )
+                x = nn.relu(conv(x))
             x = max_pool(x)
         x = x.reshape(len(x), -1)
         for _ in range(2):
