@@ -4,8 +4,13 @@ XLA's convolutions on a CPU are fast at the top level of a program only, one net
 12868); everything else is faster as one large program.
 """
 
+import contextlib
 import functools
+import hashlib
+import os
+import platform
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +21,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from imp_jax.config import choose
+from imp_jax import models
+from imp_jax.config import choose, validate
 from imp_jax.devices import MEMBER
 
 
@@ -46,10 +52,44 @@ def choose_execution(config: ConfigDict, params: PyTree[jax.ShapeDtypeStruct]) -
       UserError: an unknown name.
     """
     auto = "scan_vmap"
-    if any(leaf.ndim == 4 for leaf in jax.tree.leaves(params)):
+    if has_convolutions(params):
         auto = "step_unroll" if jax.default_backend() == "cpu" else "scan_unroll"
     options = {"auto": EXECUTIONS[auto], **EXECUTIONS}
     return choose(options, "execution", config.execution)
+
+
+def has_convolutions(params: PyTree[jax.ShapeDtypeStruct]) -> bool:
+    """Whether some of these weights are kernels of images."""
+    return any(leaf.ndim == 4 for leaf in jax.tree.leaves(params))
+
+
+def keep_programs(config: ConfigDict) -> None:
+    """Have what this process compiles for a config kept on disk, up to a GiB, for the next one.
+
+    JAX's own setting, such as JAX_COMPILATION_CACHE_DIR, goes first. Else the folder is one in ~/.cache for
+    processors like this, as nodes that share a home may differ; and a CPU's programs with convolutions, which
+    cannot be kept (`models.convolution`), are not.
+
+    Raises:
+      UserError: see `config.validate` and `models.find`.
+    """
+    validate(config)
+    model = models.find(config.model.name)()
+    if jax.config.jax_compilation_cache_dir is not None or (
+        jax.default_backend() == "cpu" and has_convolutions(models.shapes(model, (32, 32, 3))["params"])
+    ):
+        return
+    processor = platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor += next(line for line in lines if line.startswith(("flags", "Features")))
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    folder = home / "imp_jax" / hashlib.sha256(processor.encode()).hexdigest()[:8]
+    with contextlib.suppress(OSError, RuntimeError):  # no home, or one that is read-only
+        folder.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_max_size", 2**30)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # of small programs there are many
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def alone(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:

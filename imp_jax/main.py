@@ -59,10 +59,12 @@ def main(argv):
 
 
 def _run(interruption):
-    from imp_jax import analysis, imp, processes
+    from imp_jax import analysis, execution, imp, processes
     from imp_jax.config import UserError
     from imp_jax.divergence import DivergedError
 
+    with contextlib.suppress(UserError):  # which imp.run says
+        execution.keep_programs(_CONFIG.value)
     try:
         imp.run(_CONFIG.value, _WORKDIR.value, interruption)
     except DivergedError:

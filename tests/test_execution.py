@@ -1,5 +1,7 @@
 """How steps and members become programs, on functions with a closed form."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from imp_jax import config as configs
 from imp_jax import models
 from imp_jax.config import UserError
-from imp_jax.execution import EXECUTIONS, choose_execution, collect, over_members, step_by_step
+from imp_jax.execution import EXECUTIONS, choose_execution, collect, keep_programs, over_members, step_by_step
 
 
 def test_convolutions_run_step_by_step_on_a_cpu():
@@ -22,6 +24,23 @@ def test_convolutions_run_step_by_step_on_a_cpu():
     assert chosen("conv4", "scan_unroll") == (True, True)
     with pytest.raises(UserError, match=r"execution is 'scan'; it should be one of auto, scan_vmap"):
         chosen("lenet", "scan")
+
+
+def test_programs_are_kept_in_a_folder_for_the_processor(tmp_path, monkeypatch, programs_not_kept):
+    def kept(name):
+        config = configs.default()
+        config.model.name = name
+        keep_programs(config)
+        return jax.config.jax_compilation_cache_dir
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (tmp_path / "file").touch()
+    assert kept("lenet") is None  # there is no place
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert kept("conv4") is None  # a CPU's convolutions
+    assert Path(kept("lenet")).parent == tmp_path / "imp_jax"
+    jax.config.update("jax_compilation_cache_dir", "the user's own")
+    assert kept("lenet") == "the user's own"
 
 
 @pytest.mark.parametrize("name", EXECUTIONS)

@@ -1,5 +1,6 @@
 """The command as a user types it, in processes of its own."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,19 @@ CONFIG = "--config=configs/mnist5k.py"
 W = "--workdir=W"  # W stands for a folder of the test's own
 
 
-def run(*arguments):
+def run(*arguments, env=None):
     command = [sys.executable, "-m", "imp_jax.main", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
     return done.returncode, done.stdout, done.stderr
+
+
+def at_home(path):
+    """The environment of a user whose caches are in a folder, with no setting of JAX."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("JAX_")} | {"XDG_CACHE_HOME": str(path)}
+
+
+QUICK = ("rounds=1", "epochs=1", "batch_size=500", "replicates=1")
+QUICK = [CONFIG, *(f"--config.{override}" for override in QUICK)]
 
 
 def test_help_needs_no_jax():
@@ -31,6 +41,19 @@ def test_help_needs_no_jax():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "--workdir" in done.stdout
+
+
+def test_a_second_start_compiles_nothing(tmp_path, data_dir):
+    results, programs = [], []
+    for workdir in (tmp_path / "first", tmp_path / "second"):
+        arguments = [*QUICK, f"--config.dataset.data_dir={data_dir}", f"--workdir={workdir}"]
+        code, _, stderr = run(*arguments, env=at_home(tmp_path))
+        assert (code, stderr) == (0, "")
+        results.append(pd.read_csv(workdir / "results.csv").drop(columns="seconds"))
+        programs.append(sorted(path.name for path in (tmp_path / "imp_jax").glob("*/*-cache")))
+    assert programs[0] == programs[1]
+    assert len(programs[0]) > 20
+    pd.testing.assert_frame_equal(*results, check_exact=True)
 
 
 def test_a_run_that_diverged_is_analysed_as_far_as_it_came(tmp_path, monkeypatch):
