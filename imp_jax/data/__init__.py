@@ -30,6 +30,7 @@ from imp_jax.data.augmentation import AUGMENTATIONS
 from imp_jax.data.mnist5k import Mnist5k
 from imp_jax.data.source import Source
 from imp_jax.data.streaming import Streamed
+from imp_jax.devices import cores
 
 BUILDERS = {"mnist5k": Mnist5k}
 SETS_OF_TFDS = ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn_cropped", "imagenet2012")  # for messages
@@ -128,7 +129,7 @@ def load(
         if streamed:
             source[0]  # a split without labels is said now, and not after a training
             splits.append(
-                Streamed(source, image_side, tuple(augmentation), _cores() if workers is None else workers)
+                Streamed(source, image_side, tuple(augmentation), cores() if workers is None else workers)
             )
         else:
             splits.append(InMemory(*map(jnp.asarray, source.read_all())))
@@ -206,11 +207,6 @@ def device_memory() -> int:
     """Bytes of memory of the first device; of a CPU, those of the machine."""
     statistics = jax.local_devices()[0].memory_stats() or {}
     return statistics.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _cores():
-    # those that Slurm gives to a task, where the system tells
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def _builder(name, data_dir):
