@@ -1,13 +1,17 @@
 """How fast this machine is: `python -m experiments.benchmark SUBJECT`.
 
-SUBJECT is lenet, conv4, resnet20, resnet50, analysis, repulsion, checkpoints, disk, throughput or scaling.
+SUBJECT is table, lenet, conv4, resnet20, resnet50, analysis, repulsion, checkpoints, disk, throughput or
+scaling.
+
+For table the training steps of all networks are timed, for conv4, resnet20 and resnet50 those of one: images/s,
+arithmetic and bytes moved as shares of the machine's peaks, compilation and memory (`experiments/steps.py`).
+With --torch the same steps of an eager PyTorch loop are timed in turn; --out keeps the table as JSON, and
+--compare sets it against an older one.
 
 For lenet the real thing is timed, `imp.rounds` of configs/mnist5k.py into a temporary workdir, from one round
 to the next: training, evaluation, pruning, checkpoint, results and figure. Recording goes on beside the next
-training, so the CPU time it takes from that training counts as training.
-
-For the others the training steps of their configs are timed, on random images in the real shapes: in memory
-with augmentation for CIFAR-10, and as they come from a stream, whose decoding is not timed, for ImageNet.
+training, so the CPU time it takes from that training counts as training. With --torch an eager PyTorch loop
+with the images in memory, and one with a DataLoader, are timed between the rounds.
 
 For analysis, a run of configs/mnist5k.py with trainings of one epoch is analysed again and again.
 
@@ -31,7 +35,6 @@ import argparse
 import contextlib
 import importlib
 import io
-import itertools
 import json
 import os
 import resource
@@ -41,20 +44,30 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import logging
 from ml_collections import ConfigDict
 
-from experiments import catalogue, cost, networks, scaling
+from experiments import catalogue, cost, networks, scaling, steps
 from experiments.runs import REPOSITORY, Run
 from experiments.scales import MINI, PAPER
 from imp_jax.config import UserError
 from imp_jax.records import write_atomically
 
-NETWORKS = ("conv4", "resnet20", "resnet50")  # whose steps are timed
-SUBJECTS = ("lenet", *NETWORKS, "analysis", "repulsion", "checkpoints", "disk", "throughput", "scaling")
+NETWORKS = ("conv4", "resnet20", "resnet50")
+SUBJECTS = (
+    "table",
+    "lenet",
+    *NETWORKS,
+    "analysis",
+    "repulsion",
+    "checkpoints",
+    "disk",
+    "throughput",
+    "scaling",
+)
 
 
 def main():
@@ -75,14 +88,16 @@ def main():
     parser.add_argument(
         "--epochs", type=int, help="lenet, repulsion, checkpoints: of a training (default: the config's)"
     )
-    parser.add_argument("--steps", type=int, default=4, help="others: steps of a timing (default: 4)")
-    parser.add_argument("--members", type=int, default=2, help="others: networks side by side (default: 2)")
-    parser.add_argument("--batch_size", type=int, help="others: default is the config's")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="others: default is the config's")
-    parser.add_argument("--execution", default="auto", help="others: as in the config (default: auto)")
+    parser.add_argument("--steps", type=int, help="table, conv4 and so on: of a timing")
+    parser.add_argument("--members", type=int, help="table, conv4 and so on: networks side by side")
+    parser.add_argument("--batch_size", type=int, help="table, conv4 and so on: default is the config's")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="likewise")
+    parser.add_argument("--execution", help="likewise")
     parser.add_argument(
-        "--torch", action="store_true", help="conv4, resnet20: eager PyTorch in turn, on the CPU"
+        "--torch", action="store_true", help="table, lenet, conv4, resnet20: eager PyTorch in turn, on the CPU"
     )
+    parser.add_argument("--out", metavar="FILE", help="table, conv4 and so on: keep it as JSON")
+    parser.add_argument("--compare", metavar="FILE", help="table, conv4 and so on: ratios to what --out kept")
     parser.add_argument(
         "--record", metavar="DEVICE", help="throughput: write it to experiments/throughput.json"
     )
@@ -93,12 +108,12 @@ def main():
             sys.exit(f"error: --{name} is {value}; it should be at least 1")
     logging.set_verbosity(logging.ERROR)
     try:
-        if arguments.torch and arguments.subject not in ("conv4", "resnet20"):
+        if arguments.torch and arguments.subject not in ("table", *steps.IN_TORCH):
             raise UserError(
-                f"--torch is for conv4 and resnet20; there is no {arguments.subject} in PyTorch here"
+                f"--torch is for table, {', '.join(steps.IN_TORCH)}; there is no {arguments.subject} in PyTorch"
             )
         if arguments.subject == "lenet":
-            benchmark_rounds(arguments.rounds or 8, arguments.epochs)
+            benchmark_rounds(arguments.rounds or 8, arguments.epochs, arguments.torch)
         elif arguments.subject == "analysis":
             benchmark_analysis(arguments.rounds or 25, arguments.repeats or 5)
         elif arguments.subject == "repulsion":
@@ -112,129 +127,61 @@ def main():
         elif arguments.subject == "scaling":
             scaling.benchmark(arguments.repeats or 3)
         else:
-            benchmark_steps(arguments)
+            names = list(steps.ROWS) if arguments.subject == "table" else [arguments.subject]
+            asked = ("members", "batch_size", "steps", "dtype", "execution")
+            options = [f"--{name}={value}" for name in asked if (value := getattr(arguments, name))]
+            keep = {"out": arguments.out, "old": arguments.compare}
+            steps.benchmark(names, options, arguments.repeats or 5, arguments.torch, **keep)
     except UserError as error:
         sys.exit(f"error: {error}")
 
 
-def benchmark_rounds(timed_rounds: int, epochs: int | None) -> None:
-    """Time `timed_rounds` rounds of configs/mnist5k.py and print the table."""
-    from imp_jax import data, imp
+def benchmark_rounds(timed_rounds: int, epochs: int | None, torch: bool) -> None:
+    """Time `timed_rounds` rounds of configs/mnist5k.py, in turn with eager PyTorch if asked to."""
+    from imp_jax import data, devices, imp
 
+    devices.divide_cpu()
     config = main_job(timed_rounds + 2, epochs)
     examples = data.load(config.dataset.name, config.dataset.data_dir).train.examples
     members = len(config.arms) * config.replicates
     images = members * config.epochs * (examples // config.batch_size) * config.batch_size
+    contenders = steps.torch_contenders("lenet", 1, 200, config.batch_size) if torch else {}
+    theirs = {name: [] for name in contenders}
 
     with tempfile.TemporaryDirectory() as workdir:
-        times, trainings = [time.perf_counter()], []
+        spans, trainings, start = [], [], time.perf_counter()
         for rows in imp.rounds(config, workdir):
-            times.append(time.perf_counter())
+            spans.append(time.perf_counter() - start)
             trainings.append(rows[0]["seconds"])
-    # a round is handed over once the next has trained, beside its recording: the first interval holds
+            if contenders:
+                time.sleep(1)  # the round is being recorded
+            for name, train in contenders.items():
+                start = time.perf_counter()
+                train()
+                theirs[name].append(200 * config.batch_size / (time.perf_counter() - start))
+            start = time.perf_counter()
+    # a round is handed over once the next has trained, beside its recording: the first span holds
     # two trainings and the compilation, the last none
-    first, *rounds, _ = [end - start for start, end in itertools.pairwise(times)]
+    first, *rounds, _ = spans
     trainings = trainings[2:]
     other = [1 - training / whole for training, whole in zip(trainings, rounds, strict=True)]
+    rates = [images / seconds for seconds in rounds]
 
     print_table(
         f"configs/mnist5k.py, {members} members",
         {
-            "images/s, all members, whole round": ([images / seconds for seconds in rounds], "{:,.0f}"),
+            "images/s, all members, whole round": (rates, "{:,.0f}"),
             "images/s, all members, training": ([images / seconds for seconds in trainings], "{:,.0f}"),
             "seconds a round": (rounds, "{:.2f}"),
             "share of a round not training": (other, "{:.1%}"),
             "start, data, compilation (s)": ([first - 2 * statistics.median(rounds)], "{:.2f}"),
-        },
-    )
-
-
-def benchmark_steps(arguments: argparse.Namespace) -> None:
-    """Time training steps of a convolutional network and print the table."""
-    config = importlib.import_module(f"configs.{arguments.subject}").get_config()
-    config.batch_size = arguments.batch_size or config.batch_size
-    config.dtype = arguments.dtype or config.dtype
-    config.execution = arguments.execution
-    members, steps, batch_size = arguments.members, arguments.steps, config.batch_size
-    ours, execution = stepper(config, members, steps)
-
-    contenders = {"imp_jax": ours} | (torch_contenders(arguments, batch_size) if arguments.torch else {})
-    seconds = {name: [] for name in contenders}
-    for _ in range(1 + (arguments.repeats or 5)):
-        for name, train in contenders.items():
-            start = time.perf_counter()
-            train()
-            seconds[name].append((time.perf_counter() - start) / steps)
-    compiling = seconds["imp_jax"][0]
-    seconds = {name: times[1:] for name, times in seconds.items()}
-    ours, *others = seconds.values()
-
-    of = f"{arguments.subject}, {members} member{'s' * (members > 1)}, batch {batch_size}, {config.dtype}"
-    print_table(
-        f"{of}, {execution}",
-        {
-            "images/s, all members": ([members * batch_size / s for s in ours], "{:,.0f}"),
-            "step of all members (ms)": ([1e3 * s for s in ours], "{:,.1f}"),
-            "compilation (s)": ([steps * (compiling - statistics.median(ours))], "{:.1f}"),
         }
+        | {f"images/s of {name}": (values[1:-1], "{:,.0f}") for name, values in theirs.items()}
         | {
-            f"our time over that of {name}": ([a / b for a, b in zip(ours, times, strict=True)], "{:.2f}")
-            for name, times in zip(list(seconds)[1:], others, strict=True)
+            f"whole round × {name}": ([a / b for a, b in zip(rates, values[1:-1], strict=True)], "{:.1f}")
+            for name, values in theirs.items()
         },
     )
-
-
-def stepper(config: ConfigDict, members: int, steps: int) -> tuple[Callable[[], None], str]:
-    """A call that trains `members` networks of a config by `steps` on random images; its execution's name."""
-    import jax
-    from jax.sharding import NamedSharding
-    from jax.sharding import PartitionSpec as P
-
-    from imp_jax import config as configs
-    from imp_jax import data, devices, execution, experiment, masking, models, training
-
-    configs.validate(config)
-    batch_size = config.batch_size
-    streamed = config.dataset.name == "imagenet2012"
-    _, image_shape, num_classes = networks.SETS[config.dataset.name]
-
-    model = models.create(config, num_classes, image_shape)
-    recipe = training.Recipe(
-        model,
-        training.make_optimizer(config),
-        normalize=data.Normalize((0.5,), (0.25,)),
-        augmentation=data.USUAL_AUGMENTATION.get(config.dataset.name, ()) if not streamed else (),
-        execution=execution.choose_execution(config, models.shapes(model, image_shape)["params"]),
-    )
-    key = jax.random.key(0)
-    keys = jax.random.split(key, members)
-    image = jax.numpy.zeros((1, *image_shape))
-    variables = jax.jit(jax.vmap(lambda key: dict(model.init(key, image, train=False))))(keys)
-    masks = masking.ones_like(variables["params"])
-    states = training.init_states(variables, masks, optimizer=recipe.optimizer)
-    mesh = devices.make_mesh(config, members)
-    recipe = experiment.recipe_on_mesh(recipe, mesh)
-    states, masks, keys = devices.spread((states, masks, keys), mesh)
-    rates = training.learning_rates(config, steps)[0]
-    leading = (members, batch_size) if streamed else (steps * batch_size,)
-    images = jax.random.bits(key, (*leading, *image_shape), "uint8")
-    labels = jax.random.randint(key, leading, 0, num_classes)
-    if mesh is not None:
-        where = P(devices.MEMBER, devices.DATA) if streamed else P()
-        images, labels = jax.device_put((images, labels), NamedSharding(mesh, where))
-
-    def train():
-        nonlocal states
-        if streamed:
-            batches = itertools.repeat((images, labels))
-            states, _ = training.train_on_stream(states, masks, batches, rates, recipe=recipe)
-        else:
-            split = data.InMemory(images, labels)
-            options = {"batch_size": batch_size, "recipe": recipe}
-            states, _ = training.train_steps(states, masks, split, keys, 0, 0, rates, **options)
-        jax.block_until_ready(states)
-
-    return train, next(name for name, value in execution.EXECUTIONS.items() if value == recipe.execution)
 
 
 def benchmark_throughput(
@@ -243,6 +190,9 @@ def benchmark_throughput(
     """Time all networks at the batch sizes of the figures, and whole runs; print the table, and `record` it."""
     import jax
 
+    from imp_jax import devices
+
+    devices.divide_cpu()
     on_cpu = jax.default_backend() == "cpu"
     speeds, table = {}, {}
     for name in names:
@@ -254,14 +204,14 @@ def benchmark_throughput(
             config = importlib.import_module(f"configs.{name}").get_config()
             config.batch_size = size
             members = config.replicates * len(config.arms)
-            steps = 60 if name == "lenet" else 4
-            train, _ = stepper(config, members, steps)
+            count = 60 if name == "lenet" else 4
+            train, _ = steps.stepper(config, members, count)
             times = []
             for _ in range(1 + repeats):
                 start = time.perf_counter()
                 train()
                 times.append(time.perf_counter() - start)
-            rates = [members * steps * size / seconds for seconds in times[1:]]
+            rates = [members * count * size / seconds for seconds in times[1:]]
             speeds.setdefault(name, {})[str(size)] = round(statistics.median(rates), 1)
             table[f"{name}, batch {size}, {members} members (images/s)"] = (rates, "{:,.0f}")
 
@@ -498,32 +448,6 @@ def print_stores(title: str, parameters: int, stores: list[tuple[int, ...]]) -> 
             f"{4 * number * parameters / 1e6:,.2f}",
         )
     Console(soft_wrap=True).print(table)
-
-
-def torch_contenders(arguments: argparse.Namespace, batch_size: int) -> dict[str, Callable[[], None]]:
-    """The same number of steps of as many networks in eager PyTorch, in both layouts, on all cores."""
-    try:
-        import torch
-
-        from experiments import torch_reference
-    except ImportError as error:
-        raise UserError('--torch needs PyTorch: pip install -e ".[bench]"') from error
-    torch.set_num_threads(os.cpu_count())
-    examples, count = arguments.steps * batch_size, arguments.steps * arguments.members
-
-    def contender(memory_format):
-        step = torch_reference.stepper(arguments.subject, batch_size, examples, memory_format)
-
-        def train():
-            for _ in range(count):
-                step()
-
-        return train
-
-    return {
-        "PyTorch": contender(torch.contiguous_format),
-        "PyTorch, channels last": contender(torch.channels_last),
-    }
 
 
 def print_table(title: str, quantities: dict[str, tuple[list[float], str]]) -> None:

@@ -96,7 +96,7 @@ def main() -> None:
 
     import importlib
 
-    from experiments.benchmark import stepper
+    from experiments.steps import stepper
 
     config = importlib.import_module(f"configs.{arguments.network}").get_config()
     members, config.batch_size = arguments.members, arguments.batch_size

@@ -1,10 +1,12 @@
-"""The training steps of Conv-4 and ResNet-20 in eager PyTorch, to be timed beside ours: `benchmark --torch`."""
+"""The training steps of LeNet, Conv-4 and ResNet-20 in eager PyTorch, to be timed beside ours: `--torch`."""
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
 
 
 class Block(nn.Module):
@@ -39,35 +41,91 @@ def conv4():
             layers += [nn.Conv2d(inputs, outputs, 3, 1, 1), nn.ReLU()]
             inputs = outputs
         layers.append(nn.MaxPool2d(2))
-    layers += [
-        nn.Flatten(),
-        nn.Linear(8192, 256),
-        nn.ReLU(),
-        nn.Linear(256, 256),
-        nn.ReLU(),
-        nn.Linear(256, 10),
-    ]
-    return nn.Sequential(*layers)
+    return nn.Sequential(*layers, nn.Flatten(), *dense(8192, 256, 256, 10))
 
 
-NETWORKS = {"conv4": conv4, "resnet20": resnet20}
+def lenet():
+    return nn.Sequential(nn.Flatten(), *dense(784, 300, 100, 10))
 
 
-def stepper(network: str, batch_size: int, examples: int, memory_format: torch.memory_format):
-    """A function that takes one masked momentum step on a batch gathered from images in memory.
+def dense(*widths):
+    """Layers of these widths with rectifiers between them."""
+    layers = [layer for pair in itertools.pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
+    return layers[:-1]
+
+
+def momentum(parameters):
+    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=1e-5)
+
+
+def adam(parameters):
+    return torch.optim.Adam(parameters, lr=12e-4)
+
+
+NETWORKS = {  # with optimizer and image shape
+    "lenet": (lenet, adam, (1, 28, 28)),
+    "conv4": (conv4, momentum, (3, 32, 32)),
+    "resnet20": (resnet20, momentum, (3, 32, 32)),
+}
+
+
+class Images(Dataset):
+    """Images fetched, and made floats, one by one, as in most code."""
+
+    def __init__(self, images, labels):
+        self.images, self.labels = images, labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return self.images[index].float() / 255, self.labels[index]
+
+
+def steppers(network: str, batch_size: int, examples: int) -> dict[str, Callable[[], float]]:
+    """Functions that take one masked step on random images, by how these come and lie in memory.
 
     Normalised like ours; not augmented, which would only make it slower.
     """
-    model = NETWORKS[network]().to(memory_format=memory_format)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-5)
-    masks = [torch.ones_like(parameter) for parameter in model.parameters()]
-    images = torch.randint(0, 256, (examples, 3, 32, 32), dtype=torch.uint8).to(memory_format=memory_format)
+    _, _, shape = NETWORKS[network]
+    examples = max(examples, 4 * batch_size)
+    images = torch.randint(0, 256, (examples, *shape), dtype=torch.uint8)
     labels = torch.randint(0, 10, (examples,))
 
+    def in_memory(memory_format):
+        there = images.to(memory_format=memory_format)
+
+        def batch():
+            chosen = torch.randint(0, examples, (batch_size,))
+            return (there[chosen].float() / 255 - 0.5) / 0.25, labels[chosen]
+
+        return masked_step(network, batch, memory_format)
+
+    if network == "lenet":
+        loader = DataLoader(Images(images, labels), batch_size, shuffle=True, drop_last=True)
+        batches = itertools.chain.from_iterable(itertools.repeat(loader))
+        return {
+            "PyTorch": in_memory(torch.contiguous_format),
+            "PyTorch with DataLoader": masked_step(network, lambda: next(batches), torch.contiguous_format),
+        }
+    return {
+        "PyTorch": in_memory(torch.contiguous_format),
+        "PyTorch, channels last": in_memory(torch.channels_last),
+    }
+
+
+def masked_step(
+    network: str, batch: Callable[[], tuple[torch.Tensor, torch.Tensor]], memory_format: torch.memory_format
+) -> Callable[[], float]:
+    """A function that takes one step on what `batch` gives, in which no masked weight moves."""
+    make, optimizer, _ = NETWORKS[network]
+    model = make().to(memory_format=memory_format)
+    optimizer = optimizer(model.parameters())
+    masks = [torch.ones_like(parameter) for parameter in model.parameters()]
+
     def step():
-        batch = torch.randint(0, examples, (batch_size,))
-        x = (images[batch].float() / 255 - 0.5) / 0.25
-        loss = functional.cross_entropy(model(x.to(memory_format=memory_format)), labels[batch])
+        images, labels = batch()
+        loss = functional.cross_entropy(model(images.to(memory_format=memory_format)), labels)
         optimizer.zero_grad()
         loss.backward()
         for parameter, mask in zip(model.parameters(), masks, strict=True):

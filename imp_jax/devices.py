@@ -7,6 +7,7 @@ Networks, masks and earlier optima lie with their members and are the same along
 Between trainings every process has all networks in its own memory, as NumPy arrays.
 """
 
+import contextlib
 import os
 
 import jax
@@ -31,12 +32,13 @@ def cores() -> int:
 def divide_cpu() -> None:
     """Have a CPU count as a device a core, for members that train beside each other; before JAX computes.
 
-    They share its threads, and where one waits another goes on: LeNet trains in 0.8 of the time on two cores. What
-    the user has set stays, and one of several processes remains one device.
+    They share its threads, and where one waits another goes on: LeNet trains in 0.8 of the time on two cores.
+    What the user has set stays, and one of several processes remains one device.
     """
     asked = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not asked and jax.config.jax_num_cpu_devices < 0 and not jax.distributed.is_initialized():
-        jax.config.update("jax_num_cpu_devices", cores())
+        with contextlib.suppress(RuntimeError):  # JAX has computed, as in a notebook
+            jax.config.update("jax_num_cpu_devices", cores())
 
 
 def make_mesh(config: ConfigDict, members: int) -> Mesh | None:

@@ -1,3 +1,4 @@
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -5,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from experiments import benchmark as bench
-from experiments import cost
+from experiments import cost, steps
 from experiments.scales import MINI
+from imp_jax.config import UserError
 
 
 def benchmark(*arguments):
@@ -23,12 +25,60 @@ def test_the_lenet_benchmark_prints_its_table():
         assert quantity in done.stdout
 
 
-def test_the_benchmark_of_steps_prints_its_table():
-    done = benchmark("conv4", "--members=1", "--batch_size=4", "--steps=2", "--repeats=2")
+def test_the_table_of_steps_is_kept_and_compared(tmp_path):
+    arguments = ("conv4", "--members=1", "--batch_size=4", "--steps=2", "--repeats=2")
+    kept = str(tmp_path / "table.json")
+    done = benchmark(*arguments, f"--out={kept}")
     assert done.returncode == 0, done.stderr
-    assert "conv4, 1 member, batch 4, float32, step_unroll on" in done.stdout
-    for quantity in ("images/s, all members", "step of all members", "compilation", "host memory"):
+    for quantity in ("conv4: 1 × 4, float32", "images/s of all", "of peak", "586.30 MFLOP"):
         assert quantity in done.stdout
+    row = steps.read(kept)["rows"]["conv4"]
+    assert len(row["images_per_second"]) == 2
+    assert row["compilation"] > 0.1
+    assert row["memory"] > 0.1
+    assert row["peak_flops"] > 1e9
+    assert row["peak_bytes"] > 1e8
+
+
+def test_two_tables_are_compared_by_their_medians(capsys):
+    def table(rates, compilation, machine="this"):
+        row = {"images_per_second": rates, "compilation": compilation, "memory": 2.0}
+        row |= {"machine": machine, "members": 6, "batch_size": 60, "dtype": "float32"}
+        return {"date": "2026-11-24", "rows": {"lenet": row}}
+
+    steps.print_ratios(table([90, 100, 110], 4.0), table([140, 150, 180], 2.0))
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "lenet" in line)
+    assert [cell.strip() for cell in line.split("│")[1:-1]] == ["lenet", "1.50", "0.50", "1.00"]
+    steps.print_ratios(table([1], 4.0, "another"), table([1], 2.0))
+    assert "not the same work, or machine" in capsys.readouterr().out
+
+
+def test_the_work_of_a_step_is_that_of_its_layers():
+    def work(name, **overrides):
+        config = importlib.import_module(f"configs.{name}").get_config()
+        config.update(overrides)
+        return steps.work_of(config)
+
+    weights, biases = 784 * 300 + 300 * 100 + 100 * 10, 410
+    lenet = work("lenet")
+    assert lenet.flops == 2 * (3 * weights - 784 * 300)
+    assert lenet.activations == 6 * 410 * 4
+    parameters = weights + biases
+    assert (
+        lenet.state == 2 * 4 * (parameters + (2 * parameters + 1) + parameters) + parameters
+    )  # and Adam's count
+
+    stem, stages = 9 * 3 * 16 * 32**2, (6 * 16 * 16 + 0) * 9 * 32**2
+    stages += (16 * 32 + 5 * 32 * 32) * 9 * 16**2 + (32 * 64 + 5 * 64 * 64) * 9 * 8**2
+    resnet20 = work("resnet20", dtype="bfloat16")
+    assert resnet20.flops == 2 * (3 * (stem + stages + 640) - stem)
+    assert resnet20.activations == 9 * 2 * (7 * 16 * 32**2 + 6 * 32 * 16**2 + 6 * 64 * 8**2 + 10)
+
+
+def test_there_may_be_no_pytorch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match="--torch needs PyTorch: pip install"):
+        steps.torch_contenders("lenet", 1, 1, 60)
 
 
 def test_the_benchmark_of_analyses_prints_its_table():
@@ -79,7 +129,8 @@ def test_the_benchmark_of_repulsion_prints_its_tables():
     [
         (("conv4", "--steps=0"), "error: --steps is 0; it should be at least 1"),
         (("conv4", "--execution=loop"), "error: execution is 'loop'; it should be one of auto"),
-        (("lenet", "--torch"), "error: --torch is for conv4 and resnet20"),
+        (("resnet50", "--torch"), "error: --torch is for table, lenet, conv4, resnet20"),
+        (("table", "--compare=absent.json"), "error: --compare is 'absent.json', which cannot be read"),
     ],
 )
 def test_bad_arguments_are_one_sentence(arguments, sentence):

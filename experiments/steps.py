@@ -1,0 +1,409 @@
+"""Training steps of all networks, timed: `python -m experiments.benchmark table`, or that of one network.
+
+Each network is timed in a process of its own, on random images in the real shapes: in memory with augmentation
+for CIFAR-10, and as they come from a stream, whose decoding is not timed, for ImageNet. The machine's peaks, of
+a large matrix product and of a copy, are measured in the same process.
+"""
+
+import argparse
+import datetime
+import functools
+import importlib
+import itertools
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from experiments import networks
+from experiments.runs import REPOSITORY
+from imp_jax.config import UserError
+from imp_jax.records import write_atomically
+
+ROUND = 8  # of which the row of repulsion is: so many rounds are behind it, and optima in its store
+
+
+class Row(NamedTuple):
+    config: str
+    steps: int  # of a timing
+    members_on_cpu: int | None = None  # where those of the config would take long
+    batch_on_cpu: int | None = None
+    strength: float = 0.0  # of repulsion
+
+
+ROWS = {
+    "lenet": Row("mnist5k", 60),
+    "repulsion": Row("mnist5k", 60, strength=2.0),
+    "conv4": Row("conv4", 4, members_on_cpu=2),
+    "resnet20": Row("resnet20", 4, members_on_cpu=2),
+    "resnet50": Row("resnet50", 2, batch_on_cpu=16),
+}
+IN_TORCH = ("lenet", "conv4", "resnet20")
+
+
+def benchmark(
+    names: Sequence[str], options: Sequence[str], repeats: int, torch: bool, out: str | None, old: str | None
+) -> None:
+    """Time the rows `names`, print their table, keep it as JSON in `out`, and compare it with `old`.
+
+    Args:
+      options: of `main`, the same for all.
+
+    Raises:
+      UserError: `old` is not such a table.
+    """
+    before = read(old) if old else None
+    rows = {}
+    for name in names:
+        asked = [*options, *(["--torch"] if torch and name in IN_TORCH else [])]
+        command = [sys.executable, "-m", "experiments.steps", name, f"--repeats={repeats}", *asked]
+        done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, check=False)
+        if done.returncode:  # it has said why
+            sys.exit(done.returncode)
+        rows[name] = json.loads(done.stdout.splitlines()[-1])
+    print_table(rows)
+    table = {"date": datetime.date.today().isoformat(), "rows": rows}
+    if before:
+        print_ratios(before, table)
+    if out:
+        write_atomically(Path(out), json.dumps(table, indent=2) + "\n")
+        print(f"kept as {out}")
+
+
+def read(path: str) -> dict:
+    """The table that `benchmark` kept as JSON.
+
+    Raises:
+      UserError: it cannot be read, or is not one.
+    """
+    try:
+        table = json.loads(Path(path).read_text())
+        [row["images_per_second"] for row in table["rows"].values()]
+        return table
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"--compare is {path!r}, which cannot be read as a table of --out: {type(error).__name__}: {error}"
+        ) from error
+
+
+def print_table(rows: dict[str, dict]) -> None:
+    """A line a network: medians, with minimum and maximum of the images/s."""
+    from rich.console import Console
+    from rich.table import Table
+
+    first = next(iter(rows.values()))
+    title = f"training steps on {first['machine']}, {first['versions']}"
+    table = Table(
+        "members × batch", "images/s of all (min to max)", "step (ms)", "TFLOP/s", "of peak", title=title
+    )
+    for heading in ("GB/s", "of peak", "compilation (s)", "memory (GiB)"):
+        table.add_column(heading)
+    leads = list(dict.fromkeys(contender for row in rows.values() for contender in row["lead"]))
+    for contender in leads:
+        table.add_column(f"× {contender}")
+    for name, row in rows.items():
+        rates = row["images_per_second"]
+        rate = statistics.median(rates)
+        flops, moved = rate * row["flops_per_image"], rate * row["bytes_per_image"]
+        lead = [row["lead"].get(contender, []) for contender in leads]
+        table.add_row(
+            f"{name}: {row['members']} × {row['batch_size']}, {row['dtype']}",
+            f"{rate:,.0f} ({min(rates):,.0f} to {max(rates):,.0f})",
+            f"{1e3 * row['members'] * row['batch_size'] / rate:,.2f}",
+            f"{flops / 1e12:.3f}",
+            f"{flops / row['peak_flops']:.0%}",
+            f"{moved / 1e9:,.1f}",
+            f"{moved / row['peak_bytes']:.0%}",
+            f"{row['compilation']:.1f}",
+            f"{row['memory']:.2f}",
+            *(f"{statistics.median(values):.2f}" if values else "" for values in lead),
+        )
+    Console(width=200).print(table)
+    for name, row in rows.items():
+        print(
+            f"{name}: {row['execution']}; {row['flops_per_image'] / 1e6:,.2f} MFLOP and at least "
+            f"{row['bytes_per_image'] / 1e6:,.3f} MB an image; peaks {row['peak_flops'] / 1e12:.2f} TFLOP/s, "
+            f"{row['peak_bytes'] / 1e9:,.0f} GB/s"
+        )
+
+
+def print_ratios(before: dict, now: dict) -> None:
+    """What changed between two tables, as ratios of medians."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("now over then", "images/s", "compilation", "memory", title=f"compared with {before['date']}")
+    for name in now["rows"].keys() & before["rows"].keys():
+        row, old = now["rows"][name], before["rows"][name]
+        alike = all(row[k] == old[k] for k in ("machine", "members", "batch_size", "dtype"))
+        table.add_row(
+            name + ("" if alike else " (not the same work, or machine)"),
+            f"{statistics.median(row['images_per_second']) / statistics.median(old['images_per_second']):.2f}",
+            f"{row['compilation'] / old['compilation']:.2f}" if old["compilation"] > 0 else "",
+            f"{row['memory'] / old['memory']:.2f}",
+        )
+    Console(soft_wrap=True).print(table)
+
+
+def main() -> None:
+    """Time one row, and print it as a line of JSON; `benchmark` starts this."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.steps", description=main.__doc__)
+    parser.add_argument("name", choices=ROWS)
+    for name in ("repeats", "members", "batch_size", "steps"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--dtype")
+    parser.add_argument("--execution")
+    parser.add_argument("--torch", action="store_true")
+    try:
+        print(json.dumps(timed(parser.parse_args())))
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def timed(arguments: argparse.Namespace) -> dict:
+    """A row of the table: what was timed, and all it took."""
+    import jax
+
+    from imp_jax import devices
+
+    devices.divide_cpu()
+    row, on_cpu = ROWS[arguments.name], jax.default_backend() == "cpu"
+    config = importlib.import_module(f"configs.{row.config}").get_config()
+    config.repulsion.strength = row.strength
+    config.batch_size = arguments.batch_size or (on_cpu and row.batch_on_cpu) or config.batch_size
+    config.dtype = arguments.dtype or config.dtype
+    config.execution = arguments.execution or config.execution
+    of_config = config.replicates * len(config.arms)
+    members = arguments.members or (on_cpu and row.members_on_cpu) or of_config
+    steps = arguments.steps or row.steps
+    ours, execution = stepper(config, members, steps, earlier=ROUND if row.strength else 0)
+
+    contenders = {"imp_jax": ours}
+    if arguments.torch:
+        contenders |= torch_contenders(arguments.name, members, steps, config.batch_size)
+    seconds = {name: [] for name in contenders}
+    for _ in range(1 + (arguments.repeats or 5)):
+        for name, train in contenders.items():
+            start = time.perf_counter()
+            train()
+            seconds[name].append(time.perf_counter() - start)
+    first, *times = seconds.pop("imp_jax")
+    on_device = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    memory = on_device or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    work = work_of(config)
+    peak_flops, peak_bytes = peaks(config.dtype)
+    return {
+        "machine": f"{jax.devices()[0].device_kind}, {machine()}",
+        "versions": f"JAX {jax.__version__}, Python {platform.python_version()}",
+        "members": members,
+        "batch_size": config.batch_size,
+        "dtype": config.dtype,
+        "execution": execution,
+        "images_per_second": [members * steps * config.batch_size / s for s in times],
+        "compilation": first - statistics.median(times),
+        "memory": memory / 2**30,
+        "flops_per_image": work.flops,
+        "bytes_per_image": work.activations + work.state / config.batch_size,
+        "peak_flops": peak_flops,
+        "peak_bytes": peak_bytes,
+        "lead": {
+            name: [theirs / own for theirs, own in zip(taken[1:], times, strict=True)]
+            for name, taken in seconds.items()
+        },
+    }
+
+
+def stepper(config: ConfigDict, members: int, steps: int, earlier: int = 0) -> tuple[Callable[[], None], str]:
+    """A call that trains `members` networks of a config by `steps` on random images; its execution's name.
+
+    Args:
+      earlier: of so many rounds' optima, pruned as the config says, repulsion keeps them away.
+    """
+    import jax
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    from imp_jax import config as configs
+    from imp_jax import data, devices, execution, experiment, masking, models, pruning, repulsion, training
+
+    configs.validate(config)
+    batch_size = config.batch_size
+    streamed = config.dataset.name == "imagenet2012"
+    _, image_shape, num_classes = networks.SETS[config.dataset.name]
+
+    model = models.create(config, num_classes, image_shape)
+    recipe = training.Recipe(
+        model,
+        training.make_optimizer(config),
+        normalize=data.Normalize((0.5,), (0.25,)),
+        augmentation=data.USUAL_AUGMENTATION.get(config.dataset.name, ()) if not streamed else (),
+        repulsion_strength=config.repulsion.strength,
+        execution=execution.choose_execution(config, models.shapes(model, image_shape)["params"]),
+    )
+    key = jax.random.key(0)
+    keys = jax.random.split(key, members)
+    image = jax.numpy.zeros((1, *image_shape))
+    initialize = jax.jit(jax.vmap(lambda key: dict(model.init(key, image, train=False))))
+    variables = initialize(keys)
+    masks, optima = masking.ones_like(variables["params"]), None
+    for number in range(earlier):
+        optimum = initialize(jax.random.split(jax.random.fold_in(key, number), members))["params"]
+        optimum = masking.apply(optimum, masks)
+        prune = functools.partial(pruning.prune_by_magnitude, fraction=config.pruning.fraction)
+        masks, _ = jax.vmap(prune)(optimum, masks)
+        optima = repulsion.remember(optima, optimum, masks, most=config.rounds - 1)
+    states = training.init_states(variables, masks, optimizer=recipe.optimizer)
+    mesh = devices.make_mesh(config, members)
+    recipe = experiment.recipe_on_mesh(recipe, mesh)
+    states, masks, keys, optima = devices.spread((states, masks, keys, optima), mesh)
+    rates = training.learning_rates(config, steps)[0]
+    leading = (members, batch_size) if streamed else (steps * batch_size,)
+    images = jax.random.bits(key, (*leading, *image_shape), "uint8")
+    labels = jax.random.randint(key, leading, 0, num_classes)
+    if mesh is not None:
+        where = P(devices.MEMBER, devices.DATA) if streamed else P()
+        images, labels = jax.device_put((images, labels), NamedSharding(mesh, where))
+
+    def train():
+        nonlocal states
+        if streamed:
+            batches = itertools.repeat((images, labels))
+            states, _ = training.train_on_stream(states, masks, batches, rates, optima, recipe=recipe)
+        else:
+            split = data.InMemory(images, labels)
+            options = {"batch_size": batch_size, "recipe": recipe}
+            states, _ = training.train_steps(states, masks, split, keys, 0, 0, rates, optima, **options)
+        jax.block_until_ready(states)
+
+    return train, next(name for name, value in execution.EXECUTIONS.items() if value == recipe.execution)
+
+
+class Work(NamedTuple):
+    """What a training step of a member does at least."""
+
+    flops: float  # of an image: multiplications and additions of matrix products and convolutions
+    activations: float  # bytes an image moves: see `work_of`
+    state: float  # bytes a step moves besides: weights, optimizer, gradient and mask
+
+
+def work_of(config: ConfigDict) -> Work:
+    """The work of a step, from the shapes of the layers that have kernels.
+
+    Products: forward, by the weights, and by the inputs but in the first layer. Bytes: with all between two
+    products done as they are read, a layer's output is written once, read by the next layer and once more
+    backwards; its gradient is written once and read by both products: 6 times its size. Where it is normalised,
+    statistics read it once more before, and those of its gradient read both: 9 times. Weights and moments are
+    read and written, the gradient too, and the mask is read.
+    """
+    import jax
+    from flax import traverse_util
+
+    from imp_jax import models, training
+
+    _, image_shape, classes = networks.SETS[config.dataset.name]
+    model = models.create(config, classes, image_shape)
+    variables = models.shapes(model, image_shape)
+    image = jax.ShapeDtypeStruct((1, *image_shape), "float32")
+    _, seen = jax.eval_shape(
+        lambda variables, image: model.apply(
+            variables, image, capture_intermediates=True, mutable=["intermediates"]
+        ),
+        variables,
+        image,
+    )
+    outputs = traverse_util.flatten_dict(seen["intermediates"])
+    kernels = {
+        path[:-1]: leaf
+        for path, leaf in traverse_util.flatten_dict(variables["params"]).items()
+        if path[-1] == "kernel"
+    }
+    sizes = {path: math.prod(outputs[(*path, "__call__")][0].shape) for path in kernels}
+    products = {path: 2 * sizes[path] * math.prod(kernel.shape[:-1]) for path, kernel in kernels.items()}
+    of_images = (
+        math.prod(image_shape),
+        image_shape[-1],
+    )  # inputs of the first layer, by kernels of 2 or 4 axes
+    first = next(path for path, kernel in kernels.items() if kernel.shape[-2] == of_images[kernel.ndim == 4])
+    touches = 9 if len(variables) > 1 else 6
+    params = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    moments = sum(
+        leaf.size
+        for leaf in jax.tree.leaves(jax.eval_shape(training.make_optimizer(config).init, variables["params"]))
+    )
+    return Work(
+        flops=3 * sum(products.values()) - products[first],
+        activations=touches * sum(sizes.values()) * jax.numpy.dtype(config.dtype).itemsize,
+        state=2 * 4 * (params + moments + params) + params,
+    )
+
+
+def peaks(dtype: str) -> tuple[float, float]:
+    """FLOP/s of a large square product of this type, and bytes/s of adding to a large row: the best of ten."""
+    import jax
+
+    on_cpu = jax.default_backend() == "cpu"
+    side, count = (2048, 2**26) if on_cpu else (8192, 2**28)
+    square = jax.random.normal(jax.random.key(0), (side, side), dtype)
+    row = jax.numpy.zeros(count, "float32")
+
+    def fastest(function, argument):
+        times = []
+        for _ in range(11):
+            start = time.perf_counter()
+            argument = jax.block_until_ready(function(argument))
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+    product = jax.jit(lambda square: square @ square / side)
+    add = jax.jit(lambda row: row + 1, donate_argnums=0)  # or a CPU would be busy with getting new memory
+    return 2 * side**3 / fastest(product, square), 2 * row.nbytes / fastest(add, row)
+
+
+def machine() -> str:
+    """The processor and how many cores of it this process may use."""
+    from imp_jax import devices
+
+    name = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists():
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = lines[0].partition(": ")[2] if lines else name
+    return f"{devices.cores()} cores of {name}"
+
+
+def torch_contenders(network: str, members: int, steps: int, batch_size: int) -> dict[str, Callable[[], None]]:
+    """The same number of steps of as many networks in eager PyTorch, one after the other, on all cores.
+
+    Raises:
+      UserError: there is no PyTorch.
+    """
+    try:
+        import torch
+
+        from experiments import torch_reference
+    except ImportError as error:
+        raise UserError('--torch needs PyTorch: pip install -e ".[bench]"') from error
+    torch.set_num_threads(os.cpu_count())
+
+    def repeated(step):
+        def train():
+            for _ in range(steps * members):
+                step()
+
+        return train
+
+    contenders = torch_reference.steppers(network, batch_size, examples=steps * batch_size)
+    return {name: repeated(step) for name, step in contenders.items()}
+
+
+if __name__ == "__main__":
+    main()
