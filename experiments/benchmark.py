@@ -363,7 +363,7 @@ def benchmark_disk(rounds: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from imp_jax import divergence, masking, models, training
+    from imp_jax import divergence, masking, models, optimizers, training
     from imp_jax.checkpoints import Checkpoints, Progress, Round
 
     shown = [number for number in (0, 5, 10, 20) if number < rounds]
@@ -400,7 +400,7 @@ def benchmark_disk(rounds: int) -> None:
                     checkpoints.save(number, Round(one, other, mask), [])
                     sizes.append(size_of(f"{workdir}/checkpoints"))
                     if number == 0:
-                        states = training.init_states(other, mask, optimizer=training.make_optimizer(config))
+                        states = training.init_states(other, mask, optimizer=optimizers.make_optimizer(config))
                         seen = divergence.nothing_seen(members)
                         checkpoints.save_progress(0, Progress(1, one, states, seen, 0.0), steps=2)
                         state = size_of(f"{workdir}/progress")

@@ -192,12 +192,12 @@ def sizes_of(name: str) -> tuple[int, int, int]:
     import jax
 
     from experiments.networks import SETS
-    from imp_jax import models, training
+    from imp_jax import models, optimizers
 
     config = importlib.import_module(f"configs.{name}").get_config()
     _, image_shape, classes = SETS[config.dataset.name]
     shapes = models.shapes(models.create(config, classes, image_shape), image_shape)
-    moments = jax.eval_shape(training.make_optimizer(config).init, shapes["params"])
+    moments = jax.eval_shape(optimizers.make_optimizer(config).init, shapes["params"])
 
     def size(tree):
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -234,7 +234,18 @@ def stepper(config: ConfigDict, members: int, steps: int, earlier: int = 0) -> t
     from jax.sharding import PartitionSpec as P
 
     from imp_jax import config as configs
-    from imp_jax import data, devices, execution, experiment, masking, models, pruning, repulsion, training
+    from imp_jax import (
+        data,
+        devices,
+        execution,
+        experiment,
+        masking,
+        models,
+        optimizers,
+        pruning,
+        repulsion,
+        training,
+    )
 
     configs.validate(config)
     batch_size = config.batch_size
@@ -244,7 +255,7 @@ def stepper(config: ConfigDict, members: int, steps: int, earlier: int = 0) -> t
     model = models.create(config, num_classes, image_shape)
     recipe = training.Recipe(
         model,
-        training.make_optimizer(config),
+        optimizers.make_optimizer(config),
         normalize=data.Normalize((0.5,), (0.25,)),
         augmentation=data.USUAL_AUGMENTATION.get(config.dataset.name, ()) if not streamed else (),
         repulsion_strength=config.repulsion.strength,
@@ -266,7 +277,7 @@ def stepper(config: ConfigDict, members: int, steps: int, earlier: int = 0) -> t
     mesh = devices.make_mesh(config, members)
     recipe = experiment.recipe_on_mesh(recipe, mesh)
     states, masks, keys, optima = devices.spread((states, masks, keys, optima), mesh)
-    rates = training.learning_rates(config, steps)[0]
+    rates = optimizers.learning_rates(config, steps)[0]
     leading = (members, batch_size) if streamed else (steps * batch_size,)
     images = jax.random.bits(key, (*leading, *image_shape), "uint8")
     labels = jax.random.randint(key, leading, 0, num_classes)
@@ -308,7 +319,7 @@ def work_of(config: ConfigDict) -> Work:
     import jax
     from flax import traverse_util
 
-    from imp_jax import models, training
+    from imp_jax import models, optimizers
 
     _, image_shape, classes = networks.SETS[config.dataset.name]
     model = models.create(config, classes, image_shape)
@@ -338,7 +349,7 @@ def work_of(config: ConfigDict) -> Work:
     params = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     moments = sum(
         leaf.size
-        for leaf in jax.tree.leaves(jax.eval_shape(training.make_optimizer(config).init, variables["params"]))
+        for leaf in jax.tree.leaves(jax.eval_shape(optimizers.make_optimizer(config).init, variables["params"]))
     )
     return Work(
         flops=3 * sum(products.values()) - products[first],

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from imp_jax import config as configs
-from imp_jax import data, devices, masking, models, pruning, training
+from imp_jax import data, devices, masking, models, optimizers, pruning, training
 from imp_jax.config import UserError, choose
 from imp_jax.devices import DATA
 from imp_jax.execution import choose_execution
@@ -44,8 +44,8 @@ def setup(config: ConfigDict) -> Experiment:
             f"twice, written as ('imp', 'reinit'); the rounds of twins are in instability.rounds"
         )
     score = choose(pruning.SCORES, "pruning.score", config.pruning.score)
-    optimizer = training.make_optimizer(config)
-    choose(training.SCHEDULES, "optimizer.schedule", config.optimizer.schedule)
+    optimizer = optimizers.make_optimizer(config)
+    choose(optimizers.SCHEDULES, "optimizer.schedule", config.optimizer.schedule)
     models.find(config.model.name)
 
     dataset = data.load(
@@ -61,7 +61,7 @@ def setup(config: ConfigDict) -> Experiment:
             f"batch_size is {config.batch_size}; {config.dataset.name} has {examples} training images, "
             f"so it should be at most {examples}"
         )
-    learning_rates = training.learning_rates(config, steps_per_epoch=examples // config.batch_size)
+    learning_rates = optimizers.learning_rates(config, steps_per_epoch=examples // config.batch_size)
     if (config.rewind_step or 0) >= learning_rates.size:
         raise UserError(
             f"rewind_step is {config.rewind_step}; a training has {learning_rates.size} steps, "

@@ -17,10 +17,8 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
-from ml_collections import ConfigDict
 
 from imp_jax import masking, repulsion
-from imp_jax.config import choose
 from imp_jax.data import InMemory, Normalize, Streamed
 from imp_jax.data.augmentation import augment
 from imp_jax.devices import DATA, MEMBER
@@ -63,55 +61,6 @@ class TrainState(NamedTuple):
 class Metrics(NamedTuple):
     loss: Float[Array, "steps members"]  # mean cross-entropy of each step's batch, in nats
     accuracy: Float[Array, "steps members"]  # on the same batch, in [0, 1]
-
-
-# Directions only: the step scales them by the learning rate, which is an argument and not a constant.
-OPTIMIZERS = {
-    "adam": lambda momentum: optax.scale_by_adam(),
-    "momentum": optax.trace,  # heavy ball, not Nesterov (ours)
-    "sgd": lambda momentum: optax.identity(),
-}
-
-# Factors of the base learning rate, by time in epochs and number of epochs.
-SCHEDULES = {
-    "constant": lambda time, epochs, config: np.ones_like(time),
-    "step": lambda time, epochs, config: 0.1 ** np.searchsorted(config.milestones, time, side="right"),
-    "cosine": lambda time, epochs, config: (1 + np.cos(np.pi * time / epochs)) / 2,
-}
-
-
-def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
-    """The masked transform of `config.optimizer`, giving directions of ascent to be scaled by −learning rate.
-
-    Weight decay is L2: added to the gradient, before Adam's moments too, on all parameters (ours).
-
-    Raises:
-      UserError: an unknown optimizer.
-    """
-    optimizer = choose(OPTIMIZERS, "optimizer.name", config.optimizer.name)
-    return _optimizer(optimizer, config.optimizer.momentum, config.optimizer.weight_decay)
-
-
-@functools.cache  # or a second run in the same process would compile its steps again
-def _optimizer(optimizer, momentum, weight_decay):
-    direction = optimizer(momentum)
-    if weight_decay:
-        direction = optax.chain(optax.add_decayed_weights(weight_decay), direction)
-    return masking.masked(direction)
-
-
-def learning_rates(config: ConfigDict, steps_per_epoch: int) -> Float[np.ndarray, "epochs steps"]:
-    """The learning rate of every step of a training (table 1), times the warm-up's linear rise from 0.
-
-    Raises:
-      UserError: an unknown schedule.
-    """
-    schedule = choose(SCHEDULES, "optimizer.schedule", config.optimizer.schedule)
-    time = np.arange(config.epochs * steps_per_epoch) / steps_per_epoch
-    rates = config.optimizer.learning_rate * schedule(time, config.epochs, config.optimizer)
-    if config.optimizer.warmup_epochs:
-        rates *= np.minimum(time / config.optimizer.warmup_epochs, 1)
-    return rates.reshape(config.epochs, steps_per_epoch).astype(np.float32)
 
 
 @functools.partial(jax.jit, static_argnames=("optimizer",))

@@ -24,7 +24,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from imp_jax import config as configs
-from imp_jax import data, imp, training
+from imp_jax import data, imp, optimizers, training
 from imp_jax.execution import EXECUTIONS, Execution
 from imp_jax.members import Member
 from imp_jax.models.lenet import LeNet
@@ -91,10 +91,10 @@ def make_tiny_experiment(**overrides):
         dataset=dataset,
         recipe=training.Recipe(
             LeNet(num_classes=3, widths=(6, 5)),
-            training.make_optimizer(config),
+            optimizers.make_optimizer(config),
             repulsion_strength=config.repulsion.strength,
             execution=EXECUTIONS.get(config.execution, Execution()),
         ),
         score=imp.pruning.SCORES[config.pruning.score],
-        learning_rates=training.learning_rates(config, len(images) // config.batch_size),
+        learning_rates=optimizers.learning_rates(config, len(images) // config.batch_size),
     )

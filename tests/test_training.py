@@ -1,4 +1,4 @@
-"""The step, the schedules, the data order and the optimizers against NumPy written out by hand."""
+"""The step, the data order and the optimizers against NumPy written out by hand."""
 
 import functools
 
@@ -8,63 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imp_jax import config as configs
 from imp_jax import masking, repulsion, training
-from imp_jax.config import UserError
 from imp_jax.data import Normalize
 from imp_jax.data.augmentation import augment
 from imp_jax.execution import EXECUTIONS
 from imp_jax.models.lenet import LeNet
-
-
-def settings(**overrides):
-    config = configs.default()
-    config.update_from_flattened_dict(overrides)
-    configs.validate(config)
-    return config
-
-
-# --- learning rates (table 1) ---
-
-
-def test_constant_schedule():
-    rates = training.learning_rates(settings(epochs=3, **{"optimizer.learning_rate": 12e-4}), 4)
-    np.testing.assert_allclose(rates, np.full((3, 4), 12e-4), rtol=1e-6)
-
-
-def test_step_schedule_divides_by_ten_from_each_milestone_on():
-    config = settings(
-        epochs=85,
-        **{"optimizer.learning_rate": 0.1, "optimizer.schedule": "step", "optimizer.milestones": (56, 71)},
-    )
-    rates = training.learning_rates(config, 390)
-    np.testing.assert_allclose(rates[:56], 0.1, rtol=1e-6)
-    np.testing.assert_allclose(rates[56:71], 0.01, rtol=1e-6)
-    np.testing.assert_allclose(rates[71:], 0.001, rtol=1e-6)
-
-
-def test_cosine_schedule_falls_from_the_base_rate_to_zero():
-    config = settings(epochs=75, **{"optimizer.learning_rate": 0.01, "optimizer.schedule": "cosine"})
-    rates = training.learning_rates(config, 10).ravel()
-    t = np.arange(750)
-    np.testing.assert_allclose(rates, 0.01 * np.cos(np.pi * t / 1500) ** 2, rtol=1e-5, atol=1e-9)
-
-
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
-def test_warm_up_multiplies_by_a_line_from_zero(schedule):
-    without = settings(epochs=20, **{"optimizer.schedule": schedule})
-    warm = settings(epochs=20, **{"optimizer.schedule": schedule, "optimizer.warmup_epochs": 10.0})
-    ratio = training.learning_rates(warm, 5) / training.learning_rates(without, 5)
-    np.testing.assert_allclose(ratio.ravel()[:50], np.arange(50) / 50, rtol=1e-5)
-    np.testing.assert_allclose(ratio[10:], 1)
-
-
-def test_unknown_schedule_and_optimizer():
-    with pytest.raises(UserError, match=r"optimizer.schedule is 'stepp'.*did you mean step"):
-        training.learning_rates(settings(**{"optimizer.schedule": "stepp"}), 5)
-    with pytest.raises(UserError, match=r"optimizer.name is 'adamw'.*adam, momentum, sgd"):
-        training.make_optimizer(settings(**{"optimizer.name": "adamw"}))
-
 
 # --- a network, its gradient and its optimizers in NumPy ---
 
