@@ -1,6 +1,6 @@
 """How fast this machine is: `python -m experiments.benchmark SUBJECT`.
 
-SUBJECT is table, lenet, conv4, resnet20, resnet50, analysis, repulsion, checkpoints, disk, throughput or
+SUBJECT is table, lenet, conv4, resnet20, resnet50, forms, analysis, repulsion, checkpoints, disk, throughput or
 scaling.
 
 For table the training steps of all networks are timed, for conv4, resnet20 and resnet50 those of one: images/s,
@@ -12,6 +12,9 @@ For lenet the real thing is timed, `imp.rounds` of configs/mnist5k.py into a tem
 to the next: training, evaluation, pruning, checkpoint, results and figure. Recording goes on beside the next
 training, so the CPU time it takes from that training counts as training. With --torch an eager PyTorch loop
 with the images in memory, and one with a DataLoader, are timed between the rounds.
+
+For forms, the steps of ResNet-20 with its members unrolled, as grouped convolutions and as batched products of
+patches are timed: 1, 3 and 6 members at batch 128, 512 and 2048, or those that --members and --batch_size say.
 
 For analysis, a run of configs/mnist5k.py with trainings of one epoch is analysed again and again.
 
@@ -61,6 +64,7 @@ SUBJECTS = (
     "table",
     "lenet",
     *NETWORKS,
+    "forms",
     "analysis",
     "repulsion",
     "checkpoints",
@@ -127,11 +131,15 @@ def main():
         elif arguments.subject == "scaling":
             scaling.benchmark(arguments.repeats or 3)
         else:
-            names = list(steps.ROWS) if arguments.subject == "table" else [arguments.subject]
-            asked = ("members", "batch_size", "steps", "dtype", "execution")
+            asked = ("repeats", "steps", "dtype", "execution", "members", "batch_size")
             options = [f"--{name}={value}" for name in asked if (value := getattr(arguments, name))]
-            keep = {"out": arguments.out, "old": arguments.compare}
-            steps.benchmark(names, options, arguments.repeats or 5, arguments.torch, **keep)
+            if arguments.subject == "forms":
+                members = [arguments.members] if arguments.members else (1, 3, 6)
+                sizes = [arguments.batch_size] if arguments.batch_size else (128, 512, 2048)
+                steps.benchmark_forms("resnet20", members, sizes, options)
+            else:
+                names = steps.ROWS if arguments.subject == "table" else [arguments.subject]
+                steps.benchmark(names, options, arguments.torch, arguments.out, arguments.compare)
     except UserError as error:
         sys.exit(f"error: {error}")
 

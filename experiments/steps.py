@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +52,7 @@ IN_TORCH = ("lenet", "conv4", "resnet20")
 
 
 def benchmark(
-    names: Sequence[str], options: Sequence[str], repeats: int, torch: bool, out: str | None, old: str | None
+    names: Iterable[str], options: Sequence[str], torch: bool, out: str | None, old: str | None
 ) -> None:
     """Time the rows `names`, print their table, keep it as JSON in `out`, and compare it with `old`.
 
@@ -65,12 +65,7 @@ def benchmark(
     before = read(old) if old else None
     rows = {}
     for name in names:
-        asked = [*options, *(["--torch"] if torch and name in IN_TORCH else [])]
-        command = [sys.executable, "-m", "experiments.steps", name, f"--repeats={repeats}", *asked]
-        done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, check=False)
-        if done.returncode:  # it has said why
-            sys.exit(done.returncode)
-        rows[name] = json.loads(done.stdout.splitlines()[-1])
+        rows[name] = row_of(name, [*options, *["--torch"] * (torch and name in IN_TORCH)])
     print_table(rows)
     table = {"date": datetime.date.today().isoformat(), "rows": rows}
     if before:
@@ -78,6 +73,44 @@ def benchmark(
     if out:
         write_atomically(Path(out), json.dumps(table, indent=2) + "\n")
         print(f"kept as {out}")
+
+
+def benchmark_forms(
+    network: str, members: Sequence[int], batch_sizes: Sequence[int], options: Sequence[str]
+) -> None:
+    """Time the forms that the convolutions of several members may take, and print images/s of all.
+
+    Unrolled, they follow each other; vmapped, they are one grouped convolution, or one batched product of
+    patches. On a CPU each step is a program, on a GPU an epoch.
+    """
+    import jax
+    from rich.console import Console
+    from rich.table import Table
+
+    scan = "step" if jax.default_backend() == "cpu" else "scan"
+    forms = {
+        "unrolled": [f"--execution={scan}_unroll"],
+        "grouped convolution": [f"--execution={scan}_vmap"],
+        "product of patches": [f"--execution={scan}_vmap", "--patches"],
+    }
+    table = Table("members × batch", *forms, title=f"images/s of all, {network}")
+    for count, size in itertools.product(members, batch_sizes):
+        cells = []
+        for form in forms.values():
+            row = row_of(network, [*options, f"--members={count}", f"--batch_size={size}", *form])
+            rates = row["images_per_second"]
+            cells.append(f"{statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f})")
+        table.add_row(f"{count} × {size}", *cells)
+    Console(width=120).print(table)
+
+
+def row_of(name: str, options: Sequence[str]) -> dict:
+    """A row of the table, timed in a process of its own; ends this one where it could not be."""
+    command = [sys.executable, "-m", "experiments.steps", name, *options]
+    done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, check=False)
+    if done.returncode:  # it has said why
+        sys.exit(done.returncode)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def read(path: str) -> dict:
@@ -164,6 +197,7 @@ def main() -> None:
     parser.add_argument("--dtype")
     parser.add_argument("--execution")
     parser.add_argument("--torch", action="store_true")
+    parser.add_argument("--patches", action="store_true")
     try:
         print(json.dumps(timed(parser.parse_args())))
     except UserError as error:
@@ -175,8 +209,11 @@ def timed(arguments: argparse.Namespace) -> dict:
     import jax
 
     from imp_jax import devices
+    from imp_jax.models import conv, resnet
 
     devices.divide_cpu()
+    if arguments.patches:
+        conv.conv_general_dilated = resnet.conv_general_dilated = by_patches
     row, on_cpu = ROWS[arguments.name], jax.default_backend() == "cpu"
     config = importlib.import_module(f"configs.{row.config}").get_config()
     config.repulsion.strength = row.strength
@@ -297,6 +334,33 @@ def stepper(config: ConfigDict, members: int, steps: int, earlier: int = 0) -> t
         jax.block_until_ready(states)
 
     return train, next(name for name, value in execution.EXECUTIONS.items() if value == recipe.execution)
+
+
+def by_patches(images, kernel, strides, padding, **_):
+    """The convolution of `lax.conv_general_dilated` as a product of patches; under vmap a batched one."""
+    import jax.numpy as jnp
+    from jax import lax
+
+    rows, columns, inputs, outputs = kernel.shape
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(images.shape[1:3], kernel.shape[:2], strides, padding)
+    padded = jnp.pad(images, ((0, 0), *padding, (0, 0)))
+    height, width = (
+        (size - side) // stride + 1
+        for size, side, stride in zip(padded.shape[1:3], kernel.shape, strides, strict=False)
+    )
+    shifted = [
+        lax.slice_in_dim(
+            lax.slice_in_dim(padded, row, row + (height - 1) * strides[0] + 1, strides[0], axis=1),
+            column,
+            column + (width - 1) * strides[1] + 1,
+            strides[1],
+            axis=2,
+        )
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    return jnp.concatenate(shifted, -1) @ kernel.reshape(rows * columns * inputs, outputs)
 
 
 class Work(NamedTuple):

@@ -3,6 +3,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from experiments import benchmark as bench
@@ -38,6 +40,25 @@ def test_the_table_of_steps_is_kept_and_compared(tmp_path):
     assert row["memory"] > 0.1
     assert row["peak_flops"] > 1e9
     assert row["peak_bytes"] > 1e8
+
+
+def test_the_forms_of_convolutions_are_timed():
+    done = benchmark("forms", "--members=1", "--batch_size=4", "--steps=1", "--repeats=1")
+    assert done.returncode == 0, done.stderr
+    (row,) = (line for line in done.stdout.splitlines() if "1 × 4" in line)
+    assert all(float(cell.split()[0].replace(",", "")) > 0 for cell in row.split("│")[2:-1])
+
+
+@pytest.mark.parametrize(("strides", "padding"), [((1, 1), "SAME"), ((2, 2), ((1, 1), (1, 1)))])
+def test_a_product_of_patches_is_the_convolution(strides, padding):
+    images = jax.random.normal(jax.random.key(0), (2, 6, 7, 3))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 4))
+    expected = jax.lax.conv_general_dilated(
+        images, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(
+        steps.by_patches(images, kernel, strides, padding), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_two_tables_are_compared_by_their_medians(capsys):
