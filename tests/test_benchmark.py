@@ -42,11 +42,20 @@ def test_the_table_of_steps_is_kept_and_compared(tmp_path):
     assert row["peak_bytes"] > 1e8
 
 
-def test_the_forms_of_convolutions_are_timed():
-    done = benchmark("forms", "--members=1", "--batch_size=4", "--steps=1", "--repeats=1")
-    assert done.returncode == 0, done.stderr
-    (row,) = (line for line in done.stdout.splitlines() if "1 × 4" in line)
-    assert all(float(cell.split()[0].replace(",", "")) > 0 for cell in row.split("│")[2:-1])
+def test_the_forms_of_convolutions_are_rows_with_other_options(monkeypatch, capsys):
+    asked = []
+
+    def row_of(name, options):
+        asked.append((name, options))
+        return {"images_per_second": [10 * len(asked), 10 * len(asked) + 2]}
+
+    monkeypatch.setattr(steps, "row_of", row_of)
+    steps.benchmark_forms("resnet20", [1, 3], [128], ["--repeats=2"])
+    of_three = ["--repeats=2", "--members=3", "--batch_size=128", "--execution=step_vmap"]
+    assert asked[-2:] == [("resnet20", of_three), ("resnet20", [*of_three, "--patches"])]
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "3 × 128" in line)
+    cells = [cell.strip() for cell in line.split("│")[2:-1]]
+    assert cells == ["41 (40 to 42)", "51 (50 to 52)", "61 (60 to 62)"]
 
 
 @pytest.mark.parametrize(("strides", "padding"), [((1, 1), "SAME"), ((2, 2), ((1, 1), (1, 1)))])
