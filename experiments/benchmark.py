@@ -111,6 +111,9 @@ def main():
         if value is not None and value < 1:
             sys.exit(f"error: --{name} is {value}; it should be at least 1")
     logging.set_verbosity(logging.ERROR)
+    from imp_jax import devices  # not before the flags are parsed: --help needs no JAX
+
+    devices.divide_cpu()
     try:
         if arguments.torch and arguments.subject not in ("table", *steps.IN_TORCH):
             raise UserError(
@@ -146,14 +149,13 @@ def main():
 
 def benchmark_rounds(timed_rounds: int, epochs: int | None, torch: bool) -> None:
     """Time `timed_rounds` rounds of configs/mnist5k.py, in turn with eager PyTorch if asked to."""
-    from imp_jax import data, devices, imp
+    from imp_jax import data, imp
 
-    devices.divide_cpu()
     config = main_job(timed_rounds + 2, epochs)
     examples = data.load(config.dataset.name, config.dataset.data_dir).train.examples
     members = len(config.arms) * config.replicates
     images = members * config.epochs * (examples // config.batch_size) * config.batch_size
-    contenders = steps.torch_contenders("lenet", 1, 200, config.batch_size) if torch else {}
+    contenders = steps.torch_contenders("lenet", 200, config.batch_size) if torch else {}
     theirs = {name: [] for name in contenders}
 
     with tempfile.TemporaryDirectory() as workdir:
@@ -161,8 +163,6 @@ def benchmark_rounds(timed_rounds: int, epochs: int | None, torch: bool) -> None
         for rows in imp.rounds(config, workdir):
             spans.append(time.perf_counter() - start)
             trainings.append(rows[0]["seconds"])
-            if contenders:
-                time.sleep(1)  # the round is being recorded
             for name, train in contenders.items():
                 start = time.perf_counter()
                 train()
@@ -198,9 +198,6 @@ def benchmark_throughput(
     """Time all networks at the batch sizes of the figures, and whole runs; print the table, and `record` it."""
     import jax
 
-    from imp_jax import devices
-
-    devices.divide_cpu()
     on_cpu = jax.default_backend() == "cpu"
     speeds, table = {}, {}
     for name in names:
@@ -226,8 +223,9 @@ def benchmark_throughput(
     def whole_run(run):
         with tempfile.TemporaryDirectory() as workdir:
             start = time.perf_counter()
-            command = run.command(Path(workdir))
-            subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, check=True)
+            command = run.command(Path(workdir) / "run")
+            environment = os.environ | {"XDG_CACHE_HOME": workdir}  # it finds no compiled programs
+            subprocess.run(command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, check=True)
             return time.perf_counter() - start
 
     plain = Run("mnist5k", (("rounds", rounds),))

@@ -48,6 +48,8 @@ ROWS = {
     "resnet20": Row("resnet20", 4, members_on_cpu=2),
     "resnet50": Row("resnet50", 2, batch_on_cpu=16),
 }
+FORMS = {"unrolled": "unrolled", "grouped": "grouped convolution", "patches": "product of patches"}
+_WORK = ("machine", "members", "batch_size", "dtype", "execution")  # what two rows have alike to be compared
 IN_TORCH = ("lenet", "conv4", "resnet20")
 
 
@@ -60,9 +62,11 @@ def benchmark(
       options: of `main`, the same for all.
 
     Raises:
-      UserError: `old` is not such a table.
+      UserError: `old` is not such a table; there is no place for `out`; a row's process was killed.
     """
     before = read(old) if old else None
+    if out and not Path(out).resolve().parent.is_dir():
+        raise UserError(f"--out is {out!r}, whose folder is not there; it should be a file to be written")
     rows = {}
     for name in names:
         rows[name] = row_of(name, [*options, *["--torch"] * (torch and name in IN_TORCH)])
@@ -83,21 +87,14 @@ def benchmark_forms(
     Unrolled, they follow each other; vmapped, they are one grouped convolution, or one batched product of
     patches. On a CPU each step is a program, on a GPU an epoch.
     """
-    import jax
     from rich.console import Console
     from rich.table import Table
 
-    scan = "step" if jax.default_backend() == "cpu" else "scan"
-    forms = {
-        "unrolled": [f"--execution={scan}_unroll"],
-        "grouped convolution": [f"--execution={scan}_vmap"],
-        "product of patches": [f"--execution={scan}_vmap", "--patches"],
-    }
-    table = Table("members × batch", *forms, title=f"images/s of all, {network}")
+    table = Table("members × batch", *FORMS.values(), title=f"images/s of all, {network}")
     for count, size in itertools.product(members, batch_sizes):
         cells = []
-        for form in forms.values():
-            row = row_of(network, [*options, f"--members={count}", f"--batch_size={size}", *form])
+        for form in FORMS:
+            row = row_of(network, [*options, f"--members={count}", f"--batch_size={size}", f"--form={form}"])
             rates = row["images_per_second"]
             cells.append(f"{statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f})")
         table.add_row(f"{count} × {size}", *cells)
@@ -107,7 +104,11 @@ def benchmark_forms(
 def row_of(name: str, options: Sequence[str]) -> dict:
     """A row of the table, timed in a process of its own; ends this one where it could not be."""
     command = [sys.executable, "-m", "experiments.steps", name, *options]
-    done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, check=False)
+    environment = dict(os.environ)
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # compilation is timed
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, check=False)
+    if done.returncode < 0:
+        raise UserError(f"{name} could not be timed: its process ended by signal {-done.returncode}")
     if done.returncode:  # it has said why
         sys.exit(done.returncode)
     return json.loads(done.stdout.splitlines()[-1])
@@ -121,7 +122,9 @@ def read(path: str) -> dict:
     """
     try:
         table = json.loads(Path(path).read_text())
-        [row["images_per_second"] for row in table["rows"].values()]
+        keys = {"images_per_second", "compilation", "memory", *_WORK}
+        if not table["date"] or any(keys - row.keys() for row in table["rows"].values()):
+            raise KeyError("something is missing")
         return table
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
@@ -178,7 +181,7 @@ def print_ratios(before: dict, now: dict) -> None:
     table = Table("now over then", "images/s", "compilation", "memory", title=f"compared with {before['date']}")
     for name in now["rows"].keys() & before["rows"].keys():
         row, old = now["rows"][name], before["rows"][name]
-        alike = all(row[k] == old[k] for k in ("machine", "members", "batch_size", "dtype"))
+        alike = all(row[k] == old[k] for k in _WORK)
         table.add_row(
             name + ("" if alike else " (not the same work, or machine)"),
             f"{statistics.median(row['images_per_second']) / statistics.median(old['images_per_second']):.2f}",
@@ -197,7 +200,7 @@ def main() -> None:
     parser.add_argument("--dtype")
     parser.add_argument("--execution")
     parser.add_argument("--torch", action="store_true")
-    parser.add_argument("--patches", action="store_true")
+    parser.add_argument("--form", choices=FORMS)
     try:
         print(json.dumps(timed(parser.parse_args())))
     except UserError as error:
@@ -212,7 +215,7 @@ def timed(arguments: argparse.Namespace) -> dict:
     from imp_jax.models import conv, resnet
 
     devices.divide_cpu()
-    if arguments.patches:
+    if arguments.form == "patches":
         conv.conv_general_dilated = resnet.conv_general_dilated = by_patches
     row, on_cpu = ROWS[arguments.name], jax.default_backend() == "cpu"
     config = importlib.import_module(f"configs.{row.config}").get_config()
@@ -220,25 +223,37 @@ def timed(arguments: argparse.Namespace) -> dict:
     config.batch_size = arguments.batch_size or (on_cpu and row.batch_on_cpu) or config.batch_size
     config.dtype = arguments.dtype or config.dtype
     config.execution = arguments.execution or config.execution
+    if arguments.form:
+        config.execution = (
+            f"{'step' if on_cpu else 'scan'}_{'unroll' if arguments.form == 'unrolled' else 'vmap'}"
+        )
     of_config = config.replicates * len(config.arms)
     members = arguments.members or (on_cpu and row.members_on_cpu) or of_config
     steps = arguments.steps or row.steps
     ours, execution = stepper(config, members, steps, earlier=ROUND if row.strength else 0)
 
-    contenders = {"imp_jax": ours}
-    if arguments.torch:
-        contenders |= torch_contenders(arguments.name, members, steps, config.batch_size)
-    seconds = {name: [] for name in contenders}
-    for _ in range(1 + (arguments.repeats or 5)):
-        for name, train in contenders.items():
-            start = time.perf_counter()
-            train()
-            seconds[name].append(time.perf_counter() - start)
-    first, *times = seconds.pop("imp_jax")
+    def seconds(train):
+        start = time.perf_counter()
+        train()
+        return time.perf_counter() - start
+
+    first = seconds(ours)
+    ours()
     on_device = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    memory = on_device or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024
+    memory = on_device or unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    contenders = torch_contenders(arguments.name, members * steps, config.batch_size) if arguments.torch else {}
+    for train in contenders.values():
+        train()
+    times, theirs = [], {name: [] for name in contenders}
+    for _ in range(arguments.repeats or 5):
+        times.append(seconds(ours))
+        for name, train in contenders.items():
+            theirs[name].append(seconds(train))
     work = work_of(config)
-    peak_flops, peak_bytes = peaks(config.dtype)
+    mesh = devices.make_mesh(config, members)
+    places = mesh.size if mesh and not on_cpu else 1  # the devices of a CPU share its cores
+    peak_flops, peak_bytes = (places * peak for peak in peaks(config.dtype))
     return {
         "machine": f"{jax.devices()[0].device_kind}, {machine()}",
         "versions": f"JAX {jax.__version__}, Python {platform.python_version()}",
@@ -254,8 +269,8 @@ def timed(arguments: argparse.Namespace) -> dict:
         "peak_flops": peak_flops,
         "peak_bytes": peak_bytes,
         "lead": {
-            name: [theirs / own for theirs, own in zip(taken[1:], times, strict=True)]
-            for name, taken in seconds.items()
+            name: [taken / own for taken, own in zip(of_theirs, times, strict=True)]
+            for name, of_theirs in theirs.items()
         },
     }
 
@@ -337,7 +352,7 @@ def stepper(config: ConfigDict, members: int, steps: int, earlier: int = 0) -> t
 
 
 def by_patches(images, kernel, strides, padding, **_):
-    """The convolution of `lax.conv_general_dilated` as a product of patches; under vmap a batched one."""
+    """`lax.conv_general_dilated` in NHWC and HWIO, as a product of patches; under vmap a batched one."""
     import jax.numpy as jnp
     from jax import lax
 
@@ -378,7 +393,8 @@ def work_of(config: ConfigDict) -> Work:
     products done as they are read, a layer's output is written once, read by the next layer and once more
     backwards; its gradient is written once and read by both products: 6 times its size. Where it is normalised,
     statistics read it once more before, and those of its gradient read both: 9 times. Weights and moments are
-    read and written, the gradient too, and the mask is read.
+    read and written, the gradient too, and the mask is read. Products with padding count; of repulsion
+    nothing does.
     """
     import jax
     from flax import traverse_util
@@ -431,17 +447,18 @@ def peaks(dtype: str) -> tuple[float, float]:
     square = jax.random.normal(jax.random.key(0), (side, side), dtype)
     row = jax.numpy.zeros(count, "float32")
 
-    def fastest(function, argument):
+    def fastest(function, argument, chained):
         times = []
         for _ in range(11):
             start = time.perf_counter()
-            argument = jax.block_until_ready(function(argument))
+            result = jax.block_until_ready(function(argument))
             times.append(time.perf_counter() - start)
+            argument = result if chained else argument
         return min(times[1:])
 
-    product = jax.jit(lambda square: square @ square / side)
+    product = jax.jit(lambda square: square @ square)
     add = jax.jit(lambda row: row + 1, donate_argnums=0)  # or a CPU would be busy with getting new memory
-    return 2 * side**3 / fastest(product, square), 2 * row.nbytes / fastest(add, row)
+    return 2 * side**3 / fastest(product, square, False), 2 * row.nbytes / fastest(add, row, True)
 
 
 def machine() -> str:
@@ -455,8 +472,8 @@ def machine() -> str:
     return f"{devices.cores()} cores of {name}"
 
 
-def torch_contenders(network: str, members: int, steps: int, batch_size: int) -> dict[str, Callable[[], None]]:
-    """The same number of steps of as many networks in eager PyTorch, one after the other, on all cores.
+def torch_contenders(network: str, steps: int, batch_size: int) -> dict[str, Callable[[], None]]:
+    """So many steps of a network in eager PyTorch, on all cores: several would follow each other.
 
     Raises:
       UserError: there is no PyTorch.
@@ -465,18 +482,19 @@ def torch_contenders(network: str, members: int, steps: int, batch_size: int) ->
         import torch
 
         from experiments import torch_reference
+        from imp_jax import devices
     except ImportError as error:
         raise UserError('--torch needs PyTorch: pip install -e ".[bench]"') from error
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(devices.cores())
 
     def repeated(step):
         def train():
-            for _ in range(steps * members):
+            for _ in range(steps):
                 step()
 
         return train
 
-    contenders = torch_reference.steppers(network, batch_size, examples=steps * batch_size)
+    contenders = torch_reference.steppers(network, batch_size)
     return {name: repeated(step) for name, step in contenders.items()}
 
 

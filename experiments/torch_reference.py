@@ -85,13 +85,13 @@ class Images(Dataset):
         return (torch.from_numpy(np.array(image)[None]).float().div(255) - 0.5) / 0.25, self.labels[index]
 
 
-def steppers(network: str, batch_size: int, examples: int) -> dict[str, Callable[[], float]]:
+def steppers(network: str, batch_size: int) -> dict[str, Callable[[], float]]:
     """Functions that take one masked step on random images, by how these come and lie in memory.
 
     Normalised like ours; not augmented, which would only make it slower.
     """
     _, _, shape = NETWORKS[network]
-    examples = max(examples, 4 * batch_size)
+    examples = max(4_000, 4 * batch_size)  # as in mnist5k
     images = torch.randint(0, 256, (examples, *shape), dtype=torch.uint8)
     labels = torch.randint(0, 10, (examples,))
 

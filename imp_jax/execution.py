@@ -9,6 +9,7 @@ import functools
 import hashlib
 import os
 import platform
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,8 +46,8 @@ def choose_execution(config: ConfigDict, params: PyTree[jax.ShapeDtypeStruct]) -
     """What `config.execution` says; `auto` is a scan over vmapped members, but for convolutional networks.
 
     Under vmap over kernels a convolution becomes a grouped one, whose gradients are slow at the paper's batch
-    sizes; and XLA's convolutions on a CPU are many times slower inside a loop (jax-ml/jax issue 12868). The
-    README has the measured table, of a CPU; that a GPU does not like grouped ones either is assumed.
+    sizes; and XLA's convolutions on a CPU are many times slower inside a loop (jax-ml/jax issue 12868). That a
+    GPU does not like grouped ones either is assumed.
 
     Raises:
       UserError: an unknown name.
@@ -83,10 +84,14 @@ def keep_programs(config: ConfigDict) -> None:
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor += next(line for line in lines if line.startswith(("flags", "Features")))
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folder = home / "imp_jax" / hashlib.sha256(processor.encode()).hexdigest()[:8]
-    with contextlib.suppress(OSError, RuntimeError):  # no home, or one that is read-only
+    with contextlib.suppress(OSError, RuntimeError):  # no home, or one that cannot be written to
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        folder = home / "imp_jax" / hashlib.sha256(processor.encode()).hexdigest()[:8]
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        for program in folder.glob("*-cache"):  # JAX writes no more where a process has died before its time
+            if not program.with_name(program.name.removesuffix("cache") + "atime").exists():
+                program.unlink()
         jax.config.update("jax_compilation_cache_max_size", 2**30)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # of small programs there are many
         jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -51,8 +51,8 @@ def test_the_forms_of_convolutions_are_rows_with_other_options(monkeypatch, caps
 
     monkeypatch.setattr(steps, "row_of", row_of)
     steps.benchmark_forms("resnet20", [1, 3], [128], ["--repeats=2"])
-    of_three = ["--repeats=2", "--members=3", "--batch_size=128", "--execution=step_vmap"]
-    assert asked[-2:] == [("resnet20", of_three), ("resnet20", [*of_three, "--patches"])]
+    of_three = ["--repeats=2", "--members=3", "--batch_size=128"]
+    assert asked[-2:] == [("resnet20", [*of_three, f"--form={form}"]) for form in ("grouped", "patches")]
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "3 × 128" in line)
     cells = [cell.strip() for cell in line.split("│")[2:-1]]
     assert cells == ["41 (40 to 42)", "51 (50 to 52)", "61 (60 to 62)"]
@@ -73,7 +73,13 @@ def test_a_product_of_patches_is_the_convolution(strides, padding):
 def test_two_tables_are_compared_by_their_medians(capsys):
     def table(rates, compilation, machine="this"):
         row = {"images_per_second": rates, "compilation": compilation, "memory": 2.0}
-        row |= {"machine": machine, "members": 6, "batch_size": 60, "dtype": "float32"}
+        row |= {
+            "machine": machine,
+            "members": 6,
+            "batch_size": 60,
+            "dtype": "float32",
+            "execution": "scan_vmap",
+        }
         return {"date": "2026-11-24", "rows": {"lenet": row}}
 
     steps.print_ratios(table([90, 100, 110], 4.0), table([140, 150, 180], 2.0))
@@ -108,7 +114,7 @@ def test_the_work_of_a_step_is_that_of_its_layers():
 def test_there_may_be_no_pytorch(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match="--torch needs PyTorch: pip install"):
-        steps.torch_contenders("lenet", 1, 1, 60)
+        steps.torch_contenders("lenet", 1, 60)
 
 
 def test_the_benchmark_of_analyses_prints_its_table():
@@ -161,6 +167,10 @@ def test_the_benchmark_of_repulsion_prints_its_tables():
         (("conv4", "--execution=loop"), "error: execution is 'loop'; it should be one of auto"),
         (("resnet50", "--torch"), "error: --torch is for table, lenet, conv4, resnet20"),
         (("table", "--compare=absent.json"), "error: --compare is 'absent.json', which cannot be read"),
+        (
+            ("table", "--out=absent/table.json"),
+            "error: --out is 'absent/table.json', whose folder is not there",
+        ),
     ],
 )
 def test_bad_arguments_are_one_sentence(arguments, sentence):

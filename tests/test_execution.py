@@ -27,6 +27,9 @@ def test_convolutions_run_step_by_step_on_a_cpu():
 
 
 def test_programs_are_kept_in_a_folder_for_the_processor(tmp_path, monkeypatch, programs_not_kept):
+    def raise_no_home(path):
+        raise RuntimeError("Could not determine home directory.")
+
     def kept(name):
         config = configs.default()
         config.model.name = name
@@ -36,9 +39,19 @@ def test_programs_are_kept_in_a_folder_for_the_processor(tmp_path, monkeypatch, 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     (tmp_path / "file").touch()
     assert kept("lenet") is None  # there is no place
+    with monkeypatch.context() as homeless:
+        homeless.delenv("XDG_CACHE_HOME")
+        homeless.setattr(Path, "expanduser", raise_no_home)
+        assert kept("lenet") is None
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert kept("conv4") is None  # a CPU's convolutions
-    assert Path(kept("lenet")).parent == tmp_path / "imp_jax"
+    folder = Path(kept("lenet"))
+    assert folder.parent == tmp_path / "imp_jax"
+    for name in ("whole-cache", "whole-atime", "torn-cache"):
+        (folder / name).touch()
+    jax.config.update("jax_compilation_cache_dir", None)
+    kept("lenet")
+    assert sorted(path.name for path in folder.iterdir()) == ["whole-atime", "whole-cache"]
     jax.config.update("jax_compilation_cache_dir", "the user's own")
     assert kept("lenet") == "the user's own"
 

@@ -332,7 +332,7 @@ def test_convolution_in_parts_is_the_convolution(
 ):
     if onednn and not convolution.has_onednn():
         pytest.skip("this XLA was built without oneDNN")
-    monkeypatch.setattr(convolution, "has_onednn", lambda: onednn)
+    monkeypatch.setattr(convolution, "has_onednn", lambda dtype: onednn)
     images = jax.random.normal(jax.random.key(0), (batch, 6, 7, 3))
     kernel = jax.random.normal(jax.random.key(1), kernel_shape)
     along = (
@@ -381,7 +381,8 @@ def test_convolution_of_members_is_that_of_each(programs_not_kept):
 
     def gradients(images, kernel):
         def loss(images, kernel):
-            return jnp.sum(jnp.sin(conv_general_dilated(images, kernel, (1, 1), "SAME")))
+            layout = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+            return jnp.sum(jnp.sin(conv_general_dilated(images, kernel, (1, 1), "SAME", **layout)))
 
         return jax.grad(loss, argnums=(0, 1))(images, kernel)
 
@@ -390,6 +391,16 @@ def test_convolution_of_members_is_that_of_each(programs_not_kept):
             jax.vmap(gradients)(images, kernels), gradients(images[member], kernels[member]), strict=True
         ):
             np.testing.assert_allclose(a[member], b, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_wants_a_processor_that_has_it(monkeypatch, programs_not_kept):
+    monkeypatch.setattr(convolution, "_knows_onednn", lambda: True)
+    monkeypatch.setattr(convolution, "_processor_flags", lambda: ["avx2", "avx512f"])
+    assert convolution.has_onednn("float32")
+    assert not convolution.has_onednn("bfloat16")
+    monkeypatch.setattr(convolution, "_processor_flags", lambda: ["avx2", "avx512_bf16"])
+    assert convolution.has_onednn("bfloat16")
+    assert not convolution.has_onednn("float16")
 
 
 def test_programs_that_are_kept_do_not_call_onednn(tmp_path, programs_not_kept):

@@ -204,9 +204,10 @@ def statistics(dataset: Dataset) -> Normalize:
 
 
 def device_memory() -> int:
-    """Bytes of memory of the first device; of a CPU, those of the machine."""
+    """Bytes of memory of the first device; of a CPU, its share of those of the machine."""
     statistics = jax.local_devices()[0].memory_stats() or {}
-    return statistics.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    of_machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return statistics.get("bytes_limit") or of_machine // jax.local_device_count()
 
 
 def _builder(name, data_dir):

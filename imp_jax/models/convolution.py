@@ -2,13 +2,14 @@
 
 The forward pass and the input gradient of stride 1 are calls of oneDNN where XLA was built with it (no pass of
 XLA makes them). The weight gradient, for which there is no such call, goes by groups of images.
-`python -m experiments.benchmark convolutions` times all forms by shape.
 """
 
+import contextlib
 import functools
 import json
 import platform
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -50,7 +51,10 @@ def conv_general_dilated(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _convolve(images, kernel, strides, pads):
-    return by_onednn(images, kernel, strides, pads) if has_onednn() else by_xla(images, kernel, strides, pads)
+    if images.dtype == kernel.dtype and has_onednn(images.dtype.name):
+        return by_onednn(images, kernel, strides, pads)
+    # XLA of JAX 0.12 fuses it with a mean that follows, and in bfloat16 gives nan
+    return lax.optimization_barrier(by_xla(images, kernel, strides, pads))
 
 
 def _forward(images, kernel, strides, pads):
@@ -105,9 +109,19 @@ def by_onednn(images: Images, kernel: Kernel, strides: Sequence[int], pads: Pads
     )(images, kernel)
 
 
-def has_onednn() -> bool:
+def has_onednn(dtype: str = "float32") -> bool:
     """Whether this XLA has that call, rightly, and programs are not kept on disk: XLA cannot write it there."""
-    return jax.config.jax_compilation_cache_dir is None and _knows_onednn()
+    # in bfloat16 a processor without its instructions would end the process
+    suits = dtype == "float32" or (dtype == "bfloat16" and "avx512_bf16" in _processor_flags())
+    return suits and jax.config.jax_compilation_cache_dir is None and _knows_onednn()
+
+
+@functools.cache
+def _processor_flags():
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith("flags")).split()
+    return []
 
 
 @functools.cache
@@ -145,10 +159,10 @@ def input_gradient_by_convolution(gradient: Outputs, kernel: Kernel, pads: Pads)
 
 
 def weight_gradient_by_groups(
-    images: Images, kernel: Kernel, strides: Sequence[int], pads: Pads, gradient: Outputs, group: int = GROUP
+    images: Images, kernel: Kernel, strides: Sequence[int], pads: Pads, gradient: Outputs
 ) -> Kernel:
     """XLA's own, summed over groups of images: it transposes them and their gradients, so within the cache."""
-    size = max(group, -(-len(images) // MOST_GROUPS))
+    size = max(GROUP, -(-len(images) // MOST_GROUPS))
 
     def of_group(first):
         of = images[first : first + size]
