@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from imp_jax import config as configs
-from imp_jax import masking, models
+from imp_jax import masking, models, optimizers, training
 from imp_jax.config import UserError
+from imp_jax.execution import EXECUTIONS
 from imp_jax.models import convolution
 from imp_jax.models.conv import Conv4, max_pool
 from imp_jax.models.convolution import conv_general_dilated
@@ -358,6 +359,32 @@ def test_convolution_in_parts_is_the_convolution(
 
     for a, b in zip(by(conv_general_dilated), by(jax.lax.conv_general_dilated), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_a_network_trains_by_onednn_as_by_xla(monkeypatch, programs_not_kept):
+    """Two members of a ResNet, three steps: losses, weights and statistics."""
+    if not convolution.has_onednn():
+        pytest.skip("this XLA was built without oneDNN")
+    draw = np.random.default_rng(0)
+    images = jnp.asarray(draw.integers(0, 256, (2, 24, 8, 8, 3)), jnp.uint8)
+    labels = jnp.asarray(draw.integers(0, 10, (2, 24)))
+    config = configs.default()
+    config.optimizer.name = "momentum"
+    optimizer = optimizers.make_optimizer(config)
+
+    def trained(onednn):
+        monkeypatch.setattr(convolution, "has_onednn", lambda dtype: onednn)
+        model = CifarResNet(depth=8, width=0.25 if onednn else 0.250001)  # the same, but compiled anew
+        recipe = training.Recipe(model, optimizer, execution=EXECUTIONS["step_unroll"])
+        keys = jax.random.split(jax.random.key(0), 2)
+        variables = jax.vmap(lambda key: dict(model.init(key, jnp.zeros((1, 8, 8, 3)), train=False)))(keys)
+        masks = masking.ones_like(variables["params"])
+        states = training.init_states(variables, masks, optimizer=optimizer)
+        rates = np.full(3, 0.05, np.float32)
+        return training.train_on_stream(states, masks, iter([(images, labels)] * 3), rates, recipe=recipe)
+
+    for a, b in zip(*map(jax.tree.leaves, (trained(True), trained(False))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_convolution_with_dilation_or_groups_is_laxs():
