@@ -1,7 +1,7 @@
 """How fast this machine is: `python -m experiments.benchmark SUBJECT`.
 
-SUBJECT is table, lenet, conv4, resnet20, resnet50, forms, analysis, repulsion, checkpoints, disk, throughput or
-scaling.
+SUBJECT is table, lenet, conv4, resnet20, resnet50, convolutions, forms, analysis, repulsion, checkpoints, disk,
+throughput or scaling.
 
 For table the training steps of all networks are timed, for conv4, resnet20 and resnet50 those of one: images/s,
 arithmetic and bytes moved as shares of the machine's peaks, compilation and memory (`experiments/steps.py`).
@@ -12,6 +12,8 @@ For lenet the real thing is timed, `imp.rounds` of configs/mnist5k.py into a tem
 to the next: training, evaluation, pruning, checkpoint, results and figure. Recording goes on beside the next
 training, so the CPU time it takes from that training counts as training. With --torch an eager PyTorch loop
 with the images in memory, and one with a DataLoader, are timed between the rounds.
+
+For convolutions, the parts of those of ResNet-20 and Conv-4 are timed alone, in each form there is on a CPU.
 
 For forms, the steps of ResNet-20 with its members unrolled, as grouped convolutions and as batched products of
 patches are timed: 1, 3 and 6 members at batch 128, 512 and 2048, or those that --members and --batch_size say.
@@ -53,7 +55,7 @@ from pathlib import Path
 from absl import logging
 from ml_collections import ConfigDict
 
-from experiments import catalogue, cost, networks, scaling, steps
+from experiments import catalogue, convolutions, cost, networks, scaling, steps
 from experiments.runs import REPOSITORY, Run
 from experiments.scales import MINI, PAPER
 from imp_jax.config import UserError
@@ -64,6 +66,7 @@ SUBJECTS = (
     "table",
     "lenet",
     *NETWORKS,
+    "convolutions",
     "forms",
     "analysis",
     "repulsion",
@@ -136,7 +139,9 @@ def main():
         else:
             asked = ("repeats", "steps", "dtype", "execution", "members", "batch_size")
             options = [f"--{name}={value}" for name in asked if (value := getattr(arguments, name))]
-            if arguments.subject == "forms":
+            if arguments.subject == "convolutions":
+                convolutions.benchmark(arguments.batch_size or 128, arguments.repeats or 7)
+            elif arguments.subject == "forms":
                 members = [arguments.members] if arguments.members else (1, 3, 6)
                 sizes = [arguments.batch_size] if arguments.batch_size else (128, 512, 2048)
                 steps.benchmark_forms("resnet20", members, sizes, options)

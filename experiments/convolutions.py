@@ -1,0 +1,72 @@
+"""The parts of convolutions in all forms on a CPU, timed: `python -m experiments.benchmark convolutions`."""
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+SHAPES = (  # side, inputs, outputs and stride of the 3 × 3 convolutions of ResNet-20, and of Conv-4
+    *((32, 3, 16, 1), (32, 16, 16, 1), (32, 16, 32, 2), (16, 32, 32, 1), (16, 32, 64, 2), (8, 64, 64, 1)),
+    *((32, 3, 64, 1), (32, 64, 64, 1), (16, 64, 128, 1), (16, 128, 128, 1)),
+)
+
+
+def benchmark(batch_size: int, repeats: int, shapes: Sequence[tuple[int, int, int, int]] = SHAPES) -> None:
+    """Time forward pass, input gradient and weight gradient of each shape alone; print median milliseconds."""
+    import jax
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+
+    from experiments.steps import by_patches
+    from imp_jax.models import convolution
+
+    def by_weights(convolve, images, kernel, strides, pads, gradient):
+        return jax.vjp(lambda kernel: convolve(images, kernel, strides, pads), kernel)[1](gradient)[0]
+
+    def turned_kernel(gradient, kernel, strides, pads):
+        return convolution.input_gradient_by_convolution(gradient, kernel, pads)
+
+    columns = ("forward: XLA", "oneDNN", "by inputs: XLA", "oneDNN", "by weights: XLA", "by groups", "patches")
+    table = Table("layer", *columns, title=f"ms at batch {batch_size}")
+    draw = np.random.default_rng(0)
+    for side, inputs, outputs, stride in shapes:
+        sizes = {
+            "images": (batch_size, side, side, inputs),
+            "kernel": (3, 3, inputs, outputs),
+            "gradient": (batch_size, side // stride, side // stride, outputs),
+        }
+        arrays = {name: jax.numpy.asarray(draw.normal(size=size), "float32") for name, size in sizes.items()}
+        where = {"strides": (stride, stride), "pads": ((1, 1), (1, 1))}
+        both = ("images", "kernel")
+        forms = [
+            (convolution.by_xla, both),
+            (convolution.by_onednn, both) if convolution.has_onednn() else None,
+            (convolution.input_gradient_by_xla, arrays),
+            (turned_kernel, ("gradient", "kernel")) if stride == 1 else None,
+            (functools.partial(by_weights, convolution.by_xla), arrays),
+            (convolution.weight_gradient_by_groups, arrays),
+            (functools.partial(by_weights, by_patches), arrays),
+        ]
+        cells = [
+            f"{milliseconds(form[0], where, {name: arrays[name] for name in form[1]}, repeats):.1f}"
+            if form
+            else ""
+            for form in forms
+        ]
+        table.add_row(f"{side}², {inputs} to {outputs}, stride {stride}", *cells)
+    Console(width=130).print(table)
+
+
+def milliseconds(function: Callable, where: dict, arrays: dict, repeats: int) -> float:
+    """The median time of `function` as a program of its own, after the first."""
+    import jax
+
+    from imp_jax.execution import alone
+
+    program, times = alone(lambda arrays: function(**arrays, **where)), []
+    for _ in range(1 + repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(program(arrays))
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[1:])
