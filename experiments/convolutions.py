@@ -21,13 +21,33 @@ def benchmark(batch_size: int, repeats: int, shapes: Sequence[tuple[int, int, in
     from experiments.steps import by_patches
     from imp_jax.models import convolution
 
-    def by_weights(convolve, images, kernel, strides, pads, gradient):
-        return jax.vjp(lambda kernel: convolve(images, kernel, strides, pads), kernel)[1](gradient)[0]
+    def as_derived(by, convolve, images, kernel, strides, pads, gradient):
+        argument = {"images": images, "kernel": kernel}[by]
+        of = {
+            "images": lambda images: convolve(images, kernel, strides, pads),
+            "kernel": lambda kernel: convolve(images, kernel, strides, pads),
+        }
+        return jax.vjp(of[by], argument)[1](gradient)[0]
 
-    def turned_kernel(gradient, kernel, strides, pads):
-        return convolution.input_gradient_by_convolution(gradient, kernel, pads)
+    def input_gradient(images, **others):
+        return convolution.input_gradient(images.shape[1:3], **others)
 
-    columns = ("forward: XLA", "oneDNN", "by inputs: XLA", "oneDNN", "by weights: XLA", "by groups", "patches")
+    def weight_gradient(kernel, **others):
+        return convolution.weight_gradient(lengths=kernel.shape[:2], **others)
+
+    def plain(images, kernel, strides, pads):
+        layout = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(images, kernel, strides, pads, dimension_numbers=layout)
+
+    columns = (
+        "forward: XLA",
+        "oneDNN",
+        "by inputs: derived",
+        "turned",
+        "by weights: derived",
+        "turned",
+        "patches",
+    )
     table = Table("layer", *columns, title=f"ms at batch {batch_size}")
     draw = np.random.default_rng(0)
     for side, inputs, outputs, stride in shapes:
@@ -38,27 +58,22 @@ def benchmark(batch_size: int, repeats: int, shapes: Sequence[tuple[int, int, in
         }
         arrays = {name: jax.numpy.asarray(draw.normal(size=size), "float32") for name, size in sizes.items()}
         where = {"strides": (stride, stride), "pads": ((1, 1), (1, 1))}
-        both = ("images", "kernel")
+        both = {name: arrays[name] for name in ("images", "kernel")}
         forms = [
-            (convolution.by_xla, both),
+            (plain, both),
             (convolution.by_onednn, both) if convolution.has_onednn() else None,
-            (convolution.input_gradient_by_xla, arrays),
-            (turned_kernel, ("gradient", "kernel")) if stride == 1 else None,
-            (functools.partial(by_weights, convolution.by_xla), arrays),
-            (convolution.weight_gradient_by_groups, arrays),
-            (functools.partial(by_weights, by_patches), arrays),
+            (functools.partial(as_derived, "images", plain), arrays),
+            (input_gradient, arrays),
+            (functools.partial(as_derived, "kernel", plain), arrays),
+            (weight_gradient, arrays),
+            (functools.partial(as_derived, "kernel", by_patches), arrays),
         ]
-        cells = [
-            f"{milliseconds(form[0], where, {name: arrays[name] for name in form[1]}, repeats):.1f}"
-            if form
-            else ""
-            for form in forms
-        ]
+        cells = [f"{milliseconds(*form, where, repeats):.1f}" if form else "" for form in forms]
         table.add_row(f"{side}², {inputs} to {outputs}, stride {stride}", *cells)
     Console(width=130).print(table)
 
 
-def milliseconds(function: Callable, where: dict, arrays: dict, repeats: int) -> float:
+def milliseconds(function: Callable, arrays: dict, where: dict, repeats: int) -> float:
     """The median time of `function` as a program of its own, after the first."""
     import jax
 

@@ -1,8 +1,4 @@
-"""How steps, members and devices become programs: many steps in one or a program each, one copy or several.
-
-XLA's convolutions on a CPU are fast at the top level of a program only, one network at a time (jax-ml/jax issue
-12868); everything else is faster as one large program.
-"""
+"""How steps, members and devices become programs: many steps in one or a program each, one copy or several."""
 
 import contextlib
 import functools
@@ -43,18 +39,18 @@ EXECUTIONS = {
 
 
 def choose_execution(config: ConfigDict, params: PyTree[jax.ShapeDtypeStruct]) -> Execution:
-    """What `config.execution` says; `auto` is a scan over vmapped members, but for convolutional networks.
+    """What `config.execution` says; `auto` is a scan over vmapped members, for convolutional networks unrolled.
 
-    Under vmap over kernels a convolution becomes a grouped one, whose gradients are slow at the paper's batch
-    sizes; and XLA's convolutions on a CPU are many times slower inside a loop (jax-ml/jax issue 12868). That a
-    GPU does not like grouped ones either is assumed.
+    Under vmap over kernels a convolution becomes a grouped one, whose gradients are slow on a CPU at the
+    paper's batch sizes; that a GPU does not like them either is assumed. Where a CPU's XLA does not keep the
+    barriers of `models.convolution`, its convolutions are slow in a loop: there each step is a program.
 
     Raises:
       UserError: an unknown name.
     """
     auto = "scan_vmap"
     if has_convolutions(params):
-        auto = "step_unroll" if jax.default_backend() == "cpu" else "scan_unroll"
+        auto = "scan_unroll" if jax.default_backend() != "cpu" or _keeps_barriers() else "step_unroll"
     options = {"auto": EXECUTIONS[auto], **EXECUTIONS}
     return choose(options, "execution", config.execution)
 
@@ -98,26 +94,44 @@ def keep_programs(config: ConfigDict) -> None:
 
 
 def alone(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """`function` as a program of its own, where a step or a batch is not part of a larger one."""
+    """`function` as a program of its own; its `program()` is what `jax.jit` makes of it."""
 
     @functools.cache
     def program():  # not before its first call: the options depend on the device
         return jax.jit(function, compiler_options=_compiler_options(), **options)
 
-    return lambda *args, **kwargs: program()(*args, **kwargs)
+    def call(*args, **kwargs):
+        return program()(*args, **kwargs)
+
+    call.program = program
+    return call
 
 
 @functools.cache
 def _compiler_options():
-    """Keeps XLA on a CPU from handing convolutions to YNNPACK, whose weight gradients take twice the time."""
-    kinds = ("INDIVIDUAL_DOT", "REDUCE")  # what it is left: by default INDIVIDUAL_CONVOLUTION too
-    fusions = ",".join(f"LIBRARY_FUSION_TYPE_{kind}" for kind in kinds)
-    options = {"xla_cpu_experimental_ynn_fusion_type": fusions} if jax.default_backend() == "cpu" else {}
+    """What XLA on a CPU would do worse by itself.
+
+    It hands convolutions to YNNPACK, whose weight gradients take twice the time. And it drops barriers before
+    it fuses: what is read twice is computed twice, a network's residual stream again and again.
+    """
+    if jax.default_backend() != "cpu":
+        return {}
+    kinds = ("INDIVIDUAL_DOT", "REDUCE")  # what YNNPACK is left: by default INDIVIDUAL_CONVOLUTION too
+    options = {
+        "xla_cpu_experimental_ynn_fusion_type": ",".join(f"LIBRARY_FUSION_TYPE_{kind}" for kind in kinds),
+        "xla_disable_hlo_passes": "cse_barrier_expander",
+    }
     try:
         jax.jit(jnp.negative, compiler_options=options)(0.0)
     except jax.errors.JaxRuntimeError:  # an experimental option: this XLA does not know it
         return {}
     return options
+
+
+@functools.cache
+def _keeps_barriers():
+    program = alone(lambda x: jax.lax.optimization_barrier(2 * x) + 1).program()
+    return "opt-barrier" in program.lower(1.0).compile().as_text()
 
 
 def step_by_step(

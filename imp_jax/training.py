@@ -184,7 +184,7 @@ def train_steps(
     options = {"batch_size": batch_size, "recipe": recipe}
     draws = _draw_epoch_alone(keys, epoch, examples=split.examples)
     if recipe.execution.scan:
-        return _scan_steps(states, masks, split, draws, first_step, learning_rates, optima, **options)
+        return _scan_steps_alone(states, masks, split, draws, first_step, learning_rates, optima, **options)
     return step_by_step(
         lambda states, *inputs: _step_alone(states, masks, split, draws, optima, inputs, **options),
         states,
@@ -251,7 +251,7 @@ def sum_over_batches(
     else:
         options = {"batch_size": batch_size, "recipe": recipe}
         if recipe.execution.scan:
-            sums = _scan_sums(function, networks, split, numbers, **options)
+            sums = _scan_sums_alone(function, networks, split, numbers, **options)
         else:
             sums = collect(_sums_alone(function, networks, split, i, **options) for i in numbers)
     return jax.tree.map(lambda leaf: leaf.sum(0), sums)
@@ -290,7 +290,6 @@ def _step(states, masks, split, draws, optima, inputs, *, batch_size, recipe):
     return train_members(states, masks, images, labels, learning_rate, optima, recipe=recipe)
 
 
-@functools.partial(jax.jit, static_argnames=("batch_size", "recipe"), donate_argnames=("states",))
 def _scan_steps(states, masks, split, draws, first_step, learning_rates, optima, *, batch_size, recipe):
     numbers = first_step + jnp.arange(len(learning_rates))
     step = functools.partial(_step, batch_size=batch_size, recipe=recipe)
@@ -322,7 +321,6 @@ def _sums(function, networks, split, number, *, batch_size, recipe):
     return function(networks, split.images[where], split.labels[where], counted, recipe=recipe)
 
 
-@functools.partial(jax.jit, static_argnames=("function", "batch_size", "recipe"))
 def _scan_sums(function, networks, split, numbers, *, batch_size, recipe):
     return jax.lax.map(
         lambda number: _sums(function, networks, split, number, batch_size=batch_size, recipe=recipe), numbers
@@ -334,7 +332,9 @@ def _stream_sums(function, networks, images, labels, counted, *, recipe):
 
 
 _draw_epoch_alone = alone(_draw_epoch, static_argnames="examples")
+_scan_steps_alone = alone(_scan_steps, static_argnames=("batch_size", "recipe"), donate_argnames="states")
 _step_alone = alone(_step, static_argnames=("batch_size", "recipe"), donate_argnames="states")
 _train_members_alone = alone(train_members, static_argnames="recipe", donate_argnames="states")
-_stream_sums_alone = alone(_stream_sums, static_argnames=("function", "recipe"))
+_scan_sums_alone = alone(_scan_sums, static_argnames=("function", "batch_size", "recipe"))
 _sums_alone = alone(_sums, static_argnames=("function", "batch_size", "recipe"))
+_stream_sums_alone = alone(_stream_sums, static_argnames=("function", "recipe"))

@@ -122,9 +122,9 @@ def collectives(experiment):
 
 def compiled(experiment):
     """How often the program of an epoch is compiled in a run of all rounds."""
-    training._scan_steps.clear_cache()
+    training._scan_steps_alone.program().clear_cache()
     run(experiment)
-    return training._scan_steps._cache_size()
+    return training._scan_steps_alone.program()._cache_size()
 
 
 def one_step(experiment, images, labels):

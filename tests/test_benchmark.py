@@ -46,9 +46,7 @@ def test_the_parts_of_convolutions_are_timed_in_each_form(capsys, programs_not_k
     convolutions.benchmark(batch_size=2, repeats=1, shapes=[(8, 3, 4, 1), (8, 4, 4, 2)])
     lines = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "stride" in line]
     assert [line[0].strip() for line in lines] == ["8², 3 to 4, stride 1", "8², 4 to 4, stride 2"]
-    assert all(float(cell) >= 0 for line in lines for cell in (line[1], line[3], *line[5:]))
-    assert lines[0][4].strip()
-    assert not lines[1][4].strip()  # of stride 2 it is XLA's
+    assert all(float(cell) >= 0 for line in lines for cell in (line[1], *line[3:]))
 
 
 def test_the_forms_of_convolutions_are_rows_with_other_options(monkeypatch, capsys):

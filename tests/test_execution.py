@@ -8,22 +8,41 @@ import numpy as np
 import pytest
 
 from imp_jax import config as configs
-from imp_jax import models
+from imp_jax import execution, models
 from imp_jax.config import UserError
 from imp_jax.execution import EXECUTIONS, choose_execution, collect, keep_programs, over_members, step_by_step
 
 
-def test_convolutions_run_step_by_step_on_a_cpu():
+def test_members_with_convolutions_are_unrolled(monkeypatch):
     def chosen(name, execution="auto"):
         config = configs.default()
         config.execution = execution
         return choose_execution(config, models.shapes(models.find(name)(), (32, 32, 3))["params"])
 
+    monkeypatch.setattr(execution, "_keeps_barriers", lambda: True)
     assert chosen("lenet") == (True, False)  # scan, vmap
-    assert chosen("conv4") == chosen("resnet20") == (False, True)  # a program a step, members unrolled
-    assert chosen("conv4", "scan_unroll") == (True, True)
+    assert chosen("conv4") == chosen("resnet20") == (True, True)
+    assert chosen("conv4", "step_unroll") == (False, True)
+    monkeypatch.setattr(execution, "_keeps_barriers", lambda: False)
+    assert chosen("lenet") == (True, False)
+    assert chosen("conv4") == chosen("resnet20") == (False, True)  # a program a step
     with pytest.raises(UserError, match=r"execution is 'scan'; it should be one of auto, scan_vmap"):
         chosen("lenet", "scan")
+
+
+def test_what_a_barrier_keeps_is_computed_once():
+    """Without the options XLA computes the sines again for the second reader, transposed."""
+
+    def function(x):
+        y = jax.lax.optimization_barrier(jnp.sin(x))
+        return y + 1, y.T
+
+    def sines(program):
+        return program.lower(jnp.ones((8, 9))).compile().as_text().count("sine(")
+
+    assert execution._keeps_barriers()  # or trainings with convolutions are slow: see choose_execution
+    assert sines(execution.alone(function).program()) == 1
+    assert sines(jax.jit(function)) >= 1
 
 
 def test_programs_are_kept_in_a_folder_for_the_processor(tmp_path, monkeypatch, programs_not_kept):

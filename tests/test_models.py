@@ -322,7 +322,7 @@ def test_unknown_model_is_said_with_a_suggestion():
     ("batch", "kernel_shape", "strides", "padding"),
     [
         (5, (3, 3, 3, 4), (2, 2), ((1, 1), (1, 1))),
-        (40, (3, 3, 3, 4), (1, 1), ((1, 1), (1, 1))),  # two and a half groups
+        (40, (3, 3, 3, 4), (1, 1), ((1, 1), (1, 1))),
         (3, (3, 2, 3, 4), (1, 1), "SAME"),  # padded on one side only
         (3, (1, 1, 3, 4), (2, 1), ((0, 0), (0, 0))),
         (3, (2, 2, 3, 4), (1, 1), ((3, 0), (0, 2))),  # padded by more than the kernel

@@ -1,7 +1,7 @@
 """The convolution of the models: that of `jax.lax`, and on a CPU the fastest form there of each of its parts.
 
 The forward pass and the input gradient of stride 1 are calls of oneDNN where XLA was built with it (no pass of
-XLA makes them). The weight gradient, for which there is no such call, goes by groups of images.
+XLA makes them). The gradients are convolutions written out, for arrays that lie as XLA's own wants them.
 """
 
 import contextlib
@@ -16,9 +16,6 @@ import jax
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
-
-GROUP = 16  # images, whose activations stay in the cache
-MOST_GROUPS = 16  # or a large batch would be long in compiling
 
 Images = Float[Array, "batch height width inputs"]
 Outputs = Float[Array, "batch height/stride width/stride outputs"]
@@ -58,26 +55,32 @@ def _convolve(images, kernel, strides, pads):
 
 
 def _forward(images, kernel, strides, pads):
+    images = lax.optimization_barrier(images)  # kept for the gradient, which would compute them again
     return _convolve(images, kernel, strides, pads), (images, kernel)
 
 
 def _backward(strides, pads, arguments, gradient):
     images, kernel = arguments
-    if strides == (1, 1) and all(
-        pad < side for side, pair in zip(kernel.shape, pads, strict=False) for pad in pair
-    ):
-        of_images = input_gradient_by_convolution(gradient, kernel, pads)
-    else:
-        of_images = input_gradient_by_xla(images, kernel, strides, pads, gradient)
-    return of_images, weight_gradient_by_groups(images, kernel, strides, pads, gradient)
+    gradient = lax.optimization_barrier(gradient)
+    return (
+        input_gradient(images.shape[1:3], kernel, strides, pads, gradient),
+        weight_gradient(images, kernel.shape[:2], strides, pads, gradient),
+    )
 
 
 _convolve.defvjp(_forward, _backward)
 
 
-def by_xla(images: Images, kernel: Kernel, strides: Sequence[int], pads: Pads) -> Outputs:
-    """XLA's own convolution."""
-    return lax.conv_general_dilated(images, kernel, strides, pads, dimension_numbers=_DIMENSIONS)
+def by_xla(
+    images: Images, kernel: Kernel, strides: Sequence[int], pads: Pads, **dilations: Sequence[int]
+) -> Outputs:
+    """XLA's own convolution, of images and a kernel that lie in memory as it wants them.
+
+    In a loop it takes them as they come, and is many times slower where they lie otherwise (jax-ml/jax issue
+    12868): the barrier keeps it from seeing how they lay before they were turned.
+    """
+    images, kernel = lax.optimization_barrier((images, kernel))
+    return lax.conv_general_dilated(images, kernel, strides, pads, dimension_numbers=_DIMENSIONS, **dilations)
 
 
 def by_onednn(images: Images, kernel: Kernel, strides: Sequence[int], pads: Pads) -> Outputs:
@@ -142,31 +145,32 @@ def _knows_onednn():
     return bool(np.allclose(called, expected, atol=1e-4))
 
 
-def input_gradient_by_xla(
-    images: Images, kernel: Kernel, strides: Sequence[int], pads: Pads, gradient: Outputs
+def input_gradient(
+    sides: Sequence[int], kernel: Kernel, strides: Sequence[int], pads: Pads, gradient: Outputs
 ) -> Images:
-    """The gradient by the images as JAX derives it; of them only the shape is read."""
-    return jax.vjp(lambda images: by_xla(images, kernel, strides, pads), images)[1](gradient)[0]
-
-
-def input_gradient_by_convolution(gradient: Outputs, kernel: Kernel, pads: Pads) -> Images:
-    """The gradient by the images at stride 1: a convolution with the kernel turned by 180°."""
+    """The gradient by the images, of such sides: a convolution of `gradient` with the kernel turned by 180°."""
     turned = kernel[::-1, ::-1].swapaxes(2, 3)
     around = tuple(
-        (side - 1 - low, side - 1 - high) for side, (low, high) in zip(kernel.shape, pads, strict=False)
+        (length - 1 - low, side + low - 1 - (outputs - 1) * stride)
+        for length, (low, _), side, outputs, stride in zip(
+            kernel.shape, pads, sides, gradient.shape[1:], strides, strict=False
+        )
     )
-    return _convolve(gradient, turned, (1, 1), around)
+    if set(strides) == {1} and min(min(pair) for pair in around) >= 0:
+        return _convolve(gradient, turned, (1, 1), around)
+    return by_xla(gradient, turned, (1, 1), around, lhs_dilation=strides)
 
 
-def weight_gradient_by_groups(
-    images: Images, kernel: Kernel, strides: Sequence[int], pads: Pads, gradient: Outputs
+def weight_gradient(
+    images: Images, lengths: Sequence[int], strides: Sequence[int], pads: Pads, gradient: Outputs
 ) -> Kernel:
-    """XLA's own, summed over groups of images: it transposes them and their gradients, so within the cache."""
-    size = max(GROUP, -(-len(images) // MOST_GROUPS))
-
-    def of_group(first):
-        of = images[first : first + size]
-        transposed = jax.vjp(lambda kernel: by_xla(of, kernel, strides, pads), kernel)[1]
-        return transposed(gradient[first : first + size])[0]
-
-    return sum(of_group(first) for first in range(0, len(images), size))
+    """The gradient by the kernel, of such lengths: a convolution whose features are the images of the batch."""
+    around = tuple(
+        (low, length - side - low + (outputs - 1) * stride)
+        for length, (low, _), side, outputs, stride in zip(
+            lengths, pads, images.shape[1:], gradient.shape[1:], strides, strict=False
+        )
+    )
+    return by_xla(
+        images.transpose(3, 1, 2, 0), gradient.transpose(1, 2, 0, 3), (1, 1), around, rhs_dilation=strides
+    ).transpose(1, 2, 0, 3)
