@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from imp_jax.config import UserError
 from imp_jax.models.convolution import conv_general_dilated
 from imp_jax.models.initializers import kaiming_normal
+from imp_jax.models.normalization import BatchNorm
 
 
 class CifarResNet(nn.Module):
@@ -47,16 +48,15 @@ class CifarResNet(nn.Module):
     @nn.compact
     def __call__(self, images: Float[Array, "batch height width channels"], train: bool = False):
         conv, norm = _layers(self, train)
-        x = nn.relu(norm()(conv(max(1, round(16 * self.width)), (3, 3))(images)))
+        x = norm()(conv(max(1, round(16 * self.width)), (3, 3))(images))
         for stage, channels in enumerate((16, 32, 64)):
             channels = max(1, round(channels * self.width))
             for block in range((self.depth - 2) // 6):
                 stride = 2 if stage > 0 and block == 0 else 1
-                y = nn.relu(norm()(conv(channels, (3, 3), stride)(x)))
-                y = norm()(conv(channels, (3, 3))(y))
-                shortcut = x[:, ::stride, ::stride]
-                new_channels = channels - x.shape[-1]
-                x = nn.relu(y + jnp.pad(shortcut, [(0, 0)] * 3 + [(0, new_channels)]))
+                y = norm()(conv(channels, (3, 3), stride)(x))
+                y = conv(channels, (3, 3))(y)
+                shortcut = jnp.pad(x[:, ::stride, ::stride], [(0, 0)] * 3 + [(0, channels - x.shape[-1])])
+                x = norm()(y, shortcut)
         return nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=kaiming_normal)(x.mean((1, 2)))
 
 
@@ -78,19 +78,19 @@ class ResNet50(nn.Module):
     @nn.compact
     def __call__(self, images: Float[Array, "batch height width channels"], train: bool = False):
         conv, norm = _layers(self, train)
-        x = nn.relu(norm()(conv(max(1, round(64 * self.width)), (7, 7), 2)(images)))
+        x = norm()(conv(max(1, round(64 * self.width)), (7, 7), 2)(images))
         x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for stage, blocks in enumerate((3, 4, 6, 3)):
             channels = max(1, round(64 * 2**stage * self.width))
             for block in range(blocks):
                 stride = 2 if stage > 0 and block == 0 else 1
-                y = nn.relu(norm()(conv(channels, (1, 1))(x)))
-                y = nn.relu(norm()(conv(channels, (3, 3), stride)(y)))
-                y = norm()(conv(4 * channels, (1, 1))(y))
+                y = norm()(conv(channels, (1, 1))(x))
+                y = norm()(conv(channels, (3, 3), stride)(y))
+                y = conv(4 * channels, (1, 1))(y)
                 if block == 0:
                     name = f"projection_{stage}"
-                    x = norm(name=f"{name}_norm")(conv(4 * channels, (1, 1), stride, name=name)(x))
-                x = nn.relu(y + x)
+                    x = norm(relu=False, name=f"{name}_norm")(conv(4 * channels, (1, 1), stride, name=name)(x))
+                x = norm()(y, x)
         return nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=kaiming_normal)(x.mean((1, 2)))
 
 
@@ -111,13 +111,11 @@ def _layers(module, train):
         )
 
     norm = functools.partial(
-        nn.BatchNorm,
-        use_running_average=not train,
+        BatchNorm,
+        affine=module.norm_affine,
         momentum=module.norm_momentum,
-        axis_name=module.norm_axis,
-        epsilon=1e-5,
-        use_scale=module.norm_affine,
-        use_bias=module.norm_affine,
+        axis=module.norm_axis,
+        train=train,
         dtype=module.dtype,
     )
     return conv, norm
