@@ -476,7 +476,7 @@ def torch_contenders(network: str, steps: int, batch_size: int) -> dict[str, Cal
     """So many steps of a network in eager PyTorch, on all cores: several would follow each other.
 
     Raises:
-      UserError: there is no PyTorch.
+      UserError: there is no PyTorch, or no torchvision.
     """
     try:
         import torch
@@ -484,7 +484,7 @@ def torch_contenders(network: str, steps: int, batch_size: int) -> dict[str, Cal
         from experiments import torch_reference
         from imp_jax import devices
     except ImportError as error:
-        raise UserError('--torch needs PyTorch: pip install -e ".[bench]"') from error
+        raise UserError('--torch needs PyTorch and torchvision: pip install -e ".[bench]"') from error
     torch.set_num_threads(devices.cores())
 
     def repeated(step):

@@ -3,12 +3,12 @@
 import itertools
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
 
 
 class Block(nn.Module):
@@ -72,17 +72,19 @@ NETWORKS = {  # with optimizer and image shape
 
 
 class Images(Dataset):
-    """Each image an object of PIL, made a tensor and normalised when it is fetched, as torchvision does."""
+    """What torchvision's MNIST does: each image becomes one of PIL, and torchvision's transforms are applied to it."""
+
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,), (0.25,))])
 
     def __init__(self, images, labels):
-        self.images, self.labels = [image[0].numpy() for image in images], labels.tolist()
+        self.images, self.labels = images[:, 0], labels
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, index):
-        image = Image.fromarray(self.images[index])
-        return (torch.from_numpy(np.array(image)[None]).float().div(255) - 0.5) / 0.25, self.labels[index]
+        image = Image.fromarray(self.images[index].numpy(), mode="L")
+        return self.transform(image), int(self.labels[index])
 
 
 def steppers(network: str, batch_size: int) -> dict[str, Callable[[], float]]:

@@ -120,7 +120,7 @@ def test_the_work_of_a_step_is_that_of_its_layers():
 
 def test_there_may_be_no_pytorch(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(UserError, match="--torch needs PyTorch: pip install"):
+    with pytest.raises(UserError, match="--torch needs PyTorch and torchvision: pip install"):
         steps.torch_contenders("lenet", 1, 60)
 
 
