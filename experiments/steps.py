@@ -44,8 +44,8 @@ class Row(NamedTuple):
 ROWS = {
     "lenet": Row("mnist5k", 60),
     "repulsion": Row("mnist5k", 60, strength=2.0),
-    "conv4": Row("conv4", 4, members_on_cpu=2),
-    "resnet20": Row("resnet20", 4, members_on_cpu=2),
+    "conv4": Row("conv4", 8, members_on_cpu=2),
+    "resnet20": Row("resnet20", 8, members_on_cpu=2),
     "resnet50": Row("resnet50", 2, batch_on_cpu=16),
 }
 FORMS = {"unrolled": "unrolled", "grouped": "grouped convolution", "patches": "product of patches"}

@@ -72,7 +72,7 @@ NETWORKS = {  # with optimizer and image shape
 
 
 class Images(Dataset):
-    """What torchvision's MNIST does: each image becomes one of PIL, and torchvision's transforms are applied to it."""
+    """What torchvision's MNIST does: each image becomes one of PIL and goes through its transforms."""
 
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,), (0.25,))])
 

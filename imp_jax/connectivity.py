@@ -104,9 +104,11 @@ def _over_chunks(function, path, split, recipe, batch_size=None):
     """`sum_over_batches` of a function of a path, a few of its points at a time."""
     params_a, params_b, alphas, states = path
     batch_size = batch_size or min(1000, split.examples)
-    chunk = _points_at_once(params_a, states, split, batch_size, recipe)
+    chunk = len(alphas)
     if isinstance(split, Streamed):  # it would be decoded again for every chunk
-        chunk, batch_size = len(alphas), min(250, batch_size)
+        batch_size = min(250, batch_size)
+    elif not recipe.execution.unroll:  # or they follow each other
+        chunk = _points_at_once(params_a, states, split, batch_size, recipe)
     sums = []
     for first in range(0, len(alphas), chunk):
         points = jax.tree.map(lambda leaf: leaf[first : first + chunk], (alphas, states))  # noqa: B023
@@ -117,8 +119,6 @@ def _over_chunks(function, path, split, recipe, batch_size=None):
 
 def _points_at_once(params, states, split, batch_size, recipe):
     """How many networks, with the outputs of all their layers on a batch, fit into a quarter of the device."""
-    if recipe.execution.unroll:
-        return 1
     state = jax.tree.map(lambda leaf: leaf[0], states)
     images = jax.ShapeDtypeStruct((batch_size, *split.image_shape), jnp.float32)
 
@@ -133,9 +133,6 @@ def _points_at_once(params, states, split, batch_size, recipe):
 
 def _over_points(function, alphas, states, recipe):
     """`function(alpha, state)` at each point, stacked."""
-    if len(alphas) == 1:  # no loop, in which a CPU's convolutions are slow
-        point = function(*jax.tree.map(lambda leaf: leaf[0], (alphas, states)))
-        return jax.tree.map(lambda leaf: leaf[None], point)
     if recipe.execution.unroll:
         return jax.lax.map(lambda point: function(*point), (alphas, states))
     return jax.vmap(function)(alphas, states)

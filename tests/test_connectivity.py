@@ -83,7 +83,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize(("name", "execution"), [("lenet", "scan_vmap"), ("resnet8", "step_unroll")])
+@pytest.mark.parametrize(("name", "execution"), [("lenet", "scan_vmap"), ("resnet8", "scan_unroll")])
 def test_path_metrics_are_those_of_the_points_one_by_one(name, execution):
     model, split = NETWORKS[name], random_split()
     a, b = two_networks(model)
@@ -127,7 +127,7 @@ def test_reestimated_statistics_are_the_mean_over_batches():
     """The first 500 of 600 images, in batches of 250."""
     model, train, split = NETWORKS["resnet8"], random_split(600), random_split(20)
     ends = two_networks(model)
-    recipe = Recipe(model, execution=EXECUTIONS["step_unroll"])
+    recipe = Recipe(model, execution=EXECUTIONS["scan_unroll"])
     losses, _ = connectivity.path_metrics(
         *ends, split, recipe=recipe, num_points=2, batch_norm="reestimate", train=train
     )
@@ -154,7 +154,7 @@ def test_a_path_on_a_stream_is_the_path_on_its_images(tmp_path):
     images, labels = map(jnp.concatenate, zip(*streamed.evaluation_batches(4), strict=True))
     model = CifarResNet(depth=8, width=0.25)
     ends = two_networks(model, (16, 16, 3))
-    recipe = Recipe(model, execution=EXECUTIONS["step_unroll"])
+    recipe = Recipe(model, execution=EXECUTIONS["scan_unroll"])
     for options in ({}, {"batch_norm": "reestimate", "train": streamed}):
         on_stream = connectivity.path_metrics(*ends, streamed, recipe=recipe, num_points=3, **options)
         if options:

@@ -202,7 +202,7 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.mark.parametrize("execution", ["scan_vmap", "step_unroll"])
+@pytest.mark.parametrize("execution", ["scan_vmap", "scan_unroll", "step_unroll"])
 def test_rounds_share_one_compilation(tiny_experiment, compilations, execution):
     experiment = tiny_experiment(execution=execution)
     tickets = imp.initialize(experiment)

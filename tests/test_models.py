@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from imp_jax import config as configs
-from imp_jax import masking, models, optimizers, training
+from imp_jax import data, masking, models, optimizers, training
 from imp_jax.config import UserError
 from imp_jax.execution import EXECUTIONS
-from imp_jax.models import convolution
+from imp_jax.models import convolution, resnet
 from imp_jax.models.conv import Conv4, max_pool
 from imp_jax.models.convolution import conv_general_dilated
 from imp_jax.models.initializers import kaiming_normal
@@ -361,29 +361,35 @@ def test_convolution_in_parts_is_the_convolution(
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
 
 
-def test_a_network_trains_by_onednn_as_by_xla(monkeypatch, programs_not_kept):
-    """Two members of a ResNet, three steps: losses, weights and statistics."""
-    if not convolution.has_onednn():
+@pytest.mark.parametrize("form", ["onednn", "xla", "as JAX derives it"])
+def test_a_network_trains_alike_in_a_loop_and_step_by_step(form, monkeypatch, programs_not_kept):
+    """Two members of a ResNet, three steps: losses, weights, statistics, by each form of its convolutions."""
+    if form == "onednn" and not convolution.has_onednn():
         pytest.skip("this XLA was built without oneDNN")
     draw = np.random.default_rng(0)
-    images = jnp.asarray(draw.integers(0, 256, (2, 24, 8, 8, 3)), jnp.uint8)
-    labels = jnp.asarray(draw.integers(0, 10, (2, 24)))
+    images, labels = draw.integers(0, 256, (24, 8, 8, 3), np.uint8), draw.integers(0, 10, 24)
+    split = data.InMemory(jnp.asarray(images), jnp.asarray(labels))
     config = configs.default()
     config.optimizer.name = "momentum"
     optimizer = optimizers.make_optimizer(config)
 
-    def trained(onednn):
-        monkeypatch.setattr(convolution, "has_onednn", lambda dtype: onednn)
-        model = CifarResNet(depth=8, width=0.25 if onednn else 0.250001)  # the same, but compiled anew
-        recipe = training.Recipe(model, optimizer, execution=EXECUTIONS["step_unroll"])
+    def trained(form, execution):
+        monkeypatch.setattr(convolution, "has_onednn", lambda dtype: form == "onednn")
+        convolve = jax.lax.conv_general_dilated if form == "as JAX derives it" else conv_general_dilated
+        monkeypatch.setattr(resnet, "conv_general_dilated", convolve)
+        model = CifarResNet(depth=8, width=0.25)
+        recipe = training.Recipe(model, optimizer, execution=EXECUTIONS[execution])
         keys = jax.random.split(jax.random.key(0), 2)
         variables = jax.vmap(lambda key: dict(model.init(key, jnp.zeros((1, 8, 8, 3)), train=False)))(keys)
         masks = masking.ones_like(variables["params"])
         states = training.init_states(variables, masks, optimizer=optimizer)
         rates = np.full(3, 0.05, np.float32)
-        return training.train_on_stream(states, masks, iter([(images, labels)] * 3), rates, recipe=recipe)
+        for program in (training._scan_steps_alone, training._step_alone):
+            program.program().clear_cache()  # the form is nothing that they are compiled for
+        return training.train_steps(states, masks, split, keys, 0, 0, rates, batch_size=8, recipe=recipe)
 
-    for a, b in zip(*map(jax.tree.leaves, (trained(True), trained(False))), strict=True):
+    expected = jax.tree.leaves(trained("as JAX derives it", "step_unroll"))
+    for a, b in zip(jax.tree.leaves(trained(form, "scan_unroll")), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 

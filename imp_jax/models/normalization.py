@@ -75,7 +75,7 @@ def batch_norm(
 
 def _forward(inputs, shortcut, scale, bias, axis, relu):
     outputs, mean, var = batch_norm(inputs, shortcut, scale, bias, axis, relu)
-    outputs = lax.optimization_barrier(outputs)  # or all who read them would compute them again
+    outputs = _kept(outputs)
     return (outputs, mean, var), (inputs, shortcut is None, scale, mean, var, outputs)
 
 
@@ -87,7 +87,7 @@ def _backward(axis, relu, kept, gradients):
     inputs, alone, scale, mean, var, outputs = kept
     gradient, of_mean, of_var = gradients
     if relu:
-        gradient = lax.optimization_barrier(jnp.where(outputs > 0, gradient, 0))
+        gradient = _kept(jnp.where(outputs > 0, gradient, 0))
     images = inputs.size // inputs.shape[-1]
     root = lax.rsqrt(var + EPSILON)
     of_bias = _mean(gradient)
@@ -111,6 +111,11 @@ def _mean(*factors: Images) -> Channels:
 
 def _pmean(axis, *values):
     return lax.pmean(values, axis) if axis else values
+
+
+def _kept(images):
+    """On a CPU XLA would compute them again for each who reads them."""
+    return lax.optimization_barrier(images) if jax.default_backend() == "cpu" else images
 
 
 def _normalized(inputs, shortcut, scale, bias, mean, var, relu):
