@@ -348,7 +348,8 @@ def stepper(config: ConfigDict, members: int, steps: int, earlier: int = 0) -> t
             states, _ = training.train_steps(states, masks, split, keys, 0, 0, rates, optima, **options)
         jax.block_until_ready(states)
 
-    return train, next(name for name, value in execution.EXECUTIONS.items() if value == recipe.execution)
+    taken = recipe.execution._replace(scan=recipe.execution.scan and not streamed)
+    return train, next(name for name, value in execution.EXECUTIONS.items() if value == taken)
 
 
 def by_patches(images, kernel, strides, padding, **_):
