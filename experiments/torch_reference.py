@@ -83,7 +83,7 @@ class Images(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index):
-        image = Image.fromarray(self.images[index].numpy(), mode="L")
+        image = Image.fromarray(self.images[index].numpy())
         return self.transform(image), int(self.labels[index])
 
 
