@@ -11,6 +11,7 @@ from imp_jax.config import default
 def get_config():
     config = default()
     config.dataset.name = "mnist5k"
+    config.dataset.normalize = True  # (ours) as in OpenLTH, from which table 1 is taken
     config.epochs = 10
     config.batch_size = 60
     config.model.name = "lenet"

@@ -36,7 +36,7 @@ class Run:
     @property
     def name(self) -> str:
         """Such as `resnet20,batch_size=1024`: a folder's name that tells one config from all others."""
-        return ",".join([self.base, *(f"{field}={_in_a_name(value)}" for field, value in self.overrides)])
+        return configs.run_name(self.base, _base(self.base), self.config)
 
     def command(self, workdir: Path, data_dir: str | None = None) -> list[str]:
         """The command that trains it, in the root of the repository; a network that diverges stays behind."""
@@ -72,9 +72,3 @@ def run(base: str, overrides: dict[str, Any]) -> Run:
 
 def _base(name):
     return importlib.import_module(f"configs.{name}").get_config()
-
-
-def _in_a_name(value):
-    if isinstance(value, tuple):
-        return "-".join(map(str, value)) or "none"
-    return f"{value:.12g}" if isinstance(value, float) else str(value)

@@ -89,7 +89,7 @@ def load(workdir: str | os.PathLike) -> Run:
     Raises:
       UserError: a folder without a run.
     """
-    workdir = Path(workdir)
+    workdir = configs.user_path(workdir, "the workdir")
     config = _stored_config(workdir)
     results = workdir / "results.csv"
     results = pd.read_csv(results) if results.exists() else pd.DataFrame(columns=list(records.FIELDS))
@@ -106,7 +106,7 @@ def run(workdir: str | os.PathLike, data_dir: str | os.PathLike | None = None) -
       UserError: a folder without a run or without a finished round, or that cannot be written; another process
         at work there; the data set is absent.
     """
-    workdir = Path(workdir)
+    workdir = configs.user_path(workdir, "the workdir")
     config = _stored_config(workdir)
     setting = config.copy_and_resolve_references()
     if data_dir:

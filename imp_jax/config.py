@@ -1,9 +1,11 @@
 """Every config field, what it may hold, and how a wrong one is said."""
 
 import difflib
+import hashlib
 import json
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -71,10 +73,11 @@ def default() -> ConfigDict:
     config.optimizer = ConfigDict()
     config.optimizer.name = "adam"  # adam, momentum or sgd
     config.optimizer.learning_rate = 12e-4
-    config.optimizer.momentum = 0.9  # of the optimizer momentum, not Nesterov's
+    # heavy-ball momentum of the optimizers momentum and sgd; None is the optimizer's own, 0.9 and 0
+    config.optimizer.momentum = FieldReference(None, field_type=object)
     config.optimizer.weight_decay = 0.0  # L2, added to the gradient of all parameters
     config.optimizer.schedule = "constant"  # constant, step or cosine
-    config.optimizer.milestones = ()  # epochs after which the step schedule divides by 10
+    config.optimizer.milestones = ()  # epochs, less than `epochs`, after which the step schedule divides by 10
     config.optimizer.warmup_epochs = 0.0  # the rate rises linearly from 0 over these, under any schedule
 
     config.mesh = ConfigDict()  # of devices; it changes results by rounding only
@@ -120,8 +123,11 @@ _UNIONS = {
     "dataset.data_dir": (str, type(None)),
     "dataset.augmentation": (tuple, type(None)),
     "dataset.workers": (int, type(None)),
+    "optimizer.momentum": (float, int, type(None)),
 }
 _NUMBER = (int, float)
+_LONGEST_NAME = 200  # bytes of a folder's name, of which file systems allow 255
+FORMAT = 2  # of config.json; 1 had no number, and a momentum that only the optimizer momentum used
 _BOUNDS = {
     "seed": (lambda v: 0 <= v < 2**32, "from 0 to 2³² − 1"),
     "replicates": (lambda v: v >= 1, "at least 1"),
@@ -139,13 +145,14 @@ _BOUNDS = {
     "dtype": (lambda v: v in ("float32", "bfloat16"), "float32 or bfloat16"),
     "rewind_step": (lambda v: v is None or v >= 0, "a step of the dense training from 0, or None"),
     "optimizer.learning_rate": (lambda v: 0 < v < float("inf"), "above 0 and finite"),
-    "optimizer.momentum": (lambda v: 0 <= v < 1, "in [0, 1)"),
+    "optimizer.momentum": (lambda v: v is None or 0 <= v < 1, "in [0, 1), or None"),
     "optimizer.weight_decay": (lambda v: 0 <= v < float("inf"), "at least 0 and finite"),
     "optimizer.warmup_epochs": (lambda v: 0 <= v < float("inf"), "at least 0 and finite"),
     "optimizer.milestones": (
         lambda v: all(isinstance(e, _NUMBER) and e > 0 for e in v) and list(v) == sorted(set(v)),
         "rising epochs above 0",
     ),
+    "dataset.data_dir": (lambda v: v != "", "the path of a folder, or None for ~/tensorflow_datasets"),
     "dataset.image_side": (lambda v: v >= 1, "at least 1"),
     "dataset.workers": (lambda v: v is None or v >= 0, "at least 0, or None"),
     "repulsion.strength": (lambda v: abs(v) < float("inf"), "finite"),
@@ -169,8 +176,9 @@ def validate(config: ConfigDict) -> None:
     """Check names, types and ranges of all fields.
 
     Raises:
-      UserError: an unknown or missing field, a wrong type, a value out of range. Names of models, data sets,
-        augmentations, optimizers, schedules, scores and arms are checked by `choose`, where each is looked up.
+      UserError: an unknown or missing field, a wrong type, a value out of range, a value that would do nothing
+        beside another. Names of models, data sets, augmentations, optimizers, schedules, scores and arms are
+        checked by `choose`, where each is looked up.
     """
     if not isinstance(config, ConfigDict):
         raise UserError(
@@ -191,6 +199,40 @@ def validate(config: ConfigDict) -> None:
         within, words = _BOUNDS.get(field, (lambda _: True, ""))
         if not within(value):
             raise UserError(f"{field} is {value!r}; it should be {words}")
+    _refuse_unused_values(given)
+
+
+def _refuse_unused_values(fields):
+    """Refuse values that would do nothing beside the values of other fields."""
+    schedule, milestones = fields["optimizer.schedule"], fields["optimizer.milestones"]
+    epochs, warmup_epochs = fields["epochs"], fields["optimizer.warmup_epochs"]
+    if schedule == "step" and not milestones:
+        raise UserError(
+            "optimizer.milestones is (); the schedule step divides the rate at these epochs, so it should name "
+            "one at least, such as (56, 71)"
+        )
+    if schedule != "step" and milestones:
+        raise UserError(
+            f"optimizer.milestones is {milestones}; only the schedule step has milestones, and "
+            f"optimizer.schedule is {schedule!r}, so it should be ()"
+        )
+    if milestones and milestones[-1] >= epochs:
+        raise UserError(
+            f"optimizer.milestones is {milestones}; a training has {epochs} epochs, so they should lie below "
+            f"{epochs}"
+        )
+    if warmup_epochs > epochs:
+        raise UserError(
+            f"optimizer.warmup_epochs is {warmup_epochs}; a training has {epochs} epochs, so it should be at "
+            f"most {epochs}"
+        )
+    if not fields["repulsion.strength"]:
+        for field in ("repulsion.memory", "repulsion.dtype"):
+            if fields[field] != (usual := flatten(default())[field]):
+                raise UserError(
+                    f"{field} is {fields[field]!r}; without repulsion, as repulsion.strength is 0, it should "
+                    f"be {usual!r}"
+                )
 
 
 def choose(options: dict, field: str, name: str):
@@ -237,18 +279,61 @@ def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def run_name(name: str, base: ConfigDict, config: ConfigDict) -> str:
+    """The name of a run's folder: `name`, and each field in which `config` differs from `base`.
+
+    Such as `resnet20,batch_size=1024`. Fields that no training depends on are left out, but for the folder of
+    the data set `folder`.
+    """
+    before, after = flatten(base), flatten(config)
+    parts = [name]
+    for field, value in sorted(after.items()):
+        if field == "dataset.data_dir" and after["dataset.name"] == "folder" and value:
+            value = Path(value).name
+        elif field.startswith(_WITHOUT_INFLUENCE):
+            continue
+        if value != before.get(field):
+            parts.append(f"{field}={_as_name(value)}")
+    whole = ",".join(parts)
+    if len(whole.encode()) > _LONGEST_NAME:
+        digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
+        whole = whole.encode()[: _LONGEST_NAME - 9].decode(errors="ignore") + f"-{digest}"
+    return whole
+
+
+def _as_name(value):
+    if isinstance(value, tuple):
+        return "-".join(map(_as_name, value)) or "none"
+    text = f"{value:.12g}" if isinstance(value, float) else str(value)
+    return re.sub(r"[^\w.+-]", "-", text)
+
+
+def user_path(path: str | os.PathLike, name: str) -> Path:
+    """A path that the user gave as `name`, with `~` expanded.
+
+    Raises:
+      UserError: an empty path, or a `~` without a home directory.
+    """
+    if not str(path):
+        raise UserError(f"{name} is empty; it should be the path of a folder")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{name} is {str(path)!r}, and there is no home directory to put for ~") from error
+
+
 def to_json(config: ConfigDict) -> str:
-    """The config as it is kept in a workdir's config.json."""
-    return json.dumps(config.to_dict(), indent=2) + "\n"
+    """The config as it is kept in a workdir's config.json, with the number of this format."""
+    return json.dumps({**config.to_dict(), "format": FORMAT}, indent=2) + "\n"
 
 
 def from_json(stored: dict) -> ConfigDict:
-    """The config of a config.json's content.
+    """The config of a config.json's content; a field that it lacks has the value that was the behaviour then.
 
     Raises:
-      UserError: as `validate`, for the file of another version.
+      UserError: as `validate`; a field or a format of a later version.
     """
-    fields = {name: tuple(v) if isinstance(v, list) else v for name, v in flatten(stored).items()}
+    fields = _stored_fields(stored)
     config = default()
     for field in fields:
         if field not in flatten(config):
@@ -259,18 +344,51 @@ def from_json(stored: dict) -> ConfigDict:
 
 
 def differences(config: ConfigDict, stored: dict) -> list[str]:
-    """Where `config` and a config.json's content ask for other results, a phrase a field."""
-    here, there = flatten(json.loads(to_json(config))), flatten(stored)
-    absent = object()
+    """Where `config` and a config.json's content ask for other results, a phrase for each field.
 
-    def show(value):
-        return "absent" if value is absent else repr(value)
+    A larger number of rounds is no difference: the run goes on from those it has.
 
-    return [
-        f"{field} is {show(there.get(field, absent))} there and {show(here.get(field, absent))} here"
-        for field in sorted(here | there)
-        if here.get(field, absent) != there.get(field, absent) and not field.startswith(_WITHOUT_INFLUENCE)
-    ]
+    Raises:
+      UserError: `stored` has a format of a later version.
+    """
+    here, there = flatten(config), {**flatten(default()), **_stored_fields(stored)}
+    phrases = []
+    for field in sorted(here | there):
+        one, other = there.get(field, "absent"), here.get(field, "absent")
+        same = one == other or (field == "rounds" and one < other)
+        if field == "dataset.data_dir" and here.get("dataset.name") == "folder":
+            same = Path(one or "").name == Path(other or "").name  # it may have moved
+        elif field.startswith(_WITHOUT_INFLUENCE):
+            same = True
+        if not same:
+            phrases.append(f"{field} is {one!r} there and {other!r} here")
+    return phrases
+
+
+def _stored_fields(stored):
+    """The fields of a config.json's content by name, as this version understands them."""
+    number = stored.get("format", 1)
+    if number > FORMAT:
+        raise UserError(
+            f"the config has format {number}, of a later version; this one reads formats 1 to {FORMAT}"
+        )
+    flat = flatten({name: value for name, value in stored.items() if name != "format"})
+    fields = {name: tuple(v) if isinstance(v, list) else v for name, v in flat.items()}
+    return _upgrade(fields) if number == 1 else fields
+
+
+def _upgrade(fields):
+    """The fields of format 1 without the values that did nothing then and are refused now."""
+    fields = {**flatten(default()), **fields}
+    if fields["optimizer.name"] != "momentum":
+        fields["optimizer.momentum"] = None
+    milestones = [epoch for epoch in fields["optimizer.milestones"] if epoch < fields["epochs"]]
+    if fields["optimizer.schedule"] == "step" and not milestones:
+        fields["optimizer.schedule"] = "constant"
+    fields["optimizer.milestones"] = tuple(milestones) if fields["optimizer.schedule"] == "step" else ()
+    if not fields["repulsion.strength"]:
+        fields |= {"repulsion.memory": "all", "repulsion.dtype": "float32"}
+    return fields
 
 
 def _has_type(value, field, example) -> bool:

@@ -6,12 +6,12 @@ In the rounds of `instability.rounds` a `twin` of each ticket trains beside them
 augmentation; it leaves a checkpoint and rows of results, and no trace in later rounds.
 """
 
+import contextlib
 import functools
 import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from imp_jax import data, devices, divergence, masking, processes, pruning, records, repulsion, training
 from imp_jax.checkpoints import Checkpoints, DamagedError, Progress, Round
-from imp_jax.config import UserError
+from imp_jax.config import UserError, user_path
 from imp_jax.experiment import Experiment, in_round, in_words, on_mesh, setup
 from imp_jax.interruption import Interruption
 from imp_jax.masking import Mask
@@ -45,13 +45,13 @@ _LOOK_EVERY = 50  # steps of a stream, whose epochs are long: to tell of progres
 
 
 def run(config: ConfigDict, workdir: str | os.PathLike, interruption: Interruption | None = None) -> None:
-    """Train all rounds of `config` into `workdir` and print a summary; `rounds` says what may be raised."""
+    """Train all rounds of `config` into `workdir` and print a summary. Raises: see `rounds`."""
+    workdir = user_path(workdir, "the workdir")
     trained = sum(1 for _ in rounds(config, workdir, interruption))
     if not processes.is_first():
         return
     if not trained:
         print(f"{workdir} is finished: all {config.rounds} rounds were there, nothing to do")
-    workdir = Path(workdir)
     records.print_summary(pd.read_csv(workdir / "results.csv"))
     print(f"results: {workdir / 'results.csv'}")
 
@@ -66,6 +66,7 @@ def rounds(
         nothing overwritten; a round that cannot be recorded, or diverges, with all earlier rounds kept.
       Stopped: `interruption` has taken in a signal, and the training under way is saved up to here.
     """
+    workdir = user_path(workdir, "the workdir")
     interruption = interruption or Interruption()
     processes.require_alike(config)
     with processes.together():
@@ -88,6 +89,8 @@ def rounds(
         step = progress.step if progress else 0
         if first or step:
             print(f"{workdir} has {_there(first)}; going on with round {first} at step {step} of {steps}")
+        else:
+            print(f"workdir: {workdir}")
         print(in_words(experiment, tickets["params"]))
         if on_devices := devices.in_words(mesh, len(experiment.members)):
             print(on_devices)
@@ -109,7 +112,7 @@ def rounds(
                 watch = functools.partial(on_chunk, of_round, number)
                 networks, end = train(of_round, number, tickets, masks, optima, progress, watch)
                 masks, thresholds = prune(of_round, number, networks)
-                tickets = reset(of_round, networks)
+                tickets = reset(of_round, end.tickets, networks)
                 rows = measure(of_round, number, networks, thresholds, end.seconds, optima)
 
                 losses = [row["train_loss"] for row in rows]
@@ -122,7 +125,7 @@ def rounds(
                 experiment, progress = experiment._replace(members=going_on(kept)), None
 
                 last = select(networks, kept, experiment.members)
-                optima = remember(experiment, optima, last, masks) if number + 1 < config.rounds else None
+                optima = remember(experiment, optima, last, masks)  # after the last round too: rounds may grow
                 if recorded:
                     yield recorded.result()
                 recorded = recorder.round(number, networks, rows, optima)  # while the next round trains
@@ -143,6 +146,8 @@ def resume(
     experiment = experiment._replace(members=going_on(members))
     networks = select(checkpoints.restore(last), members, experiment.members)
     masks, _ = prune(experiment, last, networks)
+    # survivors alone are in later rounds, and an arm may have other masks than imp's
+    tickets = _dense_tickets(experiment, checkpoints, rows) or networks.initial
     optima = None
     if experiment.config.repulsion.strength:
         optima = checkpoints.optima(last)
@@ -155,7 +160,15 @@ def resume(
                     f"{error}; repulsion needs all earlier rounds: once it and those after it are moved "
                     f"elsewhere, the same command trains them again"
                 ) from error
-    return experiment, reset(experiment, networks), masks, optima
+    return experiment, reset(experiment, tickets, networks), masks, optima
+
+
+def _dense_tickets(experiment, checkpoints, rows):
+    """The tickets as round 0 has them, before any pruning; None if its checkpoint is missing or damaged."""
+    if 0 in checkpoints.rounds():
+        with contextlib.suppress(DamagedError):
+            return select(checkpoints.restore(0).initial, members_in(rows, 0), experiment.members)
+    return None
 
 
 def initialize(experiment: Experiment) -> Variables:
@@ -267,15 +280,19 @@ def prune(experiment: Experiment, number: int, networks: Round) -> tuple[Mask, F
     return without_twins(experiment.members, masks), np.asarray(thresholds)
 
 
-def reset(experiment: Experiment, networks: Round) -> Variables:
-    """What the next round's tickets start from: the weights this round started from.
+def reset(experiment: Experiment, tickets: Variables, networks: Round) -> Variables:
+    """Return the weights from which the next round's trainings start, not yet masked: those of this round.
 
     With `rewind_step=None`, imp goes on from its trained weights; the control is still reset (ours).
+
+    Args:
+      tickets: the weights, not masked, from which this round's trainings started, of all its members.
+      networks: what the round trained.
     """
     if experiment.config.rewind_step is not None:
-        return without_twins(experiment.members, networks.initial)
+        return without_twins(experiment.members, tickets)
     goes_on = jnp.array([member.arm == "imp" for member in experiment.members])
-    return without_twins(experiment.members, where_member(goes_on, networks.trained, networks.initial))
+    return without_twins(experiment.members, where_member(goes_on, networks.trained, tickets))
 
 
 def remember(experiment: Experiment, optima: Optima | None, networks: Round, masks: Mask) -> Optima | None:

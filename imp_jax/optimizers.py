@@ -1,6 +1,13 @@
-"""Optimizers and learning rates, as `config.optimizer` names them."""
+"""Optimizers and learning rates, as `config.optimizer` names them.
+
+An entry of `OPTIMIZERS` is a function of the learning rate that returns a complete optax transform: its updates
+are added to the parameters. `optax.lion` and the other optimizers of optax are such functions.
+"""
 
 import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +17,15 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from imp_jax import masking
-from imp_jax.config import choose
+from imp_jax.config import UserError, choose
+
+Rate = Float[Any, ""] | float
 
 
-def adam() -> optax.GradientTransformation:
+def scale_by_adam() -> optax.GradientTransformation:
     """`optax.scale_by_adam()`, to rounding, with bias corrections as factors of a step (Kingma & Ba 2015, 2).
 
-    m̂ / (√v̂ + ε) = m √c₂ / c₁ / (√v + ε √c₂), where cᵢ = 1 − βᵢᵗ: a division for each weight, and not three.
+    m̂ / (√v̂ + ε) = m √c₂ / c₁ / (√v + ε √c₂), where cᵢ = 1 − βᵢᵗ: one division per weight instead of three.
     """
 
     def update(gradients, state, params=None):
@@ -24,19 +33,38 @@ def adam() -> optax.GradientTransformation:
         count = optax.safe_increment(state.count)
         mu = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, state.mu, gradients)
         nu = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, state.nu, gradients)
-        of_mu, root = 1 - 0.9**count, jnp.sqrt(1 - 0.999**count)
-        directions = jax.tree.map(lambda m, v: m * (root / of_mu) / (jnp.sqrt(v) + 1e-8 * root), mu, nu)
+        mu_correction, root = 1 - 0.9**count, jnp.sqrt(1 - 0.999**count)
+        directions = jax.tree.map(lambda m, v: m * (root / mu_correction) / (jnp.sqrt(v) + 1e-8 * root), mu, nu)
         return directions, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(optax.scale_by_adam().init, update)
 
 
-# Directions only: the step scales them by the learning rate, which is an argument and not a constant.
-OPTIMIZERS = {
-    "adam": lambda momentum: adam(),
-    "momentum": optax.trace,  # heavy ball, not Nesterov (ours)
-    "sgd": lambda momentum: optax.identity(),
+def adam(learning_rate: Rate) -> optax.GradientTransformation:
+    """`optax.adam(learning_rate)`, to rounding."""
+    return optax.chain(scale_by_adam(), optax.scale_by_learning_rate(learning_rate))
+
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adam": adam,
+    "momentum": functools.partial(optax.sgd, momentum=0.9),  # heavy ball, not Nesterov (ours)
+    "sgd": optax.sgd,
 }
+
+
+def register(name: str, optimizer: Callable[..., optax.GradientTransformation]) -> None:
+    """Make `config.optimizer.name = name` train with `optimizer`, such as `register("lion", optax.lion)`.
+
+    Args:
+      optimizer: a function of `learning_rate`, a traced scalar, that returns a complete optax transform. If it
+        has an argument `momentum` too, `config.optimizer.momentum` is passed to it.
+
+    Raises:
+      UserError: `optimizer` is not a function.
+    """
+    _check_factory(name, optimizer)
+    OPTIMIZERS[name] = optimizer
+
 
 # Factors of the base learning rate, by time in epochs and number of epochs.
 SCHEDULES = {
@@ -47,23 +75,43 @@ SCHEDULES = {
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
-    """The masked transform of `config.optimizer`, giving directions of ascent to be scaled by −learning rate.
+    """The masked optax transform of `config.optimizer`, whose updates are added to the parameters.
 
-    Weight decay is L2: added to the gradient, before Adam's moments too, on all parameters (ours).
+    It is called as `update(grads, state, params, mask=mask, learning_rate=rate)`, with a traced rate. Weight
+    decay is L2: added to the gradient, before Adam's moments too, on all parameters (ours).
 
     Raises:
-      UserError: an unknown optimizer.
+      UserError: an unknown optimizer; a momentum for one that has none.
     """
-    optimizer = choose(OPTIMIZERS, "optimizer.name", config.optimizer.name)
-    return _optimizer(optimizer, config.optimizer.momentum, config.optimizer.weight_decay)
+    name, momentum = config.optimizer.name, config.optimizer.momentum
+    factory = choose(OPTIMIZERS, "optimizer.name", name)
+    _check_factory(name, factory)
+    if momentum is not None and "momentum" not in inspect.signature(factory).parameters:
+        raise UserError(f"optimizer.momentum is {momentum}; {name} has no momentum, so it should be None")
+    return _make_optimizer(factory, momentum, config.optimizer.weight_decay)
 
 
-@functools.cache  # or a second run in the same process would compile its steps again
-def _optimizer(optimizer, momentum, weight_decay):
-    direction = optimizer(momentum)
-    if weight_decay:
-        direction = optax.chain(optax.add_decayed_weights(weight_decay), direction)
-    return masking.masked(direction)
+@functools.cache  # jit compares static arguments: a second run in the same process must get the same object
+def _make_optimizer(factory, momentum, weight_decay):
+    options = {} if momentum is None else {"momentum": momentum}
+
+    def transform(learning_rate):
+        optimizer = factory(learning_rate=learning_rate, **options)
+        return optax.chain(optax.add_decayed_weights(weight_decay), optimizer) if weight_decay else optimizer
+
+    def update(updates, state, params=None, *, learning_rate, **extra_args):
+        optimizer = optax.with_extra_args_support(transform(learning_rate))
+        return optimizer.update(updates, state, params, **extra_args)
+
+    return masking.masked(optax.GradientTransformationExtraArgs(transform(0.0).init, update))
+
+
+def _check_factory(name, optimizer):
+    if not callable(optimizer):
+        raise UserError(
+            f"the optimizer {name!r} is a {type(optimizer).__name__}; it should be a function of the learning "
+            f"rate that returns an optax transform, such as optax.adamw without a call"
+        )
 
 
 def learning_rates(config: ConfigDict, steps_per_epoch: int) -> Float[np.ndarray, "epochs steps"]:

@@ -102,8 +102,10 @@ def train_step(
     (loss, (model_state, accuracy)), gradients = _over_batch(gradient, images, labels, recipe)
     if optima is not None:
         gradients = repulsion.add_gradient(gradients, state.params, optima, recipe.repulsion_strength)
-    directions, opt_state = recipe.optimizer.update(gradients, state.opt_state, state.params, mask=mask)
-    params = jax.tree.map(lambda p, d: p - learning_rate * d, state.params, directions)
+    updates, opt_state = recipe.optimizer.update(
+        gradients, state.opt_state, state.params, mask=mask, learning_rate=learning_rate
+    )
+    params = optax.apply_updates(state.params, updates)
     return TrainState(params, model_state, opt_state), Metrics(loss, accuracy)
 
 

@@ -83,7 +83,7 @@ def run(experiment):
         of_round = imp.in_round(experiment, number)
         networks, end = imp.train(of_round, number, tickets, masks, optima)
         masks, thresholds = imp.prune(of_round, number, networks)
-        tickets = imp.reset(of_round, networks)
+        tickets = imp.reset(of_round, end.tickets, networks)
         rows = imp.measure(of_round, number, networks, thresholds, 0.0, optima)
         last = select(networks, of_round.members, experiment.members)
         optima = imp.remember(experiment, optima, last, masks)

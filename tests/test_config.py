@@ -1,4 +1,5 @@
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,30 @@ def test_config_files_are_valid(path):
         ("repulsion.memory", "first", "repulsion.memory is 'first'; it should be all or last"),
         ("repulsion.dtype", "float16", "repulsion.dtype is 'float16'; it should be float32 or bfloat16"),
         ("pruning.fraction", 1.0, "pruning.fraction is 1.0; it should be between 0 and 1"),
+        (
+            "optimizer.momentum",
+            "0.9",
+            "optimizer.momentum is '0.9'; it should be of type float or of type int or",
+        ),
+        ("dataset.data_dir", "", "dataset.data_dir is ''; it should be the path of a folder, or None"),
+        # what would do nothing
+        (
+            "optimizer.schedule",
+            "step",
+            r"optimizer.milestones is \(\); the schedule step divides the rate at these",
+        ),
+        (
+            "optimizer.milestones",
+            (5, 9),
+            r"is \(5, 9\); only the schedule step has milestones, .*so it should be \(\)",
+        ),
+        (
+            "optimizer.warmup_epochs",
+            26.0,
+            "warmup_epochs is 26.0; a training has 25 epochs, so it should be at most",
+        ),
+        ("repulsion.memory", "last", "repulsion.memory is 'last'; without repulsion, .* it should be 'all'"),
+        ("repulsion.dtype", "bfloat16", "repulsion.dtype is 'bfloat16'; without repulsion"),
     ],
 )
 def test_a_wrong_field_is_one_sentence(field, value, sentence):
@@ -95,17 +120,116 @@ def test_choose():
         configs.choose({"a": 1, "b": 2}, "field", 3)
 
 
-def test_differences_are_said_both_ways():
-    import json
+def test_milestones_lie_within_the_training():
+    config = configs.default()
+    config.update_from_flattened_dict({"optimizer.schedule": "step", "optimizer.milestones": (5, 24)})
+    configs.validate(config)
+    config.epochs = 24
+    with pytest.raises(
+        UserError, match=r"milestones is \(5, 24\); a training has 24 epochs, so they should lie below"
+    ):
+        configs.validate(config)
 
+
+def test_differences_name_both_values():
     config = configs.default()
     stored = json.loads(configs.to_json(config))
     assert configs.differences(config, stored) == []
-    config.rounds = 3
+    config.epochs = 3
     stored["pruning"]["fraction"] = 0.5
-    del stored["seed"]
+    stored["later"] = 1
     assert configs.differences(config, stored) == [
+        "epochs is 25 there and 3 here",
+        "later is 1 there and 'absent' here",
         "pruning.fraction is 0.5 there and 0.2 here",
-        "rounds is 25 there and 3 here",
-        "seed is absent there and 0 here",
     ]
+
+
+def test_rounds_may_grow_and_not_shrink_and_other_fields_change_no_result():
+    stored = json.loads(configs.to_json(configs.default()))
+    config = configs.default()
+    config.update_from_flattened_dict(
+        {"rounds": 30, "analysis.baseline": "max", "dataset.data_dir": "/elsewhere", "mesh.data": -1}
+    )
+    assert configs.differences(config, stored) == []
+    config.rounds = 24
+    assert configs.differences(config, stored) == ["rounds is 25 there and 24 here"]
+
+
+def test_a_folder_of_images_is_told_by_its_name():
+    config = configs.default()
+    config.update_from_flattened_dict({"dataset.name": "folder", "dataset.data_dir": "/data/birds"})
+    stored = json.loads(configs.to_json(config))
+    config.dataset.data_dir = "/moved/birds"
+    assert configs.differences(config, stored) == []
+    config.dataset.data_dir = "/data/cars"
+    assert configs.differences(config, stored) == [
+        "dataset.data_dir is '/data/birds' there and '/data/cars' here"
+    ]
+
+
+def test_a_field_that_an_earlier_version_lacked_has_its_default():
+    stored = configs.default().to_dict()
+    del stored["mesh"], stored["seed"], stored["model"]["norm_parts"]
+    assert configs.from_json(json.loads(json.dumps(stored))) == configs.default()
+    assert configs.differences(configs.default(), stored) == []
+    stored["seed"] = 3
+    assert configs.differences(configs.default(), stored) == ["seed is 3 there and 0 here"]
+
+
+def test_what_did_nothing_in_format_1_is_dropped():
+    """The momentum of other optimizers, milestones beyond the training, the memory of no repulsion."""
+    stored = configs.default().to_dict()
+    stored["epochs"] = 60
+    stored["optimizer"] |= {"name": "sgd", "momentum": 0.9, "schedule": "step", "milestones": [56, 71]}
+    stored["repulsion"]["memory"] = "last"
+    config = configs.from_json(stored)
+    assert (config.optimizer.momentum, config.optimizer.milestones) == (None, (56,))
+    assert config.repulsion.memory == "all"
+    stored["epochs"] = 5
+    assert configs.from_json(stored).optimizer.schedule == "constant"
+    stored["optimizer"]["name"] = "momentum"
+    assert configs.from_json(stored).optimizer.momentum == 0.9
+    with pytest.raises(UserError, match="format 3, of a later version"):
+        configs.from_json({**stored, "format": 3})
+
+
+def test_run_names():
+    base, config = configs.default(), configs.default()
+    assert configs.run_name("conv4", base, config) == "conv4"
+    config.update_from_flattened_dict(
+        {
+            "batch_size": 1024,
+            "optimizer.learning_rate": 0.02,
+            "pruning.exclude": ("projection_*", "Dense_2"),
+            "repulsion.strength": -1.0,
+            "rewind_step": None,
+            "dataset.data_dir": "/no/part/of/it",
+            "mesh.member": 2,
+        }
+    )
+    assert configs.run_name("conv4", base, config) == (
+        "conv4,batch_size=1024,optimizer.learning_rate=0.02,pruning.exclude=projection_--Dense_2,"
+        "repulsion.strength=-1,rewind_step=None"
+    )
+    config = configs.default()
+    config.update_from_flattened_dict({"dataset.name": "folder", "dataset.data_dir": "/data/birds/"})
+    assert configs.run_name("vgg", base, config) == "vgg,dataset.data_dir=birds,dataset.name=folder"
+
+
+def test_a_long_run_name_fits_into_a_file_system():
+    base, one, other = (configs.default() for _ in range(3))
+    one.pruning.exclude = tuple(f"layer_{i}" for i in range(50))
+    other.pruning.exclude = tuple(f"layer_{i}" for i in range(51))
+    names = [configs.run_name("vgg", base, config) for config in (one, other)]
+    assert names[0] != names[1]
+    assert max(map(len, names)) <= 200
+
+
+def test_user_paths(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert configs.user_path("~/runs/~/w", "--workdir") == Path("/home/me/runs/~/w")
+    with pytest.raises(UserError, match="--workdir is empty; it should be the path of a folder"):
+        configs.user_path("", "--workdir")
+    with pytest.raises(UserError, match="there is no home directory"):
+        configs.user_path("~nobody_of_this_name/w", "--workdir")

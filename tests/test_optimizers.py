@@ -1,12 +1,14 @@
 """Learning rates (table 1) and optimizers against closed forms and optax."""
 
+import functools
+
 import jax
 import numpy as np
 import optax
 import pytest
 
 from imp_jax import config as configs
-from imp_jax import optimizers
+from imp_jax import masking, optimizers
 from imp_jax.config import UserError
 
 
@@ -56,19 +58,74 @@ def test_unknown_schedule_and_optimizer():
         optimizers.make_optimizer(settings(**{"optimizer.name": "adamw"}))
 
 
+def draw_tree(step, scale=1.0):
+    keys = jax.random.split(jax.random.key(step))
+    return {
+        "kernel": scale * jax.random.normal(keys[0], (4, 3)),
+        "bias": scale * jax.random.normal(keys[1], (3,)),
+    }
+
+
 def test_adam_is_optax_adam():
-    params = {"kernel": np.zeros((4, 3), np.float32), "bias": np.zeros(3, np.float32)}
-    ours, theirs = optimizers.adam(), optax.scale_by_adam()
+    params = jax.tree.map(np.zeros_like, draw_tree(0))
+    ours, theirs = optimizers.scale_by_adam(), optax.scale_by_adam()
     state, expected_state = ours.init(params), theirs.init(params)
     for step in range(50):
-        scale = 10.0 ** (step % 9 - 6)  # of gradients beside which ε counts, too
-        draws = jax.random.split(jax.random.key(step))
-        gradients = {
-            "kernel": scale * jax.random.normal(draws[0], (4, 3)),
-            "bias": scale * jax.random.normal(draws[1], (3,)),
-        }
+        gradients = draw_tree(step, 10.0 ** (step % 9 - 6))  # some so small that ε counts
         directions, state = ours.update(gradients, state, params)
         expected, expected_state = theirs.update(gradients, expected_state, params)
         for a, b in zip(*map(jax.tree.leaves, ((directions, state), (expected, expected_state))), strict=True):
             np.testing.assert_allclose(a, b, rtol=3e-5, atol=1e-12)
     assert state.count == 50
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"name": "adam"}, optax.adam),
+        ({"name": "momentum"}, lambda rate: optax.sgd(rate, momentum=0.9)),
+        ({"name": "momentum", "momentum": 0.5}, lambda rate: optax.sgd(rate, momentum=0.5)),
+        ({"name": "sgd"}, optax.sgd),
+        ({"name": "sgd", "momentum": 0.5}, lambda rate: optax.sgd(rate, momentum=0.5)),
+        ({"name": "decoupled"}, lambda rate: optax.adamw(rate, weight_decay=0.1)),
+    ],
+)
+def test_optimizers_step_as_those_of_optax(monkeypatch, fields, expected):
+    """With a rate that changes, under jit; `decoupled` is registered, and needs the parameters."""
+    monkeypatch.setattr(optimizers, "OPTIMIZERS", dict(optimizers.OPTIMIZERS))
+    optimizers.register("decoupled", functools.partial(optax.adamw, weight_decay=0.1))
+    optimizer = optimizers.make_optimizer(settings(**{f"optimizer.{k}": v for k, v in fields.items()}))
+    params = draw_tree(99)
+    mask = masking.ones_like(params)
+    state, expected_params = optimizer.init(params), params
+    expected_state = expected(0.0).init(params)
+    update = jax.jit(optimizer.update)
+    for step in range(5):
+        gradients, rate = draw_tree(step), 0.1 / (step + 1)
+        updates, state = update(gradients, state, params, mask=mask, learning_rate=rate)
+        params = optax.apply_updates(params, updates)
+        updates, expected_state = expected(rate).update(gradients, expected_state, expected_params)
+        expected_params = optax.apply_updates(expected_params, updates)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), params, expected_params)
+
+
+def test_weight_decay_is_added_to_the_gradient():
+    optimizer = optimizers.make_optimizer(settings(**{"optimizer.name": "sgd", "optimizer.weight_decay": 0.5}))
+    params, gradients = draw_tree(0), draw_tree(1)
+    mask = masking.ones_like(params)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params, mask=mask, learning_rate=0.1)
+    expected = jax.tree.map(lambda p, g: -0.1 * (g + 0.5 * p), params, gradients)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), updates, expected)
+
+
+def test_momentum_is_refused_where_there_is_none():
+    with pytest.raises(
+        UserError, match=r"optimizer.momentum is 0.5; adam has no momentum, so it should be None"
+    ):
+        optimizers.make_optimizer(settings(**{"optimizer.momentum": 0.5}))
+
+
+def test_a_finished_transform_is_refused():
+    """Its rate is fixed, so that `config.optimizer.learning_rate` would do nothing."""
+    with pytest.raises(UserError, match=r"'adamw' is a .*it should be a function of the learning rate"):
+        optimizers.register("adamw", optax.adamw(1e-3))

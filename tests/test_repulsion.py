@@ -265,10 +265,10 @@ def train_rounds(experiment, rounds):
     tickets, optima = imp.initialize(experiment), None
     masks = masking.ones_like(tickets["params"])
     for number in range(rounds):
-        networks, _ = imp.train(experiment, number, tickets, masks, optima)
+        networks, end = imp.train(experiment, number, tickets, masks, optima)
         yield networks, optima
         masks, _ = imp.prune(experiment, number, networks)
-        tickets = imp.reset(experiment, networks)
+        tickets = imp.reset(experiment, end.tickets, networks)
         optima = imp.remember(experiment, optima, networks, masks)
 
 
@@ -374,7 +374,7 @@ def test_each_arm_knows_its_own_optima_and_a_twin_those_of_imp(tiny_experiment, 
     masks, _ = imp.prune(experiment, 1, second)
     optima = imp.remember(experiment, optima, second, masks)
     of_round = imp.in_round(experiment, 2)
-    networks, _ = imp.train(of_round, 2, imp.reset(experiment, second), masks, optima)
+    networks, _ = imp.train(of_round, 2, imp.initialize(experiment), masks, optima)
     for replicate in range(2):
         jax.tree.map(
             np.testing.assert_array_equal,

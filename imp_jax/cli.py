@@ -1,0 +1,49 @@
+"""What the commands of this package share: reading flags, wording their errors, printing anywhere."""
+
+import re
+import sys
+
+from absl import flags
+
+
+def replace_unprintable() -> None:
+    """Let stdout and stderr print `?` for a character that their encoding lacks, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parse the flags of `imp_jax.main`; exit with one sentence for whatever can go wrong in it."""
+    from imp_jax.config import type_in_words, unknown_field
+
+    replace_unprintable()
+    try:
+        rest = flags.FLAGS(argv)
+        getattr(flags.FLAGS.config, "items", None)  # a file that could not be read raises on first access
+        return rest
+    except flags.IllegalFlagValueError as error:
+        match = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
+        expected = type_in_words(match[1]) if match else ""
+        message = str(error) if not str(error).startswith("flag --config") else _cannot_load(error)
+        message = f"{match[1]} is {match[2]!r}; it should be {expected}" if expected else message
+    except flags.UnrecognizedFlagError as error:
+        hint = (
+            f"; the config field is set by --config.{error.flagname}" if type_in_words(error.flagname) else ""
+        )
+        message = f"{error}{hint}"
+    except flags.Error as error:
+        message = str(error).removeprefix("ERROR:: ")
+    except Exception as error:  # a config file is code, and may raise anything
+        if "--debug" in argv:
+            raise
+        overridden = re.findall(r"--config\.([\w.]+)", " ".join(argv))
+        unknown = [field for field in overridden if not type_in_words(field)]
+        message = unknown_field(unknown[0]) if unknown else _cannot_load(error)
+    sys.exit(f"error: {' '.join(message.split())}")
+
+
+def _cannot_load(error):
+    # ml_collections puts a whole traceback into the message: its last line is the cause
+    cause = f"{type(error).__name__}: {error}".strip().splitlines()[-1].strip()
+    return f"cannot load the config: {cause}"
