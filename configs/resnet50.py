@@ -1,7 +1,7 @@
 """ResNet-50 on ImageNet, one cut to 30 %: a row of table 1 (table of appendix C).
 
 python -m imp_jax.data prepare imagenet2012    # once, with the two archives in downloads/manual
-python -m imp_jax.main --config=configs/resnet50.py --workdir=runs/resnet50
+python -m imp_jax.main --config=configs/resnet50.py
 
 Expected (table of appendix C): with --config.optimizer.learning_rate=0.1 72.1 % dense and 2.0 points less at
 30 %. 76.1 % and 2.4 points less are quoted there from Frankle et al. 2020, at the learning rate here and with

@@ -2,6 +2,8 @@
 
 import re
 import sys
+from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -41,6 +43,25 @@ def parse_flags(argv: list[str]) -> list[str]:
         unknown = [field for field in overridden if not type_in_words(field)]
         message = unknown_field(unknown[0]) if unknown else _cannot_load(error)
     sys.exit(f"error: {' '.join(message.split())}")
+
+
+def find_workdir(workdir: str | None, config: Any, flag: flags.Flag) -> Path:
+    """Return the folder of a run: `workdir`, or runs/ and the name of its config with the fields overridden.
+
+    Args:
+      workdir: what the flag --workdir says; None without it.
+      config: of the run.
+      flag: the flag --config, of ml_collections.
+    """
+    from imp_jax import config as configs
+
+    if workdir is not None:
+        return configs.user_path(workdir, "--workdir")
+    configs.validate(config)
+    path, _, argument = flag.config_filename.partition(":")
+    name = f"{Path(path).stem}-{argument}" if argument else Path(path).stem
+    base = flag.parser.parse(flag.config_filename)  # the file alone, without the fields overridden
+    return Path("runs") / configs.run_name(name, base, config)
 
 
 def _cannot_load(error):

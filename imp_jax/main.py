@@ -6,7 +6,6 @@ Any field of the config can be overridden, as in `--config.optimizer.learning_ra
 import contextlib
 import os
 import sys
-from pathlib import Path
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -70,7 +69,7 @@ def _run(interruption):
     from imp_jax.config import UserError
     from imp_jax.divergence import DivergedError
 
-    workdir = _workdir()
+    workdir = cli.find_workdir(_WORKDIR.value, _CONFIG.value, flags.FLAGS["config"])
     with contextlib.suppress(UserError):  # which imp.run says
         execution.keep_programs(_CONFIG.value)
     try:
@@ -86,20 +85,6 @@ def _run(interruption):
     if processes.is_first():
         analysis.run(workdir)
     processes.leave()
-
-
-def _workdir():
-    """The folder of the run: what --workdir names, or runs/ and the name that its config gives it."""
-    from imp_jax import config as configs
-
-    if _WORKDIR.value is not None:
-        return configs.user_path(_WORKDIR.value, "--workdir")
-    configs.validate(_CONFIG.value)
-    flag = flags.FLAGS["config"]
-    path, _, argument = flag.config_filename.partition(":")
-    name = f"{Path(path).stem}-{argument}" if argument else Path(path).stem
-    base = flag.parser.parse(flag.config_filename)  # the file alone, without the fields overridden
-    return Path("runs") / configs.run_name(name, base, _CONFIG.value)
 
 
 def _unraisable(unraisable):

@@ -8,8 +8,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from absl import flags
+from ml_collections import config_flags
 
-from imp_jax import analysis, imp, main
+from experiments import runs
+from imp_jax import analysis, cli, imp, main
+from imp_jax import config as configs
 from imp_jax.divergence import DivergedError
 
 ROOT = Path(__file__).parent.parent
@@ -17,9 +20,10 @@ CONFIG = "--config=configs/mnist5k.py"
 W = "--workdir=W"  # W stands for a folder of the test's own
 
 
-def run(*arguments, env=None):
+def run(*arguments, cwd=ROOT, env=None):
     command = [sys.executable, "-m", "imp_jax.main", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
+    env = {**(env or os.environ), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -41,6 +45,59 @@ def test_help_needs_no_jax():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "--workdir" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "workdir"),
+    [
+        (["--config=configs/resnet20.py"], "runs/resnet20"),
+        (
+            ["--config=configs/resnet20.py", "--config.batch_size=1024", "--config.seed=0"],
+            "runs/resnet20,batch_size=1024",
+        ),
+        (["--config=configs/lenet.py", "--config.pruning.fraction=0.5", "--config.arms=('imp',)"],
+         "runs/lenet,arms=imp,pruning.fraction=0.5"),
+        (["--config=configs/lenet.py", "--workdir=~/w,~"], "/home/me/w,~"),
+    ],
+)  # fmt: skip
+def test_where_a_run_lies(monkeypatch, arguments, workdir):
+    """By the name that sweeps use, unless the user says."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HOME", "/home/me")
+    values = flags.FlagValues()
+    config = config_flags.DEFINE_config_file("config", flag_values=values)
+    folder = flags.DEFINE_string("workdir", None, "", flag_values=values)
+    values(["main", *arguments])
+    assert cli.find_workdir(folder.value, config.value, values["config"]) == Path(workdir)
+    if "workdir" not in arguments[-1]:
+        base, *overrides = (argument.partition("=")[2] for argument in arguments)
+        fields = [argument.removeprefix("--config.").split("=")[0] for argument in arguments[1:]]
+        assert len(overrides) == len(fields)
+        sweep = runs.run(Path(base).stem, {field: configs.flatten(config.value)[field] for field in fields})
+        assert f"runs/{sweep.name}" == workdir
+
+
+def test_a_run_without_workdir_on_a_terminal_of_ascii(tmp_path, data_dir):
+    """Signs that the encoding lacks are replaced."""
+    fields = [*QUICK[1:], "--config.model.width=0.1", f"--config.dataset.data_dir={data_dir}"]
+    code, out, err = run(
+        f"--config={ROOT / 'configs/mnist5k.py'}",
+        *fields,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )
+    assert (code, err) == (0, "")
+    workdir = "runs/mnist5k,batch_size=500,epochs=1,model.width=0.1,replicates=1,rounds=1"
+    assert out.startswith(f"workdir: {workdir}\n")
+    assert "(28 ? 28 ? 1)" in out
+    assert len(pd.read_csv(tmp_path / workdir / "results.csv")) == 2
+
+
+def test_debug_shows_the_traceback_of_a_user_error(tmp_path):
+    code, _, err = run(CONFIG, "--debug", f"--workdir={tmp_path}", "--config.rounds=0")
+    assert code != 0
+    assert "Traceback" in err
+    assert err.strip().endswith("rounds is 0; it should be at least 1")
 
 
 def test_a_second_start_compiles_nothing(tmp_path, data_dir):
@@ -67,7 +124,7 @@ def test_a_run_that_diverged_is_analysed_as_far_as_it_came(tmp_path, monkeypatch
     flags.FLAGS(["main", CONFIG, f"--workdir={tmp_path}"])
     with pytest.raises(SystemExit, match="error: it broke in round 3"):
         main.main(["main"])
-    assert analysed == [str(tmp_path)]
+    assert analysed == [tmp_path]
 
 
 @pytest.fixture
@@ -84,7 +141,10 @@ def config_file(tmp_path):
     ("arguments", "sentence"),
     [
         ([], "--config is missing"),
-        ([CONFIG], "--workdir is missing"),
+        ([CONFIG, "--workdir="], "--workdir is empty; it should be the path of a folder"),
+        ([CONFIG, "--workdir=~no_such_user/w"], "there is no home directory to put for ~"),
+        ([W, CONFIG, "--flagfile=missing"], "Unable to open flagfile: [Errno 2] No such file"),
+        ([CONFIG, "--config.optimizer.schedule=step"], "optimizer.milestones is (); the schedule step divides"),
         ([W, CONFIG, "extra"], "'extra' is not a flag"),
         ([W, CONFIG, "--nosuch=1"], "Unknown command line flag 'nosuch'"),
         ([W, CONFIG, "--rounds=1"], "flag 'rounds'; the config field is set by --config.rounds"),
@@ -144,7 +204,7 @@ def test_fields_are_overridden_from_the_command_line(tmp_path, data_dir):
         "--config.rewind_step=None",
         "--config.optimizer.name=momentum",
         "--config.optimizer.schedule=step",
-        "--config.optimizer.milestones=(1,2)",
+        "--config.optimizer.milestones=(0.5,)",
         "--config.optimizer.warmup_epochs=1",
     )
     assert code == 0, err
