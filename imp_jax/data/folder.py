@@ -1,4 +1,4 @@
-"""Folders of images by class, in the layout of torchvision's ImageFolder: train/CLASS/IMAGE, val/CLASS/IMAGE."""
+"""Folders of images by class in the layout of torchvision: train/CLASS/IMAGE and val/CLASS/IMAGE."""
 
 import os
 from collections import Counter
@@ -21,15 +21,14 @@ MAX_BYTES = 4 * 2**30  # of the decoded pixels of both splits
 
 MAX_STATS = 200_000  # files, whose sizes are looked at first; of more, this takes minutes on a network's disk
 
-_PATTERN = f"CLASS/NAME{', '.join(SUFFIXES)}"
 _GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N")  # of Pillow
 
 
 class ImageFolder:
     """The images of a split by number, {"image": bytes of an image file, "label": int}; can be pickled.
 
-    Labels number `classes`. The images of a class are ordered by folder and name. Hidden files are left out, and
-    those whose suffix is not in `SUFFIXES`.
+    Labels number `classes`. The images of a class are ordered by folder and name. Hidden files are left out, as
+    are those whose suffix is not in `SUFFIXES`.
 
     Raises:
       UserError: no image, an empty file, a class that is not in `classes`; later, a file that cannot be read.
@@ -37,15 +36,16 @@ class ImageFolder:
 
     def __init__(self, folder: Path, classes: list[str]):
         self.name, self.num_classes = f"{folder.name} of {folder.parent}", len(classes)
-        self._folder = os.fspath(folder)
-        if unknown := sorted(set(_classes(folder)) - set(classes)):
+        self._folder = os.path.abspath(folder)
+        found = _classes(folder)
+        if unknown := sorted(set(found) - set(classes)):
             raise UserError(
                 f"{folder} has the class {unknown[0]}, which train lacks ({len(unknown)} such); it should have "
                 f"folders named as those of train, such as {classes[0]}"
             )
         files, labels, others = [], [], Counter()
         for label, name in enumerate(classes):
-            for path in _files(self._folder, name):
+            for path in _files(self._folder, name) if name in found else ():
                 suffix = os.path.splitext(path)[1]
                 if suffix.lower() in SUFFIXES:
                     files.append(os.fsencode(path))
@@ -53,7 +53,10 @@ class ImageFolder:
                 else:
                     others[suffix or "no suffix"] += 1
         if not files:
-            raise UserError(f"{folder} has no images in class folders; it should have files named {_PATTERN}")
+            raise UserError(
+                f"{folder} has no images in class folders; it should have a folder for each class, with files "
+                f"ending in {', '.join(SUFFIXES)}"
+            )
         if others:
             print(
                 f"left out of {folder}: {others.total()} files that are not images by their names "
@@ -132,10 +135,11 @@ def open_splits(data_dir: str | None) -> tuple[ImageFolder, ImageFolder]:
             f"least two, one for each class"
         )
     train = ImageFolder(root / "train", classes)
-    if empty := [name for label, name in enumerate(classes) if label not in set(train.labels.tolist())]:
+    empty = np.flatnonzero(np.bincount(train.labels, minlength=len(classes)) == 0)
+    if len(empty):
         raise UserError(
-            f"{root / 'train' / empty[0]} has no images ({len(empty)} such classes); it should have files "
-            f"named {_PATTERN}, or be removed"
+            f"{root / 'train' / classes[empty[0]]} has no images ({len(empty)} such classes); it should have "
+            f"files ending in {', '.join(SUFFIXES)}, or be removed"
         )
     return train, ImageFolder(test, classes)
 

@@ -35,7 +35,8 @@ class Normalize(NamedTuple):
             images = images.astype(jnp.float32) / 255
         elif not jnp.issubdtype(images.dtype, jnp.floating):
             raise TypeError(f"images are of type {images.dtype}; they should be uint8 or floating-point")
-        return (images.astype(jnp.float32) - jnp.array(self.mean)) / jnp.array(self.std)
+        mean, std = jnp.array(self.mean, jnp.float32), jnp.array(self.std, jnp.float32)
+        return (images.astype(jnp.float32) - mean) / std
 
 
 def statistics(dataset: Dataset) -> Normalize:

@@ -13,9 +13,8 @@ from tensorboardX.record_writer import masked_crc32c
 from tensorflow_datasets.core.data_sources.base import BaseDataSource
 
 _HEADER = struct.Struct("<QI")  # of a record: its length in bytes, and the checksum of that
-_FOOTER_BYTES = (
-    4  # the checksum of the record, which is not verified: in Python that takes longer than decoding
-)
+# the checksum of the record, which is not verified: in pure Python that takes longer than decoding the image
+_FOOTER_BYTES = 4
 
 
 def open_builder(make_builder: Callable[..., tfds.core.DatasetBuilder]) -> tfds.core.DatasetBuilder:
@@ -85,6 +84,8 @@ class _Records:
         return records
 
     def _file_number(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
         return int(np.searchsorted(self.ends, index, side="right"))
 
 
