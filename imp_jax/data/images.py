@@ -37,4 +37,4 @@ def convert_to_8_bits(image: Image.Image, mode: str) -> Image.Image:
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise ValueError(f"its pixels have 32 bits (mode {image.mode}), and should have 8 or 16")
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)
