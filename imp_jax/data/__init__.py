@@ -106,10 +106,9 @@ def load(
     """
     data_dir = _expand_user(data_dir)
     if name == "folder":
-        sources, usual, kept_in = folder.open_splits(data_dir), ("crop", "flip"), None
+        sources, kept_in = folder.open_splits(data_dir), None
         image_shape = folder.in_memory_shape(sources)
-        if image_shape:
-            usual = ()
+        usual = () if image_shape else ("crop", "flip")
     else:
         builder = find(name, data_dir)
         _require_labelled_images(builder)

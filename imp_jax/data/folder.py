@@ -19,7 +19,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 MAX_SIDE = 96  # pixels
 MAX_BYTES = 4 * 2**30  # of the decoded pixels of both splits
 
-MAX_STATS = 200_000  # files, whose sizes are looked at first; of more, this takes minutes on a network's disk
+# Empty files are looked for before training if there are at most so many files; of more, this may take minutes.
+MAX_STATS = 200_000
 
 _GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N")  # of Pillow
 
@@ -59,7 +60,7 @@ class ImageFolder:
             )
         if others:
             print(
-                f"left out of {folder}: {others.total()} files that are not images by their names "
+                f"{folder}: {others.total()} files are left out, as their names are not those of images "
                 f"({', '.join(sorted(others))})"
             )
         self._files = np.array(files, np.bytes_)  # one array, which is pickled faster than a list
