@@ -36,6 +36,12 @@ def test_a_crop_is_a_shift_by_up_to_four_pixels_into_black():
         assert set(places) == set(range(9))  # every shift occurs, also the furthest
 
 
+def test_floating_point_images_are_shifted_alike():
+    key = jax.random.key(0)
+    floats = random_crop(key, jnp.asarray(IMAGES / 255, jnp.float32))
+    np.testing.assert_allclose(floats, random_crop(key, jnp.asarray(IMAGES)) / 255, rtol=1e-6)
+
+
 def test_crops_are_uniform():
     image = np.zeros((1, 9, 9, 1), np.uint8)
     image[0, 4, 4] = 1

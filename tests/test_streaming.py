@@ -94,13 +94,20 @@ def test_a_crop_shows_its_box(encoding, side):
     np.testing.assert_allclose(crop[..., 2], 99, atol=4)
 
 
-@pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P"])
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P", "I;16"])
 def test_images_of_other_modes_become_rgb(mode):
-    file = io.BytesIO()
-    Image.fromarray(ramp(80, 60)).convert(mode).save(file, "JPEG" if mode in ("L", "CMYK") else "PNG")
+    file, image = io.BytesIO(), Image.fromarray(ramp(80, 60))
+    expected = image.convert("L") if mode in ("L", "I;16") else image
+    if mode == "I;16":
+        converted = Image.fromarray(np.asarray(expected).astype(np.uint16) * 257)
+    else:
+        converted = image.convert(mode, palette=Image.Palette.ADAPTIVE)
+    converted.save(file, "JPEG" if mode in ("L", "CMYK") else "PNG")
     crop = streaming.resized(Image.open(file), (0, 0, 80, 60), 16)
-    assert crop.shape == (16, 16, 3)
     assert crop.dtype == np.uint8
+    expected = expected.convert("RGB").resize((16, 16), Image.Resampling.BILINEAR)
+    difference = np.abs(crop.astype(int) - np.asarray(expected))
+    assert difference.mean() < (6 if mode == "P" else 3)  # of 256 colours, and of a JPEG
 
 
 # --- order ---

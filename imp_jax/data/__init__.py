@@ -5,32 +5,56 @@
 downloads and prepares a set once. `mnist5k`, the default, needs neither network nor TensorFlow: its builder
 is in this package and `load` prepares it on first use. Sets whose images have one size are held in memory;
 others, such as ImageNet, are streamed. To add a set, write a TFDS builder and name it in `BUILDERS`; any set of
-TFDS with an image, a class label and the splits train and test (or validation) is there already.
+TFDS with an image, a class label and the splits train and test (or validation) is there already. The set
+`folder` is any folder of images by class; `from_arrays` makes a set of NumPy arrays.
 """
 
 import contextlib
 import difflib
+import functools
 import io
-import json
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
 from filelock import FileLock
-from jaxtyping import Array, Float, Int, UInt8
 
 from imp_jax.config import UserError, in_one_line
+from imp_jax.data import folder, tfrecords
 from imp_jax.data.augmentation import AUGMENTATIONS
+from imp_jax.data.dataset import (
+    Dataset,
+    InMemory,
+    device_memory,
+    from_arrays,
+    read_all,
+    require_augmentations,
+    require_memory,
+)
+from imp_jax.data.images import MODES
 from imp_jax.data.mnist5k import Mnist5k
+from imp_jax.data.normalization import Normalize, statistics
 from imp_jax.data.source import Source
 from imp_jax.data.streaming import Streamed
 from imp_jax.devices import cores
+
+__all__ = [
+    "AUGMENTATIONS",
+    "BUILDERS",
+    "Dataset",
+    "InMemory",
+    "Normalize",
+    "Streamed",
+    "device_memory",
+    "find",
+    "from_arrays",
+    "load",
+    "prepare",
+    "statistics",
+]
 
 BUILDERS = {"mnist5k": Mnist5k}
 SETS_OF_TFDS = ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn_cropped", "imagenet2012")  # for messages
@@ -38,43 +62,6 @@ SETS_OF_TFDS = ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn_cropped",
 # How the training images of a set are usually augmented; those of sets not named here are left as they are.
 USUAL_AUGMENTATION = dict.fromkeys(("cifar10", "cifar100", "imagenet2012"), ("crop", "flip"))
 TEST_SPLIT = {"imagenet2012": "validation"}  # its test split has no labels
-
-STATISTICS_IMAGES = 10_000  # of a stream, that its mean and deviation are taken from
-
-
-class InMemory(NamedTuple):
-    """A whole split; pixels as they are stored, 0 to 255."""
-
-    images: UInt8[Array, "examples height width channels"]
-    labels: Int[Array, " examples"]  # int32, 0 to num_classes − 1
-
-    @property
-    def examples(self) -> int:
-        return len(self.labels)
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self.images.shape[1:]
-
-
-class Dataset(NamedTuple):
-    train: InMemory | Streamed
-    test: InMemory | Streamed
-    num_classes: int
-    augmentation: tuple[str, ...]  # of training images
-    folder: Path
-
-
-class Normalize(NamedTuple):
-    """From stored pixels to what a network sees: (pixel / 255 − mean) / std, channel by channel, as float32."""
-
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
-
-    def __call__(
-        self, images: UInt8[Array, "*batch height width channels"]
-    ) -> Float[Array, "*batch height width channels"]:
-        return (images.astype(jnp.float32) / 255 - jnp.array(self.mean)) / jnp.array(self.std)
 
 
 def find(name: str, data_dir: str | os.PathLike | None = None) -> tfds.core.DatasetBuilder:
@@ -103,38 +90,43 @@ def load(
     image_side: int = 224,
     workers: int | None = None,
 ) -> Dataset:
-    """Open the set `name` in `data_dir` (None: TFDS's own, ~/tensorflow_datasets), on the device if it is held.
+    """Open the set `name` in `data_dir`, and put it on the device if it is held in memory.
 
     Args:
+      name: of a set of TFDS or of `BUILDERS`; or "folder", for the folder `data_dir` of images by class, which
+        `folder.in_memory_shape` decides to stream or to hold in memory.
+      data_dir: in which TFDS keeps its sets; None is TFDS's own, ~/tensorflow_datasets.
       augmentation: of training images, names of `AUGMENTATIONS`; None is what is usual for the set.
       image_side: pixels, of a streamed set's crops.
       workers: processes that decode a streamed set; None is one for each core that this process may use.
 
     Raises:
-      UserError: see `find`; a set that cannot be read, or is not for image classification; an unknown
-        augmentation.
+      UserError: see `find` and `folder.open_splits`; a set that cannot be read, is not for image classification
+        or does not fit into memory; an unknown augmentation.
     """
-    builder = find(name, data_dir)
-    _require_labelled_images(builder)
-    test_split = _test_split(builder)
-    streamed = None in builder.info.features["image"].shape
-    if augmentation is None:
-        augmentation = USUAL_AUGMENTATION.get(builder.name, ())
-    _require_known(augmentation, Streamed.augmentations if streamed else AUGMENTATIONS)
-    splits = []
-    if not streamed:
-        _require_memory(builder, ("train", test_split))
-    for split in ("train", test_split):
-        source = Source(builder, split, decode=not streamed)
-        if streamed:
-            source[0]  # a split without labels is said now, and not after a training
-            splits.append(
-                Streamed(source, image_side, tuple(augmentation), cores() if workers is None else workers)
-            )
-        else:
-            splits.append(InMemory(*map(jnp.asarray, source.read_all())))
-    num_classes = builder.info.features["label"].num_classes
-    return Dataset(*splits, num_classes, tuple(augmentation), Path(builder.data_path))
+    data_dir = _expand_user(data_dir)
+    if name == "folder":
+        sources, kept_in = folder.open_splits(data_dir), None
+        image_shape = folder.in_memory_shape(sources)
+        usual = () if image_shape else ("crop", "flip")
+    else:
+        builder = find(name, data_dir)
+        _require_labelled_images(builder)
+        sources = tuple(Source(builder, split) for split in ("train", _test_split(builder)))
+        usual, kept_in = USUAL_AUGMENTATION.get(builder.name, ()), Path(builder.data_path)
+        image_shape = _in_memory_shape(builder)
+    augmentation = tuple(usual if augmentation is None else augmentation)
+    require_augmentations(augmentation, AUGMENTATIONS if image_shape else Streamed.augmentations)
+    if image_shape:
+        examples = sum(map(len, sources))
+        require_memory(sources[0].name.removeprefix("train of "), examples, examples * math.prod(image_shape))
+        splits = [read_all(source, image_shape) for source in sources]
+    else:
+        workers = cores() if workers is None else workers
+        for source in sources:
+            source[0]  # a split without labels is refused now, and not after a training
+        splits = [Streamed(source, image_side, augmentation, workers) for source in sources]
+    return Dataset(*splits, sources[0].num_classes, augmentation, kept_in)
 
 
 def prepare(name: str, data_dir: str | os.PathLike | None = None) -> Path:
@@ -163,58 +155,11 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None) -> Path:
     return Path(builder.data_path)
 
 
-def statistics(dataset: Dataset) -> Normalize:
-    """Mean and standard deviation of each channel over the training images, as the normalisation by them.
-
-    Computed once and kept as statistics.json beside the records; of a stream, from 10,000 central crops spread
-    evenly over the split (ours).
-    """
-    path, train = dataset.folder / "statistics.json", dataset.train
-    height, width, channels = train.image_shape
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        kept = json.loads(path.read_text())
-        mean, std = (np.array(kept[name], np.float64) for name in ("mean", "std"))
-        of_these_images = kept["image_shape"] == [height, width, channels]
-        if (
-            of_these_images
-            and mean.shape == std.shape == (channels,)
-            and np.isfinite(mean).all()
-            and (std > 0).all()
-        ):
-            return Normalize(tuple(mean.tolist()), tuple(std.tolist()))
-    if isinstance(train, InMemory):
-        batches = np.array_split(np.asarray(train.images), -(-train.examples // 1000))
-    else:
-        examples = np.unique(np.linspace(0, train.examples - 1, STATISTICS_IMAGES, dtype=int))
-        batches = (np.asarray(images) for images, _ in train.evaluation_batches(100, examples.tolist()))
-    counts = np.zeros((channels, 256), np.int64)  # of the 256 values a pixel may have
-    for images in batches:
-        for channel in range(channels):
-            counts[channel] += np.bincount(images[..., channel].ravel(), minlength=256)
-    values = np.arange(256) / 255
-    mean = counts @ values / counts.sum(1)
-    std = np.sqrt((counts * (values - mean[:, None]) ** 2).sum(1) / counts.sum(1))
-    std[np.count_nonzero(counts, axis=1) == 1] = 1  # of a channel that is the same everywhere
-    with contextlib.suppress(OSError):  # a folder that is shared may be read-only
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        kept = {"image_shape": train.image_shape, "mean": mean.tolist(), "std": std.tolist()}
-        aside.write_text(json.dumps(kept) + "\n")
-        aside.replace(path)
-    return Normalize(tuple(mean.tolist()), tuple(std.tolist()))
-
-
-def device_memory() -> int:
-    """Bytes of memory of the first device; of a CPU, its share of those of the machine."""
-    statistics = jax.local_devices()[0].memory_stats() or {}
-    of_machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return statistics.get("bytes_limit") or of_machine // jax.local_device_count()
-
-
 def _builder(name, data_dir):
     try:
         if name in BUILDERS:
-            return BUILDERS[name](data_dir=data_dir, file_format="array_record")
-        return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+            return tfrecords.open_builder(functools.partial(BUILDERS[name], data_dir=data_dir))
+        return tfrecords.open_builder(functools.partial(tfds.builder, name, data_dir=data_dir))
     except tfds.core.DatasetNotFoundError as error:
         close = difflib.get_close_matches(name, [*BUILDERS, *SETS_OF_TFDS], n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
@@ -226,12 +171,23 @@ def _builder(name, data_dir):
         hint = f"if its folder in {_root(data_dir)} is damaged, remove that and prepare the set again"
         if "File format is already set" in str(error):
             hint = (
-                f"it is prepared in {_root(data_dir)} in another format than ArrayRecord; prepare it with "
-                f"another --data_dir, or remove its folder there"
+                f"it is prepared in {_root(data_dir)} in another format than ArrayRecord or TFRecord; prepare "
+                f"it with another --data_dir, or remove its folder there"
             )
         raise UserError(
             f"dataset.name is {name!r}, which TFDS cannot open: {in_one_line(error)}; {hint}"
         ) from error
+
+
+def _expand_user(data_dir):
+    if data_dir is None:
+        return None
+    if not os.fspath(data_dir):
+        raise UserError("dataset.data_dir is ''; it should be a folder, or None for TFDS's own")
+    try:
+        return str(Path(data_dir).expanduser())
+    except RuntimeError as error:  # no such user
+        raise UserError(f"dataset.data_dir is {os.fspath(data_dir)!r}: {error}") from error
 
 
 def _root(data_dir):
@@ -247,6 +203,20 @@ def _require_labelled_images(builder):
         )
 
 
+def _in_memory_shape(builder):
+    """Height, width and channels of a set whose images have one size; None of others, which are streamed."""
+    feature = builder.info.features["image"]
+    streamed = None in feature.shape
+    types = (np.uint8, np.uint16) if streamed else (np.uint8,)
+    if feature.np_dtype not in types or feature.shape[-1] not in MODES:
+        raise UserError(
+            f"dataset.name is {builder.name!r}, whose images are {np.dtype(feature.np_dtype).name} of the "
+            f"shape {feature.shape}; they should be {' or '.join(t.__name__ for t in types)} with 1, 3 or 4 "
+            f"channels"
+        )
+    return None if streamed else feature.shape
+
+
 def _test_split(builder):
     """The split that a network is tested on."""
     splits = builder.info.splits
@@ -257,26 +227,6 @@ def _test_split(builder):
             f"has {', '.join(splits)}"
         )
     return test_split
-
-
-def _require_known(augmentation, known):
-    if not set(augmentation) <= set(known) or len(set(augmentation)) < len(augmentation):
-        raise UserError(
-            f"dataset.augmentation is {augmentation!r}; it should be None, or any of {' and '.join(known)}, "
-            f"none twice, written as ('crop', 'flip')"
-        )
-
-
-def _require_memory(builder, splits):
-    """Refuse a set that the device cannot hold beside a network in training, before it is read."""
-    examples = sum(builder.info.splits[split].num_examples for split in splits)
-    needed = examples * math.prod(builder.info.features["image"].shape)
-    there = device_memory()
-    if needed > there / 2:
-        raise UserError(
-            f"dataset.name is {builder.name!r}, whose {examples:,} images are held in memory and take "
-            f"{needed / 2**30:.1f} GiB; it should take at most half of the device's {there / 2**30:.1f} GiB"
-        )
 
 
 def _require_tensorflow(name):

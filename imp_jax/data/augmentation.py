@@ -2,13 +2,16 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key, UInt8
+from jaxtyping import Array, Float, Key, UInt8
 
-Images = UInt8[Array, "batch height width channels"]
+Images = UInt8[Array, "batch height width channels"] | Float[Array, "batch height width channels"]
 
 
 def random_crop(key: Key[Array, ""], images: Images, padding: int = 4) -> Images:
-    """Shift each image by up to `padding` pixels either way, filling with black: a crop of the padded image."""
+    """Shift each image by up to `padding` pixels either way, filling with zeros: a crop of the padded image.
+
+    Zero is black in images of type uint8, and in floating-point images from 0 to 1.
+    """
     batch, *shape = images.shape
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     corners = jax.random.randint(key, (batch, 2), 0, 2 * padding + 1)

@@ -1,4 +1,4 @@
-"""Splits that stay on disk: JPEGs of various sizes, decoded and cropped batch by batch (ImageNet).
+"""Splits that stay on disk: images of various sizes, decoded and cropped batch by batch (ImageNet).
 
 An example of the stream is a pure function of its place in the training: a stream begins at any step, and is
 the same with any number of workers.
@@ -24,6 +24,8 @@ from jaxtyping import Int, UInt8, UInt32
 from PIL import Image
 
 from imp_jax.config import UserError, in_one_line
+from imp_jax.data.folder import ImageFolder
+from imp_jax.data.images import convert_to_8_bits
 from imp_jax.data.source import Source
 from imp_jax.devices import DATA, MEMBER
 from imp_jax.interruption import SIGNALS
@@ -36,7 +38,7 @@ Box = tuple[float, float, float, float]  # left, upper, right, lower, in pixels
 class Streamed:
     """A split on disk, whose images are served as crops of `side` × `side` pixels in RGB."""
 
-    source: Source
+    source: Source | ImageFolder
     side: int
     augmentation: tuple[str, ...]  # of training images
     workers: int  # processes that decode; 0 decodes in threads of this one
@@ -203,8 +205,13 @@ def central_box(width: int, height: int) -> Box:
 
 
 def resized(image: Image.Image, box: Box, side: int) -> Crop:
-    """The part `box` of an image in RGB, resized to `side` × `side` with antialiasing."""
-    return np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR, box=box))
+    """The part `box` of an image in RGB, resized to `side` × `side` with antialiasing.
+
+    Raises:
+      ValueError: see `convert_to_8_bits`.
+    """
+    image = convert_to_8_bits(image, "RGB")
+    return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR, box=box))
 
 
 def _here(sharding, shape):
