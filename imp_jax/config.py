@@ -44,7 +44,7 @@ def default() -> ConfigDict:
     config.rewind_step = FieldReference(0, field_type=object)
 
     config.checkpoint_every_epochs = 5  # the state within a round is saved; each round's end is, in any case
-    config.checkpoint_every_steps = 500  # the same, of a streamed set, whose epochs are long
+    config.checkpoint_every_steps = 500  # the same, of a streamed set, whose epochs are long; of no other set
     config.keep_checkpoints = "all"  # of the rounds; ends: the first and the last two
     config.on_divergence = "stop"  # the run, or drop: go on without the member that diverged
 

@@ -55,6 +55,12 @@ def setup(config: ConfigDict) -> Experiment:
         image_side=config.dataset.image_side,
         workers=config.dataset.workers,
     )
+    if not isinstance(dataset.train, data.Streamed):
+        _require_defaults(
+            config,
+            ("dataset.image_side", "dataset.workers", "checkpoint_every_steps"),
+            f"only streamed sets read it, and {config.dataset.name} is held in memory",
+        )
     examples = dataset.train.examples
     if config.batch_size > examples:
         raise UserError(
@@ -159,6 +165,14 @@ def in_words(experiment: Experiment, params: Params) -> str:
         f"{config.model.name} on {config.dataset.name} ({height} × {width} × {channels}): "
         f"{count:,} parameters, {weights:,} of them weights to prune; {trained}"
     )
+
+
+def _require_defaults(config, fields, why):
+    """Refuse fields that would do nothing."""
+    given, usual = configs.flatten(config), configs.flatten(configs.default())
+    for field in fields:
+        if given[field] != usual[field]:
+            raise UserError(f"{field} is {given[field]!r}; {why}, so it should be {usual[field]!r}")
 
 
 def _require_layers(patterns, params):

@@ -36,6 +36,8 @@ def test_a_step_normalises_and_augments_as_the_config_says(data_dir, tmp_path):
         ({"pruning.score": "magnitud"}, r"pruning.score is 'magnitud'.*did you mean magnitude"),
         ({"model.name": "vgg"}, "model.name is 'vgg'; it should be one of lenet"),
         ({"rounds": 0}, "rounds is 0; it should be at least 1"),
+        ({"dataset.image_side": 64}, "image_side is 64; only streamed sets read it, .* so it should be 224"),
+        ({"checkpoint_every_steps": 5}, "checkpoint_every_steps is 5; only streamed sets read it"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(data_dir, tmp_path, overrides, sentence):
