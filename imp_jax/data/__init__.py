@@ -1,19 +1,26 @@
 """Image-classification sets from TensorFlow Datasets, read from ArrayRecord files without TensorFlow.
 
-    python -m imp_jax.data prepare cifar10 --data_dir=…
+`load` prepares the sets in `BUILDERS` on first use, without TensorFlow: mnist5k, the default, needs no network,
+MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100 are downloaded. The command
 
-downloads and prepares a set once. `mnist5k`, the default, needs neither network nor TensorFlow: its builder
-is in this package and `load` prepares it on first use. Sets whose images have one size are held in memory;
-others, such as ImageNet, are streamed. To add a set, write a TFDS builder and name it in `BUILDERS`; any set of
-TFDS with an image, a class label and the splits train and test (or validation) is there already.
+    python -m imp_jax.data prepare svhn_cropped --data_dir=…
+
+prepares any set once; sets that are not in `BUILDERS` need TensorFlow for it. Sets whose images have one size
+are held in memory; others, such as ImageNet, are streamed. To add a set, write a TFDS builder and name it in
+`BUILDERS`; any set of TFDS with an image, a class label and the splits train and test (or validation) is there
+already.
 """
 
 import contextlib
 import difflib
+import functools
 import io
 import json
 import math
 import os
+import re
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,18 +29,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorflow_datasets as tfds
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from jaxtyping import Array, Float, Int, UInt8
 
 from imp_jax.config import UserError, in_one_line
+from imp_jax.data import classics
 from imp_jax.data.augmentation import AUGMENTATIONS
 from imp_jax.data.mnist5k import Mnist5k
 from imp_jax.data.source import Source
 from imp_jax.data.streaming import Streamed
 from imp_jax.devices import cores
+from imp_jax.interruption import cleanup
 
-BUILDERS = {"mnist5k": Mnist5k}
-SETS_OF_TFDS = ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn_cropped", "imagenet2012")  # for messages
+# prepared on first use
+BUILDERS = {
+    "mnist5k": Mnist5k,
+    "mnist": classics.MNIST,
+    "fashion_mnist": classics.FashionMNIST,
+    "cifar10": classics.Cifar10,
+    "cifar100": classics.Cifar100,
+}
+SETS_OF_TFDS = ("svhn_cropped", "imagenet2012")  # others that error messages name
 
 # How the training images of a set are usually augmented; those of sets not named here are left as they are.
 USUAL_AUGMENTATION = dict.fromkeys(("cifar10", "cifar100", "imagenet2012"), ("crop", "flip"))
@@ -78,15 +94,16 @@ class Normalize(NamedTuple):
 
 
 def find(name: str, data_dir: str | os.PathLike | None = None) -> tfds.core.DatasetBuilder:
-    """The set `name`, prepared in `data_dir`; one of this package is prepared now.
+    """Open the set `name` in `data_dir`; one of `BUILDERS` is downloaded and prepared first, if need be.
 
     Raises:
-      UserError: an unknown set, or one not prepared yet: the sentence has the command.
+      UserError: an unknown set; one that is not prepared and cannot be prepared now.
     """
-    if name in BUILDERS:
-        prepare(name, data_dir)
     builder = _builder(name, data_dir)
     if not builder.is_prepared():
+        if _is_ours(builder):
+            prepare(name, data_dir)
+            return _builder(name, data_dir)
         flag = f" --data_dir={data_dir}" if data_dir else ""
         raise UserError(
             f"dataset.name is {name!r}, which is not prepared in {_root(data_dir)}; "
@@ -141,25 +158,26 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None) -> Path:
     """Download and prepare the set `name` as ArrayRecord files, unless that is done; returns its folder.
 
     Raises:
-      UserError: an unknown set, no TensorFlow, no network or no archives where they are needed, or no place to
-        write.
+      UserError: an unknown set; no TensorFlow, network or archives where they are needed; no place to write.
     """
     builder = _builder(name, data_dir)
     _require_labelled_images(builder)
-    if not builder.is_prepared():
-        root = _root(data_dir)
-        if name not in BUILDERS:
-            _require_tensorflow(name)
-        _require_archives(builder, root)
-        print(f"preparing {name} in {root}", flush=True)
-        tfds.disable_progress_bar()
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            # the jobs of an array may all start at once; and TFDS would tell of downloads there are not
-            with FileLock(root / f".{name}.lock"), contextlib.redirect_stdout(io.StringIO()):
-                _builder(name, data_dir).download_and_prepare()
-        except Exception as error:  # TFDS lets through whatever its download library raises
-            raise UserError(f"could not prepare {name} in {root}: {in_one_line(error)}") from error
+    if builder.is_prepared():
+        return Path(builder.data_path)
+    root = _root(data_dir)
+    if not _is_ours(builder):
+        _require_tensorflow(name)
+    _require_archives(builder, root)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _lock(root / f".{builder.name}.lock", name):
+            builder = _builder(name, data_dir)
+            if not builder.is_prepared():  # by a process that had the lock before
+                _prepare(builder, root)
+    except UserError:
+        raise
+    except Exception as error:  # TFDS lets through whatever its download library raises
+        raise UserError(f"could not prepare {name} in {root}: {in_one_line(error)}") from error
     return Path(builder.data_path)
 
 
@@ -211,22 +229,22 @@ def device_memory() -> int:
 
 
 def _builder(name, data_dir):
+    root = _root(data_dir)
+    base, _, version = name.partition(":")
     try:
-        if name in BUILDERS:
-            return BUILDERS[name](data_dir=data_dir, file_format="array_record")
-        return tfds.builder(name, data_dir=data_dir, file_format="array_record")
-    except tfds.core.DatasetNotFoundError as error:
-        close = difflib.get_close_matches(name, [*BUILDERS, *SETS_OF_TFDS], n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise UserError(
-            f"dataset.name is {name!r}; it should be one of {', '.join([*BUILDERS, *SETS_OF_TFDS])}, "
-            f"or another image-classification set of TFDS{hint}"
-        ) from error
+        if base in BUILDERS and version in ("", str(BUILDERS[base].VERSION)):
+            return BUILDERS[base](data_dir=root, file_format="array_record")
+        return tfds.builder(name, data_dir=root, file_format="array_record")
     except Exception as error:  # an odd name, a missing version, another file format: each raises its own
-        hint = f"if its folder in {_root(data_dir)} is damaged, remove that and prepare the set again"
+        if isinstance(error, tfds.core.DatasetNotFoundError) or not re.fullmatch(r"\w+", base):
+            raise UserError(
+                f"dataset.name is {name!r}; it should be one of {', '.join([*BUILDERS, *SETS_OF_TFDS])}, "
+                f"or another image-classification set of TFDS{_suggestion(name)}"
+            ) from error
+        hint = f"if its folder in {root} is damaged, remove that and prepare the set again"
         if "File format is already set" in str(error):
             hint = (
-                f"it is prepared in {_root(data_dir)} in another format than ArrayRecord; prepare it with "
+                f"it is prepared in {root} in another format than ArrayRecord; prepare it with "
                 f"another --data_dir, or remove its folder there"
             )
         raise UserError(
@@ -234,8 +252,61 @@ def _builder(name, data_dir):
         ) from error
 
 
+def _is_ours(builder):
+    return type(builder) in BUILDERS.values()
+
+
+def _suggestion(name):
+    """A name that `name` may stand for, such as cifar10 for CIFAR-10; empty if there is none."""
+    plain = {re.sub(r"\W|_", "", known).lower(): known for known in (*BUILDERS, *SETS_OF_TFDS)}
+    close = difflib.get_close_matches(re.sub(r"\W|_", "", name).lower(), plain, n=1)
+    return f" (did you mean {plain[close[0]]}?)" if close else ""
+
+
 def _root(data_dir):
-    return Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+    """The data folder, with `~` expanded."""
+    if data_dir is not None and not os.fspath(data_dir):
+        raise UserError("the data folder is empty text; it should be a path, or be left out for TFDS's own")
+    folder = Path(data_dir or tfds.core.constants.DATA_DIR)
+    try:
+        return folder.expanduser()
+    except RuntimeError as error:
+        raise UserError(f"the data folder is {folder}, but {error}; give another --data_dir") from error
+
+
+@contextlib.contextmanager
+def _lock(path, name):
+    """Let one process at a time prepare a set; the others wait."""
+    lock = FileLock(path)
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for another process that is preparing {name} (it holds {path})", flush=True)
+        held = lock.acquire(poll_interval=0.5)
+    with held:
+        yield
+
+
+def _prepare(builder, root):
+    """Download and write a set; the caller holds the set's lock."""
+    remove_leftovers = functools.partial(_remove_leftovers, builder.name, builder.data_path, root)
+    remove_leftovers()  # of a process that was killed
+    with cleanup(remove_leftovers):
+        if isinstance(builder, classics.Classic):
+            builder.fetch()
+        print(f"preparing {builder.name} in {builder.data_path}", flush=True)
+        with_bar = not _is_ours(builder) and sys.stderr.isatty()
+        (tfds.enable_progress_bar if with_bar else tfds.disable_progress_bar)()
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download in any case
+            builder.download_and_prepare()
+
+
+def _remove_leftovers(name, folder, root):
+    """Remove what a preparation that did not end has left of a set, but for a download to be resumed."""
+    for path in (*Path(folder).parent.glob("incomplete.*"), *(root / "downloads" / name).rglob("*.tmp.*")):
+        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        Path(folder).parent.rmdir()  # if it is empty
 
 
 def _require_labelled_images(builder):
