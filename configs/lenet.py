@@ -1,6 +1,6 @@
 """LeNet-300-100 on MNIST: the first row of table 1 (figures 14, 18 to 20).
 
-python -m imp_jax.main --config=configs/lenet.py --workdir=runs/lenet    # downloads MNIST (11 MiB) once
+python -m imp_jax.main --config=configs/lenet.py --workdir=runs/lenet    # downloads MNIST, 11 MiB
 """
 
 from imp_jax.config import default
