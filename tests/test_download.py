@@ -179,10 +179,8 @@ def test_a_round_is_trained_from_original_files(serve, tmp_path):
 def test_the_main_command_without_a_network_is_one_sentence(tmp_path, monkeypatch):
     """With the URL of TFDS: the proxy that tests have is not there."""
     monkeypatch.chdir(ROOT)
-    arguments = [f"--workdir={tmp_path}/run", f"--config.dataset.data_dir={tmp_path}"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["main", *arguments])  # config_flags looks for overrides there
-        flags.FLAGS(sys.argv)
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
+    flags.FLAGS(["main", "--config=configs/conv4.py", f"--workdir={tmp_path}/run"])
     url = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
     sentence = (
         rf"error: cannot download {url}: .*; fetch it by hand and put it into {tmp_path}/downloads/manual$"
@@ -209,15 +207,21 @@ def test_a_download_goes_on_where_it_stopped(serve, tmp_path, capsys):
     data.prepare("cifar10", tmp_path / "later")
     assert server.requests == [(name, 2000)]
 
-    # and so does one whose server knows no ranges, from the start; or one that was killed before the renaming
-    for actions, size, requests in (([("whole",)], 2000, [(name, 2000)]), ([], len(content), [])):
-        folder = tmp_path / f"{size}"
+    # unless the server knows no ranges, everything was there, or what was left is of another file
+    of_another_file = bytes(3000)
+    for actions, left, requests in (
+        ([("whole",)], content[:2000], [(name, 2000)]),
+        ([], content, []),
+        ([], of_another_file, [(name, 3000), (name, 0)]),
+    ):
+        folder = tmp_path / f"{len(left)}"
         part = folder / "downloads/cifar10" / f"{name}.part"
         part.parent.mkdir(parents=True)
-        part.write_bytes(content[:size])
+        part.write_bytes(left)
         server.actions, server.requests[:] = actions, []
         data.prepare("cifar10", folder)
         assert server.requests == requests
+        assert (folder / "downloads/cifar10" / name).read_bytes() == content
         assert kept(folder / "downloads") == [f"cifar10/{name}"]
     assert f"downloading {server.url}/{name} (0.1 MiB" in capsys.readouterr().out
 
@@ -422,6 +426,9 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(serve, tmp_path, mo
     assert "MiB/s" in shown
     assert "cifar-10-binary.tar.gz" in shown
     assert "preparing train of cifar10" in shown
+    out = capsys.readouterr().out
+    assert out.startswith("preparing cifar10 in")
+    assert "Downloading and preparing dataset" not in shown + out  # TFDS's own
     assert shown.count("\x1b[?25h") == shown.count("\x1b[?25l") > 0  # the cursor is shown again
 
 

@@ -86,6 +86,7 @@ def progress_bar(*columns: ProgressColumn) -> Iterator[Progress]:
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
+        redirect_stdout=False,  # TFDS's messages on stdout are dropped by `data.prepare`
         disable=not sys.stderr.isatty(),
     )
     with cleanup(progress.stop):  # which brings the cursor back
@@ -119,7 +120,14 @@ class _Meter:
             task = self._task
             left = f", {task.time_remaining / 60:.0f} min left" if task.time_remaining else ""
             so_far = f"{task.completed / _MIB:.1f} of {task.total / _MIB:.1f} MiB"
-            print(f"{task.description}: {so_far}, {_speed(task)}{left}", flush=True)
+            self.print(f"{task.description}: {so_far}, {_speed(task)}{left}")
+
+    def print(self, line: str) -> None:
+        """Print a line, above the bars if there are any."""
+        if self._progress.disable:
+            print(line, flush=True)
+        else:
+            self._progress.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _speed(task):
@@ -154,11 +162,13 @@ def _difference(path, info):
 
 
 def _download(url, info, path, progress):
+    """Download the file of `url` to `path`, in several attempts if need be."""
     part, total = _part(path), int(info.size)
-    start = farthest = _size(part)
-    resumed = f", from {start / _MIB:.1f} MiB on" if start else ""
-    print(f"downloading {url} ({total / _MIB:.1f} MiB{resumed})", flush=True)
+    start = farthest = resumed = _size(part)
     meter = _Meter(progress, path.name, total)
+    meter.print(
+        f"downloading {url} ({total / _MIB:.1f} MiB{f', from {start / _MIB:.1f} MiB on' if resumed else ''})"
+    )
     waits_s = None  # until the server has answered once, a failure is final
     while start < total:
         try:
@@ -179,8 +189,10 @@ def _download(url, info, path, progress):
             raise _FailedError(reason)
     if difference := _difference(part, info):
         part.unlink()
+        if resumed:  # what an earlier call received may have been another file
+            return _download(url, info, path, progress)
         raise _RefusedError(f"what was received is not the right file, and was removed: {difference}")
-    part.replace(path)
+    return part.replace(path)
 
 
 def _part(path):
@@ -257,8 +269,10 @@ def _require_file(answer, start, total):
         size = headers.get("Content-Length", str(total))
         if size != str(total):
             raise _RefusedError(f"the server offers a file of {int(size):,} bytes instead of {total:,}")
-    elif (sent := headers.get("Content-Range", "")) != (right := f"bytes {start}-{total - 1}/{total}"):
-        raise _RefusedError(f"the server sends {sent or 'a part of the file'} instead of {right}")
+    elif not (sent := headers.get("Content-Range", "")).startswith(f"bytes {start}-"):
+        raise _RefusedError(
+            f"the server sends {sent or 'an unknown part'} where it was asked for byte {start} on"
+        )
 
 
 def _root_cause(error):
