@@ -348,7 +348,7 @@ def test_ctrl_c_ends_a_download_at_once(serve, tmp_path, monkeypatch):
 
     def press_ctrl_c():
         server.asked.wait(10)
-        time.sleep(0.1)
+        time.sleep(0.4)  # until the main thread waits for the server
         os.kill(os.getpid(), signal.SIGINT)
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
