@@ -1,7 +1,6 @@
 """Conv-4 on CIFAR-10: a row of table 1 (figures 12, 13, 21 to 23).
 
-python -m imp_jax.data prepare cifar10    # once, needs the network and `pip install -e ".[prepare]"`
-python -m imp_jax.main --config=configs/conv4.py
+python -m imp_jax.main --config=configs/conv4.py    # downloads CIFAR-10, 162 MiB
 
 Expected: the paper gives the accuracy as a curve only (figure 12). Training is stable at these settings, so imp
 should beat reinit at medium and high sparsity.

@@ -1,7 +1,6 @@
 """LeNet-300-100 on MNIST: the first row of table 1 (figures 14, 18 to 20).
 
-python -m imp_jax.data prepare mnist    # once, needs the network and `pip install -e ".[prepare]"`
-python -m imp_jax.main --config=configs/lenet.py
+python -m imp_jax.main --config=configs/lenet.py    # downloads MNIST, 11 MiB
 """
 
 from imp_jax.config import default

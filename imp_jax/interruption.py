@@ -15,6 +15,20 @@ _ECHO = (
 )
 
 
+_cleanups: list[Callable[[], None]] = []
+
+
+@contextlib.contextmanager
+def cleanup(function: Callable[[], None]) -> Iterator[None]:
+    """Call `function` when the context ends, and also when a signal ends the process inside it."""
+    _cleanups.append(function)
+    try:
+        yield
+    finally:
+        _cleanups.remove(function)
+        function()
+
+
 class Stopped(KeyboardInterrupt):
     """A run was stopped by signal `number`; whatever is said of it says what was kept."""
 
@@ -87,6 +101,9 @@ class Interruption:
                 name = signal.Signals(number).name
                 with self._lock:
                     if self.requested or not self._deferred:
+                        for function in reversed(_cleanups):
+                            with contextlib.suppress(Exception):
+                                function()
                         say = f"stopped at once by {name}; the same command goes on after what is on disk"
                         print(say, file=sys.stderr, flush=True)
                         os._exit(128 + number)  # nothing on disk is ever half-written under its own name

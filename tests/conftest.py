@@ -11,6 +11,10 @@ os.environ |= {
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
 
+# no test downloads anything: a proxy that is not there, but for servers of this machine
+os.environ |= {f"{scheme}_PROXY": "http://127.0.0.1:9" for scheme in ("HTTP", "HTTPS")}
+os.environ["NO_PROXY"] = "127.0.0.1,localhost"
+
 # most programs of the tests run for milliseconds, and would be optimised for a second
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

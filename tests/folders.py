@@ -13,15 +13,20 @@ def encoded(pixels, encoding="PNG"):
     return io.BytesIO(file.getvalue())
 
 
-def write(name, data_dir, splits):
-    """Prepare the set `name` in `data_dir` from `splits`, {split: list of examples}, as TFDS would leave it."""
+def write(name, data_dir, splits, label_names=None):
+    """Prepare the set `name` in `data_dir` from `splits`, {split: list of examples}, as TFDS would leave it.
+
+    `label_names` are the names of the classes of label features, where the real builder reads them from a file.
+    """
     real = tfds.builder_cls(name)
 
     def split_generators(self, dl_manager):
-        del self, dl_manager
+        del dl_manager
+        for feature, names in (label_names or {}).items():
+            self.info.features[feature].names = names
         return {split: enumerate(examples) for split, examples in splits.items()}
 
-    members = {"_split_generators": split_generators, "pkg_dir_path": real.pkg_dir_path}
+    members = {"name": name, "_split_generators": split_generators, "pkg_dir_path": real.pkg_dir_path}
     with tfds.core.registered.skip_registration():  # it stands in for the real one, under its name
         builder = type(name.title(), (real,), members)
     builder(data_dir=str(data_dir), file_format="array_record").download_and_prepare()

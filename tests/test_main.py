@@ -160,7 +160,7 @@ def config_file(tmp_path):
         ([W, CONFIG, "--config.rewind_step=x"], "rewind_step is 'x'; it should be of type int or None"),
         ([W, CONFIG, "--processes=0"], "flag --processes=0: 0 is not a positive integer"),
         ([W, CONFIG, "--processes=2", "--process=0", "--coordinator=node"], "it should be HOST:PORT"),
-        ([W, CONFIG, "--config.dataset.name=mnist", "--config.dataset.data_dir=W"], "imp_jax.data prepare"),
+        ([W, CONFIG, "--config.dataset.name=food101", "--config.dataset.data_dir=W"], "imp_jax.data prepare"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence_and_a_failure(tmp_path, arguments, sentence):

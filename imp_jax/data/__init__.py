@@ -1,12 +1,14 @@
 """Image-classification sets from TensorFlow Datasets, read from ArrayRecord files without TensorFlow.
 
-    python -m imp_jax.data prepare cifar10 --data_dir=…
+`load` prepares the sets in `BUILDERS` on first use, without TensorFlow: mnist5k, the default, needs no network,
+MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100 are downloaded. The command
 
-downloads and prepares a set once. `mnist5k`, the default, needs neither network nor TensorFlow: its builder
-is in this package and `load` prepares it on first use. Sets whose images have one size are held in memory;
-others, such as ImageNet, are streamed. To add a set, write a TFDS builder and name it in `BUILDERS`; any set of
-TFDS with an image, a class label and the splits train and test (or validation) is there already. The set
-`folder` is any folder of images by class; `from_arrays` makes a set of NumPy arrays.
+    python -m imp_jax.data prepare svhn_cropped --data_dir=…
+
+prepares any set once; sets that are not in `BUILDERS` need TensorFlow for it. Sets whose images have one size
+are held in memory; others, such as ImageNet, are streamed. To add a set, write a TFDS builder and name it in
+`BUILDERS`; any set of TFDS with an image, a class label and the splits train and test (or validation) is there
+already. The set `folder` is any folder of images by class; `from_arrays` makes a set of NumPy arrays.
 """
 
 import contextlib
@@ -15,15 +17,18 @@ import functools
 import io
 import math
 import os
+import re
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from imp_jax.config import UserError, in_one_line
-from imp_jax.data import folder, tfrecords
+from imp_jax.config import UserError, in_one_line, user_path
+from imp_jax.data import classics, folder, tfrecords
 from imp_jax.data.augmentation import AUGMENTATIONS
 from imp_jax.data.dataset import (
     Dataset,
@@ -40,6 +45,7 @@ from imp_jax.data.normalization import Normalize, statistics
 from imp_jax.data.source import Source
 from imp_jax.data.streaming import Streamed
 from imp_jax.devices import cores
+from imp_jax.interruption import cleanup
 
 __all__ = [
     "AUGMENTATIONS",
@@ -56,8 +62,15 @@ __all__ = [
     "statistics",
 ]
 
-BUILDERS = {"mnist5k": Mnist5k}
-SETS_OF_TFDS = ("mnist", "fashion_mnist", "cifar10", "cifar100", "svhn_cropped", "imagenet2012")  # for messages
+# prepared on first use
+BUILDERS = {
+    "mnist5k": Mnist5k,
+    "mnist": classics.MNIST,
+    "fashion_mnist": classics.FashionMNIST,
+    "cifar10": classics.Cifar10,
+    "cifar100": classics.Cifar100,
+}
+SETS_OF_TFDS = ("svhn_cropped", "imagenet2012")  # others that error messages name
 
 # How the training images of a set are usually augmented; those of sets not named here are left as they are.
 USUAL_AUGMENTATION = dict.fromkeys(("cifar10", "cifar100", "imagenet2012"), ("crop", "flip"))
@@ -65,15 +78,16 @@ TEST_SPLIT = {"imagenet2012": "validation"}  # its test split has no labels
 
 
 def find(name: str, data_dir: str | os.PathLike | None = None) -> tfds.core.DatasetBuilder:
-    """The set `name`, prepared in `data_dir`; one of this package is prepared now.
+    """Open the set `name` in `data_dir`; one of `BUILDERS` is downloaded and prepared first, if need be.
 
     Raises:
-      UserError: an unknown set, or one not prepared yet: the sentence has the command.
+      UserError: an unknown set; one that is not prepared and cannot be prepared now.
     """
-    if name in BUILDERS:
-        prepare(name, data_dir)
     builder = _builder(name, data_dir)
     if not builder.is_prepared():
+        if _is_ours(builder):
+            prepare(name, data_dir)
+            return _builder(name, data_dir)
         flag = f" --data_dir={data_dir}" if data_dir else ""
         raise UserError(
             f"dataset.name is {name!r}, which is not prepared in {_root(data_dir)}; "
@@ -104,7 +118,7 @@ def load(
       UserError: see `find` and `folder.open_splits`; a set that cannot be read, is not for image classification
         or does not fit into memory; an unknown augmentation.
     """
-    data_dir = _expand_user(data_dir)
+    data_dir = None if data_dir is None else user_path(data_dir, "dataset.data_dir")
     if name == "folder":
         sources, kept_in = folder.open_splits(data_dir), None
         image_shape = folder.in_memory_shape(sources)
@@ -133,65 +147,102 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None) -> Path:
     """Download and prepare the set `name` as ArrayRecord files, unless that is done; returns its folder.
 
     Raises:
-      UserError: an unknown set, no TensorFlow, no network or no archives where they are needed, or no place to
-        write.
+      UserError: an unknown set; no TensorFlow, network or archives where they are needed; no place to write.
     """
     builder = _builder(name, data_dir)
     _require_labelled_images(builder)
-    if not builder.is_prepared():
-        root = _root(data_dir)
-        if name not in BUILDERS:
-            _require_tensorflow(name)
-        _require_archives(builder, root)
-        print(f"preparing {name} in {root}", flush=True)
-        tfds.disable_progress_bar()
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            # the jobs of an array may all start at once; and TFDS would tell of downloads there are not
-            with FileLock(root / f".{name}.lock"), contextlib.redirect_stdout(io.StringIO()):
-                _builder(name, data_dir).download_and_prepare()
-        except Exception as error:  # TFDS lets through whatever its download library raises
-            raise UserError(f"could not prepare {name} in {root}: {in_one_line(error)}") from error
+    if builder.is_prepared():
+        return Path(builder.data_path)
+    root = _root(data_dir)
+    if not _is_ours(builder):
+        _require_tensorflow(name)
+    _require_archives(builder, root)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _lock(root / f".{builder.name}.lock", name):
+            builder = _builder(name, data_dir)
+            if not builder.is_prepared():  # by a process that had the lock before
+                _prepare(builder, root)
+    except UserError:
+        raise
+    except Exception as error:  # TFDS lets through whatever its download library raises
+        raise UserError(f"could not prepare {name} in {root}: {in_one_line(error)}") from error
     return Path(builder.data_path)
 
 
 def _builder(name, data_dir):
+    root = _root(data_dir)
+    base, _, version = name.partition(":")
     try:
-        if name in BUILDERS:
-            return tfrecords.open_builder(functools.partial(BUILDERS[name], data_dir=data_dir))
-        return tfrecords.open_builder(functools.partial(tfds.builder, name, data_dir=data_dir))
-    except tfds.core.DatasetNotFoundError as error:
-        close = difflib.get_close_matches(name, [*BUILDERS, *SETS_OF_TFDS], n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise UserError(
-            f"dataset.name is {name!r}; it should be one of {', '.join([*BUILDERS, *SETS_OF_TFDS])}, "
-            f"or another image-classification set of TFDS{hint}"
-        ) from error
+        if base in BUILDERS and version in ("", str(BUILDERS[base].VERSION)):
+            return tfrecords.open_builder(functools.partial(BUILDERS[base], data_dir=root))
+        return tfrecords.open_builder(functools.partial(tfds.builder, name, data_dir=root))
     except Exception as error:  # an odd name, a missing version, another file format: each raises its own
-        hint = f"if its folder in {_root(data_dir)} is damaged, remove that and prepare the set again"
+        if isinstance(error, tfds.core.DatasetNotFoundError) or not re.fullmatch(r"\w+", base):
+            raise UserError(
+                f"dataset.name is {name!r}; it should be one of {', '.join([*BUILDERS, *SETS_OF_TFDS])}, "
+                f"or another image-classification set of TFDS{_suggestion(name)}"
+            ) from error
+        hint = f"if its folder in {root} is damaged, remove that and prepare the set again"
         if "File format is already set" in str(error):
             hint = (
-                f"it is prepared in {_root(data_dir)} in another format than ArrayRecord or TFRecord; prepare "
-                f"it with another --data_dir, or remove its folder there"
+                f"it is prepared in {root} in another format than ArrayRecord or TFRecord; prepare it with "
+                f"another --data_dir, or remove its folder there"
             )
         raise UserError(
             f"dataset.name is {name!r}, which TFDS cannot open: {in_one_line(error)}; {hint}"
         ) from error
 
 
-def _expand_user(data_dir):
-    if data_dir is None:
-        return None
-    if not os.fspath(data_dir):
-        raise UserError("dataset.data_dir is ''; it should be a folder, or None for TFDS's own")
-    try:
-        return str(Path(data_dir).expanduser())
-    except RuntimeError as error:  # no such user
-        raise UserError(f"dataset.data_dir is {os.fspath(data_dir)!r}: {error}") from error
+def _is_ours(builder):
+    return type(builder) in BUILDERS.values()
+
+
+def _suggestion(name):
+    """A name that `name` may stand for, such as cifar10 for CIFAR-10; empty if there is none."""
+    plain = {re.sub(r"\W|_", "", known).lower(): known for known in (*BUILDERS, *SETS_OF_TFDS)}
+    close = difflib.get_close_matches(re.sub(r"\W|_", "", name).lower(), plain, n=1)
+    return f" (did you mean {plain[close[0]]}?)" if close else ""
 
 
 def _root(data_dir):
-    return Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
+    """The data folder, with `~` expanded."""
+    return user_path(tfds.core.constants.DATA_DIR if data_dir is None else data_dir, "dataset.data_dir")
+
+
+@contextlib.contextmanager
+def _lock(path, name):
+    """Let one process at a time prepare a set; the others wait."""
+    lock = FileLock(path)
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting for another process that is preparing {name} (it holds {path})", flush=True)
+        held = lock.acquire(poll_interval=0.5)
+    with held:
+        yield
+
+
+def _prepare(builder, root):
+    """Download and write a set; the caller holds the set's lock."""
+    remove_leftovers = functools.partial(_remove_leftovers, builder.name, builder.data_path, root)
+    remove_leftovers()  # of a process that was killed
+    with cleanup(remove_leftovers):
+        if isinstance(builder, classics.Classic):
+            builder.fetch()
+        print(f"preparing {builder.name} in {builder.data_path}", flush=True)
+        with_bar = not _is_ours(builder) and sys.stderr.isatty()
+        (tfds.enable_progress_bar if with_bar else tfds.disable_progress_bar)()
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download in any case
+            builder.download_and_prepare()
+
+
+def _remove_leftovers(name, folder, root):
+    """Remove what a preparation that did not end has left of a set, but for a download to be resumed."""
+    for path in (*Path(folder).parent.glob("incomplete.*"), *(root / "downloads" / name).rglob("*.tmp.*")):
+        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        Path(folder).parent.rmdir()  # if it is empty
 
 
 def _require_labelled_images(builder):

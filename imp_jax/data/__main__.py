@@ -17,9 +17,11 @@ def main():
 
     from imp_jax import data
     from imp_jax.config import UserError
+    from imp_jax.interruption import Interruption
 
     try:
-        print(f"{arguments.name} is in {data.prepare(arguments.name, arguments.data_dir)}")
+        with Interruption():
+            print(f"{arguments.name} is in {data.prepare(arguments.name, arguments.data_dir)}")
     except UserError as error:
         sys.exit(f"error: {error}")
 

@@ -111,7 +111,7 @@ class ImageFolder:
         )
 
 
-def open_splits(data_dir: str | None) -> tuple[ImageFolder, ImageFolder]:
+def open_splits(data_dir: str | os.PathLike | None) -> tuple[ImageFolder, ImageFolder]:
     """Open the training and the test split of a folder. Classes are the sorted names of the folders in train.
 
     Raises:

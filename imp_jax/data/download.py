@@ -1,0 +1,282 @@
+"""Downloads over HTTP: resumed where they stopped, checked by sha256, with a progress bar."""
+
+import contextlib
+import hashlib
+import queue
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import requests
+import urllib3
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+from tensorflow_datasets.core.download.checksums import UrlInfo
+
+from imp_jax.config import UserError, in_one_line
+from imp_jax.interruption import cleanup
+
+_FIRST_ANSWER_TIMEOUT_S = 6  # name resolution and connecting included: it is how a missing network is noticed
+_STALL_TIMEOUT_S = 20
+_RETRY_WAITS_S = (1, 3, 10)  # before attempts in a row that receive nothing new
+_LINE_EVERY_S = 30  # where there is no terminal for a progress bar
+_BLOCK_BYTES = 2**16
+_MIB = 2**20
+
+
+class _FailedError(Exception):
+    """An attempt failed, and another one may succeed."""
+
+
+class _RefusedError(Exception):
+    """The server answers with something else than the file."""
+
+
+def fetch(url_infos: Mapping[str, UrlInfo], folder: Path, manual: Path) -> dict[str, Path]:
+    """Find the files of a data set on this machine, or download them.
+
+    Args:
+      url_infos: size, sha256 and name of the file at each URL, as TFDS registers them.
+      folder: where downloads are kept, named like the data set. A partial download is kept there too, as
+        `NAME.part`, and the next call resumes it.
+      manual: where users put files that they fetched by hand; its subfolder named like the data set is
+        looked into first.
+
+    Returns:
+      The path of a file with the registered sha256, for each URL.
+
+    Raises:
+      UserError: a file cannot be downloaded, or one in `manual` has another content.
+      OSError: `folder` cannot be written.
+    """
+    paths = {url: _find(url, info, folder, manual) for url, info in url_infos.items()}
+    missing = [url for url, path in paths.items() if path is None]
+    with progress_bar(DownloadColumn(binary_units=True), _SpeedColumn()) as progress:
+        for number, url in enumerate(missing):
+            paths[url] = path = folder / url_infos[url].filename
+            try:
+                _download(url, url_infos[url], path, progress)
+            except (_FailedError, _RefusedError) as error:
+                kept = _size(_part(path))
+                again = f"run the same command again to go on after {kept / _MIB:.1f} MiB, or " if kept else ""
+                others = ", ".join(missing[number + 1 :])
+                what = f"it and {others} by hand and put them" if others else "it by hand and put it"
+                raise UserError(f"cannot download {url}: {error}; {again}fetch {what} into {manual}") from error
+    return paths
+
+
+@contextlib.contextmanager
+def progress_bar(*columns: ProgressColumn) -> Iterator[Progress]:
+    """Show tasks as bars with `columns` and the time left while the context lasts, on a terminal only."""
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *columns,
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=False,  # TFDS's messages on stdout are dropped by `data.prepare`
+        disable=not sys.stderr.isatty(),
+    )
+    with cleanup(progress.stop):  # which brings the cursor back
+        progress.start()
+        yield progress
+
+
+class _SpeedColumn(ProgressColumn):
+    """Shows MiB/s; rich's own column shows MB/s."""
+
+    def render(self, task: Task) -> Text:
+        return Text(_speed(task))
+
+
+class _Meter:
+    """Shows how far a download is: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, progress: Progress, name: str, total: int):
+        self._progress = progress
+        progress.add_task(name, total=total)
+        self._task = progress.tasks[-1]
+        self._line_s = time.monotonic()
+
+    def start_from(self, size: int) -> None:
+        self._progress.update(self._task.id, completed=size)
+
+    def advance(self, size: int) -> None:
+        self._progress.advance(self._task.id, size)
+        if self._progress.disable and time.monotonic() > self._line_s + _LINE_EVERY_S:
+            self._line_s = time.monotonic()
+            task = self._task
+            left = f", {task.time_remaining / 60:.0f} min left" if task.time_remaining else ""
+            so_far = f"{task.completed / _MIB:.1f} of {task.total / _MIB:.1f} MiB"
+            self.print(f"{task.description}: {so_far}, {_speed(task)}{left}")
+
+    def print(self, line: str) -> None:
+        """Print a line, above the bars if there are any."""
+        if self._progress.disable:
+            print(line, flush=True)
+        else:
+            self._progress.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _speed(task):
+    return f"{(task.speed or 0) / _MIB:.2f} MiB/s"
+
+
+def _find(url, info, folder, manual):
+    """The path of the file of `url` if it is on this machine, or None."""
+    kept = folder / info.filename
+    if kept.is_file():
+        if not _difference(kept, info):
+            return kept
+        kept.unlink()
+    for path in (manual / folder.name / info.filename, manual / info.filename):
+        if path.is_file():
+            if difference := _difference(path, info):
+                raise UserError(
+                    f"{path} is not the file of {url}: {difference}; remove it, or put the right one into "
+                    f"{manual / folder.name}"
+                )
+            return path
+    return None
+
+
+def _difference(path, info):
+    """How a file differs from the registered one, in words; empty if it does not."""
+    if (size := path.stat().st_size) != info.size:
+        return f"it has {size:,} bytes and should have {int(info.size):,}"
+    with path.open("rb") as file:
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    return "" if checksum == info.checksum else f"its sha256 is {checksum} and should be {info.checksum}"
+
+
+def _download(url, info, path, progress):
+    """Download the file of `url` to `path`, in several attempts if need be."""
+    part, total = _part(path), int(info.size)
+    start = farthest = resumed = _size(part)
+    meter = _Meter(progress, path.name, total)
+    meter.print(
+        f"downloading {url} ({total / _MIB:.1f} MiB{f', from {start / _MIB:.1f} MiB on' if resumed else ''})"
+    )
+    waits_s = None  # until the server has answered once, a failure is final
+    while start < total:
+        try:
+            timeout_s = _FIRST_ANSWER_TIMEOUT_S if waits_s is None else _STALL_TIMEOUT_S
+            with _request(url, start, total, timeout_s) as answer:
+                if waits_s is None:
+                    waits_s = [*_RETRY_WAITS_S]
+                _write(answer, part, total, meter)
+            reason = "the connection was lost"
+        except _FailedError as error:
+            reason = str(error)
+        start = _size(part)
+        if start > farthest:
+            farthest, waits_s = start, [*_RETRY_WAITS_S]
+        elif waits_s:
+            time.sleep(waits_s.pop(0))
+        else:
+            raise _FailedError(reason)
+    if difference := _difference(part, info):
+        part.unlink()
+        if resumed:  # what an earlier call received may have been another file
+            return _download(url, info, path, progress)
+        raise _RefusedError(f"what was received is not the right file, and was removed: {difference}")
+    return part.replace(path)
+
+
+def _part(path):
+    return path.with_name(f"{path.name}.part")
+
+
+def _size(path):
+    return path.stat().st_size if path.exists() else 0
+
+
+def _write(answer, part, total, meter):
+    """Append the body of an answer to `part`; where the server sends the whole file, begin anew."""
+    start = _size(part) if answer.status_code == requests.codes.partial_content else 0
+    meter.start_from(start)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    with part.open("ab" if start else "wb") as file:
+        for block in _blocks(answer, total - start):
+            file.write(block)
+            meter.advance(len(block))
+
+
+def _blocks(answer, size):
+    """Yield at most `size` bytes of a body as they arrive."""
+    try:
+        while size and (block := answer.raw.read1(min(size, _BLOCK_BYTES), decode_content=False)):
+            yield block
+            size -= len(block)
+    except urllib3.exceptions.ReadTimeoutError as error:
+        raise _FailedError(f"nothing was received for {_STALL_TIMEOUT_S} s") from error
+    except (urllib3.exceptions.HTTPError, OSError) as error:
+        raise _FailedError("the connection was lost") from error
+
+
+def _request(url, start, total, timeout):
+    """Ask for a file of `total` bytes from byte `start` on; the server may send all of it instead."""
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
+    answers = queue.SimpleQueue()
+
+    def ask():
+        try:
+            answers.put(requests.get(url, headers=headers, stream=True, timeout=(timeout, _STALL_TIMEOUT_S)))
+        except Exception as error:  # raised again below
+            answers.put(error)
+
+    # a thread, because resolving a name has no timeout and cannot be interrupted
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=timeout)
+    except queue.Empty:
+        answer = requests.Timeout()
+    if isinstance(answer, requests.Timeout):
+        raise _FailedError(f"no answer within {timeout} s") from answer
+    if isinstance(answer, requests.RequestException):
+        raise _FailedError(_root_cause(answer)) from answer
+    if isinstance(answer, Exception):
+        raise answer
+    try:
+        _require_file(answer, start, total)
+    except Exception:
+        answer.close()
+        raise
+    return answer
+
+
+def _require_file(answer, start, total):
+    """Refuse an answer that is not a file of `total` bytes from byte `start` or 0 on."""
+    status, headers = answer.status_code, answer.headers
+    if status not in (requests.codes.ok, requests.codes.partial_content):
+        passing = status >= 500 or status in (requests.codes.request_timeout, requests.codes.too_many_requests)
+        raise (_FailedError if passing else _RefusedError)(f"the server answers {status} {answer.reason}")
+    if headers.get("Content-Type", "").startswith("text/html"):
+        raise _RefusedError("the server sends a web page instead of the file")
+    if status == requests.codes.ok:
+        size = headers.get("Content-Length", str(total))
+        if size != str(total):
+            raise _RefusedError(f"the server offers a file of {int(size):,} bytes instead of {total:,}")
+    elif not (sent := headers.get("Content-Range", "")).startswith(f"bytes {start}-"):
+        raise _RefusedError(
+            f"the server sends {sent or 'an unknown part'} where it was asked for byte {start} on"
+        )
+
+
+def _root_cause(error):
+    """The error that began a chain, in words: those of requests repeat the URL and each other."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return in_one_line(error)
