@@ -50,13 +50,12 @@ def require_usable() -> None:
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter where JAX knows of no such platform at all
-        asked = jax.config.jax_platforms
-        raise UserError(
-            f"JAX has no device: JAX_PLATFORMS is {asked!r}, which cannot be used on this machine; it should be "
-            f"cpu, or unset"
-            if asked
-            else f"JAX has no device: {in_one_line(error)}"
-        ) from error
+        why = in_one_line(error)
+        if asked := jax.config.jax_platforms:
+            why = (
+                f"JAX_PLATFORMS is {asked!r}, which cannot be used on this machine; it should be cpu, or unset"
+            )
+        raise UserError(f"JAX has no device: {why}") from error
     if jax.config.jax_enable_x64:
         raise UserError("JAX_ENABLE_X64 is set; training is in single precision, so it should be unset")
 
