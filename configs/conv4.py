@@ -4,7 +4,7 @@ python -m imp_jax.main --config=configs/conv4.py    # downloads CIFAR-10, 162 Mi
 
 Expected: the paper gives the accuracy as a curve only (figure 12). Training is stable at these settings, so imp
 should beat reinit at medium and high sparsity.
-Cost: 595 million images; 299 images/s on 2 cores, which is 23 days; not measured on a GPU.
+Cost: 595 million images; `python -m experiments.run list` gives the time of whole figures on measured devices.
 Figure 12 destabilises it: --config.batch_size=16 --config.optimizer.weight_decay=0.01
 --config.optimizer.schedule=step --config.optimizer.milestones="(55,65)".
 """

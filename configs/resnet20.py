@@ -5,7 +5,7 @@ python -m imp_jax.main --config=configs/resnet20.py    # downloads CIFAR-10, 162
 Expected: 91 to 92 % for the dense network (91.25 % in He et al. 2016, table 6, after 164 epochs, with learnable
 normalisation). At batch 128 imp is unstable and does no better than reinit; at --config.batch_size=1024 it wins
 (figure 1). --config.optimizer.warmup_epochs=10.0 adds the warm-up.
-Cost: 675 million images; 336 images/s on 2 cores, which is 23 days; not measured on a GPU.
+Cost: 675 million images; `python -m experiments.run list` gives the time of whole figures on measured devices.
 """
 
 from imp_jax.config import default

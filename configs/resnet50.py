@@ -6,7 +6,8 @@ python -m imp_jax.main --config=configs/resnet50.py
 Expected (table of appendix C): with --config.optimizer.learning_rate=0.1 72.1 % dense and 2.0 points less at
 30 %. 76.1 % and 2.4 points less are quoted there from Frankle et al. 2020, at the learning rate here and with
 learnable scale and bias in the normalisation, which is --config.model.norm_affine=True.
-Cost: 231 million images; not measured on a GPU. A core decodes about 500 images/s.
+Cost: 231 million images; a core decodes about 500 a second. `python -m experiments.run list` gives the time of
+whole figures on measured devices.
 """
 
 from imp_jax.config import default

@@ -35,6 +35,8 @@ def benchmark(batch_size: int, repeats: int, shapes: Sequence[tuple[int, int, in
         layout = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(images, kernel, strides, pads, dimension_numbers=layout)
 
+    if convolution.has_onednn():
+        convolution.write_no_programs()
     columns = (
         "forward: XLA",
         "oneDNN",

@@ -211,12 +211,12 @@ def timed(arguments: argparse.Namespace) -> dict:
     """A row of the table: what was timed, and all it took."""
     import jax
 
-    from imp_jax import devices
-    from imp_jax.models import conv, resnet
+    from imp_jax import devices, training
+    from imp_jax.models import convolution
 
     devices.divide_cpu()
     if arguments.form == "patches":
-        conv.conv_general_dilated = resnet.conv_general_dilated = by_patches
+        training.convolutions_by = lambda _: convolution.replace_convolutions(by_patches)
     row, on_cpu = ROWS[arguments.name], jax.default_backend() == "cpu"
     config = importlib.import_module(f"configs.{row.config}").get_config()
     config.repulsion.strength = row.strength
@@ -311,7 +311,7 @@ def stepper(config: ConfigDict, members: int, steps: int, earlier: int = 0) -> t
         normalize=data.Normalize((0.5,), (0.25,)),
         augmentation=data.USUAL_AUGMENTATION.get(config.dataset.name, ()) if not streamed else (),
         repulsion_strength=config.repulsion.strength,
-        execution=execution.choose_execution(config, models.shapes(model, image_shape)["params"]),
+        execution=execution.choose_execution(config, model, image_shape),
     )
     key = jax.random.key(0)
     keys = jax.random.split(key, members)
@@ -349,7 +349,7 @@ def stepper(config: ConfigDict, members: int, steps: int, earlier: int = 0) -> t
         jax.block_until_ready(states)
 
     taken = recipe.execution._replace(scan=recipe.execution.scan and not streamed)
-    return train, next(name for name, value in execution.EXECUTIONS.items() if value == taken)
+    return train, taken.mode
 
 
 def by_patches(images, kernel, strides, padding, **_):

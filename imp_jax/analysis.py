@@ -32,7 +32,7 @@ from imp_jax import config as configs
 from imp_jax import connectivity, figures, masking, records, report, similarity, weights
 from imp_jax.checkpoints import Checkpoints, DamagedError, Round, set_aside
 from imp_jax.config import UserError
-from imp_jax.experiment import Experiment, setup
+from imp_jax.experiment import Experiment, recall_execution, setup
 from imp_jax.interruption import Interruption
 from imp_jax.members import Member, members_in, select
 from imp_jax.training import Variables
@@ -121,7 +121,8 @@ def run(workdir: str | os.PathLike, data_dir: str | os.PathLike | None = None) -
             # a run that died may have left it behind its checkpoints
             records.Results(workdir, checkpoints.rows(finished[-1]))
             results = pd.read_csv(workdir / "results.csv")
-            compute(checkpoints, config, functools.cache(lambda: setup(setting)), workdir, results, shown=True)
+            experiment = functools.cache(lambda: recall_execution(setup(setting), workdir))
+            compute(checkpoints, config, experiment, workdir, results, shown=True)
             done = load(workdir)
             records.write_atomically(workdir / "report.html", report.html(done, draw(done)))
         except OSError as error:

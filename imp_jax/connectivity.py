@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from imp_jax import data
 from imp_jax.data import InMemory, Streamed
 from imp_jax.masking import Params
+from imp_jax.models.convolution import convolutions_by
 from imp_jax.training import Recipe, Variables, example_sums, sum_over_batches
 
 ESTIMATION_IMAGES = 5000  # of the training set, that normalisation statistics are re-estimated from (ours)
@@ -144,7 +145,7 @@ def _path_sums(path, images, labels, counted, *, recipe):
     images = recipe.normalize(images)
 
     def at(alpha, state):
-        logits = _apply_between(recipe.model, params_a, params_b, alpha, state, images, train=False)
+        logits = _apply_between(recipe, params_a, params_b, alpha, state, images, train=False)
         return example_sums(logits, labels, counted)
 
     return _over_points(at, alphas, states, recipe)
@@ -155,11 +156,12 @@ def _batch_statistics(path, images, labels, counted, *, recipe):
     del labels, counted
     params_a, params_b, alphas, states = path
     images = recipe.normalize(images)
-    model = recipe.model.copy(norm_momentum=0.0)  # which keeps nothing of the statistics before
+    # keeps nothing of the statistics before
+    recipe = recipe._replace(model=recipe.model.copy(norm_momentum=0.0))
 
     def at(alpha, state):
         options = {"train": True, "mutable": list(state)}
-        return _apply_between(model, params_a, params_b, alpha, state, images, **options)[1]
+        return _apply_between(recipe, params_a, params_b, alpha, state, images, **options)[1]
 
     return _over_points(at, alphas, states, recipe)
 
@@ -185,7 +187,7 @@ def _reestimated(path, train, recipe):
     return jax.tree.map(lambda leaf: leaf / batches, sums)
 
 
-def _apply_between(model, params_a, params_b, alpha, state, images, **options):
+def _apply_between(recipe, params_a, params_b, alpha, state, images, **options):
     """`model.apply` at θ(α), with the first layer's output taken from those of the ends."""
 
     def between(a, b):
@@ -208,5 +210,5 @@ def _apply_between(model, params_a, params_b, alpha, state, images, **options):
         return between(output(params_a), output(params_b))
 
     params = jax.tree.map(between, params_a, params_b)
-    with nn.intercept_methods(intercept):
-        return model.apply({"params": params, **state}, images, **options)
+    with convolutions_by(recipe.execution.convolutions), nn.intercept_methods(intercept):
+        return recipe.model.apply({"params": params, **state}, images, **options)

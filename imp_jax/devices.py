@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
 from ml_collections import ConfigDict
 
-from imp_jax.config import UserError
+from imp_jax.config import UserError, in_one_line
 
 MEMBER, DATA = "member", "data"
 
@@ -39,6 +39,25 @@ def divide_cpu() -> None:
     if not asked and jax.config.jax_num_cpu_devices < 0 and not jax.distributed.is_initialized():
         with contextlib.suppress(RuntimeError):  # JAX has computed, as in a notebook
             jax.config.update("jax_num_cpu_devices", cores())
+
+
+def require_usable() -> None:
+    """Check that JAX has a device and computes in single precision.
+
+    Raises:
+      UserError: the platform that JAX_PLATFORMS asks for is not there; JAX_ENABLE_X64 is set.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where JAX knows of no such platform at all
+        why = in_one_line(error)
+        if asked := jax.config.jax_platforms:
+            why = (
+                f"JAX_PLATFORMS is {asked!r}, which cannot be used on this machine; it should be cpu, or unset"
+            )
+        raise UserError(f"JAX has no device: {why}") from error
+    if jax.config.jax_enable_x64:
+        raise UserError("JAX_ENABLE_X64 is set; training is in single precision, so it should be unset")
 
 
 def make_mesh(config: ConfigDict, members: int) -> Mesh | None:

@@ -6,21 +6,27 @@ import hashlib
 import os
 import platform
 import tempfile
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from filelock import FileLock, Timeout
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from imp_jax import models
-from imp_jax.config import choose, validate
+from imp_jax.config import choose
 from imp_jax.devices import MEMBER
+from imp_jax.models import convolution
+
+_LOCK_TIMEOUT_S = 10  # that JAX waits for it too
 
 
 class Execution(NamedTuple):
@@ -28,6 +34,12 @@ class Execution(NamedTuple):
 
     scan: bool = True  # all steps of an epoch in one program, or a program a step
     unroll: bool = False  # members one after the other in a program, or vmapped
+    convolutions: str = "flax"  # the implementation of a model's, see `models.convolution.convolutions_by`
+
+    @property
+    def mode(self) -> str:
+        """The name in `EXECUTIONS` of how steps and members run."""
+        return f"{'scan' if self.scan else 'step'}_{'unroll' if self.unroll else 'vmap'}"
 
 
 EXECUTIONS = {
@@ -38,43 +50,51 @@ EXECUTIONS = {
 }
 
 
-def choose_execution(config: ConfigDict, params: PyTree[jax.ShapeDtypeStruct]) -> Execution:
-    """What `config.execution` says; `auto` is a scan over vmapped members, for convolutional networks unrolled.
+def choose_execution(config: ConfigDict, model: nn.Module, image_shape: tuple[int, int, int]) -> Execution:
+    """Choose how a model's steps run on this machine, by `config.execution` and by the convolutions it has.
 
-    Under vmap over kernels a convolution becomes a grouped one, whose gradients are slow on a CPU at the
-    paper's batch sizes; that a GPU does not like them either is assumed. Where a CPU's XLA does not keep the
-    barriers of `models.convolution`, its convolutions are slow in a loop: there each step is a program.
+    `auto` scans over steps and vmaps members. Members with convolutions are unrolled: vmap over kernels makes
+    grouped convolutions, whose gradients are slow (measured on a CPU, assumed on a GPU). On a CPU each step is
+    a program of its own if some convolution would be slow in a loop: one that is not a plain `nn.Conv`, or any
+    where XLA does not keep the barriers of `models.convolution`.
+
+    On a CPU every plain `nn.Conv` is computed by oneDNN if this XLA has it, else by XLA in forms that are fast
+    there. With oneDNN, what this process compiles is no longer written to JAX's compilation cache.
 
     Raises:
       UserError: an unknown name.
     """
-    auto = "scan_vmap"
-    if has_convolutions(params):
-        auto = "scan_unroll" if jax.default_backend() != "cpu" or _keeps_barriers() else "step_unroll"
-    options = {"auto": EXECUTIONS[auto], **EXECUTIONS}
-    return choose(options, "execution", config.execution)
+    on_cpu = jax.default_backend() == "cpu"
+    plain, others = count_convolutions(model, image_shape)
+    auto = "scan_unroll" if plain or others else "scan_vmap"
+    if on_cpu and (others or (plain and not _keeps_barriers())):
+        auto = "step_unroll"
+    execution = choose({"auto": EXECUTIONS[auto], **EXECUTIONS}, "execution", config.execution)
+    if on_cpu and plain:
+        implementation = "onednn" if convolution.has_onednn(config.dtype) else "xla"
+        execution = execution._replace(convolutions=implementation)
+    if execution.convolutions == "onednn":
+        convolution.write_no_programs()
+    return execution
 
 
-def has_convolutions(params: PyTree[jax.ShapeDtypeStruct]) -> bool:
-    """Whether some of these weights are kernels of images."""
-    return any(leaf.ndim == 4 for leaf in jax.tree.leaves(params))
+def count_convolutions(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int]:
+    """Count the convolutions of a model that `convolutions_by` takes over, and its others."""
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    with convolution.convolutions_by("xla"):
+        traced = jax.make_jaxpr(lambda variables, image: model.apply(variables, image, train=False))(
+            models.shapes(model, image_shape), image
+        )
+    plain, all_of_them = (str(traced).count(text) for text in ("name=_convolve\n", "= conv_general_dilated["))
+    return plain, all_of_them - plain
 
 
-def keep_programs(config: ConfigDict) -> None:
-    """Have what this process compiles for a config kept on disk, up to a GiB, for the next one.
+def keep_programs() -> None:
+    """Turn on JAX's persistent compilation cache, of at most 1 GiB, unless the user has configured one.
 
-    JAX's own setting, such as JAX_COMPILATION_CACHE_DIR, goes first. Else the folder is one in ~/.cache for
-    processors like this, as nodes that share a home may differ; and a CPU's programs with convolutions, which
-    cannot be kept (`models.convolution`), are not.
-
-    Raises:
-      UserError: see `config.validate` and `models.find`.
+    The folder is one in ~/.cache for processors like this, as nodes that share a home may differ.
     """
-    validate(config)
-    model = models.find(config.model.name)()
-    if jax.config.jax_compilation_cache_dir is not None or (
-        jax.default_backend() == "cpu" and has_convolutions(models.shapes(model, (32, 32, 3))["params"])
-    ):
+    if jax.config.jax_compilation_cache_dir is not None:
         return
     processor = platform.machine()
     with contextlib.suppress(OSError, StopIteration):
@@ -85,9 +105,11 @@ def keep_programs(config: ConfigDict) -> None:
         folder = home / "imp_jax" / hashlib.sha256(processor.encode()).hexdigest()[:8]
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-        for program in folder.glob("*-cache"):  # JAX writes no more where a process has died before its time
-            if not program.with_name(program.name.removesuffix("cache") + "atime").exists():
-                program.unlink()
+        # JAX writes no more where a process has died between the two files of a program; the lock is its own
+        with contextlib.suppress(Timeout), FileLock(folder / ".lockfile", timeout=_LOCK_TIMEOUT_S):
+            for program in folder.glob("*-cache"):
+                if not program.with_name(program.name.removesuffix("cache") + "atime").exists():
+                    program.unlink()
         jax.config.update("jax_compilation_cache_max_size", 2**30)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # of small programs there are many
         jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -105,6 +127,28 @@ def alone(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 
     call.program = program
     return call
+
+
+class _CompileSpans(threading.local):
+    """When this thread traced and compiled, as pairs of start and end, in s, that do not overlap."""
+
+    def __init__(self):
+        self.spans = []
+
+    def note(self, event: str, start: float, end: float, **_: Any) -> None:
+        if event.startswith("/jax/core/compile/"):
+            while self.spans and self.spans[-1][0] >= start:  # nested in this one
+                self.spans.pop()
+            self.spans.append((start, end))
+
+
+_compile_spans = _CompileSpans()
+jax.monitoring.register_event_time_span_listener(_compile_spans.note)
+
+
+def compile_seconds() -> float:
+    """Return how long this thread has traced and compiled programs so far, in s."""
+    return sum(end - start for start, end in _compile_spans.spans)
 
 
 @functools.cache

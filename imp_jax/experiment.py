@@ -1,6 +1,10 @@
 """An experiment: what a config names, checked and loaded, before anything is trained."""
 
+import json
+import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -10,12 +14,19 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from imp_jax import config as configs
-from imp_jax import data, devices, masking, models, optimizers, pruning, training
+from imp_jax import data, devices, masking, models, optimizers, processes, pruning, training
 from imp_jax.config import UserError, choose
 from imp_jax.devices import DATA
-from imp_jax.execution import choose_execution
+from imp_jax.execution import Execution, choose_execution
 from imp_jax.masking import Params
 from imp_jax.members import Member, members_of, with_twins
+from imp_jax.records import write_atomically
+
+_CONVOLUTIONS = {  # in words; the later ones are faster on a CPU
+    "flax": "the convolutions of Flax",
+    "xla": "convolutions by XLA in forms for a CPU",
+    "onednn": "convolutions by oneDNN",
+}
 
 
 class Experiment(NamedTuple):
@@ -37,6 +48,7 @@ def setup(config: ConfigDict) -> Experiment:
         rewind step beyond the training.
     """
     configs.validate(config)
+    devices.require_usable()
     arms = set(map(str, config.arms))
     if not {"imp"} <= arms <= {"imp", "reinit"} or len(arms) < len(config.arms):
         raise UserError(
@@ -94,7 +106,7 @@ def setup(config: ConfigDict) -> Experiment:
             normalize=data.statistics(dataset) if config.dataset.normalize else data.Normalize(),
             augmentation=dataset.augmentation,
             repulsion_strength=config.repulsion.strength,
-            execution=choose_execution(config, params),
+            execution=choose_execution(config, model, dataset.train.image_shape),
             accumulate_steps=config.accumulate_steps,
             norm_parts=config.model.norm_parts,
         ),
@@ -165,6 +177,51 @@ def in_words(experiment: Experiment, params: Params) -> str:
         f"{config.model.name} on {config.dataset.name} ({height} × {width} × {channels}): "
         f"{count:,} parameters, {weights:,} of them weights to prune; {trained}"
     )
+
+
+def recall_execution(experiment: Experiment, workdir: str | os.PathLike) -> Experiment:
+    """Return the experiment with the execution that a workdir was begun with, if this machine has it.
+
+    Else, and in a new workdir, with the one that `setup` has chosen; a change is reported on stderr. Of several
+    processes all have to ask; they agree on convolutions that all of them have.
+    """
+    chosen = experiment.recipe.execution
+    try:
+        stored = Execution(**json.loads(_execution_file(workdir).read_text()))
+    except (OSError, ValueError, TypeError):  # a new workdir, or one of an earlier version
+        stored = chosen
+    possible = ("xla", "onednn") if chosen.convolutions == "onednn" else (chosen.convolutions,)
+    if stored.convolutions not in possible:
+        if processes.is_first():
+            before = _CONVOLUTIONS.get(stored.convolutions, stored.convolutions)
+            print(
+                f"{workdir} was begun with {before}, which cannot be used here: it goes on with "
+                f"{_CONVOLUTIONS[chosen.convolutions]}, and results differ by rounding",
+                file=sys.stderr,
+            )
+        stored = chosen
+    order = list(_CONVOLUTIONS)
+    common = order[-processes.most(-order.index(stored.convolutions))]
+    return experiment._replace(
+        recipe=experiment.recipe._replace(execution=stored._replace(convolutions=common))
+    )
+
+
+def store_execution(experiment: Experiment, workdir: str | os.PathLike) -> None:
+    """Keep the execution in a workdir, beside config.json, for `recall_execution`."""
+    content = json.dumps(experiment.recipe.execution._asdict(), indent=2) + "\n"
+    write_atomically(_execution_file(workdir), content)
+
+
+def _execution_file(workdir):
+    return Path(workdir) / "execution.json"
+
+
+def execution_in_words(execution: Execution) -> str:
+    """The convolutions and the mode of a run, for the terminal; empty where Flax computes all of them."""
+    if execution.convolutions == "flax":
+        return ""
+    return f"{_CONVOLUTIONS[execution.convolutions]}; execution {execution.mode}"
 
 
 def _require_defaults(config, fields, why):

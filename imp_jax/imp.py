@@ -23,7 +23,17 @@ from ml_collections import ConfigDict
 from imp_jax import data, devices, divergence, masking, processes, pruning, records, repulsion, training
 from imp_jax.checkpoints import Checkpoints, DamagedError, Progress, Round
 from imp_jax.config import UserError, user_path
-from imp_jax.experiment import Experiment, in_round, in_words, on_mesh, setup
+from imp_jax.execution import compile_seconds
+from imp_jax.experiment import (
+    Experiment,
+    execution_in_words,
+    in_round,
+    in_words,
+    on_mesh,
+    recall_execution,
+    setup,
+    store_execution,
+)
 from imp_jax.interruption import Interruption
 from imp_jax.masking import Mask
 from imp_jax.members import (
@@ -73,6 +83,7 @@ def rounds(
         experiment = setup(config)
         mesh = devices.make_mesh(config, len(experiment.members))
         experiment = on_mesh(experiment, mesh)
+    experiment = recall_execution(experiment, workdir)
     steps, saved_steps = experiment.learning_rates.size, _saved_steps(experiment)
     with Recorder(experiment, workdir) as recorder:
         first = recorder.finished[-1] + 1 if recorder.finished else 0
@@ -91,13 +102,18 @@ def rounds(
             print(f"{workdir} has {_there(first)}; going on with round {first} at step {step} of {steps}")
         else:
             print(f"workdir: {workdir}")
+        if processes.is_first():
+            store_execution(experiment, workdir)
         print(in_words(experiment, tickets["params"]))
+        if how := execution_in_words(experiment.recipe.execution):
+            print(how)
         if on_devices := devices.in_words(mesh, len(experiment.members)):
             print(on_devices)
         recorder.begin(first, step)
 
-        def on_chunk(of_round, number, now, metrics, seconds):
-            recorder.chunk(of_round, number, now, metrics.loss.size * config.batch_size, seconds)
+        def on_chunk(of_round, number, now, metrics, seconds, compiling):
+            images = metrics.loss.size * config.batch_size
+            recorder.chunk(of_round, number, now, images, seconds, compiling)
             _note(of_round, number, divergence.broken(now.seen), recorder)
             if interruption.agreed(processes.most):
                 recorder.progress(number, now, at_once=True)
@@ -196,7 +212,7 @@ def train(
     masks: Mask,
     optima: Optima | None = None,
     progress: Progress | None = None,
-    on_chunk: Callable[[Progress, Metrics, float], None] = lambda progress, metrics, seconds: None,
+    on_chunk: Callable[[Progress, Metrics, float, float], None] = lambda *_: None,
 ) -> tuple[Round, Progress]:
     """Train the tickets of round `number`, θ⊙m for all members, to the end.
 
@@ -210,8 +226,9 @@ def train(
     Args:
       progress: where to go on, if not at the beginning.
       on_chunk: called after each epoch, or part of one where the host has something to do, with where the
-        training stands, the metrics of the chunk's steps as NumPy arrays, and its seconds. The states are on
-        the mesh, and the next chunk takes them for its own: `devices.gather` copies them.
+        training stands, the metrics of the chunk's steps as NumPy arrays, its seconds of training and those of
+        compilation. The states are on the mesh, and the next chunk takes them for its own: `devices.gather`
+        copies them.
 
     Returns: the networks, and what else is known at the end.
     """
@@ -231,7 +248,7 @@ def train(
         batches = split.training_batches(seeds, epochs, config.batch_size, first_step=now.step, mesh=mesh)
 
     for first, last in _chunks(experiment, now.step):
-        start = time.perf_counter()
+        start, compiled = time.perf_counter(), compile_seconds()
         tickets, states = now.tickets, now.states
         if first > 0 and first == config.rewind_step:
             states = devices.gather(states, members)
@@ -254,10 +271,11 @@ def train(
                 states, masks_there, split, keys, epoch, step, rates, optima, **options
             )
         metrics = devices.gather(metrics, members, axis=1)  # the one wait for the device
-        seconds = time.perf_counter() - start
+        compiling = compile_seconds() - compiled
+        seconds = time.perf_counter() - start - compiling
         seen = divergence.see(now.seen, metrics.loss, metrics.accuracy, first, steps)
         now = Progress(last, tickets, states, seen, now.seconds + seconds)
-        on_chunk(now, metrics, seconds)
+        on_chunk(now, metrics, seconds, compiling)
     initial = {**now.tickets, "params": masking.apply(now.tickets["params"], masks)}
     return Round(initial, devices.gather(now.states.variables, members), masks), now
 

@@ -47,6 +47,7 @@ def main(argv):
 
             processes.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
             devices.divide_cpu()
+            devices.require_usable()
             with processes.ends_alone(), processes.first_speaks():
                 _run(interruption)
     except UserError as error:
@@ -70,8 +71,7 @@ def _run(interruption):
     from imp_jax.divergence import DivergedError
 
     workdir = cli.find_workdir(_WORKDIR.value, _CONFIG.value, flags.FLAGS["config"])
-    with contextlib.suppress(UserError):  # which imp.run says
-        execution.keep_programs(_CONFIG.value)
+    execution.keep_programs()
     try:
         imp.run(_CONFIG.value, workdir, interruption)
     except DivergedError:

@@ -131,14 +131,20 @@ class Recorder(contextlib.AbstractContextManager):
             self._raise_failure()  # the graver news
 
     def chunk(
-        self, experiment: Experiment, number: int, progress: Progress, images: int, seconds: float
+        self,
+        experiment: Experiment,
+        number: int,
+        progress: Progress,
+        images: int,
+        seconds: float,
+        compile_seconds: float = 0.0,
     ) -> None:
         """Round `number`, of the members of `experiment`, has come to `progress` by `images` in `seconds`."""
         self._raise_failure()
         if not self._first:
             return
         epochs, steps = experiment.learning_rates.shape
-        self._display.chunk(number, progress.step, images, seconds)
+        self._display.chunk(number, progress.step, images, seconds, compile_seconds)
         if progress.step % steps == 0:
             scalars = {"epoch_loss": progress.seen.loss, "epoch_accuracy": progress.seen.accuracy}
             epoch = number * epochs + progress.step // steps

@@ -36,7 +36,7 @@ FIELDS = (
     "test_accuracy",
     "repulsion",  # J_r at the end of training; empty without repulsion
     "cosine",  # the mean of those with earlier optima, on the round's mask; empty where there is none
-    "seconds",  # wall time of the round's training, of all members together
+    "seconds",  # wall time of the round's training, of all members together, without compilation
 )
 Row = dict[str, Any]
 
@@ -197,6 +197,7 @@ class Display:
         self._console = Console(soft_wrap=True)
         self._rounds, self._steps, self._first_step = rounds, steps, first_step
         self._accuracies = ""
+        self._compile_seconds: dict[int, float] = {}  # by round
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -223,8 +224,13 @@ class Display:
     def __exit__(self, *_):
         self._progress.stop()
 
-    def chunk(self, number: int, step: int, images: int, seconds: float) -> None:
-        """Round `number` has come to `step`, the last `images` images, of all members, in `seconds`."""
+    def chunk(self, number: int, step: int, images: int, seconds: float, compile_seconds: float = 0.0) -> None:
+        """Round `number` has come to `step`, the last `images` images, of all members, in `seconds`.
+
+        Programs were compiled for `compile_seconds` before.
+        """
+        self._compile_seconds[number] = self._compile_seconds.get(number, 0.0) + compile_seconds
+        self._start += compile_seconds  # or the time left would contain it again and again
         self._progress.update(
             self._task,
             completed=number * self._steps + step,
@@ -240,10 +246,13 @@ class Display:
         self._accuracies = " ".join(f"{arm} {mean:.2%}" for arm, mean in means.items())
         self._progress.update(self._task, accuracies=self._accuracies)
         if self._progress.disable:
+            compiled = self._compile_seconds.pop(number, 0.0)
             self._console.print(
                 f"round {number}/{self._rounds - 1}  density {rows[0]['density']:.2%}  "
                 f"test accuracy {self._accuracies}  {images / rows[0]['seconds']:,.0f} images/s  "
-                f"{rows[0]['seconds']:.1f} s  {self._left((number + 1) * self._steps)} left",
+                f"{rows[0]['seconds']:.1f} s  {self._left((number + 1) * self._steps)} left"
+                + f"  compiled in {compiled:.1f} s"
+                * (compiled >= 0.1),
                 highlight=False,
             )
 

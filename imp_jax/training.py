@@ -24,6 +24,7 @@ from imp_jax.data.augmentation import augment
 from imp_jax.devices import DATA, MEMBER
 from imp_jax.execution import Execution, alone, collect, over_devices, over_members, step_by_step
 from imp_jax.masking import Mask, Params
+from imp_jax.models.convolution import convolutions_by
 from imp_jax.repulsion import Optima
 
 Variables = dict[str, Any]  # what model.init returns: "params", and collections such as "batch_stats"
@@ -46,6 +47,13 @@ class Recipe(NamedTuple):
     def data_devices(self) -> int:
         """How many devices divide each batch."""
         return self.mesh.shape[DATA] if self.mesh else 1
+
+    def apply(
+        self, variables: "Variables", images: UInt8[Array, "batch height width channels"], **options: Any
+    ) -> Any:
+        """Apply the model to images as they are in a data set, with the convolutions of `execution`."""
+        with convolutions_by(self.execution.convolutions):
+            return self.model.apply(variables, self.normalize(images), **options)
 
 
 class TrainState(NamedTuple):
@@ -113,8 +121,8 @@ def _forward(params, model_state, images, recipe):
     """Logits of a batch in training, and the collections after it, by parts where each is normalised alone."""
 
     def forward(images):
-        variables, options = {"params": params, **model_state}, {"train": True, "mutable": list(model_state)}
-        return recipe.model.apply(variables, recipe.normalize(images), **options)
+        variables = {"params": params, **model_state}
+        return recipe.apply(variables, images, train=True, mutable=list(model_state))
 
     if recipe.norm_parts == 1:
         return forward(images)
@@ -306,7 +314,7 @@ def _member_sums(variables, images, labels, counted, *, recipe):
     """`example_sums` of each member."""
 
     def of_member(variables, images, labels, counted):
-        logits = recipe.model.apply(variables, recipe.normalize(images), train=False)
+        logits = recipe.apply(variables, images, train=False)
         sums = example_sums(logits, labels, counted)
         return jax.lax.psum(sums, DATA) if recipe.data_devices > 1 else sums
 

@@ -50,6 +50,13 @@ def quick_config(data_dir, **overrides):
     return config
 
 
+@pytest.fixture(autouse=True)
+def programs_written():
+    """Compiled programs go to the shared folder again after a test that has used oneDNN."""
+    yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
 @pytest.fixture
 def programs_not_kept():
     """No compiled program is kept on disk, as outside of the tests before anything is set."""

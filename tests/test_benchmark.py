@@ -42,7 +42,7 @@ def test_the_table_of_steps_is_kept_and_compared(tmp_path):
     assert row["peak_bytes"] > 1e8
 
 
-def test_the_parts_of_convolutions_are_timed_in_each_form(capsys, programs_not_kept):
+def test_the_parts_of_convolutions_are_timed_in_each_form(capsys):
     convolutions.benchmark(batch_size=2, repeats=1, shapes=[(8, 3, 4, 1), (8, 4, 4, 2)])
     lines = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "stride" in line]
     assert [line[0].strip() for line in lines] == ["8², 3 to 4, stride 1", "8², 4 to 4, stride 2"]

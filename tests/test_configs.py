@@ -1,5 +1,7 @@
 """The config files are table 1 of the paper."""
 
+import re
+
 import pytest
 
 from configs import conv4, lenet, mnist5k, resnet20, resnet50
@@ -50,3 +52,5 @@ def test_a_docstring_has_the_command(module):
     if module not in (lenet, mnist5k):
         assert "\nExpected" in module.__doc__
         assert "\nCost: " in module.__doc__
+        assert "python -m experiments.run list" in module.__doc__  # times are kept in one place
+        assert not re.search(r"\d (days|hours|images/s)", module.__doc__)

@@ -152,6 +152,18 @@ def test_what_does_not_fit_is_one_sentence(mesh_of, fields, sentence):
     assert "\n" not in str(error.value)
 
 
+def test_jax_without_a_device_or_in_double_precision_is_refused(monkeypatch):
+    def no_device():
+        raise RuntimeError("Unable to initialize backend 'cuda'")
+
+    devices.require_usable()
+    with jax.enable_x64(True), pytest.raises(UserError, match="JAX_ENABLE_X64 is set; training"):
+        devices.require_usable()
+    monkeypatch.setattr(jax, "devices", no_device)
+    with pytest.raises(UserError, match="JAX has no device: RuntimeError: Unable to initialize backend 'cuda'"):
+        devices.require_usable()
+
+
 def test_the_mesh_in_words(mesh_of, monkeypatch):
     mesh_of(8, 6)
     grid = np.empty((4, 2))

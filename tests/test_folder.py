@@ -159,7 +159,10 @@ def test_folders_that_are_no_classes_are_refused(tmp_path):
     (tmp_path / "val" / "ant" / "0.png").rename(tmp_path / "val" / "0.png")  # as ImageNet's archive has it
     with pytest.raises(UserError, match="val has no images in class folders; it should have a folder for each"):
         data.load("folder", tmp_path)
-    for data_dir, sentence in ((None, "'folder' and dataset.data_dir is None"), ("", "dataset.data_dir is empty")):
+    for data_dir, sentence in (
+        (None, "'folder' and dataset.data_dir is None"),
+        ("", "dataset.data_dir is empty"),
+    ):
         with pytest.raises(UserError, match=sentence):
             data.load("folder", data_dir)
 

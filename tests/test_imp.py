@@ -5,6 +5,7 @@ import itertools
 import json
 import shutil
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -219,6 +220,24 @@ def test_rounds_share_one_compilation(tiny_experiment, compilations, execution):
     assert counts[1] == counts[3]
 
 
+def test_compilation_is_no_training(tiny_experiment, monkeypatch):
+    """Each chunk reads the clock of compilation twice; here it is 100 s later each time."""
+    clock, seen = itertools.count(0, 100), []
+    monkeypatch.setattr(imp, "compile_seconds", lambda: next(clock))
+    experiment = tiny_experiment()
+    tickets = imp.initialize(experiment)
+    masks = masking.ones_like(tickets["params"])
+    start = time.perf_counter()
+    _, end = imp.train(
+        experiment, 0, tickets, masks, on_chunk=lambda now, metrics, *seconds: seen.append(seconds)
+    )
+    taken = time.perf_counter() - start
+    training, compiling = zip(*seen, strict=True)
+    assert compiling == (100, 100)  # two epochs
+    assert sum(training) == end.seconds
+    assert 0 < end.seconds + 200 < taken
+
+
 def test_measured_rows(tiny_experiment):
     experiment = tiny_experiment()
     (_, _), (networks, thresholds) = train_all(experiment, rounds=2)
@@ -396,10 +415,15 @@ def test_a_convolutional_network_on_grey_images(data_dir, tmp_path, capsys):
             "optimizer.learning_rate": 1e-2,
         }
     )
+    begun_with = '{"scan": true, "unroll": true, "convolutions": "xla"}'  # and not the fastest of this machine
+    (tmp_path / "execution.json").write_text(begun_with)
     imp.run(config, tmp_path)
     weights = 9 * (4 + 2 * 4 * 4 + 4 * 8 + 8 * 8 + 8 * 16 + 16 * 16) + 16 * 10
     said = f"(28 × 28 × 1): {weights + 10:,} parameters, {weights:,} of them weights to prune; 1 member"
-    assert f"resnet8 on mnist5k {said}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"resnet8 on mnist5k {said}" in out
+    assert "\nconvolutions by XLA in forms for a CPU; execution scan_unroll\n" in out
+    assert json.loads((tmp_path / "execution.json").read_text()) == json.loads(begun_with)
     results = pd.read_csv(tmp_path / "results.csv")
     assert results["density"][1] == pytest.approx(1 - round(0.2 * weights) / weights)
     assert (results["test_accuracy"] > 0.2).all()  # chance is 0.1

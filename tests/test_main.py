@@ -191,6 +191,16 @@ def test_a_bad_config_file_is_one_sentence(tmp_path, config_file, body, sentence
     assert len(err.splitlines()) == 1
 
 
+def test_a_device_that_is_not_there_is_one_sentence(tmp_path):
+    code, out, err = run(*QUICK, f"--workdir={tmp_path / 'run'}", env=os.environ | {"JAX_PLATFORMS": "cuda"})
+    assert (code, out) == (1, "")
+    assert err == (
+        "error: JAX has no device: JAX_PLATFORMS is 'cuda', which cannot be used on this machine; it should be "
+        "cpu, or unset\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_fields_are_overridden_from_the_command_line(tmp_path, data_dir):
     code, out, err = run(
         CONFIG,

@@ -12,9 +12,9 @@ from imp_jax import config as configs
 from imp_jax import data, masking, models, optimizers, training
 from imp_jax.config import UserError
 from imp_jax.execution import EXECUTIONS
-from imp_jax.models import convolution, resnet
+from imp_jax.models import convolution
 from imp_jax.models.conv import Conv4, max_pool
-from imp_jax.models.convolution import conv_general_dilated
+from imp_jax.models.convolution import conv_general_dilated, convolutions_by
 from imp_jax.models.initializers import kaiming_normal
 from imp_jax.models.lenet import LeNet
 from imp_jax.models.resnet import CifarResNet, ResNet50
@@ -308,7 +308,7 @@ def test_a_depth_that_is_not_6n_plus_2_is_said():
 
 
 def test_affine_normalisation_where_there_is_none_is_said():
-    with pytest.raises(UserError, match=r"model\.norm_affine is True; conv4 has no normalisation"):
+    with pytest.raises(UserError, match=r"model\.norm_affine is True; conv4 has no field norm_affine"):
         create("conv4", norm_affine=True)
 
 
@@ -317,7 +317,15 @@ def test_unknown_model_is_said_with_a_suggestion():
         create("lenett")
 
 
-@pytest.mark.parametrize("onednn", [True, False])
+@pytest.fixture(params=["xla", "onednn"])
+def implementation(request):
+    """Each way to compute convolutions on a CPU."""
+    if request.param == "onednn" and not convolution.has_onednn():
+        pytest.skip("this XLA was built without oneDNN")
+    convolution.write_no_programs()
+    return request.param
+
+
 @pytest.mark.parametrize(
     ("batch", "kernel_shape", "strides", "padding"),
     [
@@ -326,14 +334,10 @@ def test_unknown_model_is_said_with_a_suggestion():
         (3, (3, 2, 3, 4), (1, 1), "SAME"),  # padded on one side only
         (3, (1, 1, 3, 4), (2, 1), ((0, 0), (0, 0))),
         (3, (2, 2, 3, 4), (1, 1), ((3, 0), (0, 2))),  # padded by more than the kernel
+        (3, (2, 2, 3, 4), (1, 2), ((-1, 1), (0, -2))),  # cropped
     ],
 )
-def test_convolution_in_parts_is_the_convolution(
-    onednn, batch, kernel_shape, strides, padding, monkeypatch, programs_not_kept
-):
-    if onednn and not convolution.has_onednn():
-        pytest.skip("this XLA was built without oneDNN")
-    monkeypatch.setattr(convolution, "has_onednn", lambda dtype: onednn)
+def test_convolution_in_parts_is_the_convolution(implementation, batch, kernel_shape, strides, padding):
     images = jax.random.normal(jax.random.key(0), (batch, 6, 7, 3))
     kernel = jax.random.normal(jax.random.key(1), kernel_shape)
     along = (
@@ -357,15 +361,13 @@ def test_convolution_in_parts_is_the_convolution(
 
         return jax.tree.leaves(all_of_it((images, kernel)))
 
-    for a, b in zip(by(conv_general_dilated), by(jax.lax.conv_general_dilated), strict=True):
+    ours = functools.partial(conv_general_dilated, implementation=implementation)
+    for a, b in zip(by(ours), by(jax.lax.conv_general_dilated), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("form", ["onednn", "xla", "as JAX derives it"])
-def test_a_network_trains_alike_in_a_loop_and_step_by_step(form, monkeypatch, programs_not_kept):
-    """Two members of a ResNet, three steps: losses, weights, statistics, by each form of its convolutions."""
-    if form == "onednn" and not convolution.has_onednn():
-        pytest.skip("this XLA was built without oneDNN")
+def test_a_network_trains_alike_in_a_loop_and_step_by_step(implementation):
+    """Two members of a ResNet, three steps: losses, weights, statistics, as with Flax's convolutions."""
     draw = np.random.default_rng(0)
     images, labels = draw.integers(0, 256, (24, 8, 8, 3), np.uint8), draw.integers(0, 10, 24)
     split = data.InMemory(jnp.asarray(images), jnp.asarray(labels))
@@ -373,23 +375,19 @@ def test_a_network_trains_alike_in_a_loop_and_step_by_step(form, monkeypatch, pr
     config.optimizer.name = "momentum"
     optimizer = optimizers.make_optimizer(config)
 
-    def trained(form, execution):
-        monkeypatch.setattr(convolution, "has_onednn", lambda dtype: form == "onednn")
-        convolve = jax.lax.conv_general_dilated if form == "as JAX derives it" else conv_general_dilated
-        monkeypatch.setattr(resnet, "conv_general_dilated", convolve)
+    def trained(execution, convolutions):
         model = CifarResNet(depth=8, width=0.25)
-        recipe = training.Recipe(model, optimizer, execution=EXECUTIONS[execution])
+        execution = EXECUTIONS[execution]._replace(convolutions=convolutions)
+        recipe = training.Recipe(model, optimizer, execution=execution)
         keys = jax.random.split(jax.random.key(0), 2)
         variables = jax.vmap(lambda key: dict(model.init(key, jnp.zeros((1, 8, 8, 3)), train=False)))(keys)
         masks = masking.ones_like(variables["params"])
         states = training.init_states(variables, masks, optimizer=optimizer)
         rates = np.full(3, 0.05, np.float32)
-        for program in (training._scan_steps_alone, training._step_alone):
-            program.program().clear_cache()  # the form is nothing that they are compiled for
         return training.train_steps(states, masks, split, keys, 0, 0, rates, batch_size=8, recipe=recipe)
 
-    expected = jax.tree.leaves(trained("as JAX derives it", "step_unroll"))
-    for a, b in zip(jax.tree.leaves(trained(form, "scan_unroll")), expected, strict=True):
+    expected = jax.tree.leaves(trained("step_unroll", "flax"))
+    for a, b in zip(jax.tree.leaves(trained("scan_unroll", implementation)), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
@@ -408,14 +406,14 @@ def test_convolution_with_dilation_or_groups_is_laxs():
         )
 
 
-def test_convolution_of_members_is_that_of_each(programs_not_kept):
+def test_convolution_of_members_is_that_of_each(implementation):
     images = jax.random.normal(jax.random.key(0), (2, 3, 6, 7, 3))
     kernels = jax.random.normal(jax.random.key(1), (2, 3, 3, 3, 4))
 
     def gradients(images, kernel):
         def loss(images, kernel):
-            layout = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
-            return jnp.sum(jnp.sin(conv_general_dilated(images, kernel, (1, 1), "SAME", **layout)))
+            options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "implementation": implementation}
+            return jnp.sum(jnp.sin(conv_general_dilated(images, kernel, (1, 1), "SAME", **options)))
 
         return jax.grad(loss, argnums=(0, 1))(images, kernel)
 
@@ -426,7 +424,7 @@ def test_convolution_of_members_is_that_of_each(programs_not_kept):
             np.testing.assert_allclose(a[member], b, rtol=1e-4, atol=1e-4)
 
 
-def test_bfloat16_wants_a_processor_that_has_it(monkeypatch, programs_not_kept):
+def test_bfloat16_wants_a_processor_that_has_it(monkeypatch):
     monkeypatch.setattr(convolution, "_knows_onednn", lambda: True)
     monkeypatch.setattr(convolution, "_processor_flags", lambda: ["avx2", "avx512f"])
     assert convolution.has_onednn("float32")
@@ -436,12 +434,7 @@ def test_bfloat16_wants_a_processor_that_has_it(monkeypatch, programs_not_kept):
     assert not convolution.has_onednn("float16")
 
 
-def test_programs_that_are_kept_do_not_call_onednn(tmp_path, programs_not_kept):
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-    assert not convolution.has_onednn()
-
-
-def test_a_call_that_xla_does_not_know_is_not_made(monkeypatch, programs_not_kept):
+def test_a_call_that_xla_does_not_know_is_not_made(monkeypatch):
     def unknown(*arguments, **options):
         return jax.ffi.ffi_call("no such call", jax.ShapeDtypeStruct((2,), jnp.float32))(*arguments)
 
@@ -449,3 +442,182 @@ def test_a_call_that_xla_does_not_know_is_not_made(monkeypatch, programs_not_kep
     assert not convolution._knows_onednn.__wrapped__()
     monkeypatch.setattr(convolution, "by_onednn", lambda *a, **options: 0.9 * convolution.by_xla(*a, **options))
     assert not convolution._knows_onednn.__wrapped__()
+
+
+# --- plain Flax layers of any model ---
+
+
+class StandardizedConv(nn.Conv):
+    """A subclass that computes its kernel and calls the function of the layer by itself."""
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, x.shape[-1], self.features))
+        kernel = (kernel - kernel.mean()) / kernel.std()
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+
+class ScaledConv(nn.Conv):
+    """A subclass that changes what its parent returns."""
+
+    @nn.compact
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class Twice(nn.Module):
+    """One layer, called twice, and made in `setup`."""
+
+    def setup(self):
+        self.conv = nn.Conv(3, (3, 3))
+
+    def __call__(self, x):
+        return self.conv(nn.relu(self.conv(x)))
+
+
+LAYERS = {
+    "plain": (nn.Conv(4, (3, 3)), True),
+    "strided": (nn.Conv(4, (3, 2), strides=(2, 1), padding="VALID", use_bias=False), True),
+    "one side": (nn.Conv(4, (2, 2), padding="SAME_LOWER"), True),
+    "circular": (nn.Conv(4, (3, 3), padding="CIRCULAR"), True),
+    "reflected": (nn.Conv(4, (3, 3), padding="REFLECT"), True),
+    "masked": (nn.Conv(4, (3, 3), mask=jnp.arange(3 * 3 * 3 * 4).reshape(3, 3, 3, 4) % 2), True),
+    "subclass": (ScaledConv(4, (3, 3)), True),
+    "remat": (nn.remat(nn.Conv)(4, (3, 3)), True),
+    "jit": (nn.jit(nn.Conv)(4, (3, 3)), True),
+    "twice": (Twice(), True),
+    "nothing left": (nn.Conv(4, (8, 3), padding="VALID"), False),
+    "groups": (nn.Conv(6, (3, 3), feature_group_count=3), False),
+    "dilated": (nn.Conv(4, (3, 3), kernel_dilation=2), False),
+    "upsampled": (nn.Conv(4, (3, 3), padding=1, input_dilation=(2, 1)), False),
+    "own": (nn.Conv(4, (3, 3), conv_general_dilated=jax.lax.conv_general_dilated), False),
+    "rows": (nn.Conv(4, (3,), padding="CAUSAL"), False),
+    "volumes": (nn.Conv(4, (1, 3, 3)), False),
+    "standardized": (StandardizedConv(4, (3, 3)), False),
+    "transposed": (nn.ConvTranspose(4, (3, 3)), False),
+    "local": (nn.ConvLocal(2, (2, 2)), False),
+}
+
+
+def applied(layer, implementation):
+    """The layer as a function of its variables and images."""
+
+    def apply(variables, images):
+        with convolutions_by(implementation):
+            return layer.apply(variables, images)
+
+    return apply
+
+
+def layer_inputs(name):
+    """Variables and images of a layer."""
+    images = jax.random.normal(jax.random.key(0), (2, 6, 7, 3))
+    images = images[:, None] if name == "volumes" else images
+    return jax.jit(LAYERS[name][0].init)(jax.random.key(1), images), images
+
+
+@pytest.mark.parametrize("name", [name for name, (_, plain) in LAYERS.items() if plain])
+def test_a_plain_layer_is_taken_over_and_is_that_of_flax(name):
+    layer, inputs = LAYERS[name][0], layer_inputs(name)
+    ours, expected = applied(layer, "xla"), applied(layer, "flax")
+    assert "name=_convolve" in str(jax.make_jaxpr(ours)(*inputs))
+    if name in ("remat", "jit", "twice"):  # how the gradient comes to the layer is up to Flax
+        ours, expected = (
+            jax.value_and_grad(lambda *inputs, f=f: jnp.sum(jnp.sin(f(*inputs))), (0, 1))
+            for f in (ours, expected)
+        )
+    for a, b in zip(*(jax.tree.leaves(jax.jit(f)(*inputs)) for f in (ours, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    assert getattr(layer, "conv_general_dilated", None) is None
+
+
+@pytest.mark.parametrize("name", [name for name, (_, plain) in LAYERS.items() if not plain])
+def test_any_other_layer_is_left_to_flax(name):
+    inputs = jax.eval_shape(lambda: layer_inputs(name))
+    ours, expected = (jax.make_jaxpr(applied(LAYERS[name][0], by))(*inputs) for by in ("onednn", "flax"))
+    assert str(ours) == str(expected)
+
+
+# --- a user's own ---
+
+
+class Mixer(nn.Module):
+    """A network for images of one size, without the fields of our own."""
+
+    num_classes: int = 10
+    param_dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, images, train: bool = False):
+        x = nn.Conv(4, (7, 7), strides=(7, 7))(images)
+        x = x.reshape(len(x), 16, 4)
+        x = nn.Dense(16, param_dtype=self.param_dtype)(x.swapaxes(1, 2))
+        return nn.Dense(self.num_classes)(x.mean(1))
+
+
+class Normalised(nn.Module):
+    num_classes: int = 10
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, images, train: bool = False):
+        x = nn.BatchNorm(use_running_average=not train, dtype=self.dtype)(images)
+        return nn.Dense(self.num_classes, dtype=self.dtype)(x.mean((1, 2)))
+
+
+class Untrained(nn.Module):
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, images):
+        return nn.Dense(self.num_classes)(images.mean((1, 2)))
+
+
+class Fixed(nn.Module):
+    @nn.compact
+    def __call__(self, images, train: bool = False):
+        return nn.Dense(10)(images.mean((1, 2)))
+
+
+@pytest.fixture
+def own_models(monkeypatch):
+    own = {"mixer": Mixer, "half": functools.partial(Mixer, param_dtype="bfloat16"), "normalised": Normalised}
+    for name, model in (own | {"untrained": Untrained, "fixed": Fixed}).items():
+        monkeypatch.setitem(models.MODELS, name, model)
+
+
+def test_a_model_needs_no_field_but_the_number_of_classes(own_models):
+    assert create("mixer", (28, 28, 1), num_classes=7).num_classes == 7
+    assert create("normalised", norm_parts=2, dtype="bfloat16").dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "sentence"),
+    [
+        ("mixer", {"width": 0.5}, r"model\.width is 0\.5; mixer has no field width, so it should be 1\.0"),
+        (
+            "mixer",
+            {"dtype": "bfloat16"},
+            r"^dtype is bfloat16; mixer has no field dtype, so it should be float32",
+        ),
+        ("mixer", {"norm_parts": 2}, r"model\.norm_parts is 2; mixer has no normalisation"),
+        ("lenet", {"norm_momentum": 0.5}, r"model\.norm_momentum is 0\.5; lenet has no field norm_momentum"),
+        ("half", {}, r"'half', which has parameters of type bfloat16; they should be float32"),
+        ("untrained", {}, r"'untrained', which is not called as model\(images, train=False\)"),
+        ("fixed", {}, r"'fixed', which has no field num_classes"),
+    ],
+)
+def test_what_a_model_lacks_is_reported(own_models, name, options, sentence):
+    with pytest.raises(UserError, match=sentence):
+        create(name, (28, 28, 1), **options)
+
+
+def test_statistics_cannot_be_estimated_again_without_a_momentum(own_models):
+    config = configs.default()
+    config.model.name, config.analysis.batch_norm = "normalised", "reestimate"
+    with pytest.raises(
+        UserError, match=r"analysis\.batch_norm is 'reestimate'; normalised has no field norm_mom"
+    ):
+        models.create(config, 10, CIFAR)

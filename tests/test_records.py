@@ -141,13 +141,16 @@ def test_the_lock_of_a_dead_process_does_not_block(tmp_path):
 def test_one_plain_line_a_round_without_a_terminal(capsys):
     with records.Display(rounds=2, steps=10, first_step=0) as display:
         for number in range(2):
-            display.chunk(number, 10, images=1000, seconds=0.5)
+            for step in (5, 10):
+                display.chunk(number, step, images=500, seconds=0.5, compile_seconds=1.6 - number - step / 10)
             display.round(number, rows(number), images=3000)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert lines[1].startswith(
         "round 1/1  density 80.00%  test accuracy imp 92.90% reinit 92.90%  2,000 images/s  1.5 s"
     )
+    assert lines[0].endswith(" left  compiled in 1.7 s")  # 1.1 and 0.6
+    assert lines[1].endswith(" left")
 
 
 def test_summary_has_a_row_a_density(capsys):

@@ -1,11 +1,17 @@
 """The networks, by the name a config gives them.
 
-A model is a Flax Linen module called as `model(images, train=…)` that returns logits. It has the fields
-`num_classes`, `width` and `dtype`, with normalisation `norm_affine`, `norm_momentum` and `norm_axis` too, and
-says in `image_sides` which images suit it. To add one, write the module and name it in `MODELS`.
+A model is a Flax Linen module of plain Flax layers, called as `model(images, train=…)`, that returns logits. It
+has the field `num_classes`, and may have
+
+- `width`, `dtype`, `norm_affine` and `norm_momentum`, to be set by the fields of the config of these names;
+- `norm_axis`, the axis of a mesh over whose devices it takes the statistics of a batch;
+- `image_sides`, the smallest and largest side of images that suit it, in pixels; None is without limit.
+
+To add one, write the module and name it in `MODELS`.
 """
 
 import functools
+import inspect
 import re
 from collections.abc import Callable
 
@@ -15,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from imp_jax.config import UserError, choose
+from imp_jax.config import UserError, choose, default
 from imp_jax.models.conv import Conv4
 from imp_jax.models.lenet import LeNet
 from imp_jax.models.resnet import CifarResNet, ResNet50
@@ -43,25 +49,60 @@ def find(name: str) -> Callable[..., nn.Module]:
 
 
 def create(config: ConfigDict, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
-    """The network of `config.model`, computing in `config.dtype`, for images of height, width and channels.
+    """Create the network of `config.model`, computing in `config.dtype`, for images of height, width, channels.
 
     Raises:
-      UserError: see `find`; images that do not suit the network; normalisation asked of one that has none.
+      UserError: see `find`; a network that lacks what is asked of it, or has parameters of another type than
+        float32; images that do not suit it.
     """
-    name = config.model.name
-    model = find(name)(num_classes=num_classes, width=config.model.width, dtype=jnp.dtype(config.dtype))
-    if hasattr(model, "norm_affine"):
-        model = model.copy(norm_affine=config.model.norm_affine, norm_momentum=config.model.norm_momentum)
-    elif config.model.norm_affine:
-        raise UserError(f"model.norm_affine is True; {name} has no normalisation, so it should be False")
-    elif config.model.norm_parts > 1:
+    name, standard = config.model.name, default()
+    make = find(name)
+    fields = {
+        "width": ("model.width", config.model.width, standard.model.width),
+        "dtype": ("dtype", jnp.dtype(config.dtype), jnp.dtype(standard.dtype)),
+        "norm_affine": ("model.norm_affine", config.model.norm_affine, standard.model.norm_affine),
+        "norm_momentum": ("model.norm_momentum", config.model.norm_momentum, standard.model.norm_momentum),
+    }
+    given = {"num_classes": num_classes}
+    if not _takes(make, "num_classes"):
+        raise UserError(f"model.name is {name!r}, which has no field num_classes; it should have one")
+    for field, (setting, value, unset) in fields.items():
+        if _takes(make, field):
+            given[field] = value
+        elif value != unset:
+            raise UserError(f"{setting} is {value}; {name} has no field {field}, so it should be {unset}")
+    model = make(**given)
+    if not _takes(model.__call__, "train"):
+        raise UserError(
+            f"model.name is {name!r}, which is not called as model(images, train=False); it should be"
+        )
+    _require_suitable(name, model, image_shape)
+    variables = shapes(model, image_shape)
+    if other := {str(leaf.dtype) for leaf in jax.tree.leaves(variables["params"])} - {"float32"}:
+        raise UserError(
+            f"model.name is {name!r}, which has parameters of type {', '.join(sorted(other))}; they should be "
+            f"float32, whatever type the computation has"
+        )
+    if config.model.norm_parts > 1 and set(variables) == {"params"}:
         raise UserError(
             f"model.norm_parts is {config.model.norm_parts}; {name} has no normalisation, so it should be 1"
         )
-    _require_suitable(name, model, image_shape)
+    without_momentum = set(variables) != {"params"} and not hasattr(model, "norm_momentum")
+    if config.analysis.batch_norm == "reestimate" and without_momentum:
+        raise UserError(
+            f"analysis.batch_norm is 'reestimate'; {name} has no field norm_momentum, so it should be "
+            f"'interpolate'"
+        )
     return model
 
 
+def _takes(function, name):
+    """Whether a function, or the constructor of a module, has a parameter of this name."""
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+@functools.lru_cache(maxsize=4)
 def shapes(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, PyTree[jax.ShapeDtypeStruct]]:
     """Shapes and dtypes of a model's variables for such images; nothing is computed."""
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
@@ -69,7 +110,7 @@ def shapes(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, PyT
 
 
 def _require_suitable(name, model, image_shape):
-    smallest, largest = model.image_sides
+    smallest, largest = getattr(model, "image_sides", (1, None))
     if min(image_shape[:2]) < smallest or (largest and max(image_shape[:2]) > largest):
         sides = f"{smallest} to {largest}" if largest else f"at least {smallest}"
         height, width, _ = image_shape

@@ -6,7 +6,6 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from imp_jax.models.convolution import conv_general_dilated
 from imp_jax.models.initializers import kaiming_normal
 
 
@@ -40,13 +39,7 @@ class Conv4(nn.Module):
         for features in (64, 128):
             features = max(1, round(self.width * features))
             for _ in range(2):
-                conv = nn.Conv(
-                    features,
-                    (3, 3),
-                    dtype=self.dtype,
-                    kernel_init=kaiming_normal,
-                    conv_general_dilated=conv_general_dilated,
-                )
+                conv = nn.Conv(features, (3, 3), dtype=self.dtype, kernel_init=kaiming_normal)
                 x = nn.relu(conv(x))
             x = max_pool(x)
         x = x.reshape(len(x), -1)

@@ -1,4 +1,4 @@
-"""The convolution of the models: that of `jax.lax`, and on a CPU the fastest form there of each of its parts.
+"""Fast convolutions on a CPU, put under the `nn.Conv` layers of any model from outside.
 
 The forward pass and the input gradient of stride 1 are calls of oneDNN where XLA was built with it (no pass of
 XLA makes them). The gradients are convolutions written out, for arrays that lie as XLA's own wants them.
@@ -6,12 +6,15 @@ XLA makes them). The gradients are convolutions written out, for arrays that lie
 
 import contextlib
 import functools
+import itertools
 import json
+import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax import lax
@@ -25,45 +28,101 @@ Pads = tuple[tuple[int, int], tuple[int, int]]  # before and after the rows and 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 
+def convolutions_by(implementation: str) -> contextlib.AbstractContextManager:
+    """Compute the `nn.Conv` layers of every model that is applied in this context by other kernels.
+
+    A layer that has a `conv_general_dilated` of its own keeps it. Outputs and gradients are those of Flax up to
+    the order of their sums; gradients are in reverse mode only, of any order.
+
+    Args:
+      implementation: `onednn` or `xla`, this module's forms for a CPU with the forward pass of that library;
+        `flax` changes nothing.
+    """
+    if implementation == "flax":
+        return contextlib.nullcontext()
+    return replace_convolutions(_conv_general_dilated_by(implementation))
+
+
+@functools.cache
+def _conv_general_dilated_by(implementation):
+    """One object for each: what Flax compiles for a module depends on the identity of its fields."""
+    return functools.partial(conv_general_dilated, implementation=implementation)
+
+
+def replace_convolutions(function: Callable[..., Outputs]) -> contextlib.AbstractContextManager:
+    """Have the `nn.Conv` layers of every model that is applied in this context call `function`.
+
+    Args:
+      function: takes what `lax.conv_general_dilated` takes.
+    """
+
+    def intercept(call, args, kwargs, context):
+        module = context.module
+        if not isinstance(module, nn.Conv) or module.conv_general_dilated is not None:
+            return call(*args, **kwargs)
+        # Flax reads the field when the layer is called; a bound module is frozen, and its clones keep the field
+        object.__setattr__(module, "conv_general_dilated", function)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            object.__setattr__(module, "conv_general_dilated", None)
+
+    return nn.intercept_methods(intercept)
+
+
 def conv_general_dilated(
     images: Images,
     kernel: Kernel,
     strides: Sequence[int],
     padding: str | Sequence[tuple[int, int]],
+    *,
+    implementation: str = "xla",
     **options: Any,
 ) -> Outputs:
-    """`lax.conv_general_dilated` for `nn.Conv`, the same up to the order of its sums.
+    """`lax.conv_general_dilated` as `nn.Conv` calls it, in the forms for a CPU where it has two dimensions.
 
-    On a CPU it can be differentiated in reverse only, again and again.
+    Dilated and grouped convolutions, and those of one or three dimensions, are left to `lax`.
     """
     plain = options.get("feature_group_count", 1) == 1 and all(
         set(options.get(name) or (1,)) == {1} for name in ("lhs_dilation", "rhs_dilation")
     )
-    if jax.default_backend() != "cpu" or not plain:
+    if images.ndim != 4 or not plain:
         return lax.conv_general_dilated(images, kernel, strides, padding, **options)
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(images.shape[1:3], kernel.shape[:2], strides, padding)
-    return _convolve(images, kernel, tuple(strides), tuple(map(tuple, padding)))
+    pads = tuple(map(tuple, padding))
+    sides = _output_sides(images, kernel, strides, pads)
+    if min(len(images), *sides) < 1:
+        return lax.conv_general_dilated(images, kernel, strides, padding, **options)
+    return _convolve(images, kernel, tuple(strides), pads, implementation)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _convolve(images, kernel, strides, pads):
-    if images.dtype == kernel.dtype and has_onednn(images.dtype.name):
+def _output_sides(images, kernel, strides, pads):
+    return [
+        (size + sum(pad) - length) // stride + 1
+        for size, pad, length, stride in zip(images.shape[1:3], pads, kernel.shape, strides, strict=False)
+    ]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _convolve(images, kernel, strides, pads, implementation):
+    suits = images.dtype == kernel.dtype and _suits_onednn(images.dtype.name)
+    if implementation == "onednn" and suits and min(itertools.chain(*pads)) >= 0:
         return by_onednn(images, kernel, strides, pads)
     # XLA of JAX 0.12 fuses it with a mean that follows, and in bfloat16 gives nan
     return lax.optimization_barrier(by_xla(images, kernel, strides, pads))
 
 
-def _forward(images, kernel, strides, pads):
+def _forward(images, kernel, strides, pads, implementation):
     images = lax.optimization_barrier(images)  # kept for the gradient, which would compute them again
-    return _convolve(images, kernel, strides, pads), (images, kernel)
+    return _convolve(images, kernel, strides, pads, implementation), (images, kernel)
 
 
-def _backward(strides, pads, arguments, gradient):
+def _backward(strides, pads, implementation, arguments, gradient):
     images, kernel = arguments
     gradient = lax.optimization_barrier(gradient)
     return (
-        input_gradient(images.shape[1:3], kernel, strides, pads, gradient),
+        input_gradient(images.shape[1:3], kernel, strides, pads, gradient, implementation),
         weight_gradient(images, kernel.shape[:2], strides, pads, gradient),
     )
 
@@ -85,10 +144,7 @@ def by_xla(
 
 def by_onednn(images: Images, kernel: Kernel, strides: Sequence[int], pads: Pads) -> Outputs:
     """oneDNN's convolution, by the call that XLA for CPUs knows and no pass of it makes."""
-    sides = [
-        (size + sum(pad) - rows) // stride + 1
-        for size, pad, rows, stride in zip(images.shape[1:3], pads, kernel.shape, strides, strict=False)
-    ]
+    sides = _output_sides(images, kernel, strides, pads)
     layout = {"data": {"batch_dim": 0, "feature_dim": 3, "spatial_dims": [1, 2]}}
     config = {
         "dims": 4,
@@ -113,10 +169,18 @@ def by_onednn(images: Images, kernel: Kernel, strides: Sequence[int], pads: Pads
 
 
 def has_onednn(dtype: str = "float32") -> bool:
-    """Whether this XLA has that call, rightly, and programs are not kept on disk: XLA cannot write it there."""
+    """Return whether this build of XLA has a working oneDNN convolution for this dtype."""
+    return _suits_onednn(dtype) and _knows_onednn()
+
+
+def _suits_onednn(dtype):
     # in bfloat16 a processor without its instructions would end the process
-    suits = dtype == "float32" or (dtype == "bfloat16" and "avx512_bf16" in _processor_flags())
-    return suits and jax.config.jax_compilation_cache_dir is None and _knows_onednn()
+    return dtype == "float32" or (dtype == "bfloat16" and "avx512_bf16" in _processor_flags())
+
+
+def write_no_programs() -> None:
+    """Keep what is compiled from now on out of JAX's compilation cache: XLA cannot serialise oneDNN's calls."""
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
 
 
 @functools.cache
@@ -135,6 +199,8 @@ def _knows_onednn():
     images, kernel = draw.normal(size=(2, 5, 6, 3)), draw.normal(size=(3, 2, 3, 4))
     arguments = [array.astype(np.float32) for array in (images, kernel)]
     options = {"strides": (2, 1), "pads": ((1, 0), (1, 1))}
+    written = jax.config.jax_persistent_cache_min_compile_time_secs
+    write_no_programs()
     try:
         called, expected = (
             jax.jit(functools.partial(function, **options)).lower(*arguments).compile()(*arguments)
@@ -142,11 +208,18 @@ def _knows_onednn():
         )
     except (jax.errors.JaxRuntimeError, TypeError, ValueError):  # another version's call, or none
         return False
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", written)
     return bool(np.allclose(called, expected, atol=1e-4))
 
 
 def input_gradient(
-    sides: Sequence[int], kernel: Kernel, strides: Sequence[int], pads: Pads, gradient: Outputs
+    sides: Sequence[int],
+    kernel: Kernel,
+    strides: Sequence[int],
+    pads: Pads,
+    gradient: Outputs,
+    implementation: str = "xla",
 ) -> Images:
     """The gradient by the images, of such sides: a convolution of `gradient` with the kernel turned by 180°."""
     turned = kernel[::-1, ::-1].swapaxes(2, 3)
@@ -157,7 +230,7 @@ def input_gradient(
         )
     )
     if set(strides) == {1} and min(min(pair) for pair in around) >= 0:
-        return _convolve(gradient, turned, (1, 1), around)
+        return _convolve(gradient, turned, (1, 1), around, implementation)
     return by_xla(gradient, turned, (1, 1), around, lhs_dilation=strides)
 
 

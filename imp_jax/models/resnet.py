@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from imp_jax.config import UserError
-from imp_jax.models.convolution import conv_general_dilated
 from imp_jax.models.initializers import kaiming_normal
 from imp_jax.models.normalization import BatchNorm
 
@@ -106,7 +105,6 @@ def _layers(module, train):
             use_bias=False,
             dtype=module.dtype,
             kernel_init=kaiming_normal,
-            conv_general_dilated=conv_general_dilated,
             name=name,
         )
 
