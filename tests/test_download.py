@@ -458,5 +458,5 @@ def test_the_home_folder_is_expanded_once_and_no_folder_is_refused(serve, tmp_pa
     assert data.load("mnist", "~/data").folder == tmp_path / "data/mnist/3.0.1"
     assert not (tmp_path / "~").exists()
     for function in (data.prepare, data.load):
-        with pytest.raises(UserError, match="dataset.data_dir is empty; it should be the path of a folder"):
+        with pytest.raises(UserError, match=r"dataset.data_dir is empty; it should be the path of a folder"):
             function("mnist", "")
