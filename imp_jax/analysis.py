@@ -203,7 +203,8 @@ def compute(
 
     if of_distances:
         old = tables["distances"]
-        rows = (row for row in _distances(networks) if _compared(config, *row[3:5]))
+        rows = _distances(networks, tuple(config.pruning.exclude))
+        rows = (row for row in rows if _compared(config, *row[3:5]))
         new = _table("distances", rows)
         keys = ["replicate", "arm", "metric", "round_a", "round_b"]
         tables["distances"] = _with_rows(new, old.itertuples(index=False)).drop_duplicates(keys)
@@ -337,9 +338,9 @@ def _barriers(paths, baseline):
     return _table("barriers", rows)
 
 
-def _distances(networks):
+def _distances(networks, exclude):
     """Rows of the matrix of every member, over the initialisation and the rounds in which it was trained."""
-    matrices = jax.jit(similarity.distance_matrices)
+    matrices = jax.jit(functools.partial(similarity.distance_matrices, exclude=exclude))
     for member in dict.fromkeys(member for of_round in networks.values() for member in of_round):
         rounds = [number for number, of_round in networks.items() if member in of_round]
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(networks[n][member] for n in rounds))

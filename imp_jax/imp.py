@@ -288,9 +288,8 @@ def remember(experiment: Experiment, optima: Optima | None, networks: Round, mas
     if not config.repulsion.strength:
         return None
     most = 1 if config.repulsion.memory == "last" else config.rounds - 1
-    return repulsion.remember(
-        optima, networks.trained["params"], masks, most=most, dtype=config.repulsion.dtype
-    )
+    options = {"dtype": config.repulsion.dtype, "exclude": tuple(config.pruning.exclude)}
+    return repulsion.remember(optima, networks.trained["params"], masks, most=most, **options)
 
 
 def recall(
