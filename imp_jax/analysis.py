@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -56,6 +57,13 @@ TABLES = {
     "layers": ("replicate", "round", "layer", "weights", "survivors", "units", "dead_units"),
 }
 
+# What the numbers of a table mean, where that has changed: an older table is computed anew.
+DEFINITIONS = {
+    "distances": similarity.DEFINITION,
+    "layers": 2,  # 1 found dead units by activations: all of them in a network that normalises layers
+}
+_DEFINITIONS_FILE = "definitions.json"
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -91,6 +99,12 @@ def load(workdir: str | os.PathLike) -> Run:
     """
     workdir = Path(workdir)
     config = _stored_config(workdir)
+    for name in outdated(workdir):
+        warnings.warn(
+            f"{workdir}/analysis/{name}.csv was computed by an earlier version, which defined it differently; "
+            f"python -m imp_jax.analysis --workdir={workdir} computes it anew",
+            stacklevel=2,
+        )
     results = workdir / "results.csv"
     results = pd.read_csv(results) if results.exists() else pd.DataFrame(columns=list(records.FIELDS))
     return Run(workdir, config, results, **{name: _read(workdir, name) for name in TABLES})
@@ -151,6 +165,7 @@ def compute(
     (workdir / "analysis").mkdir(exist_ok=True)
     finished = [number for number in checkpoints.rounds() if (results["round"] == number).any()]
     members = {number: members_in(results.to_dict("records"), number) for number in finished}
+    _set_aside_outdated(workdir)
     _set_aside_unreadable(workdir)
     forget(workdir, finished[-1] + 1)
     tables = {name: _read(workdir, name) for name in TABLES}
@@ -220,6 +235,18 @@ def forget(workdir: Path, first: int) -> None:
         numbers = table[[column for column in ("round", "round_a", "round_b") if column in table]]
         if not (known := (numbers < first).all(axis=1)).all():
             _write(workdir, name, table[known])
+
+
+def outdated(workdir: Path) -> list[str]:
+    """The tables of a workdir that an earlier version computed by other `DEFINITIONS`."""
+    stored = {}
+    with contextlib.suppress(OSError, ValueError):
+        stored = json.loads((workdir / "analysis" / _DEFINITIONS_FILE).read_text())
+    return [
+        name
+        for name, definition in DEFINITIONS.items()
+        if stored.get(name, 1) != definition and (workdir / "analysis" / f"{name}.csv").exists()
+    ]
 
 
 def draw(run: Run) -> dict[str, bytes]:
@@ -429,6 +456,18 @@ def _read(workdir, name):
         if tuple(table.columns) == TABLES[name] and path.read_bytes().endswith(b"\n"):
             return table
     return _table(name, [])
+
+
+def _set_aside_outdated(workdir):
+    for name in outdated(workdir):
+        path = workdir / "analysis" / f"{name}.csv"
+        place = set_aside(path, workdir)
+        print(
+            f"{path} was computed by an earlier version, which defined it differently; it is moved to {place} "
+            f"and computed anew, for the rounds whose checkpoints are still on disk",
+            file=sys.stderr,
+        )
+    records.write_atomically(workdir / "analysis" / _DEFINITIONS_FILE, json.dumps(DEFINITIONS))
 
 
 def _set_aside_unreadable(workdir):

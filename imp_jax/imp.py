@@ -20,7 +20,18 @@ import pandas as pd
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from imp_jax import data, devices, divergence, masking, processes, pruning, records, repulsion, training
+from imp_jax import (
+    data,
+    devices,
+    divergence,
+    masking,
+    processes,
+    pruning,
+    records,
+    repulsion,
+    similarity,
+    training,
+)
 from imp_jax.checkpoints import Checkpoints, DamagedError, Progress, Round
 from imp_jax.config import UserError
 from imp_jax.experiment import Experiment, in_round, in_words, on_mesh, setup
@@ -145,6 +156,11 @@ def resume(
     masks, _ = prune(experiment, last, networks)
     optima = None
     if experiment.config.repulsion.strength:
+        if last and checkpoints.similarity_definition(last) != similarity.DEFINITION:
+            raise UserError(
+                "the rounds so far were trained by an earlier version, whose J_r counted biases too, and a run "
+                "should not mix the two; train it in another --workdir, or go on with that version"
+            )
         optima = checkpoints.optima(last)
         if optima is None:
             finished = ((members_in(rows, number), checkpoints.restore(number)) for number in range(last + 1))

@@ -18,6 +18,8 @@ from jaxtyping import Array, Float, PyTree
 from imp_jax import masking
 from imp_jax.masking import Mask, Params
 
+DEFINITION = 2  # of what is compared, here and in J_r: 1 counted biases and normalisation parameters too
+
 
 def inner_product(params_a: PyTree[Array], params_b: PyTree[Array]) -> Float[Array, ""]:
     """⟨a, b⟩ over all leaves, multiplied and summed in float32 or better."""

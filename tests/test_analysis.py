@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 
 import jax
 import nbclient
@@ -200,6 +201,30 @@ def test_tables_cut_within_a_round_are_completed_and_unreadable_ones_kept(copy, 
         pd.read_csv(pd.io.common.StringIO(before["weights.csv"])),
         rtol=1e-5,
     )
+
+
+def test_tables_of_an_older_definition_are_computed_anew(copy, capsys):
+    """As those that counted biases; what they held of rounds that are gone is in the file that is set aside."""
+    folder = copy / "analysis"
+    names = ("distances", "layers")
+    before = {name: pd.read_csv(folder / f"{name}.csv") for name in names}
+    for name, column in zip(names, ("distance", "dead_units"), strict=True):
+        before[name].assign(**{column: 7}).to_csv(folder / f"{name}.csv", index=False)
+    (folder / "definitions.json").unlink()
+    with pytest.warns(UserWarning, match="earlier version, which defined it differently"):
+        assert set(analysis.load(copy).distances["distance"]) == {7}
+    analysis.run(copy)
+    errors = capsys.readouterr().err
+    for name in names:
+        pd.testing.assert_frame_equal(pd.read_csv(folder / f"{name}.csv"), before[name], rtol=1e-5)
+        place = copy / "set-aside" / f"analysis-{name}.csv"
+        assert f"{folder / name}.csv was computed by an earlier version" in errors
+        assert str(place) in errors
+        assert place.exists()
+    analysis.run(copy)
+    assert len(list((copy / "set-aside").iterdir())) == 2
+    with warnings.catch_warnings(action="error"):
+        analysis.load(copy)
 
 
 def test_a_damaged_round_is_left_out_of_the_analyses(copy, capsys):
