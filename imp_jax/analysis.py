@@ -53,7 +53,8 @@ TABLES = {
     "histograms": ("replicate", "arm", "round", "left", "right", "count"),
     # Sarle's coefficient, and the share of survivors below half the round's own threshold
     "weights": ("replicate", "arm", "round", "survivors", "bimodality", "near_zero"),
-    # of the mask, which all arms share; units have no path of surviving weights from input to output
+    # of the mask, which all arms share; through a dead unit leads no path of surviving weights from input to
+    # output; units and dead_units are empty where a model's paths are not known
     "layers": ("replicate", "round", "layer", "weights", "survivors", "units", "dead_units"),
 }
 
@@ -418,15 +419,17 @@ def _weights_of_members(params, masks, thresholds, *, exclude):
 
 
 def _layers(experiment, variables, mask):
-    """Weights, survivors, units and dead units of each layer with weights."""
+    """Weights, survivors, units and dead units of each layer with weights; nan where units are not known."""
     survivors = weights.survivors_by_layer(mask)
-    dead = _dead_units(experiment.recipe.model, variables, mask, experiment.dataset.train.image_shape)
-    kernels = weights.kernels(mask)
-    for layer, kernel in kernels.items():
-        yield layer, kernel.size, int(survivors[layer]), kernel.shape[-1], int(dead[layer])
+    image_shape = experiment.dataset.train.image_shape
+    alive = _connectivity_of_units(experiment.recipe.model, variables, mask, image_shape)
+    for layer, kernel in weights.kernels(mask).items():
+        units = np.asarray(alive[layer]) if layer in alive else None
+        counts = (np.nan, np.nan) if units is None else (units.size, int((~units).sum()))
+        yield layer, kernel.size, int(survivors[layer]), *counts
 
 
-_dead_units = jax.jit(weights.dead_units, static_argnums=(0, 3))
+_connectivity_of_units = jax.jit(weights.connectivity_of_units, static_argnums=(0, 3))
 
 
 def _stored_config(workdir):

@@ -1,6 +1,7 @@
 """The tables, figures and report of a small real run, against the networks in its checkpoints."""
 
 import contextlib
+import dataclasses
 import json
 import re
 import shutil
@@ -15,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from imp_jax import analysis, connectivity, figures, imp, masking, similarity, training
+from imp_jax import analysis, connectivity, figures, imp, masking, report, similarity, training
 from imp_jax import config as configs
 from imp_jax.checkpoints import Checkpoints
 from imp_jax.config import UserError
@@ -310,6 +311,12 @@ def test_the_report_is_one_file_with_everything(analysed, run):
     dead = run.layers.groupby("round")[["dead_units", "units"]].sum()
     for share in dead["dead_units"] / dead["units"]:
         assert f"<td>{share:.1%}</td>" in report
+
+
+def test_the_report_has_no_dead_units_where_paths_are_not_known(run):
+    unknown = dataclasses.replace(run, layers=run.layers.assign(units=np.nan, dead_units=np.nan))
+    assert "dead units" not in report._results(unknown)
+    assert (report._results(run)["dead units"].str.endswith("%")).all()
 
 
 def test_figures_of_the_tables(run):
