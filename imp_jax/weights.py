@@ -3,6 +3,7 @@
 All functions are pure and may be jitted and vmapped; `exclude` is that of `masking`.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,10 +17,11 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from imp_jax import masking
 from imp_jax.masking import Mask, Params
+from imp_jax.similarity import widen
 
 
 def histogram(
-    params: Params, mask: Mask, limit: Float[Array, ""], bins: int = 101, exclude: Sequence[str] = ()
+    params: Params, mask: Mask, limit: Float[Array, ""], bins: int = 101, exclude: str | Sequence[str] = ()
 ) -> Int[Array, " bins"]:
     """How many surviving weights lie in each of `bins` equal intervals of [−limit, limit] (figure 5).
 
@@ -27,19 +29,23 @@ def histogram(
     """
     counts = jnp.zeros(bins, jnp.int32)
     for values, survives in _leaves(params, mask, exclude):
-        place = jnp.floor((values.astype(jnp.float32) / limit + 1) / 2 * bins)
+        place = jnp.floor((values / limit + 1) / 2 * bins)
         place = jnp.clip(place, 0, bins - 1).astype(jnp.int32)
         counts = counts.at[place.ravel()].add(survives.ravel().astype(jnp.int32))
     return counts
 
 
-def bimodality(params: Params, mask: Mask, exclude: Sequence[str] = ()) -> Float[Array, ""]:
+def bimodality(params: Params, mask: Mask, exclude: str | Sequence[str] = ()) -> Float[Array, ""]:
     """Sarle's coefficient (skewness² + 1) / kurtosis of the surviving weights.
 
     1/3 for a normal distribution, 5/9 for a uniform one, 1 for two points; nan where all survivors are equal.
     """
     leaves = _leaves(params, mask, exclude)
     count = sum(jnp.sum(survives) for _, survives in leaves)
+    low = functools.reduce(jnp.minimum, [jnp.min(v, where=m, initial=jnp.inf) for v, m in leaves])
+    high = functools.reduce(jnp.maximum, [jnp.max(v, where=m, initial=-jnp.inf) for v, m in leaves])
+    # in [0, 1], where no power leaves float32
+    leaves = [((values - low) / (high - low), survives) for values, survives in leaves]
 
     def mean(function):
         return sum(jnp.sum(function(values), where=survives) for values, survives in leaves) / count
@@ -50,7 +56,7 @@ def bimodality(params: Params, mask: Mask, exclude: Sequence[str] = ()) -> Float
 
 
 def share_near_zero(
-    params: Params, mask: Mask, threshold: Float[Array, ""], exclude: Sequence[str] = ()
+    params: Params, mask: Mask, threshold: Float[Array, ""], exclude: str | Sequence[str] = ()
 ) -> Float[Array, ""]:
     """The share of the survivors with a magnitude below half of `threshold`, such as the pruning threshold."""
     leaves = _leaves(params, mask, exclude)
@@ -83,6 +89,7 @@ def connectivity_of_units(
     Paths are followed through the operations that JAX traces. Layers that are not evaluated, and all layers of
     a model with an operation whose paths are not known, such as the products of attention, are left out.
     """
+    masking.require_same_shapes(variables["params"], mask)
     mask = meta.unbox(mask)
     masks = {name: leaf.astype(jnp.float32) for name, leaf in masking.prunable_by_name(mask).items()}
 
@@ -265,9 +272,10 @@ _binary.defvjp(lambda counts: (_binary(counts), None), lambda _, paths: ((paths 
 
 
 def _leaves(params, mask, exclude):
-    """Weights and whether they survive, leaf by leaf."""
-    pairs = (masking.prunable_leaves(tree, exclude) for tree in (params, mask))
-    return list(zip(*pairs, strict=True))
+    """Weights, in float32 or better, and whether they survive, leaf by leaf."""
+    masking.require_same_shapes(params, mask)
+    values, masks = (masking.prunable_leaves(tree, exclude) for tree in (params, mask))
+    return list(zip(map(widen, values), masks, strict=True))
 
 
 def kernels(tree: PyTree[Array]) -> dict[str, Array]:

@@ -67,9 +67,14 @@ def compact(params, mask, earlier, strength, exclude=()):
     optima = member(optima, 0)
     params = masking.apply(params, mask)
     value = repulsion.compact_loss(repulsion.compact(params, optima), optima, strength)
-    ones = jax.tree.map(jnp.ones_like, params)
-    gradient = repulsion.add_gradient(ones, params, optima, strength)
-    return value, jax.tree.map(lambda g: g - 1, gradient)
+
+    # as large as the gradient of J_r, which goes as 1/θ; bfloat16 would lose the latter in the sum
+    def like_gradient(p):
+        return jnp.full_like(p, 1 / max(1e-30, np.linalg.norm(p)) if p.dtype == "float32" else 0)
+
+    others = jax.tree.map(like_gradient, params)
+    gradient = repulsion.add_gradient(others, params, optima, strength)
+    return value, jax.tree.map(jnp.subtract, gradient, others)
 
 
 FORMS = pytest.mark.parametrize("form", [plain, compact])
@@ -118,6 +123,25 @@ def test_scale_does_not_matter(form):
     np.testing.assert_allclose(7.5 * flat(scaled_gradient, mask), flat(gradient, mask), rtol=1e-3, atol=1e-5)
     # no scale, no slope along the network itself
     assert abs(flat(gradient, mask) @ flat(params, mask)) < 1e-4 * np.linalg.norm(flat(params, mask))
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_of_any_size_have_a_value_and_a_gradient(form, dtype):
+    """1,000 weights from 1e-7 to 1e15; products of their squared norms would leave float32."""
+    draws = jax.random.normal(jax.random.key(0), (2, 1000))
+    params, earlier = ({"kernel": (draw + 0.5).astype(dtype)} for draw in draws)
+    mask = masking.ones_like(params)
+    u, v = (flat({"a": tree}, {"a": mask}) for tree in (params, earlier))
+    cosine = u @ v / np.linalg.norm(u) / np.linalg.norm(v)
+    gradient = 4 * cosine * (v / np.linalg.norm(u) / np.linalg.norm(v) - cosine * u / (u @ u))
+    rtol = 1e-4 if dtype == "float32" else 1e-2
+    for scale in (2.0**-23, 2.0**-40, 1, 2.0**50):  # exact in both types
+        scaled = [jax.tree.map(lambda p: (p * scale).astype(p.dtype), tree) for tree in (params, earlier)]  # noqa: B023
+        value, got = form(scaled[0], mask, scaled[1:], 2.0)
+        assert value == pytest.approx(2 * cosine**2, rel=1e-4)
+        got = np.asarray(got["kernel"], float) * scale
+        np.testing.assert_allclose(got, gradient, rtol=rtol, atol=rtol * np.abs(gradient).max())
 
 
 @FORMS

@@ -58,6 +58,19 @@ def test_bimodality_in_closed_form(values, expected):
     assert weights.bimodality(*layer(values[None])) == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bimodality_has_no_scale_and_none_of_equal_weights(dtype):
+    """Fourth powers of small or large weights leave float32; sums of bfloat16 lose most digits."""
+    values = np.asarray(jnp.asarray(np.random.default_rng(0).normal(1, 1, (1, 5000)), dtype), float)
+    z = (values - values.mean()) / values.std()
+    expected = (np.mean(z**3) ** 2 + 1) / np.mean(z**4)
+    mask = {"kernel": jnp.ones((1, 5000), bool)}
+    for scale in (2.0**-60, 2.0**-23, 1, 2.0**50):
+        got = weights.bimodality({"kernel": jnp.asarray(values * scale, dtype)}, mask)
+        assert got == pytest.approx(expected, rel=1e-4)
+    assert np.isnan(weights.bimodality({"kernel": jnp.full((1, 5000), 0.1, dtype)}, mask))
+
+
 def test_bimodality_and_share_near_zero_are_of_the_survivors():
     values = np.array([[-3.0, 0.1, 3.0, -0.2, 3.0, 0.9]])
     keep = np.array([[True, False, True, True, True, True]])
