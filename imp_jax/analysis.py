@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -52,9 +53,17 @@ TABLES = {
     "histograms": ("replicate", "arm", "round", "left", "right", "count"),
     # Sarle's coefficient, and the share of survivors below half the round's own threshold
     "weights": ("replicate", "arm", "round", "survivors", "bimodality", "near_zero"),
-    # of the mask, which all arms share; units have no path of surviving weights from input to output
+    # of the mask, which all arms share; through a dead unit leads no path of surviving weights from input to
+    # output; units and dead_units are empty where a model's paths are not known
     "layers": ("replicate", "round", "layer", "weights", "survivors", "units", "dead_units"),
 }
+
+# What the numbers of a table mean, where that has changed: an older table is computed anew.
+DEFINITIONS = {
+    "distances": similarity.DEFINITION,
+    "layers": 2,  # 1 found dead units by activations: all of them in a network that normalises layers
+}
+_DEFINITIONS_FILE = "definitions.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +100,12 @@ def load(workdir: str | os.PathLike) -> Run:
     """
     workdir = configs.user_path(workdir, "the workdir")
     config = _stored_config(workdir)
+    for name in outdated(workdir):
+        warnings.warn(
+            f"{workdir}/analysis/{name}.csv was computed by an earlier version, which defined it differently; "
+            f"python -m imp_jax.analysis --workdir={workdir} computes it anew",
+            stacklevel=2,
+        )
     results = workdir / "results.csv"
     results = pd.read_csv(results) if results.exists() else pd.DataFrame(columns=list(records.FIELDS))
     return Run(workdir, config, results, **{name: _read(workdir, name) for name in TABLES})
@@ -152,6 +167,7 @@ def compute(
     (workdir / "analysis").mkdir(exist_ok=True)
     finished = [number for number in checkpoints.rounds() if (results["round"] == number).any()]
     members = {number: members_in(results.to_dict("records"), number) for number in finished}
+    _set_aside_outdated(workdir)
     _set_aside_unreadable(workdir)
     forget(workdir, finished[-1] + 1)
     tables = {name: _read(workdir, name) for name in TABLES}
@@ -204,7 +220,8 @@ def compute(
 
     if of_distances:
         old = tables["distances"]
-        rows = (row for row in _distances(networks) if _compared(config, *row[3:5]))
+        rows = _distances(networks, tuple(config.pruning.exclude))
+        rows = (row for row in rows if _compared(config, *row[3:5]))
         new = _table("distances", rows)
         keys = ["replicate", "arm", "metric", "round_a", "round_b"]
         tables["distances"] = _with_rows(new, old.itertuples(index=False)).drop_duplicates(keys)
@@ -220,6 +237,18 @@ def forget(workdir: Path, first: int) -> None:
         numbers = table[[column for column in ("round", "round_a", "round_b") if column in table]]
         if not (known := (numbers < first).all(axis=1)).all():
             _write(workdir, name, table[known])
+
+
+def outdated(workdir: Path) -> list[str]:
+    """The tables of a workdir that an earlier version computed by other `DEFINITIONS`."""
+    stored = {}
+    with contextlib.suppress(OSError, ValueError):
+        stored = json.loads((workdir / "analysis" / _DEFINITIONS_FILE).read_text())
+    return [
+        name
+        for name, definition in DEFINITIONS.items()
+        if stored.get(name, 1) != definition and (workdir / "analysis" / f"{name}.csv").exists()
+    ]
 
 
 def draw(run: Run) -> dict[str, bytes]:
@@ -338,9 +367,9 @@ def _barriers(paths, baseline):
     return _table("barriers", rows)
 
 
-def _distances(networks):
+def _distances(networks, exclude):
     """Rows of the matrix of every member, over the initialisation and the rounds in which it was trained."""
-    matrices = jax.jit(similarity.distance_matrices)
+    matrices = jax.jit(functools.partial(similarity.distance_matrices, exclude=exclude))
     for member in dict.fromkeys(member for of_round in networks.values() for member in of_round):
         rounds = [number for number, of_round in networks.items() if member in of_round]
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(networks[n][member] for n in rounds))
@@ -391,15 +420,17 @@ def _weights_of_members(params, masks, thresholds, *, exclude):
 
 
 def _layers(experiment, variables, mask):
-    """Weights, survivors, units and dead units of each layer with weights."""
+    """Weights, survivors, units and dead units of each layer with weights; nan where units are not known."""
     survivors = weights.survivors_by_layer(mask)
-    dead = _dead_units(experiment.recipe.model, variables, mask, experiment.dataset.train.image_shape)
-    kernels = weights.kernels(mask)
-    for layer, kernel in kernels.items():
-        yield layer, kernel.size, int(survivors[layer]), kernel.shape[-1], int(dead[layer])
+    image_shape = experiment.dataset.train.image_shape
+    alive = _connectivity_of_units(experiment.recipe.model, variables, mask, image_shape)
+    for layer, kernel in weights.kernels(mask).items():
+        units = np.asarray(alive[layer]) if layer in alive else None
+        counts = (np.nan, np.nan) if units is None else (units.size, int((~units).sum()))
+        yield layer, kernel.size, int(survivors[layer]), *counts
 
 
-_dead_units = jax.jit(weights.dead_units, static_argnums=(0, 3))
+_connectivity_of_units = jax.jit(weights.connectivity_of_units, static_argnums=(0, 3))
 
 
 def _stored_config(workdir):
@@ -429,6 +460,18 @@ def _read(workdir, name):
         if tuple(table.columns) == TABLES[name] and path.read_bytes().endswith(b"\n"):
             return table
     return _table(name, [])
+
+
+def _set_aside_outdated(workdir):
+    for name in outdated(workdir):
+        path = workdir / "analysis" / f"{name}.csv"
+        place = set_aside(path, workdir)
+        print(
+            f"{path} was computed by an earlier version, which defined it differently; it is moved to {place} "
+            f"and computed anew, for the rounds whose checkpoints are still on disk",
+            file=sys.stderr,
+        )
+    records.write_atomically(workdir / "analysis" / _DEFINITIONS_FILE, json.dumps(DEFINITIONS))
 
 
 def _set_aside_unreadable(workdir):

@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import imp_jax
-from imp_jax import devices
+from imp_jax import devices, similarity
 from imp_jax.config import UserError, in_one_line
 from imp_jax.divergence import Seen
 from imp_jax.masking import Mask
@@ -121,9 +121,20 @@ class Checkpoints:
         return _restore(self._rounds, number, "rows")
 
     def optima(self, number: int) -> Optima | None:
-        """What was saved with round `number` of the optima of the next, on the host. Raises as `restore`."""
+        """What was saved with round `number` of the optima of the next, on the host. Raises as `restore`.
+
+        None too where they were saved under an older definition of J_r.
+        """
         optima = _restore(self._rounds, number, "optima")
-        return optima and Optima(**optima)
+        known = optima and self.similarity_definition(number) == similarity.DEFINITION
+        return Optima(**optima) if known else None
+
+    def similarity_definition(self, number: int) -> int:
+        """The `similarity.DEFINITION` under which round `number` was trained; the first one was not saved."""
+        version = self._rounds.restore(number, args=ocp.args.Composite(version=ocp.args.JsonRestore()))[
+            "version"
+        ]
+        return version.get("similarity", 1)
 
     def keep_ends(self, last: int) -> None:
         """Remove the rounds between the first and the two up to `last`, of which one may be damaged."""
@@ -248,6 +259,7 @@ def _save(manager, step, items):
     version = {
         "format": FORMAT,
         "imp_jax": imp_jax.__version__,
+        "similarity": similarity.DEFINITION,
         "sha256": {name: _digest(item) for name, item in items.items()},
     }
     version["digest"] = _digest(version)

@@ -1,15 +1,18 @@
 """Linear paths between networks, and the error barrier on them (sections 2.1 and 4.3)."""
 
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
-from imp_jax import data
+from imp_jax import data, masking
 from imp_jax.data import InMemory, Streamed
 from imp_jax.masking import Params
-from imp_jax.models.convolution import convolutions_by
+from imp_jax.models.convolution import conv_general_dilated_by, convolutions_by
 from imp_jax.training import Recipe, Variables, example_sums, sum_over_batches
 
 ESTIMATION_IMAGES = 5000  # of the training set, that normalisation statistics are re-estimated from (ours)
@@ -21,16 +24,23 @@ def linear_path(params_a: Params, params_b: Params, num_points: int = 20) -> Par
     Returns: a tree like `params_a` whose leaves lead with an axis of `num_points`; vmap an evaluation over it.
 
     Raises:
-      ValueError: `num_points` below 2.
+      ValueError: `num_points` below 2; ends of different structures or shapes.
     """
     if num_points < 2:
         raise ValueError(f"num_points is {num_points}; a path needs at least its 2 ends")
-    alphas = jnp.linspace(0.0, 1.0, num_points)
+    masking.require_same_shapes(params_a, params_b)
+    points = jax.vmap(_point, in_axes=(None, None, 0))
+    return points(params_a, params_b, jnp.linspace(0.0, 1.0, num_points))
 
-    def leaf_path(a, b):
-        return jax.vmap(lambda alpha: ((1 - alpha) * a + alpha * b).astype(a.dtype))(alphas)
 
-    return jax.tree.map(leaf_path, params_a, params_b)
+def _point(tree_a, tree_b, alpha):
+    """(1 − α)·a + α·b, leaf by leaf in the type of a; the ends themselves also where they are not finite."""
+
+    def between(a, b):
+        inside = ((1 - alpha) * a + alpha * b).astype(a.dtype)
+        return jnp.where(alpha == 0, a, jnp.where(alpha == 1, b.astype(a.dtype), inside))
+
+    return jax.tree.map(between, tree_a, tree_b)
 
 
 def error_barrier(errors: Float[Array, "*paths points"], baseline: str = "mean") -> Float[Array, "*paths"]:
@@ -72,9 +82,9 @@ def path_metrics(
     """Mean cross-entropy (nats) and error, in [0, 1], of the networks at the points of `linear_path`.
 
     Points are vmapped, as many at once as the device's memory holds with their activations. They are taken one
-    by one where `recipe` unrolls its members, and all in one pass where the split is streamed. The first layer
-    sees the same images at every point and is affine in its weights: it is computed for the two ends only, and
-    a path of LeNet costs five evaluations and not twenty.
+    by one where `recipe` unrolls its members, and all in one pass where the split is streamed. A first layer
+    that is Flax's own dense layer or convolution sees the same images at every point and is affine in its
+    weights: it is computed for the two ends only, and a path of LeNet costs five evaluations and not twenty.
 
     Args:
       variables_a, variables_b: what `model.init` returns, of one network each.
@@ -84,8 +94,9 @@ def path_metrics(
 
     Raises:
       ValueError: `num_points` below 2; an unknown `batch_norm`, or "reestimate" without `train` or with a model
-        that has statistics but no field `norm_momentum`.
+        that has statistics but no field `norm_momentum`; networks of different structures or shapes.
     """
+    masking.require_same_shapes(variables_a, variables_b)
     (params_a, state_a), (params_b, state_b) = map(_parted, (variables_a, variables_b))
     states = linear_path(state_a, state_b, num_points)
     path = (params_a, params_b, jnp.linspace(0.0, 1.0, num_points), states)
@@ -188,11 +199,8 @@ def _reestimated(path, train, recipe):
 
 
 def _apply_between(recipe, params_a, params_b, alpha, state, images, **options):
-    """`model.apply` at θ(α), with the first layer's output taken from those of the ends."""
-
-    def between(a, b):
-        return ((1 - alpha) * a + alpha * b).astype(a.dtype)
-
+    """`model.apply` at θ(α); the output of a first layer that is affine in its weights comes from the ends."""
+    params = _point(params_a, params_b, alpha)
     first = True
 
     def intercept(layer, args, kwargs, context):
@@ -200,15 +208,44 @@ def _apply_between(recipe, params_a, params_b, alpha, state, images, **options):
         if not (first and isinstance(context.module, nn.Dense | nn.Conv)):
             return layer(*args, **kwargs)
         first = False
+        if not _is_affine(context.module, params, recipe.execution.convolutions):
+            return layer(*args, **kwargs)
         module = context.module.clone(parent=None, name=None)
 
         def output(params):
-            for name in context.module.path:
-                params = params[name]
-            return module.apply({"params": params}, *args, **kwargs)
+            return module.apply({"params": _at(params, context.module.path)}, *args, **kwargs)
 
-        return between(output(params_a), output(params_b))
+        return _point(output(params_a), output(params_b), alpha)
 
-    params = jax.tree.map(between, params_a, params_b)
     with convolutions_by(recipe.execution.convolutions), nn.intercept_methods(intercept):
         return recipe.model.apply({"params": params, **state}, images, **options)
+
+
+def _is_affine(module, params, implementation):
+    """Whether the output of a dense layer or convolution is certainly affine in its leaves of `params`.
+
+    Not of a subclass, a part replaced by the user's, or weights that a wrapper makes from others; nor where
+    rounding in fewer than 32 bits would depend on where it is done.
+    """
+    own = {
+        nn.Dense: {"dot_general": (None,), "dot_general_cls": (None,)},
+        nn.Conv: {
+            "conv_general_dilated": (None, conv_general_dilated_by(implementation)),
+            "conv_general_dilated_cls": (None,),
+        },
+    }.get(type(module))
+    if own is None or any(getattr(module, field) not in known for field, known in own.items()):
+        return False
+    leaves = _at(params, module.path)
+    same = isinstance(leaves, Mapping) and all(
+        module.get_variable("params", name) is leaf for name, leaf in leaves.items()
+    )
+    types = [leaf.dtype for leaf in jax.tree.leaves(leaves)] + [module.dtype or jnp.float32]
+    return same and module.promote_dtype is promote_dtype and all(jnp.finfo(kind).bits >= 32 for kind in types)
+
+
+def _at(params, path):
+    """The part of `params` at the path of a module, None if there is none."""
+    for name in path:
+        params = params.get(name) if isinstance(params, Mapping) else None
+    return params

@@ -1,16 +1,19 @@
 """Tables → matplotlib figures. No JAX here: in a notebook, pass a DataFrame and get the Figure back.
 
+They look the same everywhere: matplotlib's default style, whatever a user's matplotlibrc or style sheet says.
 The functions named `draw_…` draw into axes of yours, one panel of such a figure.
 """
 
+import functools
 import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import matplotlib.figure
+import matplotlib.style
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -23,6 +26,26 @@ PATHS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00")
 LABELS = {"imp": "IMP", "reinit": "random reinitialisation"}
 METRICS = {"angular": "Angle (2∠/π)", "cosine": "Cosine distance", "euclidean": "Euclidean distance"}
 DENSITY_TICKS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
+
+
+class Figure(matplotlib.figure.Figure):
+    """A figure that a notebook shows although pyplot does not know it."""
+
+    def draw(self, renderer: Any) -> None:
+        with matplotlib.style.context("default"):  # ticks are made when they are drawn
+            super().draw(renderer)
+
+    def _repr_png_(self) -> bytes:  # the method IPython asks for
+        return to_bytes(self, dpi=100)
+
+
+def _in_default_style(function: Callable[..., Figure]) -> Callable[..., Figure]:
+    @functools.wraps(function)
+    def draw(*args, **kwargs):
+        with matplotlib.style.context("default"):
+            return function(*args, **kwargs)
+
+    return draw
 
 
 def accuracy(results: pd.DataFrame) -> Figure:
@@ -43,6 +66,7 @@ def threshold(results: pd.DataFrame) -> Figure:
     return _over_density(results, "threshold", 1, "Pruning threshold")
 
 
+@_in_default_style
 def distances(distances: pd.DataFrame, metric: str = "angular") -> Figure:
     """The matrix of distances between rounds (figures 4, 9 to 11), the mean over replicates, imp beside reinit.
 
@@ -91,6 +115,7 @@ def draw_distances(axes: Axes, distances: pd.DataFrame, metric: str, arm: str, l
     return image
 
 
+@_in_default_style
 def histograms(histograms: pd.DataFrame, number: int = 10) -> Figure:
     """The surviving weights of one round (figure 5), all replicates together, imp beside reinit.
 
@@ -126,6 +151,7 @@ def draw_histogram(axes: Axes, histograms: pd.DataFrame, number: int, arm: str) 
     return 1.05 * widest
 
 
+@_in_default_style
 def barriers(
     paths: pd.DataFrame, barriers: pd.DataFrame, results: pd.DataFrame, rounds: Sequence[int] | None = None
 ) -> Figure:
@@ -181,6 +207,7 @@ def draw_barriers(
         axes.legend(frameon=False, fontsize="small")
 
 
+@_in_default_style
 def instability(barriers: pd.DataFrame, results: pd.DataFrame) -> Figure:
     """The error barrier between a ticket's network and its twin over density (figure 2), mean, min and max.
 
@@ -232,11 +259,13 @@ def density_axis(axes: Axes, lowest: float) -> None:
     axes.grid(alpha=0.3, linewidth=0.6)
 
 
-def to_bytes(figure: Figure, format: str = "png") -> bytes:
-    """The figure as the bytes of a PNG file at print resolution, or of a PDF."""
+def to_bytes(figure: matplotlib.figure.Figure, format: str = "png", dpi: int = 200) -> bytes:
+    """The figure as the bytes of a PNG file, by default at print resolution, or of a PDF."""
     buffer = io.BytesIO()
     # without the date, so that the same figure is the same file
-    figure.savefig(buffer, format=format, dpi=200, metadata={"CreationDate": None} if format == "pdf" else None)
+    metadata = {"CreationDate": None} if format == "pdf" else None
+    with matplotlib.style.context("default"):
+        figure.savefig(buffer, format=format, dpi=dpi, metadata=metadata)
     return buffer.getvalue()
 
 
@@ -246,6 +275,7 @@ def _some(table, what):
     return table
 
 
+@_in_default_style
 def _over_density(results, column, scale, label):
     """A column over density, a line an arm."""
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")

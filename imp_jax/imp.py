@@ -20,7 +20,18 @@ import pandas as pd
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from imp_jax import data, devices, divergence, masking, processes, pruning, records, repulsion, training
+from imp_jax import (
+    data,
+    devices,
+    divergence,
+    masking,
+    processes,
+    pruning,
+    records,
+    repulsion,
+    similarity,
+    training,
+)
 from imp_jax.checkpoints import Checkpoints, DamagedError, Progress, Round
 from imp_jax.config import UserError, user_path
 from imp_jax.execution import compile_seconds
@@ -166,6 +177,11 @@ def resume(
     tickets = _dense_tickets(experiment, checkpoints, rows) or networks.initial
     optima = None
     if experiment.config.repulsion.strength:
+        if last and checkpoints.similarity_definition(last) != similarity.DEFINITION:
+            raise UserError(
+                "the rounds so far were trained by an earlier version, whose J_r counted biases too, and a run "
+                "should not mix the two; train it in another --workdir, or go on with that version"
+            )
         optima = checkpoints.optima(last)
         if optima is None:
             finished = ((members_in(rows, number), checkpoints.restore(number)) for number in range(last + 1))
@@ -323,9 +339,8 @@ def remember(experiment: Experiment, optima: Optima | None, networks: Round, mas
     if not config.repulsion.strength:
         return None
     most = 1 if config.repulsion.memory == "last" else config.rounds - 1
-    return repulsion.remember(
-        optima, networks.trained["params"], masks, most=most, dtype=config.repulsion.dtype
-    )
+    options = {"dtype": config.repulsion.dtype, "exclude": tuple(config.pruning.exclude)}
+    return repulsion.remember(optima, networks.trained["params"], masks, most=most, **options)
 
 
 def recall(

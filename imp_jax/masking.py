@@ -2,13 +2,16 @@
 
 A mask is a tree shaped like `params` with boolean leaves: True survives, False is pruned. Only weights
 (the leaves called "kernel") may be pruned, appendix A.3; every other leaf of a mask is all True.
+Params may be dicts, FrozenDicts, lists, an `nnx.State`, or hold boxed leaves such as `nn.Partitioned`.
 All functions are pure and may be jitted, and vmapped over a leading axis of members. Where they take `exclude`,
-it names layers that are not to be pruned either, as patterns such as "projection_*".
+it names layers that are not to be pruned either, as patterns such as "projection_*"; a string is one pattern.
+Trees whose structures or shapes differ raise a ValueError, here and in the modules that build on this one.
 """
 
 import fnmatch
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,33 +22,80 @@ Params = PyTree[Float[Array, "..."]]
 Mask = PyTree[Bool[Array, "..."]]
 
 
-def prunable(params: PyTree, exclude: Sequence[str] = ()) -> PyTree[bool]:
+def prunable(params: PyTree, exclude: str | Sequence[str] = ()) -> PyTree[bool]:
     """Which leaves of `params` (or of a mask) may be pruned: the kernels, the output layer's included.
 
     Decided by the names on a leaf's path, so it works on any Flax parameters; biases and the parameters of
     normalisation layers never count (appendix A.3), nor does what lies in a layer that `exclude` names.
+
+    Raises:
+      ValueError: a kernel is a container of an unknown kind, such as a quantised array.
     """
+    patterns = (exclude,) if isinstance(exclude, str) else exclude
 
     def is_prunable(path, _):
-        names = [str(getattr(key, "key", getattr(key, "name", None))) for key in path]
-        excluded = any(fnmatch.filter(names[:-1], pattern) for pattern in exclude)
-        return names[-1:] == ["kernel"] and not excluded
+        *layers, last = _names(path)
+        excluded = any(fnmatch.filter(layers, pattern) for pattern in patterns)
+        return last == "kernel" and not excluded
 
     return jax.tree_util.tree_map_with_path(is_prunable, params)
 
 
-def prunable_leaves(tree: PyTree[Array], exclude: Sequence[str] = ()) -> list[Array]:
-    """The prunable leaves of `tree`, in tree order.
+def prunable_by_name(tree: PyTree[Array], exclude: str | Sequence[str] = ()) -> dict[str, Array]:
+    """The prunable leaves of `tree` in tree order, by their names such as "Dense_0/kernel".
 
     Raises:
       ValueError: `tree` has no leaf called "kernel", or `exclude` names them all: there is nothing to prune.
     """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     keep = jax.tree.leaves(prunable(tree, exclude))
-    leaves = [leaf for leaf, prunable in zip(jax.tree.leaves(tree), keep, strict=True) if prunable]
-    if not leaves:
-        left = f" outside of {', '.join(exclude)}" if exclude else ""
+    named = {name(path): leaf for (path, leaf), kept in zip(leaves, keep, strict=True) if kept}
+    if not named:
+        patterns = (exclude,) if isinstance(exclude, str) else exclude
+        left = f" outside of {', '.join(patterns)}" if patterns else ""
         raise ValueError(f"the tree has no leaf called 'kernel'{left}, so there is nothing to prune")
-    return leaves
+    return named
+
+
+def prunable_leaves(tree: PyTree[Array], exclude: str | Sequence[str] = ()) -> list[Array]:
+    """The prunable leaves of `tree`, in tree order. Raises as `prunable_by_name`."""
+    return list(prunable_by_name(tree, exclude).values())
+
+
+def require_same_shapes(tree: PyTree, *others: PyTree) -> None:
+    """Compare trees leaf by leaf; JAX would broadcast leaves of different shapes without an error.
+
+    Raises:
+      ValueError: two trees differ in structure, or two leaves in shape.
+    """
+
+    def compare(path, leaf, other):
+        if jnp.shape(leaf) != jnp.shape(other):
+            raise ValueError(
+                f"the leaf {jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)} in one tree and "
+                f"{jnp.shape(other)} in another; they should be the same"
+            )
+
+    for other in others:
+        jax.tree_util.tree_map_with_path(compare, tree, other)
+
+
+def name(path: tuple[Any, ...]) -> str:
+    """The name of the leaf at a path of JAX's, such as "Dense_0/kernel"."""
+    return "/".join(_names(path))
+
+
+def _names(path):
+    """The names on the path to a leaf, without the `value` of the box that Flax may keep it in."""
+    names = [jax.tree_util.keystr((key,), simple=True) for key in path] or [""]
+    if names[-2:-1] == ["kernel"] and not isinstance(path[-1], jax.tree_util.DictKey):
+        if path[-1] != jax.tree_util.GetAttrKey("value"):
+            raise ValueError(
+                f"{'/'.join(names[:-1])} is a container of an unknown kind, not an array; "
+                f"give its array, as flax.core.meta.unbox does"
+            )
+        names.pop()
+    return names
 
 
 def ones_like(params: Params) -> Mask:
@@ -55,10 +105,11 @@ def ones_like(params: Params) -> Mask:
 
 def apply(params: Params, mask: Mask) -> Params:
     """θ⊙m: the parameters with exact zeros where they are pruned, also where they were nan."""
+    require_same_shapes(params, mask)
     return jax.tree.map(lambda p, m: jnp.where(m, p, jnp.zeros_like(p)), params, mask)
 
 
-def survivors(mask: Mask, exclude: Sequence[str] = ()) -> Int[Array, ""]:
+def survivors(mask: Mask, exclude: str | Sequence[str] = ()) -> Int[Array, ""]:
     """The number of prunable weights that survive.
 
     Raises:
@@ -67,7 +118,7 @@ def survivors(mask: Mask, exclude: Sequence[str] = ()) -> Int[Array, ""]:
     return sum(jnp.sum(m, dtype=jnp.int32) for m in prunable_leaves(mask, exclude))
 
 
-def size(tree: PyTree[Array], exclude: Sequence[str] = ()) -> int:
+def size(tree: PyTree[Array], exclude: str | Sequence[str] = ()) -> int:
     """The number of prunable weights, pruned or not.
 
     Raises:
@@ -76,7 +127,7 @@ def size(tree: PyTree[Array], exclude: Sequence[str] = ()) -> int:
     return sum(math.prod(jnp.shape(leaf)) for leaf in prunable_leaves(tree, exclude))
 
 
-def density(mask: Mask, exclude: Sequence[str] = ()) -> Float[Array, ""]:
+def density(mask: Mask, exclude: str | Sequence[str] = ()) -> Float[Array, ""]:
     """The surviving fraction of the prunable weights, in [0, 1]; sparsity is 1 − density.
 
     Raises:

@@ -35,7 +35,7 @@ SCORES = {"magnitude": magnitude, "random": random}
 
 
 def prune_by_magnitude(
-    params: Params, mask: Mask, fraction: float = 0.2, exclude: Sequence[str] = ()
+    params: Params, mask: Mask, fraction: float = 0.2, exclude: str | Sequence[str] = ()
 ) -> tuple[Mask, Float[Array, ""]]:
     """One cut of IMP: remove the `fraction` of the survivors that is smallest in magnitude, over all layers.
 
@@ -44,7 +44,8 @@ def prune_by_magnitude(
       mask: what survives so far, shaped like `params`.
       fraction: share of the survivors to remove in [0, 1], a static Python number under `jit`; the decimal is
         taken exactly, so 0.7 of 45 is 31.5 and rounds to 32.
-      exclude: layers that are left alone too, as patterns of their names such as "projection_*".
+      exclude: layers that are left alone too, as patterns of their names such as "projection_*"; a string is
+        one pattern.
 
     Returns:
       The next mask, a subset of `mask` with exactly round(fraction · survivors) fewer weights (ties in
@@ -52,13 +53,14 @@ def prune_by_magnitude(
       magnitude removed, 0 if none was.
 
     Raises:
-      ValueError: `fraction` outside [0, 1], or no leaf of `params` is prunable.
+      ValueError: `fraction` outside [0, 1], trees of different structures or shapes, or no leaf of `params` is
+        prunable.
     """
     return prune_by_score(jax.tree.map(jnp.abs, params), params, mask, fraction, exclude)
 
 
 def prune_by_score(
-    scores: Scores, params: Params, mask: Mask, fraction: float, exclude: Sequence[str] = ()
+    scores: Scores, params: Params, mask: Mask, fraction: float, exclude: str | Sequence[str] = ()
 ) -> tuple[Mask, Float[Array, ""]]:
     """`prune_by_magnitude` by any scores, a tree like `params`: the lowest go, negative ones first, nan last.
 
@@ -66,6 +68,7 @@ def prune_by_score(
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction is {fraction}; it should lie in [0, 1]")
+    masking.require_same_shapes(params, mask, scores)
     alive = _concatenate(mask, exclude)
     count = _rounded_share(jnp.sum(alive, dtype=jnp.int32), fraction)
     rank = _ordered_integers(_concatenate(scores, exclude))
@@ -78,11 +81,15 @@ def prune_by_score(
 
 
 def _ordered_integers(values: Float[Array, " n"]) -> UInt[Array, " n"]:
-    """Unsigned integers in the order of `values`: the bits of a float, with the negative ones turned round."""
+    """Unsigned integers in the order of `values`: the bits of a float, with the negative ones turned round.
+
+    nan comes last, whatever its bits: arithmetic on x86 gives it a sign.
+    """
     width = 8 * values.dtype.itemsize
     bits = jax.lax.bitcast_convert_type(jnp.where(values == 0, 0, values), f"uint{width}")  # −0 ties with 0
     sign = bits.dtype.type(1 << (width - 1))
-    return jnp.where(bits >= sign, ~bits, bits | sign)
+    ordered = jnp.where(bits >= sign, ~bits, bits | sign)
+    return jnp.where(jnp.isnan(values), ~bits.dtype.type(0), ordered)
 
 
 def _kth_smallest(values: UInt[Array, " n"], where: Bool[Array, " n"], k: Int[Array, ""]) -> UInt[Array, ""]:
@@ -93,7 +100,7 @@ def _kth_smallest(values: UInt[Array, " n"], where: Bool[Array, " n"], k: Int[Ar
     bits = 8 * values.dtype.itemsize
 
     def set_bit(i, smallest):
-        candidate = smallest | (values.dtype.type(1) << (bits - 1 - i).astype(values.dtype))
+        candidate = smallest | (values.dtype.type(1) << jnp.asarray(bits - 1 - i, values.dtype))
         smaller = jnp.sum(where & (values < candidate), dtype=jnp.int32)
         return jnp.where(smaller < k, candidate, smallest)
 

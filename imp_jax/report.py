@@ -70,7 +70,7 @@ def _results(run) -> pd.DataFrame:
             row[f"{arm}: bimodality"] = f"{of_weights['bimodality'].mean():.3f}"
             row[f"{arm}: near zero"] = f"{of_weights['near_zero'].mean():.2%}"
         layers = run.layers[run.layers["round"] == number]
-        if len(layers):  # of a damaged round nothing is known
+        if layers["units"].sum():  # not of a damaged round, nor where a model's paths are not known
             row["dead units"] = f"{layers['dead_units'].sum() / layers['units'].sum():.1%}"
         barriers = run.barriers[(run.barriers["round"] == number) & (run.barriers["split"] == "test")]
         for kind, name in (("successive", "barrier (points)"), ("instability", "instability (points)")):

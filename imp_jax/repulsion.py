@@ -1,8 +1,9 @@
 """J_r, the loss that repels a network from earlier optima or attracts it to them (section 3).
 
-Every earlier optimum enters J_r masked by the mask of the round in training, so only its numbers on surviving
-weights are kept. If a fifth of P parameters goes each round these are n · 0.8ⁿ · P in round n, at most 1.64 P,
-where copies would need n · P.
+It compares connections, the prunable weights on a mask: biases and the parameters of normalisation layers do
+not count, nor do layers that `exclude` names, as in `masking`. Every earlier optimum enters J_r masked by the
+mask of the round in training, so only its numbers on surviving weights are kept. If a fifth of P weights goes
+each round these are n · 0.8ⁿ · P in round n, at most 1.64 P, where copies would need n · P.
 """
 
 from collections.abc import Sequence
@@ -11,11 +12,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int
 
 from imp_jax import masking
 from imp_jax.masking import Mask, Params
-from imp_jax.similarity import inner_product
+from imp_jax.similarity import inner_product, scale_of, widen
 
 # Numbers of the store over parameters of the network, if the round does not need more: room for optima to come.
 _CAPACITY = 1.7
@@ -29,47 +30,67 @@ class Optima(NamedTuple):
     Slots and rows beyond those in use are there so that one compiled program serves several rounds.
     """
 
-    positions: PyTree[Int[Array, " slots"]]  # of the survivors in each flattened leaf; past its end if unused
-    values: PyTree[Float[Array, "rows slots"]]  # each optimum's numbers there; 0 if unused
+    # both by the name of a prunable leaf, such as "Dense_0/kernel"
+    positions: dict[str, Int[Array, " slots"]]  # of the survivors in the flattened leaf; past its end if unused
+    values: dict[str, Float[Array, "rows slots"]]  # each optimum's numbers there; 0 if unused
     inverse_norms: Float[Array, " rows"]  # 1/‖θ_r⊙m‖; 0 for an optimum that is zero there, or a row unused
     count: Int[Array, ""]  # |Θ|
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The number of rows, then of slots of every leaf."""
+        """The number of rows, then of slots of every leaf by its name."""
         return self.inverse_norms.shape[-1], *(leaf.shape[-1] for leaf in jax.tree.leaves(self.positions))
 
 
 def repulsion_loss(
-    params: Params, mask: Mask, earlier_params_list: Sequence[Params], strength: float = 2.0
+    params: Params,
+    mask: Mask,
+    earlier_params_list: Sequence[Params],
+    strength: float = 2.0,
+    exclude: str | Sequence[str] = (),
 ) -> Float[Array, ""]:
     """J_r(θ) = λ_r / |Θ| · Σ_{θ_r ∈ Θ} cos²(θ⊙m, θ_r⊙m), the plain form of section 3.
 
     Args:
-      params: θ, the network in training.
-      mask: m, the mask of its round, all True for what is never pruned: that counts too (ours).
+      params: θ, the network in training; its prunable weights count.
+      mask: m, the mask of its round.
       earlier_params_list: Θ, the optima of earlier rounds; empty in round 0, where J_r is 0.
       strength: λ_r, 2 repels and −1 attracts in the paper.
+      exclude: layers that are not prunable.
 
     Returns: a scalar. A network that is zero on the mask has no direction: its cosine counts as 0, and the
       gradient there is 0 and not nan.
+
+    Raises:
+      ValueError: trees of different structures or shapes, or without a prunable leaf.
     """
+    masking.require_same_shapes(params, mask, *earlier_params_list)
     if not earlier_params_list:
         return jnp.zeros(())
-    params = masking.apply(params, mask)
-    norm = inner_product(params, params)
-    total = 0.0
-    for earlier in earlier_params_list:
-        earlier = masking.apply(earlier, mask)
-        norms = norm * inner_product(earlier, earlier)
-        # the inner `where` keeps 0/0 out of the gradient, the outer one out of the value
-        cosine_squared = inner_product(params, earlier) ** 2 / jnp.where(norms > 0, norms, 1)
-        total += jnp.where(norms > 0, cosine_squared, 0)
-    return strength / len(earlier_params_list) * total
+    keep = masking.prunable_leaves(mask, exclude)
+
+    def direction(tree):
+        leaves = masking.prunable_leaves(tree, exclude)
+        leaves = [jnp.where(m, widen(leaf), 0) for leaf, m in zip(leaves, keep, strict=True)]
+        scale = scale_of(leaves)
+        leaves = [leaf / scale for leaf in leaves]
+        square = inner_product(leaves, leaves)
+        zero = square == 0  # in the denominator, to keep 1/0 out of value and gradient
+        return [leaf * (~zero / jnp.sqrt(square + zero)) for leaf in leaves]
+
+    network = direction(params)
+    cosines = [inner_product(network, direction(earlier)) for earlier in earlier_params_list]
+    return strength / len(cosines) * sum(cosine**2 for cosine in cosines)
 
 
 def remember(
-    optima: Optima | None, params: Params, masks: Mask, *, most: int, dtype: str = "float32"
+    optima: Optima | None,
+    params: Params,
+    masks: Mask,
+    *,
+    most: int,
+    dtype: str = "float32",
+    exclude: str | Sequence[str] = (),
 ) -> Optima:
     """Θ for the round that trains under `masks`: the optima of the round before it, and `params`, its result.
 
@@ -82,20 +103,24 @@ def remember(
       most: how many optima are remembered, the latest ones.
       dtype: of the stored values, float32 or bfloat16: half their memory, and in a repelled run of mnist5k an
         error of at most 4e-4 in a cosine and 0.4 % in the gradient.
+      exclude: layers that are not prunable.
 
     Raises:
-      ValueError: a weight survives in `masks` that was pruned before.
+      ValueError: a weight survives in `masks` that was pruned before; trees of different structures or shapes,
+        or without a prunable leaf.
     """
-    leaves, tree = jax.tree.flatten(params)
+    masking.require_same_shapes(params, masks)
+    params, masks = (masking.prunable_by_name(tree, exclude) for tree in (params, masks))
+    names = sorted(params)  # as JAX orders a dict
     leaves, masks = (
-        [np.asarray(leaf).reshape(len(leaf), -1) for leaf in of_tree]
-        for of_tree in (leaves, jax.tree.leaves(masks))
+        [np.asarray(by_name[name]).reshape(len(by_name[name]), -1) for name in names]
+        for by_name in (params, masks)
     )
     if optima is None:
-        shape, count, earlier = None, 0, [(None, None)] * len(leaves)
+        shape, count, earlier = None, 0, [(None, None)] * len(names)
     else:
         shape, count = optima.shape, int(np.max(optima.count))
-        earlier = list(zip(*map(jax.tree.leaves, (optima.positions, optima.values)), strict=True))
+        earlier = [(optima.positions[name], optima.values[name]) for name in names]
     kept = min(count, most - 1)
     needed = [max(1, int(mask.sum(1).max())) for mask in masks]  # Orbax saves no empty arrays
     rows, *slots = store_shape(shape, kept + 1, most, needed, sum(leaf.shape[1] for leaf in leaves))
@@ -121,9 +146,8 @@ def remember(
     norms = np.sqrt(sum(np.square(values, dtype=np.float64).sum(-1) for values in all_values))
     inverse_norms = np.divide(1, norms, out=np.zeros_like(norms), where=norms > np.finfo(np.float32).tiny)
     counts = np.full(len(inverse_norms), kept + 1, np.int32)
-    return Optima(
-        tree.unflatten(all_positions), tree.unflatten(all_values), inverse_norms.astype(np.float32), counts
-    )
+    positions, values = (dict(zip(names, leaves, strict=True)) for leaves in (all_positions, all_values))
+    return Optima(positions, values, inverse_norms.astype(np.float32), counts)
 
 
 def store_shape(
@@ -156,40 +180,46 @@ def add_gradient(gradients: Params, params: Params, optima: Optima, strength: fl
     """`gradients` plus that of J_r at θ⊙m = `params`, which is zero on pruned weights."""
     of_survivors = jax.grad(compact_loss)(compact(params, optima), optima, strength)
 
-    def add(gradient, positions, of_leaf):
-        flat = gradient.reshape(-1)
+    def add(path, gradient):
+        name = masking.name(path)
+        if name not in of_survivors:
+            return gradient
+        flat, positions = gradient.reshape(-1), optima.positions[name]
         if positions.size == flat.size:
-            return (flat + of_leaf).reshape(gradient.shape)
-        return flat.at[positions].add(of_leaf, mode="drop", **_PROMISES).reshape(gradient.shape)
+            flat += of_survivors[name]
+        else:
+            flat = flat.at[positions].add(of_survivors[name], mode="drop", **_PROMISES)
+        return flat.reshape(gradient.shape)
 
-    return jax.tree.map(add, gradients, optima.positions, of_survivors)
+    return jax.tree_util.tree_map_with_path(add, gradients)
 
 
-def compact(params: Params, optima: Optima) -> PyTree[Float[Array, " slots"]]:
-    """The surviving weights of θ⊙m, leaf by leaf; 0 in unused slots."""
+def compact(params: Params, optima: Optima) -> dict[str, Float[Array, " slots"]]:
+    """The surviving weights of θ⊙m, leaf by leaf as in `optima`; 0 in unused slots."""
 
-    def take(leaf, positions):
-        flat = leaf.reshape(-1)
+    def take(name, leaf):
+        flat, positions = leaf.reshape(-1), optima.positions[name]
         if positions.size == flat.size:  # a slot a weight: as it is
             return flat
         return flat.at[positions].get(mode="fill", fill_value=0, **_PROMISES)
 
-    return jax.tree.map(take, params, optima.positions)
+    return {name: take(name, leaf) for name, leaf in _known_to(optima, params).items()}
 
 
 def compact_loss(
-    survivors: PyTree[Float[Array, " slots"]], optima: Optima, strength: float
+    survivors: dict[str, Float[Array, " slots"]], optima: Optima, strength: float
 ) -> Float[Array, ""]:
     """J_r of the surviving weights, as `repulsion_loss`."""
     return strength / optima.count * (cosines(survivors, optima) ** 2).sum()
 
 
-def cosines(survivors: PyTree[Float[Array, " slots"]], optima: Optima) -> Float[Array, " rows"]:
+def cosines(survivors: dict[str, Float[Array, " slots"]], optima: Optima) -> Float[Array, " rows"]:
     """cos(θ⊙m, θ_r⊙m) with every earlier optimum; 0 where one has no direction, and in unused rows.
 
+    In float32 or better, for norms from 1e-18 to 1e18: a scale of their own would be a pass over all weights.
     Operators alone, to serve traced arrays and those of NumPy.
     """
-    pairs = list(zip(*map(jax.tree.leaves, (optima.values, survivors)), strict=True))
+    pairs = [(optima.values[name], widen(x)) for name, x in survivors.items()]
     with jax.default_matmul_precision("highest"):  # a GPU would round to TF32
         products = sum(values.astype(x.dtype) @ x for values, x in pairs)
         square = sum(x @ x for _, x in pairs)
@@ -204,13 +234,19 @@ def summary(params: Params, optima: Optima, strength: float) -> tuple[Float[np.n
     """
 
     def of_member(m):
-        params_m, optima_m = jax.tree.map(lambda leaf: np.asarray(leaf[m]), (params, optima))
-        survivors = jax.tree.map(
-            lambda leaf, positions: np.append(leaf, leaf.dtype.type(0))[np.minimum(positions, leaf.size)],
-            params_m,
-            optima_m.positions,
-        )
+        optima_m = jax.tree.map(lambda leaf: np.asarray(leaf[m]), optima)
+        survivors = {}
+        for name, leaf in _known_to(optima, params).items():
+            leaf = np.asarray(leaf[m])
+            places = np.minimum(optima_m.positions[name], leaf.size)
+            survivors[name] = np.append(leaf, leaf.dtype.type(0))[places]
         mean_cosine = cosines(survivors, optima_m).sum() / optima_m.count
         return compact_loss(survivors, optima_m, strength), mean_cosine
 
     return tuple(np.array(column) for column in zip(*map(of_member, range(len(optima.count))), strict=True))
+
+
+def _known_to(optima, params):
+    """The leaves of `params` that `optima` holds, by name."""
+    leaves = masking.prunable_by_name(params)
+    return {name: leaves[name] for name in optima.positions}

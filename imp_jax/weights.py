@@ -5,19 +5,23 @@ All functions are pure and may be jitted and vmapped; `exclude` is that of `mask
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from flax.core import meta
+from jax import lax
+from jax.extend.core import ClosedJaxpr, Literal
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from imp_jax import masking
 from imp_jax.masking import Mask, Params
+from imp_jax.similarity import widen
 
 
 def histogram(
-    params: Params, mask: Mask, limit: Float[Array, ""], bins: int = 101, exclude: Sequence[str] = ()
+    params: Params, mask: Mask, limit: Float[Array, ""], bins: int = 101, exclude: str | Sequence[str] = ()
 ) -> Int[Array, " bins"]:
     """How many surviving weights lie in each of `bins` equal intervals of [−limit, limit] (figure 5).
 
@@ -25,19 +29,23 @@ def histogram(
     """
     counts = jnp.zeros(bins, jnp.int32)
     for values, survives in _leaves(params, mask, exclude):
-        place = jnp.floor((values.astype(jnp.float32) / limit + 1) / 2 * bins)
+        place = jnp.floor((values / limit + 1) / 2 * bins)
         place = jnp.clip(place, 0, bins - 1).astype(jnp.int32)
         counts = counts.at[place.ravel()].add(survives.ravel().astype(jnp.int32))
     return counts
 
 
-def bimodality(params: Params, mask: Mask, exclude: Sequence[str] = ()) -> Float[Array, ""]:
+def bimodality(params: Params, mask: Mask, exclude: str | Sequence[str] = ()) -> Float[Array, ""]:
     """Sarle's coefficient (skewness² + 1) / kurtosis of the surviving weights.
 
     1/3 for a normal distribution, 5/9 for a uniform one, 1 for two points; nan where all survivors are equal.
     """
     leaves = _leaves(params, mask, exclude)
     count = sum(jnp.sum(survives) for _, survives in leaves)
+    low = functools.reduce(jnp.minimum, [jnp.min(v, where=m, initial=jnp.inf) for v, m in leaves])
+    high = functools.reduce(jnp.maximum, [jnp.max(v, where=m, initial=-jnp.inf) for v, m in leaves])
+    # in [0, 1], where no power leaves float32
+    leaves = [((values - low) / (high - low), survives) for values, survives in leaves]
 
     def mean(function):
         return sum(jnp.sum(function(values), where=survives) for values, survives in leaves) / count
@@ -48,7 +56,7 @@ def bimodality(params: Params, mask: Mask, exclude: Sequence[str] = ()) -> Float
 
 
 def share_near_zero(
-    params: Params, mask: Mask, threshold: Float[Array, ""], exclude: Sequence[str] = ()
+    params: Params, mask: Mask, threshold: Float[Array, ""], exclude: str | Sequence[str] = ()
 ) -> Float[Array, ""]:
     """The share of the survivors with a magnitude below half of `threshold`, such as the pruning threshold."""
     leaves = _leaves(params, mask, exclude)
@@ -64,46 +72,216 @@ def survivors_by_layer(mask: Mask) -> dict[str, Int[Array, ""]]:
 def dead_units(
     model: nn.Module, variables: dict[str, Any], mask: Mask, image_shape: tuple[int, int, int]
 ) -> dict[str, Int[Array, ""]]:
-    """The number of units (or channels) of each layer through which no path of surviving weights leads.
+    """The number of units (or channels) of each layer that `connectivity_of_units` finds no path through."""
+    alive = connectivity_of_units(model, variables, mask, image_shape)
+    return {name: jnp.sum(~units, dtype=jnp.int32) for name, units in alive.items()}
 
-    A path goes from the image to the output: what has no way in, or no way out, is dead. In a residual network
-    the shortcut goes round a unit, and does not keep it alive. Whether a ReLU ever opens is not asked.
 
-    What flows through a weight, when every layer averages over its surviving inputs and an image of ones comes
-    in, is positive exactly on such paths; it is weight times gradient, as in SynFlow (Tanaka et al. 2020).
+def connectivity_of_units(
+    model: nn.Module, variables: dict[str, Any], mask: Mask, image_shape: tuple[int, int, int]
+) -> dict[str, Bool[Array, "..."]]:
+    """Whether a path of surviving weights leads through each unit (or channel) of each layer.
+
+    A path goes from the image to the output: a unit without a way in, or without a way out, is dead. In a
+    residual network the shortcut passes by a unit, and does not keep it alive. Values do not count: a ReLU that
+    never opens is no obstacle, and a statistic of a normalisation layer of Flax is no path.
+
+    Paths are followed through the operations that JAX traces. Layers that are not evaluated, and all layers of
+    a model with an operation whose paths are not known, such as the products of attention, are left out.
     """
+    masking.require_same_shapes(variables["params"], mask)
+    mask = meta.unbox(mask)
+    masks = {name: leaf.astype(jnp.float32) for name, leaf in masking.prunable_by_name(mask).items()}
 
-    def averaging(path, leaf):
-        name = path[-1].key
-        if name == "kernel":
-            alive = leaf.astype(jnp.float32)
-            return alive / jnp.maximum(alive.sum(tuple(range(alive.ndim - 1)), keepdims=True), 1)
-        return jnp.full(leaf.shape, float(name == "scale"))
+    def constant(leaf):  # a value that arithmetic does not make zero by chance, as it might 1
+        return jnp.full(leaf.shape, 0.7, leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
 
-    def neutral(path, leaf):  # statistics under which normalisation does nothing
-        return jnp.full(leaf.shape, float(path[-1].key == "var"))
-
-    weights = jax.tree_util.tree_map_with_path(averaging, mask)
     state = {name: leaves for name, leaves in variables.items() if name != "params"}
-    state = jax.tree_util.tree_map_with_path(neutral, state)
-    apply = functools.partial(model.copy(dtype=jnp.float32).apply, train=False)
-    gradients = jax.grad(
-        lambda weights: apply({"params": weights, **state}, jnp.ones((1, *image_shape))).sum()
-    )(weights)
-    flows = jax.tree.map(jnp.multiply, weights, gradients)
+    params, state = jax.tree.map(constant, meta.unbox((variables["params"], state)))
+
+    def apply(weights, images):
+        merged = jax.tree_util.tree_map_with_path(lambda path, p: weights.get(masking.name(path), p), params)
+        with nn.intercept_methods(_without_statistics):
+            return model.apply({"params": merged, **state}, images, train=False)
+
+    images = jnp.ones((1, *image_shape))
+    closed = jax.make_jaxpr(apply)(masks, images)
+    unit_axes = {}
+
+    def outputs(masks):
+        weights = [_Weight(name, masks[name]) for name in sorted(masks)]  # as JAX orders a dict
+        reached = _propagate(closed, [*weights, _Reached(images)], unit_axes)
+        return sum((flow.there.sum() for flow in reached if isinstance(flow, _Reached)), jnp.zeros(()))
+
+    try:
+        paths = jax.grad(outputs)(masks)
+    except _UnknownError:
+        return {}
     return {
-        name: jnp.sum(flow.sum(tuple(range(flow.ndim - 1))) <= 0, dtype=jnp.int32)
-        for name, flow in kernels(flows).items()
+        _layer(name): jnp.any(
+            (paths[name] > 0) & (masks[name] > 0), [i for i in range(masks[name].ndim) if i not in axes]
+        )
+        for name, axes in unit_axes.items()
     }
 
 
+class _Weight(NamedTuple):
+    """The mask of a kernel, as numbers."""
+
+    name: str
+    mask: Float[Array, "..."]
+
+
+class _Reached(NamedTuple):
+    """1 where a path leads from the image to an element of an array, 0 elsewhere."""
+
+    there: Float[Array, "..."]
+
+
+class _UnknownError(Exception):
+    """An operation whose paths are not known."""
+
+
+_NORMALISATIONS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm)
+_CALLS = {"jit", "pjit", "closed_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call"}
+_REARRANGEMENTS = {"reshape", "transpose", "broadcast_in_dim", "squeeze", "expand_dims", "slice", "rev"}
+_REARRANGEMENTS |= {"concatenate", "pad", "split"}
+_SELECTIONS = {"dynamic_slice", "gather"}  # by indices
+_REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"}
+_WINDOWS = {"reduce_window_sum", "reduce_window_max", "reduce_window_min"}
+# fmt: off
+_ELEMENTWISE = {
+    "abs", "add", "add_any", "and", "atan2", "cbrt", "ceil", "clamp", "copy", "copy_p", "cos", "cosh",
+    "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow",
+    "is_finite", "le", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "or",
+    "pow", "reduce_precision", "rem", "round", "rsqrt", "select_n", "sign", "sin", "sinh", "sqrt", "square",
+    "stop_gradient", "sub", "tan", "tanh", "xor",
+}
+# fmt: on
+
+
+def _without_statistics(layer, args, kwargs, context):
+    """Normalisation layers give back their input; convolutions are those of `lax`, whose paths are known."""
+    module = context.module
+    if type(module) in _NORMALISATIONS and context.method_name == "__call__" and args:
+        return args[0]
+    if type(module) is nn.Conv and (module.conv_general_dilated or module.conv_general_dilated_cls):
+        plain = module.clone(parent=None, name=None, conv_general_dilated=None, conv_general_dilated_cls=None)
+        return plain.apply(module.variables, *args, **kwargs)
+    return layer(*args, **kwargs)
+
+
+def _propagate(closed, inputs, unit_axes):
+    """The outputs of a jaxpr, of arrays, weights and reached arrays, noting the axes of each weight's units."""
+    known = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    known |= zip(closed.jaxpr.invars, inputs, strict=True)
+
+    def read(variable):
+        return variable.val if isinstance(variable, Literal) else known[variable]
+
+    for equation in closed.jaxpr.eqns:
+        outputs = _outputs(equation, [read(variable) for variable in equation.invars], unit_axes)
+        known |= zip(equation.outvars, outputs, strict=True)
+    return [read(variable) for variable in closed.jaxpr.outvars]
+
+
+def _outputs(equation, inputs, unit_axes):
+    """What comes out of one operation."""
+    primitive, params = equation.primitive, equation.params
+    if primitive.name in _CALLS:
+        inner = next(params[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in params)
+        inner = inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ())
+        return _propagate(inner, inputs, unit_axes)
+    if not any(isinstance(value, _Weight | _Reached) for value in inputs):
+        outputs = primitive.bind(*inputs, **params)
+        return outputs if primitive.multiple_results else [outputs]
+    if primitive.name in ("optimization_barrier", "convert_element_type"):
+        return inputs
+    if primitive.name in ("dot_general", "conv_general_dilated"):
+        return [_Reached(_binary(_contract(primitive, params, inputs, unit_axes)))]
+    if any(isinstance(value, _Weight) for value in inputs):
+        raise _UnknownError
+    counts = _counts(primitive, params, inputs, equation.outvars[0].aval.shape)
+    return [_Reached(_binary(count)) for count in (counts if primitive.multiple_results else [counts])]
+
+
+def _contract(primitive, params, inputs, unit_axes):
+    """Dense layers and convolutions, and products with constants."""
+    if sum(isinstance(value, _Reached) for value in inputs) != 1:
+        raise _UnknownError
+    operands = []
+    for side, value in enumerate(inputs):
+        if isinstance(value, _Reached):
+            operands.append(value.there)
+        elif isinstance(value, _Weight):
+            axes = _unit_axes(params, side, value.mask.ndim)
+            if unit_axes.setdefault(value.name, axes) != axes:  # shared by layers of other kinds
+                raise _UnknownError
+            operands.append(value.mask)
+        else:
+            operands.append((value != 0).astype(jnp.float32))
+    return primitive.bind(*operands, **{**params, "preferred_element_type": jnp.float32, "precision": None})
+
+
+def _unit_axes(params, side, rank):
+    """The axes of the kernel on one side of a product that are the units of its layer."""
+    dimensions = params["dimension_numbers"]
+    if isinstance(dimensions, lax.ConvDimensionNumbers):
+        batched = side == 0 or params["batch_group_count"] != 1
+        axes = dimensions.rhs_spec[:1]
+    else:
+        contracted, batched = (axes[side] for axes in dimensions)
+        axes = tuple(axis for axis in range(rank) if axis not in contracted)
+    if batched:
+        raise _UnknownError
+    return axes
+
+
+def _counts(primitive, params, inputs, shape):
+    """For each element of an output of such a shape, how many of those that it is computed from are reached."""
+
+    def flow(value):
+        return value.there if isinstance(value, _Reached) else jnp.zeros(jnp.shape(value))
+
+    name, flows = primitive.name, [flow(value) for value in inputs]
+    if name in _REARRANGEMENTS:
+        return primitive.bind(*flows, **params)
+    if name in _SELECTIONS and not any(isinstance(value, _Reached) for value in inputs[1:]):
+        return primitive.bind(flows[0], *inputs[1:], **params)
+    if name in _REDUCTIONS:
+        return flows[0].sum(params["axes"])
+    if name in _WINDOWS:
+        return lax.reduce_window_sum_p.bind(*flows, **params)
+    if name == "select_n" and not isinstance(inputs[0], _Reached):
+        return lax.select_n(inputs[0], *flows[1:])
+    if name in ("mul", "and") and not all(isinstance(value, _Reached) for value in inputs):
+        factors = [value.there if isinstance(value, _Reached) else value != 0 for value in inputs]
+        return factors[0] * factors[1]
+    if name in _ELEMENTWISE:
+        return sum(jnp.broadcast_to(of_input, shape) for of_input in flows)
+    raise _UnknownError
+
+
+@jax.custom_vjp
+def _binary(counts):
+    """1 for what is above 0, forwards and backwards: no number of paths is too large or too small."""
+    return (counts > 0).astype(jnp.float32)
+
+
+_binary.defvjp(lambda counts: (_binary(counts), None), lambda _, paths: ((paths > 0).astype(jnp.float32),))
+
+
 def _leaves(params, mask, exclude):
-    """Weights and whether they survive, leaf by leaf."""
-    pairs = (masking.prunable_leaves(tree, exclude) for tree in (params, mask))
-    return list(zip(*pairs, strict=True))
+    """Weights, in float32 or better, and whether they survive, leaf by leaf."""
+    masking.require_same_shapes(params, mask)
+    values, masks = (masking.prunable_leaves(tree, exclude) for tree in (params, mask))
+    return list(zip(map(widen, values), masks, strict=True))
 
 
-def kernels(tree):
+def kernels(tree: PyTree[Array]) -> dict[str, Array]:
     """The leaves called kernel, by the name of their layer."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {"/".join(key.key for key in path[:-1]): leaf for path, leaf in leaves if path[-1].key == "kernel"}
+    return {_layer(name): leaf for name, leaf in masking.prunable_by_name(tree).items()}
+
+
+def _layer(name):
+    return name.rpartition("/")[0]

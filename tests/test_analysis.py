@@ -1,11 +1,13 @@
 """The tables, figures and report of a small real run, against the networks in its checkpoints."""
 
 import contextlib
+import dataclasses
 import json
 import re
 import shutil
 import subprocess
 import sys
+import warnings
 
 import jax
 import nbclient
@@ -14,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from imp_jax import analysis, connectivity, figures, imp, masking, similarity, training
+from imp_jax import analysis, connectivity, figures, imp, masking, report, similarity, training
 from imp_jax import config as configs
 from imp_jax.checkpoints import Checkpoints
 from imp_jax.config import UserError
@@ -202,6 +204,30 @@ def test_tables_cut_within_a_round_are_completed_and_unreadable_ones_kept(copy, 
     )
 
 
+def test_tables_of_an_older_definition_are_computed_anew(copy, capsys):
+    """As those that counted biases; what they held of rounds that are gone is in the file that is set aside."""
+    folder = copy / "analysis"
+    names = ("distances", "layers")
+    before = {name: pd.read_csv(folder / f"{name}.csv") for name in names}
+    for name, column in zip(names, ("distance", "dead_units"), strict=True):
+        before[name].assign(**{column: 7}).to_csv(folder / f"{name}.csv", index=False)
+    (folder / "definitions.json").unlink()
+    with pytest.warns(UserWarning, match="earlier version, which defined it differently"):
+        assert set(analysis.load(copy).distances["distance"]) == {7}
+    analysis.run(copy)
+    errors = capsys.readouterr().err
+    for name in names:
+        pd.testing.assert_frame_equal(pd.read_csv(folder / f"{name}.csv"), before[name], rtol=1e-5)
+        place = copy / "set-aside" / f"analysis-{name}.csv"
+        assert f"{folder / name}.csv was computed by an earlier version" in errors
+        assert str(place) in errors
+        assert place.exists()
+    analysis.run(copy)
+    assert len(list((copy / "set-aside").iterdir())) == 2
+    with warnings.catch_warnings(action="error"):
+        analysis.load(copy)
+
+
 def test_a_damaged_round_is_left_out_of_the_analyses(copy, capsys):
     shutil.rmtree(copy / "analysis")
     shutil.rmtree(copy / "checkpoints" / "1" / "networks")
@@ -285,6 +311,12 @@ def test_the_report_is_one_file_with_everything(analysed, run):
     dead = run.layers.groupby("round")[["dead_units", "units"]].sum()
     for share in dead["dead_units"] / dead["units"]:
         assert f"<td>{share:.1%}</td>" in report
+
+
+def test_the_report_has_no_dead_units_where_paths_are_not_known(run):
+    unknown = dataclasses.replace(run, layers=run.layers.assign(units=np.nan, dead_units=np.nan))
+    assert "dead units" not in report._results(unknown)
+    assert (report._results(run)["dead units"].str.endswith("%")).all()
 
 
 def test_figures_of_the_tables(run):

@@ -1,3 +1,4 @@
+import json
 import random
 import shutil
 
@@ -8,7 +9,7 @@ import optax
 import pytest
 
 from imp_jax import divergence, repulsion
-from imp_jax.checkpoints import Checkpoints, DamagedError, Progress, Round
+from imp_jax.checkpoints import Checkpoints, DamagedError, Progress, Round, _digest
 from imp_jax.config import UserError
 from imp_jax.training import TrainState
 
@@ -56,6 +57,14 @@ def reopened(tmp_path):
         checkpoints.close()
 
 
+def forget_definition(folder):
+    """Write the version of a checkpoint as it was when distances and J_r still counted biases."""
+    path = folder / "version" / "metadata"
+    version = json.loads(path.read_text())
+    del version["digest"], version["similarity"]
+    path.write_text(json.dumps({**version, "digest": _digest(version)}))
+
+
 def assert_same(got, expected):
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, got, expected)
@@ -82,6 +91,18 @@ def test_optima_come_back_as_they_went(checkpoints, reopened):
     got = reopened().optima(0)
     assert_same(got, optima)
     assert got.shape == optima.shape
+
+
+def test_optima_of_an_older_definition_are_not_taken(checkpoints, tmp_path, reopened):
+    optima = repulsion.remember(None, networks().trained["params"], networks().mask, most=3)
+    checkpoints.save(0, networks(), ROWS, optima)
+    assert reopened().similarity_definition(0) == 2
+    forget_definition(tmp_path / "checkpoints" / "0")
+    again = reopened()
+    assert again.mend() == []  # it is whole
+    assert again.similarity_definition(0) == 1
+    assert again.optima(0) is None
+    assert_same(again.restore(0), networks())
 
 
 def test_the_state_of_a_round_comes_back_as_it_went(checkpoints, reopened):

@@ -1,5 +1,6 @@
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +28,17 @@ def test_path_has_exact_ends_and_equidistant_points():
 def test_a_path_keeps_the_type_of_its_ends():
     ends = {"w": jnp.ones(3, jnp.bfloat16)}
     assert connectivity.linear_path(ends, ends)["w"].dtype == jnp.bfloat16
+
+
+def test_the_ends_of_a_path_are_exact_where_they_are_not_finite():
+    a, b = {"w": jnp.array([jnp.inf, 1.0])}, {"w": jnp.array([2.0, -jnp.inf])}
+    path = connectivity.linear_path(a, b, 3)["w"]
+    np.testing.assert_array_equal(path, [[np.inf, 1], [np.inf, -np.inf], [2, -np.inf]])
+
+
+def test_ends_of_different_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"shape \(4, 1\) in one tree and \(4, 3\) in another"):
+        connectivity.linear_path({"w": jnp.ones((4, 1))}, {"w": jnp.ones((4, 3))})
 
 
 def test_a_path_needs_two_points():
@@ -95,6 +107,61 @@ def test_path_metrics_are_those_of_the_points_one_by_one(name, execution):
     chosen = jax.nn.log_softmax(logits)[:, np.arange(30), split.labels]
     np.testing.assert_allclose(losses, -chosen.mean(-1), rtol=1e-4)
     np.testing.assert_allclose(errors, np.mean(logits.argmax(-1) != split.labels, axis=-1), atol=1e-6)
+
+
+class StdConv(nn.Conv):
+    """Standardises its kernel (Qiao et al. 2019), so that it is not affine in it."""
+
+    def param(self, name, *arguments, **options):
+        value = super().param(name, *arguments, **options)
+        return (value - value.mean((0, 1, 2))) / value.std((0, 1, 2)) if name == "kernel" else value
+
+
+class WithFirst(nn.Module):
+    """A network of one first layer and an output."""
+
+    first: str
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        flat = images.reshape(len(images), -1)
+        if self.first == "subclass":
+            x = StdConv(4, (3, 3))(images).reshape(len(images), -1)
+        elif self.first == "wrapped":
+            x = nn.WeightNorm(nn.Dense(9))(flat)
+        elif self.first == "lifted":
+            options = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": None}
+            x = jnp.concatenate(nn.vmap(nn.Dense, axis_size=2, **options)(9)(flat), -1)
+        elif self.first == "bfloat16":
+            x = nn.Dense(9, param_dtype=jnp.bfloat16)(flat)
+        else:
+            x = nn.Dense(9)(nn.LayerNorm()(flat))
+        return nn.Dense(10)(nn.relu(x))
+
+
+@pytest.mark.parametrize(
+    ("first", "affine"),
+    [
+        ("subclass", False),
+        ("wrapped", False),
+        ("lifted", False),
+        ("bfloat16", False),
+        ("after a norm", True),
+    ],
+)
+def test_paths_of_any_first_layer_are_those_of_the_points(first, affine, monkeypatch):
+    """Where it is not affine in its weights, or not certainly, it is evaluated at each point."""
+    model, split, found = WithFirst(first), random_split(12), []
+    ends = [jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 8, 8, 3))) for seed in (0, 1)]
+    is_affine = connectivity._is_affine
+    monkeypatch.setattr(connectivity, "_is_affine", lambda *a: found.append(is_affine(*a)) or found[-1])
+    recipe = Recipe(model)
+    losses, _ = connectivity.path_metrics(*ends, split, recipe=recipe, num_points=3)
+    assert set(found) == {affine}
+    middle = jax.tree.map(lambda leaf: leaf[1], connectivity.linear_path(*ends, 3))
+    logits = jax.jit(model.apply)(middle, recipe.normalize(split.images)).astype(jnp.float32)
+    expected = -jax.nn.log_softmax(logits)[jnp.arange(12), split.labels].mean()
+    assert losses[1] == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_the_ends_of_a_path_are_the_networks_themselves():

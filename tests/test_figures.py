@@ -1,8 +1,11 @@
+import io
 import subprocess
 import sys
 
+import matplotlib
 import numpy as np
 import pandas as pd
+from IPython.core.formatters import DisplayFormatter
 
 from imp_jax import figures
 
@@ -45,6 +48,29 @@ def test_equal_replicates_are_drawn():
     accuracies = np.linspace(0.1, 0.9, 50).repeat(3)
     densities = np.geomspace(1, 0.01, 50).repeat(3)
     figures.accuracy(pd.DataFrame({"arm": "imp", "density": densities, "test_accuracy": accuracies}))
+
+
+def test_a_notebook_shows_a_picture():
+    data, _ = DisplayFormatter().format(figures.accuracy(results()))
+    assert data["image/png"].startswith(b"\x89PNG")
+
+
+def test_styles_of_the_user_change_nothing():
+    """Nor end anything: without LaTeX `text.usetex` is an error when a figure is drawn."""
+    pairs = [(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1)]
+    table = pd.DataFrame(pairs, columns=["round_a", "round_b"])
+    table = table.assign(arm="imp", metric="angular", distance=abs(table["round_a"] - table["round_b"]) / 2)
+
+    def drawn():
+        yield from (figures.to_bytes(figures.accuracy(results()), kind) for kind in ("png", "pdf"))
+        figure = figures.distances(table)
+        yield figure._repr_png_()
+        figure.savefig(own := io.BytesIO(), dpi=50)
+        yield own.getvalue()
+
+    expected = list(drawn())
+    with matplotlib.rc_context({"text.usetex": True, "lines.linewidth": 9, "axes.facecolor": "k"}):
+        assert list(drawn()) == expected
 
 
 def test_figures_need_no_jax():

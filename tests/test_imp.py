@@ -19,6 +19,7 @@ from imp_jax.interruption import Interruption, Stopped
 from imp_jax.members import ARMS, Member, member_keys
 from tests import folders
 from tests.conftest import quick_config
+from tests.test_checkpoints import forget_definition
 
 
 def train_all(experiment, rounds=3):
@@ -640,6 +641,10 @@ def test_a_damaged_round_is_set_aside_and_trained_again(data_dir, tmp_path, caps
     config.repulsion.strength = 2.0  # which needs all rounds before
     imp.run(config, tmp_path / "repelled")
     shutil.rmtree(tmp_path / "repelled" / "checkpoints" / "2")
+    shutil.copytree(tmp_path / "repelled", tmp_path / "older")
+    forget_definition(tmp_path / "older" / "checkpoints" / "1")
+    with pytest.raises(UserError, match="earlier version, whose J_r counted biases"):
+        imp.run(config, tmp_path / "older")
     shutil.rmtree(tmp_path / "repelled" / "checkpoints" / "0" / "networks")
     with pytest.raises(UserError, match="checkpoints/0 is damaged"):
         imp.run(config, tmp_path / "repelled")

@@ -1,11 +1,14 @@
+import flax.core
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import imp_jax
-from imp_jax import masking
+from imp_jax import connectivity, masking, pruning, repulsion, similarity, weights
 from imp_jax.models.lenet import LeNet
 
 
@@ -126,3 +129,92 @@ def test_masked_demands_a_mask():
     params = {"kernel": jnp.ones(2)}
     with pytest.raises(TypeError, match="mask"):
         tx.update(params, tx.init(params), params)
+
+
+# --- parameters of every kind, in all functions of trees ---
+
+
+def boxed(params):
+    """The kernels of one layer partitioned, those of the other not."""
+    kernel = nn.Partitioned(params["conv"]["kernel"], names=(None, "model"))
+    return {**params, "conv": {**params["conv"], "kernel": kernel}}
+
+
+def state(params):
+    return nnx.State(jax.tree.map(nnx.Param, params))
+
+
+@pytest.mark.parametrize("kind", [flax.core.freeze, boxed, state])
+def test_parameters_of_every_kind_are_pruned_counted_and_compared_alike(kind):
+    keys = jax.random.split(jax.random.key(0))
+    a, b = (jax.tree.map(lambda p, k=k: p + jax.random.normal(k, p.shape), small_params()) for k in keys)
+
+    def numbers(a, b, convert=lambda tree: tree):
+        dense = masking.ones_like(a)
+        mask, threshold = pruning.prune_by_magnitude(a, dense, 0.5, exclude="no such layer")
+        a = masking.apply(a, mask)
+        stacked = [jax.tree.map(lambda leaf: leaf[None], tree) for tree in (b, mask)]
+        optima = repulsion.remember(None, *stacked, most=1)
+        one = jax.tree.map(lambda leaf: leaf[0], optima)
+        gradient = repulsion.add_gradient(jax.tree.map(jnp.zeros_like, a), a, one, 2.0)
+        plain = jax.grad(repulsion.repulsion_loss)(a, mask, [b])
+        updates, _ = masking.masked(optax.sgd(1.0)).update(b, optax.sgd(1.0).init(b), b, mask=mask)
+        trees = [mask, gradient, plain, updates, connectivity.linear_path(a, b, 3)]
+        scalars = [
+            threshold,
+            masking.density(mask),
+            masking.survivors(mask),
+            masking.size(mask, "head"),
+            similarity.angular_distance(a, mask, b, dense),
+            similarity.distance_matrix([a, b], [mask, dense], similarity.cosine_distance)[0, 1],
+            repulsion.repulsion_loss(a, mask, [b]),
+            repulsion.summary(jax.tree.map(lambda leaf: leaf[None], a), optima, 2.0)[1][0],
+            weights.bimodality(a, mask),
+        ]
+        return [*scalars, *(np.asarray(leaf) for tree in trees for leaf in jax.tree.leaves(tree))]
+
+    got, expected = numbers(kind(a), kind(b)), numbers(a, b)
+    assert len(got) == len(expected) == 9 + 5 * 6
+    assert masking.prunable_by_name(kind(a)).keys() == {"conv/kernel", "head/kernel"}
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_a_kernel_in_an_unknown_container_is_refused_by_name():
+    quantised = {"Dense_0": {"kernel": [jnp.ones((2, 2)), jnp.ones(2)]}}
+    with pytest.raises(ValueError, match="Dense_0/kernel is a container of an unknown kind"):
+        masking.size(quantised)
+
+
+def test_trees_of_other_shapes_are_refused():
+    """JAX would broadcast them: the distance between ones of (4, 1) and ones of (4, 3) was 0."""
+    a, b = ({"d": {"kernel": jnp.ones((4, width)), "bias": jnp.ones(2)}} for width in (1, 3))
+    mask_a, mask_b = masking.ones_like(a), masking.ones_like(b)
+    stacked = [jax.tree.map(lambda leaf: leaf[None], tree) for tree in (a, mask_b)]
+    tx = masking.masked(optax.sgd(1.0))
+    for function in (
+        lambda: masking.apply(a, mask_b),
+        lambda: tx.update(a, tx.init(a), a, mask=mask_b),
+        lambda: pruning.prune_by_magnitude(a, mask_b),
+        lambda: pruning.prune_by_score(b, a, mask_a, 0.2),
+        lambda: similarity.angular_distance(a, mask_a, b, mask_b),
+        lambda: similarity.cosine_distance(a, mask_b, a, mask_a),
+        lambda: similarity.euclidean_distance(a, mask_a, a, mask_b),
+        lambda: similarity.inner_product(a, b),
+        lambda: similarity.distance_matrix([a, b], [mask_a, mask_b]),
+        lambda: similarity.distance_matrices(*stacked),
+        lambda: similarity.gram_products(*stacked),
+        lambda: repulsion.repulsion_loss(a, mask_b, [a]),
+        lambda: repulsion.repulsion_loss(a, mask_a, [a, b]),
+        lambda: repulsion.remember(None, *stacked, most=1),
+        lambda: connectivity.linear_path(a, b),
+        lambda: weights.histogram(a, mask_b, 1.0),
+        lambda: weights.bimodality(a, mask_b),
+        lambda: weights.share_near_zero(a, mask_b, 1.0),
+    ):
+        with pytest.raises(ValueError, match=r"\['kernel'\] has shape") as error:
+            function()
+        assert "4, 1) in" in str(error.value)
+        assert "4, 3) in" in str(error.value)
+    with pytest.raises(ValueError, match="bias"):
+        similarity.angular_distance(a, mask_a, {"d": {"kernel": a["d"]["kernel"]}}, mask_a)

@@ -165,3 +165,35 @@ def test_fraction_outside_is_refused(fraction):
     params = {"kernel": jnp.ones(3)}
     with pytest.raises(ValueError, match="fraction"):
         pruning.prune_by_magnitude(params, masking.ones_like(params), fraction)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nan_is_last_whatever_its_sign(dtype):
+    nan = np.float32([np.nan, -np.nan])
+    assert list(np.signbit(nan)) == [False, True]
+    scores = {"kernel": jnp.asarray([1.0, *nan, -np.inf, 2.0, np.inf, 0.5]).astype(dtype)}
+    params = {"kernel": jnp.ones(7, dtype)}
+    for count, kept in ((2, [0, 1, 2, 4, 5]), (5, [1, 2]), (6, [2])):
+        mask, _ = pruning.prune_by_score(scores, params, masking.ones_like(params), count / 7)
+        np.testing.assert_array_equal(np.flatnonzero(mask["kernel"]), kept)
+
+
+def test_a_string_is_one_pattern():
+    """Not the patterns D, e, n, s, …, of which D is a layer too."""
+    params = {name: {"kernel": jnp.arange(1.0, 5.0)} for name in ("Dense_0", "Dense_1", "D")}
+    mask, _ = pruning.prune_by_magnitude(params, masking.ones_like(params), 0.5, exclude="Dense_1")
+    assert [int(mask[name]["kernel"].sum()) for name in params] == [2, 4, 2]
+
+
+def test_without_jit_and_in_double_precision():
+    params = {"kernel": np.random.default_rng(0).normal(size=40)}
+    expected = np.abs(params["kernel"]) > np.sort(np.abs(params["kernel"]))[9]
+    mask = {"kernel": np.ones(40, bool)}
+    with jax.disable_jit():
+        got, threshold = pruning.prune_by_magnitude(params, mask, 0.25)
+        assert masking.survivors(got) == 30
+    np.testing.assert_array_equal(got["kernel"], expected)
+    with jax.enable_x64(True):
+        got, threshold = pruning.prune_by_magnitude(params, mask, 0.25)
+        assert threshold == np.sort(np.abs(params["kernel"]))[9]
+    np.testing.assert_array_equal(got["kernel"], expected)

@@ -39,6 +39,38 @@ def test_parallel_and_opposite_networks_give_no_nan(scale):
     assert dense(similarity.angular_distance, a, jax.tree.map(jnp.negative, b)) == pytest.approx(2, abs=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_distances_of_weights_of_any_size(dtype):
+    """Weights whose squares leave float32, or whose type is too short to sum in."""
+    draws = jax.random.normal(jax.random.key(0), (2, 3000)).astype(dtype)
+    a, b = ({"kernel": draw} for draw in draws)
+    u, v = np.asarray(draws, float)
+    cosine = u @ v / np.linalg.norm(u) / np.linalg.norm(v)
+    for exponent in (0, 4) if dtype == "float16" else (-80, -23, 0, 50, 80):
+        scale = 2.0**exponent
+        scaled = [jax.tree.map(lambda p: (p * scale).astype(dtype), tree) for tree in (a, b)]  # noqa: B023
+        expected = [2 * np.arccos(cosine) / np.pi, 1 - cosine, scale * np.linalg.norm(u - v)]
+        got = [dense(distance, *scaled) for distance in DISTANCES]
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
+        masks = [masking.ones_like(a)] * 2
+        got = [similarity.distance_matrix(scaled, masks, distance)[0, 1] for distance in DISTANCES]
+        np.testing.assert_allclose(got, expected, rtol=1e-4)
+
+
+def test_without_jit_and_in_double_precision():
+    params, masks = random_networks(2)
+    arguments = params[0], masks[0], params[1], masks[1]
+    expected = [distance(*arguments) for distance in DISTANCES]
+    for setting in (jax.disable_jit(), jax.enable_x64(True)):
+        with setting:
+            got = [distance(*arguments) for distance in DISTANCES]
+            matrices = similarity.distance_matrices(
+                *(jax.tree.map(lambda *x: jnp.stack(x), *t) for t in (params, masks))
+            )
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
+        np.testing.assert_allclose([matrix[0, 1] for matrix in matrices.values()], expected, rtol=1e-4)
+
+
 def test_small_angles_keep_their_digits():
     """arccos of a float32 cosine would say 0 here."""
     angle = 1e-4
@@ -55,12 +87,33 @@ def test_against_numpy_on_the_intersection_of_masks():
     a, b = tree(), tree()
     mask_a, mask_b = ({"a": {"kernel": draw.random((7, 5)) < 0.6, "bias": np.ones(5, bool)}} for _ in range(2))
     keep = (mask_a["a"]["kernel"] & mask_b["a"]["kernel"]).ravel()
-    u, v = (np.concatenate([t["a"]["bias"], t["a"]["kernel"].ravel()[keep]]) for t in (a, b))
+    u, v = (t["a"]["kernel"].ravel()[keep] for t in (a, b))  # no biases
     cosine = u @ v / np.linalg.norm(u) / np.linalg.norm(v)
     expected = [2 * np.arccos(cosine) / np.pi, 1 - cosine, np.linalg.norm(u - v)]
     a, b = (jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), t) for t in (a, b))
     got = [jax.jit(distance)(a, mask_a, b, mask_b) for distance in DISTANCES]
     np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_connections_alone_count(distance):
+    """Networks that differ in biases, scales and excluded layers only are the same."""
+
+    def network(key):
+        other, bias = (jax.random.normal(k, (3, 3)) for k in jax.random.split(key))
+        head = {"kernel": jnp.arange(9.0).reshape(3, 3), "bias": bias[0]}
+        return {"head": head, "norm": {"scale": bias[1], "bias": bias[2]}, "stem": {"kernel": other}}
+
+    a, b = network(jax.random.key(0)), network(jax.random.key(1))
+    masks = masking.ones_like(a), masking.ones_like(b)
+    assert distance(a, masks[0], b, masks[1], exclude=("stem",)) == 0
+    assert distance(a, masks[0], b, masks[1]) > 0.01
+    matrix = similarity.distance_matrix([a, b], masks, distance, exclude="stem")
+    np.testing.assert_allclose(matrix, 0, atol=1e-3)
+    heads = [{"stem": tree["stem"]} for tree in (a, b)]
+    expected = similarity.distance_matrix(heads, [masking.ones_like(head) for head in heads], distance)
+    got = similarity.distance_matrix([a, b], masks, distance, exclude=["head"])
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
 def test_empty_intersection():

@@ -1,11 +1,15 @@
 """Distributions of surviving weights against NumPy, and dead units against a search over paths."""
 
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imp_jax import masking, weights
+from imp_jax import analysis, masking, weights
 from imp_jax.models.conv import Conv4
 from imp_jax.models.lenet import LeNet
 from imp_jax.models.resnet import CifarResNet
@@ -52,6 +56,19 @@ def test_the_ends_of_a_histogram_hold_what_lies_on_or_beyond_them():
 )
 def test_bimodality_in_closed_form(values, expected):
     assert weights.bimodality(*layer(values[None])) == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bimodality_has_no_scale_and_none_of_equal_weights(dtype):
+    """Fourth powers of small or large weights leave float32; sums of bfloat16 lose most digits."""
+    values = np.asarray(jnp.asarray(np.random.default_rng(0).normal(1, 1, (1, 5000)), dtype), float)
+    z = (values - values.mean()) / values.std()
+    expected = (np.mean(z**3) ** 2 + 1) / np.mean(z**4)
+    mask = {"kernel": jnp.ones((1, 5000), bool)}
+    for scale in (2.0**-60, 2.0**-23, 1, 2.0**50):
+        got = weights.bimodality({"kernel": jnp.asarray(values * scale, dtype)}, mask)
+        assert got == pytest.approx(expected, rel=1e-4)
+    assert np.isnan(weights.bimodality({"kernel": jnp.full((1, 5000), 0.1, dtype)}, mask))
 
 
 def test_bimodality_and_share_near_zero_are_of_the_survivors():
@@ -121,8 +138,167 @@ def test_dead_channels_of_residual_networks(affine):
 
 def test_a_deep_dense_network_has_no_dead_units():
     """Products of many fan-ins would leave float32."""
-    model = CifarResNet(depth=56, width=0.5)
+    model = CifarResNet(depth=32, width=0.5)
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     mask = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), variables["params"])
     variables = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), variables)
     assert not any(jitted_dead_units(model, variables, mask, (8, 8, 3)).values())
+
+
+# --- connectivity of units in networks of any kind ---
+
+
+class Mixer(nn.Module):
+    """Dense layers over patches and over channels in turn (Tolstikhin et al. 2021)."""
+
+    norm: bool = True
+    activation: Callable = nn.gelu
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        norm = nn.LayerNorm if self.norm else lambda: lambda x: x
+        x = nn.Conv(6, (4, 4), strides=(4, 4))(images).reshape(len(images), -1, 6)
+        for _ in range(2):
+            y = jnp.swapaxes(norm()(x), 1, 2)
+            y = nn.Dense(x.shape[1])(self.activation(nn.Dense(5)(y)))
+            x = x + jnp.swapaxes(y, 1, 2)
+            x = x + nn.Dense(6)(self.activation(nn.Dense(12)(norm()(x))))
+        return nn.log_softmax(nn.Dense(10)(norm()(x).mean(1)))
+
+
+class Assorted(nn.Module):
+    """Grouped and transposed convolutions, several feature axes, pools, concatenation, gates, remat."""
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        x = jnp.tanh(nn.Conv(6, (3, 3))(images))
+        x = jnp.tanh(nn.remat(nn.Conv)(6, (3, 3), feature_group_count=3)(x))
+        x = nn.avg_pool(x, (2, 2), (2, 2))
+        gate = nn.sigmoid(nn.Dense(6)(x.mean((1, 2))))
+        x = jnp.concatenate([x * gate[:, None, None], jnp.abs(jnp.tanh(nn.ConvTranspose(4, (2, 2))(x)))], -1)
+        one, other = jnp.split(jnp.tanh(nn.DenseGeneral((2, 3), axis=(1, 3))(x)), 2, axis=2)
+        return nn.Dense(3)(jnp.tanh((2 * one[:, 0, 0] + other[:, -1, 0]) / 3))
+
+
+def alive_by_derivatives(model, classes, mask, image_shape, unit_axes):
+    """A unit is alive if the output depends on its surviving weights, for weights drawn at random.
+
+    Without normalisation, and with biases of 0 and an activation that is 0 at 0, paths are all there is.
+    """
+    draw = np.random.default_rng(3)
+
+    def random(path, keep):
+        return np.where(keep, draw.normal(size=keep.shape), 0) * (path[-1].key == "kernel")
+
+    with jax.enable_x64(True):
+        kernels = jax.tree_util.tree_map_with_path(random, mask)
+        images = jnp.asarray(draw.normal(size=(4, *image_shape)))
+        probes = jnp.asarray(draw.normal(size=10))
+        loss = lambda kernels: (model.apply({"params": kernels}, images) @ probes[:classes]).sum()  # noqa: E731
+        slopes = jax.jit(jax.grad(loss))(kernels)
+        found = {}
+        for layer, leaves in slopes.items():
+            axes = unit_axes.get(layer, (-1,))
+            inputs = [i for i in range(leaves["kernel"].ndim) if i - leaves["kernel"].ndim not in axes]
+            found[layer] = ((np.abs(leaves["kernel"]) > 0) & mask[layer]["kernel"]).any(tuple(inputs))
+    return found
+
+
+def dense_variables(model, image_shape):
+    """In their shapes; no value counts."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *image_shape)))
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
+
+
+def random_mask(params, density, seed=0):
+    draw = np.random.default_rng(seed)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: draw.random(leaf.shape) < (density if path[-1].key == "kernel" else 1), params
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "classes", "unit_axes"),
+    [
+        (Mixer(norm=False, activation=jnp.tanh), 10, {}),
+        (Assorted(), 3, {"DenseGeneral_0": (-2, -1)}),
+    ],
+)
+def test_units_are_alive_where_the_output_depends_on_their_weights(model, classes, unit_axes):
+    variables = dense_variables(model, (8, 8, 3))
+    connectivity = jax.jit(weights.connectivity_of_units, static_argnums=(0, 3))
+    for density in (0.04, 0.12, 0.3):
+        mask = random_mask(variables["params"], density)
+        alive = connectivity(model, variables, mask, (8, 8, 3))
+        expected = alive_by_derivatives(model, classes, mask, (8, 8, 3), unit_axes)
+        assert set(alive) == set(expected)
+        for layer, units in alive.items():
+            np.testing.assert_array_equal(units, expected[layer], err_msg=layer)
+        assert any(not units.all() for units in alive.values())
+
+
+def test_normalisation_and_a_softmax_hide_no_unit():
+    """Case of dense networks in which every unit was called dead, and their statistics are no paths."""
+    model, plain = Mixer(), Mixer(norm=False)
+    variables = dense_variables(model, (8, 8, 3))
+    dense = masking.ones_like(variables["params"])
+    dead = jitted_dead_units(model, variables, dense, (8, 8, 3))
+    assert len(dead) == 10
+    assert not any(dead.values())
+    mask = random_mask(variables["params"], 0.1)
+    dead = jitted_dead_units(model, variables, mask, (8, 8, 3))
+    kernels = {layer: leaves for layer, leaves in mask.items() if "kernel" in leaves}
+    assert sum(dead.values()) > 0
+    assert dead == jitted_dead_units(plain, {"params": kernels}, kernels, (8, 8, 3))
+
+
+@pytest.mark.parametrize("kind", ["attention", "standardised", "scanned", "transposed"])
+def test_where_paths_are_not_known_there_is_no_number(kind):
+    class Standardised(nn.Conv):
+        def param(self, name, *arguments, **options):
+            value = super().param(name, *arguments, **options)
+            return value - value.mean() if name == "kernel" else value
+
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.Dense(8)(x), None
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            if kind == "attention":
+                x = nn.MultiHeadDotProductAttention(2)(x[:, :, 0])
+            elif kind == "standardised":
+                x = Standardised(3, (3, 3))(x)
+            elif kind == "scanned":
+                x, _ = nn.scan(Twice, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)()(
+                    x, None
+                )
+            else:
+                layer = nn.Dense(8, use_bias=False)
+                x = layer(x) @ layer.variables["params"]["kernel"].T
+            return nn.Dense(3)(x.reshape(len(x), -1))
+
+    variables = dense_variables(Net(), (4, 4, 8))
+    assert weights.dead_units(Net(), variables, masking.ones_like(variables["params"]), (4, 4, 8)) == {}
+    dataset = SimpleNamespace(train=SimpleNamespace(image_shape=(4, 4, 8)))
+    experiment = SimpleNamespace(recipe=SimpleNamespace(model=Net()), dataset=dataset)
+    rows = list(analysis._layers(experiment, variables, masking.ones_like(variables["params"])))
+    assert rows[0][0] == "Dense_0"
+    assert np.isnan([row[3:] for row in rows]).all()
+
+
+def test_layers_without_a_way_out_are_dead_and_those_not_evaluated_have_no_number():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            x = x.reshape(len(x), -1)
+            nn.Dense(5, name="unread")(x)
+            if self.is_initializing():
+                nn.Dense(7, name="auxiliary")(x)
+            return nn.Dense(3, name="head")(x)
+
+    variables = dense_variables(Net(), (2, 2, 1))
+    dead = weights.dead_units(Net(), variables, masking.ones_like(variables["params"]), (2, 2, 1))
+    assert dead == {"head": 0, "unread": 5}

@@ -40,11 +40,11 @@ def convolutions_by(implementation: str) -> contextlib.AbstractContextManager:
     """
     if implementation == "flax":
         return contextlib.nullcontext()
-    return replace_convolutions(_conv_general_dilated_by(implementation))
+    return replace_convolutions(conv_general_dilated_by(implementation))
 
 
 @functools.cache
-def _conv_general_dilated_by(implementation):
+def conv_general_dilated_by(implementation):
     """One object for each: what Flax compiles for a module depends on the identity of its fields."""
     return functools.partial(conv_general_dilated, implementation=implementation)
 
