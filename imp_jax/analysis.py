@@ -435,7 +435,7 @@ def _set_aside_unreadable(workdir):
         path = workdir / "analysis" / f"{name}.csv"
         if path.exists() and not len(_read(workdir, name)) and path.read_bytes() != _to_csv(_table(name, [])):
             place = set_aside(path, workdir)
-            print(f"{path} cannot be read; it is set aside as {place}, and computed anew", file=sys.stderr)
+            print(f"{path} cannot be read; it is moved to {place}, and computed anew", file=sys.stderr)
 
 
 def _write(workdir, name, table):

@@ -50,7 +50,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike, interruption: Interrupti
     if not processes.is_first():
         return
     if not trained:
-        print(f"{workdir} is finished: all {config.rounds} rounds were there, nothing to do")
+        print(f"{workdir} is finished: all {config.rounds} rounds are trained, nothing to do")
     workdir = Path(workdir)
     records.print_summary(pd.read_csv(workdir / "results.csv"))
     print(f"results: {workdir / 'results.csv'}")

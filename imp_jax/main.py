@@ -40,11 +40,11 @@ def main(argv):
         if not _WORKDIR.value:
             raise UserError("--workdir is missing; say where to keep the run, such as --workdir=runs/mnist5k")
         with Interruption() as interruption:
-            from imp_jax import devices, processes
+            from imp_jax import devices, processes, records
 
             processes.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
             devices.divide_cpu()
-            with processes.ends_alone(), processes.first_speaks():
+            with processes.ends_alone(), processes.first_speaks(), records.stdout_may_fail():
                 _run(interruption)
     except UserError as error:
         sys.exit(f"error: {error}")

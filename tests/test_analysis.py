@@ -193,7 +193,7 @@ def test_tables_cut_within_a_round_are_completed_and_unreadable_ones_kept(copy, 
     capsys.readouterr()
     (folder / "weights.csv").write_bytes(b"\xff" + before["weights.csv"].encode()[1:-1])
     analysis.run(copy)
-    assert f"{folder / 'weights.csv'} cannot be read; it is set aside as" in capsys.readouterr().err
+    assert f"{folder / 'weights.csv'} cannot be read; it is moved to" in capsys.readouterr().err
     assert (copy / "set-aside" / "analysis-weights.csv").exists()
     pd.testing.assert_frame_equal(
         pd.read_csv(folder / "weights.csv"),

@@ -303,7 +303,7 @@ def test_a_run_resumes_to_the_same_results(data_dir, tmp_path, capsys):
     (tmp_path / "cut" / "figures" / "accuracy.png").unlink()  # as if killed just before it was drawn
     imp.run(config, tmp_path / "cut")
     assert (tmp_path / "cut" / "figures" / "accuracy.png").exists()
-    assert "is finished: all 3 rounds were there" in capsys.readouterr().out
+    assert "is finished: all 3 rounds are trained" in capsys.readouterr().out
     assert (tmp_path / "cut" / "results.csv").read_bytes() == before
 
 
