@@ -44,9 +44,14 @@ from imp_jax.training import Metrics, Variables
 _LOOK_EVERY = 50  # steps of a stream, whose epochs are long: to tell of progress, and for signals
 
 
-def run(config: ConfigDict, workdir: str | os.PathLike, interruption: Interruption | None = None) -> None:
+def run(
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    interruption: Interruption | None = None,
+    config_file: str | None = None,
+) -> None:
     """Train all rounds of `config` into `workdir` and print a summary; `rounds` says what may be raised."""
-    trained = sum(1 for _ in rounds(config, workdir, interruption))
+    trained = sum(1 for _ in rounds(config, workdir, interruption, config_file))
     if not processes.is_first():
         return
     if not trained:
@@ -57,9 +62,15 @@ def run(config: ConfigDict, workdir: str | os.PathLike, interruption: Interrupti
 
 
 def rounds(
-    config: ConfigDict, workdir: str | os.PathLike, interruption: Interruption | None = None
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    interruption: Interruption | None = None,
+    config_file: str | None = None,
 ) -> Iterator[list[records.Row]]:
     """The rounds of `config` that `workdir` lacks: each one's rows of results.csv, once it is safely on disk.
+
+    Args:
+      config_file: the file that `config` comes from, which the workdir keeps for `imp_jax.analysis`.
 
     Raises, when the first round is asked for or later:
       UserError: anything wrong with the config, the data or the workdir, before any training and with
@@ -73,7 +84,7 @@ def rounds(
         mesh = devices.make_mesh(config, len(experiment.members))
         experiment = on_mesh(experiment, mesh)
     steps, saved_steps = experiment.learning_rates.size, _saved_steps(experiment)
-    with Recorder(experiment, workdir) as recorder:
+    with Recorder(experiment, workdir, config_file) as recorder:
         first = recorder.finished[-1] + 1 if recorder.finished else 0
         if first == config.rounds:
             recorder.tidy()

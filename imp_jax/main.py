@@ -67,7 +67,8 @@ def _run(interruption):
     with contextlib.suppress(UserError):  # which imp.run says
         execution.keep_programs(_CONFIG.value)
     try:
-        imp.run(_CONFIG.value, _WORKDIR.value, interruption)
+        config_file = config_flags.get_config_filename(flags.FLAGS["config"])
+        imp.run(_CONFIG.value, _WORKDIR.value, interruption, config_file)
     except DivergedError:
         with contextlib.suppress(UserError):  # what is on disk is worth a look all the same
             if processes.is_first():

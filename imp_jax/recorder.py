@@ -35,8 +35,11 @@ class Recorder(contextlib.AbstractContextManager):
     written and said by the first.
     """
 
-    def __init__(self, experiment: Experiment, workdir: str | os.PathLike):
+    def __init__(self, experiment: Experiment, workdir: str | os.PathLike, config_file: str | None = None):
         """Open the workdir, and mend what a crash has left there.
+
+        Args:
+          config_file: see `records.keep_config_file`.
 
         Raises:
           UserError: see `records.open_workdir` and `Checkpoints.mend`.
@@ -51,6 +54,8 @@ class Recorder(contextlib.AbstractContextManager):
             with processes.together(), _writing(workdir):
                 if self._first:
                     stack.enter_context(records.open_workdir(workdir, experiment.config))
+                    if config_file:
+                        records.keep_config_file(self.workdir, config_file)
                     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
                         for sentence in checkpoints.mend():
                             print(sentence, file=sys.stderr)
@@ -69,10 +74,7 @@ class Recorder(contextlib.AbstractContextManager):
 
     def _refuse_or_tell_missing_rounds(self):
         """Compare results.csv with the rounds on disk, before it is written anew from them."""
-        try:
-            recorded = set(pd.read_csv(self.workdir / "results.csv")["round"].dropna().astype(int))
-        except (FileNotFoundError, ValueError, KeyError):  # there is none, or it is torn
-            return
+        recorded = records.recorded_rounds(self.workdir)
         missing = sorted(recorded - set(self.finished) - self.checkpoints.moved_rounds())
         if missing and not self.finished:
             raise UserError(

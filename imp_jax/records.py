@@ -42,6 +42,7 @@ FIELDS = (
 )
 KEYS = ("replicate", "arm", "round")  # of a row
 Row = dict[str, Any]
+_CONFIG_PATH, CONFIG_COPY = "config_file.txt", "config_file.py"  # in a workdir: of the file given by --config
 _LOCK_TIMEOUT_S = 1.0  # `experiments.run status` takes the lock for an instant, to see whether it is free
 
 
@@ -80,6 +81,26 @@ def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Iterator[Path]:
         lock.release()
 
 
+def keep_config_file(workdir: Path, config_file: str) -> None:
+    """Keep the absolute path of the config file, as it was given by --config, and a copy of its text.
+
+    `imp_jax.analysis` executes the file at that path, never the copy, which is for a reader.
+    """
+    path, colon, argument = config_file.partition(":")
+    _write(workdir / _CONFIG_PATH, f"{Path(path).absolute()}{colon}{argument}\n")
+    with contextlib.suppress(OSError):  # it may have been moved since it was executed
+        _write(workdir / CONFIG_COPY, Path(path).read_bytes())
+
+
+def kept_config_file(workdir: Path, existing: bool = False) -> str | None:
+    """What `keep_config_file` was given, absolute; None if nothing, or with `existing` if no file is there."""
+    try:
+        config_file = (workdir / _CONFIG_PATH).read_text().rstrip("\n")
+    except OSError:
+        return None
+    return config_file if not existing or Path(config_file.partition(":")[0]).is_file() else None
+
+
 def refuse_unreadable_path(workdir: str | os.PathLike) -> None:
     """Refuse a workdir whose checkpoints could not be read back, as Orbax takes its path for another one.
 
@@ -91,8 +112,8 @@ def refuse_unreadable_path(workdir: str | os.PathLike) -> None:
     if wrong or not _is_utf8(path):
         what = wrong[0] if wrong else "bytes that are not UTF-8"
         raise UserError(
-            f"the workdir is {path!r}, with {what} in it, which Orbax cannot read back; give a --workdir on this "
-            f"machine without any of * ? [ \\ in its path"
+            f"the workdir is {path!r}, with {what} in it, which Orbax cannot read back; give a --workdir on "
+            f"this machine without any of * ? [ \\ in its path"
         )
 
 
@@ -176,6 +197,14 @@ class Results:
         for row in rows:  # nine digits tell any two float32 apart
             writer.writerow({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()})
         return text.getvalue()
+
+
+def recorded_rounds(workdir: Path) -> set[int]:
+    """The rounds in results.csv, as far as it can be read."""
+    try:
+        return set(pd.read_csv(workdir / "results.csv")["round"].dropna().astype(int))
+    except (FileNotFoundError, ValueError, KeyError):  # there is none, or it is torn
+        return set()
 
 
 def read_results(workdir: Path) -> pd.DataFrame:
