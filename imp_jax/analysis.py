@@ -556,7 +556,7 @@ def main():
     config_file = arguments.config or records.kept_config_file(Path(arguments.workdir), existing=True)
     logging.set_verbosity(logging.FATAL)
     try:
-        with Interruption():
+        with Interruption(), records.ignore_print_errors():
             run(arguments.workdir, arguments.data_dir, config_file)
     except UserError as error:
         sys.exit(f"error: {error}")

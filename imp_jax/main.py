@@ -44,13 +44,16 @@ def main(argv):
 
             processes.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
             devices.divide_cpu()
-            with processes.ends_alone(), processes.first_speaks(), records.stdout_may_fail():
+            with processes.ends_alone(), processes.first_speaks(), records.ignore_print_errors():
                 _run(interruption)
     except UserError as error:
         sys.exit(f"error: {error}")
-    except OSError as error:  # where this prints to is full, or closed
-        print(f"error: cannot go on: {error}", file=sys.stderr, flush=True)
-        os._exit(1)  # or Python would try to print the rest
+    except OSError as error:
+        from imp_jax import processes
+
+        if not processes.is_disk_failure(error):
+            raise
+        sys.exit(f"error: cannot go on: {error}")
     except Stopped as stopped:
         print(stopped, file=sys.stderr, flush=True)
         from imp_jax import processes

@@ -371,27 +371,25 @@ def _suppress_print_errors():
 
 
 @contextlib.contextmanager
-def stdout_may_fail() -> Iterator[None]:
-    """Drop what is printed once stdout is closed or full, as after `| head -1`: the results are on disk.
+def ignore_print_errors() -> Iterator[None]:
+    """Drop what is printed once stdout or stderr is closed or full, as after `| head -1`.
 
-    A closed pipe, which the reader meant, is not mentioned; anything else is, once, on stderr.
+    The results are on disk. A full stdout is mentioned on stderr; a closed pipe is not, as its reader has ended.
     """
-    if sys.stdout is None:
+    with contextlib.ExitStack() as stack:
+        for name, redirect in (("stdout", contextlib.redirect_stdout), ("stderr", contextlib.redirect_stderr)):
+            if (stream := getattr(sys, name)) is not None:
+                lossy = _LossyStream(stream, name)
+                stack.enter_context(redirect(lossy))
+                stack.callback(lossy.flush)
         yield
-        return
-    with contextlib.redirect_stdout(_LossyStream(sys.stdout)):
-        try:
-            yield
-        finally:
-            with contextlib.suppress(ValueError):  # closed by who called
-                sys.stdout.flush()
 
 
 class _LossyStream:
     """A text stream that drops what the stream below it cannot write."""
 
-    def __init__(self, stream):
-        self._stream, self._failed = stream, False
+    def __init__(self, stream, name):
+        self._stream, self._name, self._failed = stream, name, False
 
     def __getattr__(self, name):
         return getattr(self._stream, name)
@@ -414,7 +412,7 @@ class _LossyStream:
             self._drop(error)
 
     def _drop(self, error):
-        if not isinstance(error, BrokenPipeError) and not self._failed:
+        if self._name == "stdout" and not isinstance(error, BrokenPipeError) and not self._failed:
             print(f"stdout cannot be written: {error}; the run goes on without it", file=sys.stderr)
         self._failed = True
         with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:  # for what is buffered, too

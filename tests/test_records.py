@@ -160,7 +160,7 @@ def test_a_workdir_that_could_not_be_read_back_is_refused_at_once(tmp_path):
 
 
 def test_columns_of_other_versions_are_kept(tmp_path):
-    """One that results.csv lacks is NaN, with a warning; one that only it has stays when it is written again."""
+    """One that results.csv lacks is NaN, with a warning; one that only it has stays when written again."""
     records.Results(
         tmp_path, [{**row, "note": "mine"} for row in rows(0)]
     )  # as of a later version's checkpoint
@@ -260,7 +260,7 @@ def test_what_cannot_be_printed_is_dropped(capsys, monkeypatch, how):
             show_two_rounds()
             os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
         else:
-            with records.stdout_may_fail():
+            with records.ignore_print_errors():
                 for _ in range(2):
                     print("a line", flush=True)
                     show_two_rounds()
