@@ -374,7 +374,7 @@ def _suppress_print_errors():
 def ignore_print_errors() -> Iterator[None]:
     """Drop what is printed once stdout or stderr is closed or full, as after `| head -1`.
 
-    The results are on disk. A full stdout is mentioned on stderr; a closed pipe is not, as its reader has ended.
+    The results are on disk. A full stdout is mentioned on stderr; a closed pipe is not: its reader has ended.
     """
     with contextlib.ExitStack() as stack:
         for name, redirect in (("stdout", contextlib.redirect_stdout), ("stderr", contextlib.redirect_stderr)):
