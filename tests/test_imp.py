@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
+from filelock import FileLock
 
 from imp_jax import analysis, checkpoints, connectivity, imp, masking, pruning, repulsion, training
 from imp_jax.config import UserError
@@ -332,6 +333,8 @@ def run_with_stops(config, workdir, looks):
             imp.run(config, workdir, StopsAfter(looks))
         except Stopped as stopped:
             said.append(str(stopped))
+            with FileLock(workdir / ".lock"):  # an analysis under way, which would end with a process
+                pass
         else:
             return said
 
