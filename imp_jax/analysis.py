@@ -3,7 +3,9 @@
     python -m imp_jax.analysis --workdir=runs/mnist5k
 
 computes what `analysis/*.csv` in the workdir lacks, as `imp_jax.main` does at the end of a run, and draws the
-figures. In a notebook, `load(workdir)` gives the tables, and the networks of a round on request.
+figures. To know what the run's config file registers, it executes that file, if it is still where it was;
+--config names another one. No file of the workdir is executed. In a notebook, `load(workdir)` gives the tables,
+and the networks of a round on request.
 """
 
 import argparse
@@ -23,16 +25,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-from absl import logging
+from absl import flags, logging
 from jaxtyping import PyTree
-from ml_collections import ConfigDict
-from rich.console import Console
+from ml_collections import ConfigDict, config_flags
 from rich.progress import track
 
 from imp_jax import config as configs
 from imp_jax import connectivity, figures, masking, records, report, similarity, weights
 from imp_jax.checkpoints import Checkpoints, DamagedError, Round, set_aside
-from imp_jax.config import UserError
+from imp_jax.config import UserError, in_one_line
 from imp_jax.experiment import Experiment, recall_execution, setup
 from imp_jax.interruption import Interruption
 from imp_jax.members import Member, members_in, select
@@ -66,6 +67,10 @@ DEFINITIONS = {
 _DEFINITIONS_FILE = "definitions.json"
 
 
+# columns that say what a row is of
+_KEYS = ("replicate", "arm", "kind", "metric", "round", "round_a", "round_b", "split", "alpha", "layer")
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A workdir in a notebook: its config, results.csv, and the tables of `TABLES` as far as they are there."""
@@ -95,6 +100,9 @@ class Run:
 def load(workdir: str | os.PathLike) -> Run:
     """All tables of a workdir; those that are not computed yet are empty.
 
+    A column that a table lacks, as one of an earlier version does, is NaN, and a table that cannot be read is
+    empty, both with a warning. Columns that are not in `TABLES` come last.
+
     Raises:
       UserError: a folder without a run.
     """
@@ -106,20 +114,28 @@ def load(workdir: str | os.PathLike) -> Run:
             f"python -m imp_jax.analysis --workdir={workdir} computes it anew",
             stacklevel=2,
         )
-    results = workdir / "results.csv"
-    results = pd.read_csv(results) if results.exists() else pd.DataFrame(columns=list(records.FIELDS))
-    return Run(workdir, config, results, **{name: _read(workdir, name) for name in TABLES})
+    tables = {}
+    for name in TABLES:
+        path = workdir / "analysis" / f"{name}.csv"
+        tables[name] = records.with_columns(_read(workdir, name), TABLES[name], path)
+        if _is_unreadable(workdir, name):
+            warnings.warn(f"{path} cannot be read; imp_jax.analysis.run computes it again", stacklevel=2)
+    return Run(workdir, config, records.read_results(workdir), **tables)
 
 
-def run(workdir: str | os.PathLike, data_dir: str | os.PathLike | None = None) -> None:
+def run(
+    workdir: str | os.PathLike, data_dir: str | os.PathLike | None = None, config_file: str | None = None
+) -> None:
     """Compute what the tables of a workdir lack, draw all figures, and write report.html.
 
     Args:
       data_dir: where the data set is, if not where the config says.
+      config_file: executed if something is to be computed, as --config of imp_jax.main is, for the models and
+        data sets that it registers; not needed where they are registered already.
 
     Raises:
       UserError: a folder without a run or without a finished round, or that cannot be written; another process
-        at work there; the data set is absent.
+        at work there; the data set is absent; a name that is not registered.
     """
     workdir = configs.user_path(workdir, "the workdir")
     config = _stored_config(workdir)
@@ -132,16 +148,15 @@ def run(workdir: str | os.PathLike, data_dir: str | os.PathLike | None = None) -
         finished = checkpoints.rounds()
         if not finished:
             raise UserError(f"{workdir} has no finished round to analyse")
-        try:
-            # a run that died may have left it behind its checkpoints
-            records.Results(workdir, checkpoints.rows(finished[-1]))
-            results = pd.read_csv(workdir / "results.csv")
-            experiment = functools.cache(lambda: recall_execution(setup(setting), workdir))
-            compute(checkpoints, config, experiment, workdir, results, shown=True)
-            done = load(workdir)
-            records.write_atomically(workdir / "report.html", report.html(done, draw(done)))
-        except OSError as error:
-            raise UserError(f"cannot write the analyses of {workdir}: {error}") from error
+        rows = checkpoints.rows(finished[-1])
+        if max(records.recorded_rounds(workdir), default=0) <= finished[-1]:
+            with _writing(workdir):  # a run that died may have left it behind its checkpoints
+                records.Results(workdir, rows)
+        results = records.read_results(workdir)
+        experiment = functools.cache(lambda: recall_execution(_setup(setting, workdir, config_file), workdir))
+        compute(checkpoints, config, experiment, workdir, results, shown=True)
+        done = load(workdir)
+        _save(workdir, workdir / "report.html", report.html(done, draw(done)))
     print(
         f"tables:  {workdir / 'analysis'}\nfigures: {workdir / 'figures'}\nreport:  {workdir / 'report.html'}"
     )
@@ -157,20 +172,25 @@ def compute(
 ) -> None:
     """Bring the tables up to the rounds of `checkpoints` that are in `results`, one by one.
 
-    What is there already stays, also of rounds that were not kept. A table that cannot be read is set aside, a
-    round that cannot be read is left out; both are said.
+    What is there already stays, also of rounds that were not kept. A table that cannot be read is moved into
+    the folder `set-aside`, a round that is damaged or missing is left out, each with a sentence on stderr.
 
     Args:
       experiment: called if needed.
       shown: as a bar on the terminal.
     """
-    (workdir / "analysis").mkdir(exist_ok=True)
+    with _writing(workdir):
+        (workdir / "analysis").mkdir(exist_ok=True)
     finished = [number for number in checkpoints.rounds() if (results["round"] == number).any()]
     members = {number: members_in(results.to_dict("records"), number) for number in finished}
     _set_aside_outdated(workdir)
     _set_aside_unreadable(workdir)
-    forget(workdir, finished[-1] + 1)
-    tables = {name: _read(workdir, name) for name in TABLES}
+    forget(workdir, int(results["round"].max()) + 1)
+    tables = {name: _without_incomplete_rows(name, _read(workdir, name), finished) for name in TABLES}
+    missing = sorted({*results["round"]} - {*checkpoints.rounds(), *tables["weights"]["round"]})
+    if missing:
+        numbers = ", ".join(map(str, missing))
+        print(f"{workdir} has no checkpoint of round {numbers}; the analyses leave it out", file=sys.stderr)
     tables["paths"] = _as_configured(tables["paths"], config.analysis, finished)
 
     there = _keys(tables["paths"], "kind", "round", "replicate", "split")
@@ -193,8 +213,9 @@ def compute(
     needed |= {number - 1 for kind, number in paths if kind == "successive"}
 
     networks, before = {}, None
-    console = Console()
-    progress = {"description": "analysing", "console": console, "disable": not (shown and console.is_terminal)}
+    console = records.make_console()
+    disable = not (shown and console.is_interactive)
+    progress = {"description": "analysing", "console": console, "disable": disable}
     for number in track(sorted(needed), transient=True, **progress):
         try:
             now = _Networks(members[number], checkpoints.restore(number))
@@ -205,12 +226,12 @@ def compute(
         if number in of_weights:
             new = _weights(experiment(), number, now, results[results["round"] == number])
             for name, rows in new.items():
-                tables[name] = _with_rows(tables[name][tables[name]["round"] != number], rows)
+                tables[name] = _with_rows(name, tables[name][tables[name]["round"] != number], rows)
         for kind in KINDS:
             if (kind, number) not in paths or (kind == "successive" and before is None):
                 continue
             other = tables["paths"][(tables["paths"]["round"] != number) | (tables["paths"]["kind"] != kind)]
-            tables["paths"] = _with_rows(other, list(_paths(experiment(), number, kind, before, now)))
+            tables["paths"] = _with_rows("paths", other, list(_paths(experiment(), number, kind, before, now)))
             _write(workdir, "paths", tables["paths"])  # the one that takes long
         if of_distances:
             if number == 0:
@@ -224,8 +245,9 @@ def compute(
         rows = (row for row in rows if _compared(config, *row[3:5]))
         new = _table("distances", rows)
         keys = ["replicate", "arm", "metric", "round_a", "round_b"]
-        tables["distances"] = _with_rows(new, old.itertuples(index=False)).drop_duplicates(keys)
-    tables["barriers"] = _barriers(tables["paths"], config.analysis.baseline)
+        tables["distances"] = (pd.concat([new, old]) if len(old) else new).drop_duplicates(keys)
+    barriers = _barriers(tables["paths"], config.analysis.baseline)
+    tables["barriers"] = _with_unknown_columns("barriers", barriers, tables["barriers"])
     for name, table in tables.items():
         _write(workdir, name, table)
 
@@ -263,10 +285,45 @@ def draw(run: Run) -> dict[str, bytes]:
         drawn["instability"] = figures.instability(run.barriers, run.results)
     pngs = {}
     for name, figure in drawn.items():
-        pngs[name] = figures.to_bytes(figure)
-        records.write_atomically(run.workdir / "figures" / f"{name}.png", pngs[name])
-        records.write_atomically(run.workdir / "figures" / f"{name}.pdf", figures.to_bytes(figure, "pdf"))
+        path = run.workdir / "figures" / f"{name}.png"
+        try:
+            png, pdf = figures.to_bytes(figure), figures.to_bytes(figure, "pdf")
+        except Exception as error:  # as of a font or LaTeX that the user's settings ask for
+            print(f"{path} is missing, as it cannot be drawn: {in_one_line(error)}", file=sys.stderr)
+            continue
+        _save(run.workdir, path, png)
+        _save(run.workdir, path.with_suffix(".pdf"), pdf)
+        pngs[name] = png
     return pngs
+
+
+def _setup(config, workdir, config_file):
+    """The experiment of a workdir, once its config file has registered what it registers."""
+    if config_file:
+        _execute_config_file(config_file)
+    try:
+        return setup(config)
+    except UserError as error:
+        kept = records.kept_config_file(workdir)
+        if config_file or not kept:
+            raise
+        raise UserError(
+            f"{error}; if {kept}, the config file of the run, registers it: python -m imp_jax.analysis "
+            f"--workdir={workdir} --config=PATH executes it, or the copy {workdir / records.CONFIG_COPY}"
+        ) from error
+
+
+def _execute_config_file(config_file):
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, lock_config=False)
+    try:
+        values(["imp_jax.analysis", f"--config={config_file}"])
+        getattr(values.config, "items", None)  # a file that could not be read says so here
+    except Exception as error:  # it is code, and may raise anything
+        raise UserError(
+            f"cannot execute the config file {config_file}: {in_one_line(error)}; mend it, or name another by "
+            f"--config"
+        ) from error
 
 
 class _Networks(NamedTuple):
@@ -447,17 +504,25 @@ def _table(name, rows: Iterable):
     return pd.DataFrame(list(rows), columns=list(TABLES[name]))
 
 
-def _with_rows(table, rows):
-    new = pd.DataFrame(rows, columns=table.columns)
-    return pd.concat([table, new]) if len(table) else new
+def _with_rows(name, table, rows):
+    new = _table(name, rows)
+    return pd.concat([table, new]) if len(table) else new.reindex(columns=table.columns)
+
+
+def _with_unknown_columns(name, table, old):
+    """`table` with the columns of `old` that `TABLES` does not have."""
+    keys = [column for column in TABLES[name] if column in _KEYS]
+    unknown = [column for column in old if column not in TABLES[name]]
+    return table.merge(old[keys + unknown], on=keys, how="left") if unknown else table
 
 
 def _read(workdir, name):
-    """A table as it is on disk; empty where there is none that can be read."""
+    """A table as it is on disk, with the columns that it has; empty where there is none that can be read."""
     path = workdir / "analysis" / f"{name}.csv"
     with contextlib.suppress(FileNotFoundError, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeError):
         table = pd.read_csv(path)
-        if tuple(table.columns) == TABLES[name] and path.read_bytes().endswith(b"\n"):
+        keys = [column for column in TABLES[name] if column in _KEYS]
+        if set(keys) <= set(table) and path.read_bytes().endswith(b"\n"):
             return table
     return _table(name, [])
 
@@ -474,12 +539,41 @@ def _set_aside_outdated(workdir):
     records.write_atomically(workdir / "analysis" / _DEFINITIONS_FILE, json.dumps(DEFINITIONS))
 
 
+def _is_unreadable(workdir, name):
+    path = workdir / "analysis" / f"{name}.csv"
+    return path.exists() and not len(_read(workdir, name)) and path.read_bytes() != _to_csv(_table(name, []))
+
+
+def _without_incomplete_rows(name, table, finished):
+    """The table with all columns, without rows that lack some and can be computed again from rounds on disk."""
+    rounds = table[[column for column in ("round", "round_a", "round_b") if column in table]]
+    if "kind" in table:
+        rounds = rounds.assign(before=table["round"] - (table["kind"] == "successive"))
+    if not set(TABLES[name]) <= set(table):
+        table = table[~rounds.isin([INITIALISATION, *finished]).all(axis=1)]
+    return table.reindex(columns=[*TABLES[name], *(column for column in table if column not in TABLES[name])])
+
+
 def _set_aside_unreadable(workdir):
     for name in TABLES:
         path = workdir / "analysis" / f"{name}.csv"
-        if path.exists() and not len(_read(workdir, name)) and path.read_bytes() != _to_csv(_table(name, [])):
-            place = set_aside(path, workdir)
-            print(f"{path} cannot be read; it is set aside as {place}, and computed anew", file=sys.stderr)
+        if _is_unreadable(workdir, name):
+            with _writing(workdir):
+                place = set_aside(path, workdir)
+            print(f"{path} cannot be read; it is moved to {place}, and computed again", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _writing(workdir):
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write the analyses of {workdir}: {error}") from error
+
+
+def _save(workdir, path, content):
+    with _writing(workdir):
+        records.write_atomically(path, content)
 
 
 def _write(workdir, name, table):
@@ -488,7 +582,7 @@ def _write(workdir, name, table):
     content = _to_csv(table)
     path = workdir / "analysis" / f"{name}.csv"
     if not path.exists() or path.read_bytes() != content:
-        records.write_atomically(path, content)
+        _save(workdir, path, content)
 
 
 def _to_csv(table):
@@ -499,11 +593,13 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m imp_jax.analysis", description=__doc__.split("\n")[0])
     parser.add_argument("--workdir", required=True, help="of a run of imp_jax.main, finished or not")
     parser.add_argument("--data_dir", help="where the data set is, if not where the config says")
+    parser.add_argument("--config", help="config file to execute, if not where the run's own was")
     arguments = parser.parse_args()
+    config_file = arguments.config or records.kept_config_file(Path(arguments.workdir), existing=True)
     logging.set_verbosity(logging.FATAL)
     try:
-        with Interruption():
-            run(arguments.workdir, arguments.data_dir)
+        with Interruption(), records.ignore_print_errors():
+            run(arguments.workdir, arguments.data_dir, config_file)
     except UserError as error:
         sys.exit(f"error: {error}")
 

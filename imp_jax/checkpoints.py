@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import imp_jax
-from imp_jax import devices, similarity
+from imp_jax import devices, processes, records, similarity
 from imp_jax.config import UserError, in_one_line
 from imp_jax.divergence import Seen
 from imp_jax.masking import Mask
@@ -23,7 +23,10 @@ from imp_jax.repulsion import Optima
 from imp_jax.training import TrainState, Variables
 
 _JSON = ("rows", "version")  # items that hold no arrays
-FORMAT = 2  # of a checkpoint; raised whenever one of before could no longer be read
+_MANIFEST = "files.json"  # in a checkpoint: size and SHA-256 of each of its files, by path
+# of a checkpoint. A workdir should stay usable, so raise it only if what earlier versions wrote can no longer
+# be read; more items, files and keys of the version need no other format
+FORMAT = 2
 
 
 class Round(NamedTuple):
@@ -45,7 +48,7 @@ class Progress(NamedTuple):
 
 
 class DamagedError(UserError):
-    """A checkpoint that cannot be read, or holds other bits than were written."""
+    """A checkpoint of which a file is missing or short, or holds other bits than were written."""
 
 
 def versions(workdir: str | os.PathLike) -> set[str]:
@@ -69,6 +72,12 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | os.PathLike):
+        """Open the checkpoints of `workdir`; makes no folder.
+
+        Raises:
+          UserError: Orbax cannot read back what it writes at such a path.
+        """
+        records.refuse_unreadable_path(workdir)
         self._workdir = Path(workdir).absolute()
         self._rounds = _rounds_manager(self._workdir, {jax.process_index()})
 
@@ -110,8 +119,9 @@ class Checkpoints:
         """The networks of round `number`, on the default device whatever devices wrote them.
 
         Raises:
-          UserError: it has a format that this version does not know.
-          DamagedError: it cannot be read, or is not what was written.
+          DamagedError: a file is missing or short, or a checksum fails.
+          UserError: the file system cannot read it at the moment, or it has a format that this version does not
+            know.
         """
         networks = _restore(self._rounds, number, "networks")
         return Round(**jax.tree.map(jax.numpy.asarray, networks))
@@ -162,13 +172,14 @@ class Checkpoints:
         return progress._replace(step=int(progress.step), seconds=float(progress.seconds))
 
     def mend(self) -> list[str]:
-        """Make a workdir fit to go on, for who holds it. Returns what was set aside, a sentence each.
+        """Make a workdir fit to go on; call it with the workdir's lock. Returns a sentence for each move.
 
-        Damaged rounds after the last one that can be read are moved into the folder `set-aside`, and whatever
-        was being written or dropped when a run died is removed.
+        Moves the damaged rounds after the last intact one into the folder `set-aside`, and removes whatever was
+        being written or dropped when a run died. An exception that does not mean damage moves nothing.
 
         Raises:
-          UserError: none of several rounds can be read, or the newest has an unknown format.
+          UserError: all of several rounds are damaged; the newest has an unknown format, or the file system
+            cannot read it at the moment.
         """
         for folder in ("checkpoints", "progress"):
             for name in ("*.orbax-checkpoint-tmp*", "*.dropped"):
@@ -188,9 +199,13 @@ class Checkpoints:
                 damaged.append((number, error))
         else:
             if len(damaged) > 1:
-                raise UserError(f"none of the {len(damaged)} rounds can be read; {damaged[0][1]}")
-        said = [f"{error}; it is set aside as {self._set_aside(self._rounds, n)}" for n, error in damaged]
-        return said
+                raise UserError(f"all {len(damaged)} rounds are damaged; {damaged[0][1]}")
+        return [f"{error}; it is moved to {self._set_aside(self._rounds, n)}" for n, error in damaged]
+
+    def moved_rounds(self) -> set[int]:
+        """The rounds of which a damaged checkpoint was moved into the folder `set-aside`."""
+        names = (path.name.split("-") for path in self._workdir.glob("set-aside/checkpoints-*"))
+        return {int(number) for _, number, *_ in names if number.isdigit()}
 
     def set_progress_aside(self) -> Path:
         """Move what `progress` holds into the folder `set-aside`; returns its new place."""
@@ -208,7 +223,7 @@ class Checkpoints:
                 self.__dict__[name].close()
 
     def _set_aside(self, manager, step):
-        place = set_aside(Path(manager.directory) / str(step), self._workdir)
+        place = set_aside(_folder(manager, step), self._workdir)
         manager.reload()
         return place
 
@@ -269,6 +284,10 @@ def _save(manager, step, items):
     }
     manager.save(step, args=ocp.args.Composite(**arguments))
     manager.wait_until_finished()
+    if processes.is_first():
+        # a process that dies before this leaves a checkpoint without a manifest, which is read all the same
+        folder = _folder(manager, step)
+        records.write_atomically(folder / _MANIFEST, json.dumps(_checksums(folder)))
 
 
 def _restore(manager, step, name, like=None):
@@ -277,39 +296,115 @@ def _restore(manager, step, name, like=None):
     Args:
       like: a tree whose structure a tree is to have, if not dicts.
     """
-    folder = Path(manager.directory) / str(step)
-
-    def restored(name, arguments):
-        return manager.restore(step, args=ocp.args.Composite(**{name: arguments}))[name]
-
+    folder = _folder(manager, step)
     try:
-        version = restored("version", ocp.args.JsonRestore())
-        digest = version.pop("digest", None)
-        intact = digest == _digest(version)
-        if version["format"] != FORMAT and (intact or digest is None):
-            raise UserError(
-                f"the checkpoint {folder} has format {version['format']}, of imp_jax {version['imp_jax']}; "
-                f"this is imp_jax {imp_jax.__version__}, which reads format {FORMAT}"
-            )
-        if not intact:
-            raise DamagedError(f"the checkpoint {folder} is damaged: its version is not what was written")
-        if name not in version["sha256"]:
-            return None
-        if name in _JSON:
-            item = restored(name, ocp.args.JsonRestore())
-        else:
-            tree = manager.item_metadata(step)[name].tree if like is None else like
-            tree = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), tree)
-            arguments = ocp.checkpoint_utils.construct_restore_args(tree)
-            item = restored(name, ocp.args.PyTreeRestore(tree, restore_args=arguments))
-        intact = version["sha256"][name] == _digest(item)
-    except (UserError, MemoryError):
+        return _read(manager, step, name, like)
+    except UserError:
         raise
-    except Exception as error:  # of a damaged one each reader raises its own
-        raise DamagedError(f"the checkpoint {folder} is damaged: {in_one_line(error)}") from error
+    except Exception as error:
+        # Orbax raises the same types for a damaged file, a passing error of the file system and a bug
+        try:
+            damage = _find_damage(folder, error)
+        except OSError as reading_error:
+            error, damage = reading_error, ""
+        if damage:
+            raise DamagedError(f"the checkpoint {folder} is damaged: {damage}") from error
+        if is_os_error(error):
+            raise UserError(
+                f"cannot read the checkpoint {folder}: {in_one_line(error)}; nothing is changed, and once that "
+                f"is mended the same command goes on"
+            ) from error
+        raise
+
+
+def _read(manager, step, name, like):
+    folder = _folder(manager, step)
+    version = _read_json(folder, "version")
+    digest = version.pop("digest", None)
+    intact = digest == _digest(version)
+    if version.get("format") != FORMAT and (intact or digest is None):
+        raise UserError(
+            f"the checkpoint {folder} has format {version.get('format')}, of imp_jax {version.get('imp_jax')}; "
+            f"this is imp_jax {imp_jax.__version__}, which reads format {FORMAT}"
+        )
     if not intact:
+        raise DamagedError(f"the checkpoint {folder} is damaged: its version is not what was written")
+    if name not in version["sha256"]:
+        return None
+    if name in _JSON:
+        item = _read_json(folder, name)
+    else:
+        metadata = manager.item_metadata(step)[name]
+        if metadata is None:  # Orbax does not say why
+            (folder / name / "_METADATA").read_bytes()
+        tree = metadata.tree if like is None else like
+        tree = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), tree)
+        arguments = ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
+        item = manager.restore(step, args=ocp.args.Composite(**{name: arguments}))[name]
+    if version["sha256"][name] != _digest(item):
         raise DamagedError(f"the checkpoint {folder} is damaged: {name} are other bits than were written")
     return item
+
+
+def _folder(manager, step):
+    return Path(manager.directory) / str(step)
+
+
+def _read_json(folder, name):
+    return json.loads((folder / name / "metadata").read_text())
+
+
+def _checksums(folder):
+    """Size and SHA-256 of each file of a checkpoint, by its path in there."""
+    checksums = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != _MANIFEST:
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            checksums[str(path.relative_to(folder))] = [path.stat().st_size, digest]
+    return checksums
+
+
+def _find_damage(folder, error):
+    """Say which file of a checkpoint, whose reading raised `error`, is damaged; empty if none is.
+
+    Raises:
+      OSError: the files cannot be read now.
+    """
+    if not folder.is_dir():
+        return "it is missing"
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+    except FileNotFoundError:  # of an earlier version, or its process died just before it was written
+        return in_one_line(error) if _means_damage(error) else ""
+    except ValueError:
+        return f"{_MANIFEST} is not what was written"
+    found = _checksums(folder)
+    for name, (size, digest) in manifest.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name][0] != size:
+            return f"{name} has {found[name][0]} bytes, not {size}"
+        if found[name][1] != digest:
+            return f"{name} holds other bits than were written"
+    return ""
+
+
+def _means_damage(error):
+    """Whether an exception of reading tells of a missing or damaged file, where no manifest can."""
+    if isinstance(error, FileNotFoundError | json.JSONDecodeError | UnicodeDecodeError):
+        return True
+    codes = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "Invalid JSON")  # of TensorStore
+    return isinstance(error, ValueError) and not is_os_error(error) and any(c in str(error) for c in codes)
+
+
+def is_os_error(error: BaseException | None) -> bool:
+    """Whether an exception comes from the file system; of Orbax and TensorStore it may have another type."""
+    while error is not None:
+        if isinstance(error, OSError) or "os_error_code='" in str(error):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _digest(item):

@@ -65,22 +65,33 @@ from imp_jax.training import Metrics, Variables
 _LOOK_EVERY = 50  # steps of a stream, whose epochs are long: to tell of progress, and for signals
 
 
-def run(config: ConfigDict, workdir: str | os.PathLike, interruption: Interruption | None = None) -> None:
+def run(
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    interruption: Interruption | None = None,
+    config_file: str | None = None,
+) -> None:
     """Train all rounds of `config` into `workdir` and print a summary. Raises: see `rounds`."""
     workdir = user_path(workdir, "the workdir")
-    trained = sum(1 for _ in rounds(config, workdir, interruption))
+    trained = sum(1 for _ in rounds(config, workdir, interruption, config_file))
     if not processes.is_first():
         return
     if not trained:
-        print(f"{workdir} is finished: all {config.rounds} rounds were there, nothing to do")
+        print(f"{workdir} is finished: all {config.rounds} rounds are trained, nothing to do")
     records.print_summary(pd.read_csv(workdir / "results.csv"))
     print(f"results: {workdir / 'results.csv'}")
 
 
 def rounds(
-    config: ConfigDict, workdir: str | os.PathLike, interruption: Interruption | None = None
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    interruption: Interruption | None = None,
+    config_file: str | None = None,
 ) -> Iterator[list[records.Row]]:
     """The rounds of `config` that `workdir` lacks: each one's rows of results.csv, once it is safely on disk.
+
+    Args:
+      config_file: the file that `config` comes from, which the workdir keeps for `imp_jax.analysis`.
 
     Raises, when the first round is asked for or later:
       UserError: anything wrong with the config, the data or the workdir, before any training and with
@@ -96,7 +107,7 @@ def rounds(
         experiment = on_mesh(experiment, mesh)
     experiment = recall_execution(experiment, workdir)
     steps, saved_steps = experiment.learning_rates.size, _saved_steps(experiment)
-    with Recorder(experiment, workdir) as recorder:
+    with Recorder(experiment, workdir, config_file) as recorder:
         first = recorder.finished[-1] + 1 if recorder.finished else 0
         if first == config.rounds:
             recorder.tidy()

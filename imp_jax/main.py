@@ -43,20 +43,23 @@ def main(argv):
         if _CONFIG.value is None:
             raise UserError("--config is missing; name a config file, such as --config=configs/mnist5k.py")
         with Interruption() as interruption:
-            from imp_jax import devices, processes
+            from imp_jax import devices, processes, records
 
             processes.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
             devices.divide_cpu()
             devices.require_usable()
-            with processes.ends_alone(), processes.first_speaks():
+            with processes.ends_alone(), processes.first_speaks(), records.ignore_print_errors():
                 _run(interruption)
     except UserError as error:
         if _DEBUG.value:
             raise
         sys.exit(f"error: {error}")
-    except OSError as error:  # where this prints to is full, or closed
-        print(f"error: cannot go on: {error}", file=sys.stderr, flush=True)
-        os._exit(1)  # or Python would try to print the rest
+    except OSError as error:
+        from imp_jax import processes
+
+        if not processes.is_disk_failure(error):
+            raise
+        sys.exit(f"error: cannot go on: {error}")
     except Stopped as stopped:
         print(stopped, file=sys.stderr, flush=True)
         from imp_jax import processes
@@ -73,7 +76,8 @@ def _run(interruption):
     workdir = cli.find_workdir(_WORKDIR.value, _CONFIG.value, flags.FLAGS["config"])
     execution.keep_programs()
     try:
-        imp.run(_CONFIG.value, workdir, interruption)
+        config_file = config_flags.get_config_filename(flags.FLAGS["config"])
+        imp.run(_CONFIG.value, workdir, interruption, config_file)
     except DivergedError:
         with contextlib.suppress(UserError):  # what is on disk is worth a look all the same
             if processes.is_first():

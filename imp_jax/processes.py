@@ -5,6 +5,7 @@ they ask each other goes over the devices, as the training does, so all have to 
 """
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -30,6 +31,7 @@ _HEARTBEAT = 30  # seconds without a word, after which a process counts as dead
 _WEEK = 7 * 24 * 3600  # seconds that the others wait, at the end, for the one that analyses the run
 _PATIENCE = 300  # seconds, for the others to begin
 PARTING = 10  # seconds, for the others to end too: if process 0 is gone they would die of that
+_DISK_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _LONGEST_SENTENCE = 4000  # bytes of an error that one process tells the others
 _GIVE = "give each --coordinator=HOST:PORT of process 0, --processes=NUMBER and --process=0, 1, …"
 
@@ -107,7 +109,7 @@ def ends_alone() -> Iterator[None]:
             pass
         elif isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        elif isinstance(error, OSError):
+        elif is_disk_failure(error):
             print(f"error: cannot go on: {error}", file=sys.stderr, flush=True)
         elif isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             print(
@@ -122,6 +124,11 @@ def ends_alone() -> Iterator[None]:
             sys.stderr.flush()
         leave(PARTING)
         os._exit(1)
+
+
+def is_disk_failure(error: Exception) -> bool:
+    """Whether an exception tells of a full, failing or read-only disk; other OSErrors may well be bugs."""
+    return isinstance(error, OSError) and error.errno in _DISK_FAILURES
 
 
 def tasks(environment: Mapping[str, str]) -> int:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,33 +14,39 @@ import jax
 import pandas as pd
 
 from imp_jax import analysis, devices, figures, processes, records
-from imp_jax.checkpoints import Checkpoints, DamagedError, Progress, Round
+from imp_jax.checkpoints import Checkpoints, DamagedError, Progress, Round, is_os_error
 from imp_jax.config import UserError, in_one_line
 from imp_jax.experiment import Experiment, on_one_device
 from imp_jax.members import Member, members_in
 from imp_jax.repulsion import Optima
 
 _LOOKS = 30  # at what the processes see of a workdir, 2 s apart: a file system on a network may be behind
+_RECORDING_TIMEOUT_S = 300.0  # for what is being written when a device fails, as when it is out of memory
 
 
 class Recorder(contextlib.AbstractContextManager):
     """Holds a workdir, takes in what a run comes to, and writes it in the order in which it came.
 
     Once something could not be written nothing else is: each call after it, and leaving, raise the UserError
-    that says so.
+    that says so, or the exception of a bug as it is. Figures, event files and the terminal are not needed to go
+    on: what of them cannot be written is missing, with one sentence on stderr.
 
     Of several processes that train together all call the same, and save checkpoints together; all else is
     written and said by the first.
     """
 
-    def __init__(self, experiment: Experiment, workdir: str | os.PathLike):
+    def __init__(self, experiment: Experiment, workdir: str | os.PathLike, config_file: str | None = None):
         """Open the workdir, and mend what a crash has left there.
+
+        Args:
+          config_file: see `records.keep_config_file`.
 
         Raises:
           UserError: see `records.open_workdir` and `Checkpoints.mend`.
         """
         self._experiment = experiment
-        self._failure: UserError | None = None
+        self._failure: BaseException | None = None
+        self._without: set[str] = set()  # what could not be written and is not needed, said once
         self._saving: Future | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._first, self.workdir = processes.is_first(), Path(workdir)
@@ -47,6 +54,8 @@ class Recorder(contextlib.AbstractContextManager):
             with processes.together(), _writing(workdir):
                 if self._first:
                     stack.enter_context(records.open_workdir(workdir, experiment.config))
+                    if config_file:
+                        records.keep_config_file(self.workdir, config_file)
                     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
                         for sentence in checkpoints.mend():
                             print(sentence, file=sys.stderr)
@@ -57,10 +66,36 @@ class Recorder(contextlib.AbstractContextManager):
                 rows = self.checkpoints.rows(self.finished[-1]) if self.finished else []
                 self.rows: list[records.Row] = list(rows)  # of results.csv
                 if self._first:
+                    self._refuse_or_tell_missing_rounds()
                     self._results = records.Results(self.workdir, rows)
                     if self.finished:
                         self._refresh_figure()  # a run that died may not have come to it
             self._stack = stack.pop_all()
+
+    def _refuse_or_tell_missing_rounds(self):
+        """Compare results.csv with the rounds on disk, before it is written anew from them."""
+        recorded = records.recorded_rounds(self.workdir)
+        missing = sorted(recorded - set(self.finished) - self.checkpoints.moved_rounds())
+        if missing and not self.finished:
+            raise UserError(
+                f"{self.workdir} has results.csv and no rounds in its folder checkpoints; put those back, or "
+                f"remove results.csv to train all rounds again, or give another --workdir"
+            )
+        last = max(self.finished, default=-1)
+        if self._experiment.config.keep_checkpoints == "ends":
+            missing = [number for number in missing if not 0 < number < last - 1]
+        if lost := [str(number) for number in missing if number < last]:
+            print(
+                f"{self.workdir} has no checkpoint of round {', '.join(lost)}, which is in results.csv; "
+                f"analyses leave it out",
+                file=sys.stderr,
+            )
+        if untrained := [str(number) for number in missing if number > last]:
+            print(
+                f"{self.workdir} has no checkpoint of round {', '.join(untrained)}, which is in results.csv; "
+                f"it is trained again",
+                file=sys.stderr,
+            )
 
     def _seen(self):
         folders = [self.workdir / name for name in ("checkpoints", "progress")]
@@ -92,7 +127,7 @@ class Recorder(contextlib.AbstractContextManager):
         with processes.together(), _writing(self.workdir):
             if self._first and damage:
                 aside = self.checkpoints.set_progress_aside()
-                print(f"{damage}; it is set aside as {aside}, and round {number} begins anew", file=sys.stderr)
+                print(f"{damage}; it is moved to {aside}, and round {number} begins anew", file=sys.stderr)
             elif self._first:
                 self.checkpoints.discard_progress()  # of a finished round, or one that followed a damaged one
         return None
@@ -121,12 +156,28 @@ class Recorder(contextlib.AbstractContextManager):
                 self._analyse(self.finished[-1], self._results.table())
 
     def __exit__(self, *raised):
-        if self._thread:
-            # to be saved with a process that has died there is nothing to wait for
-            self._thread.shutdown(wait=not isinstance(raised[1], jax.errors.JaxRuntimeError))
-            stopped = isinstance(raised[1], KeyboardInterrupt)  # the next process analyses what is left
-            self._analyses.shutdown(wait=not stopped, cancel_futures=stopped)
-        self._stack.__exit__(*raised)
+        device_failed = isinstance(raised[1], jax.errors.JaxRuntimeError)
+        stopped = isinstance(raised[1], KeyboardInterrupt)  # the next process analyses what is left
+        recorded = threading.Event()
+
+        def release():
+            if self._thread:
+                self._thread.shutdown()
+            recorded.set()
+            if self._thread:
+                self._analyses.shutdown(cancel_futures=stopped)
+            self._stack.close()
+
+        # the lock is released after the last write, even if nobody waits for it below
+        releasing = threading.Thread(target=release, daemon=True)
+        releasing.start()
+        if stopped:
+            recorded.wait()
+            releasing.join(1)  # an analysis may take longer
+        elif device_failed and _may_have_lost_a_process(raised[1]):
+            pass  # to save with a process that has died would never end
+        else:
+            releasing.join(_RECORDING_TIMEOUT_S if device_failed else None)
         if raised[1] is None or isinstance(raised[1], UserError):
             self._raise_failure()  # the graver news
 
@@ -148,7 +199,7 @@ class Recorder(contextlib.AbstractContextManager):
         if progress.step % steps == 0:
             scalars = {"epoch_loss": progress.seen.loss, "epoch_accuracy": progress.seen.accuracy}
             epoch = number * epochs + progress.step // steps
-            self._now(number, self._events.write, epoch, experiment.members, scalars)
+            self._write_events(epoch, experiment.members, scalars)
 
     def progress(self, number: int, progress: Progress, at_once: bool = False) -> None:
         """Save where round `number` stands; not if the one before is still being saved, unless `at_once`.
@@ -190,8 +241,7 @@ class Recorder(contextlib.AbstractContextManager):
         self._refresh_figure()
         names = [name for name in rows[0] if name not in ("replicate", "arm", "round")]
         scalars = {name: [row[name] for row in rows] for name in names}
-        self._events.write((number + 1) * config.epochs, here, scalars)
-        self._events.flush()
+        self._write_events((number + 1) * config.epochs, here, scalars)
         if ends:
             self._analyses.submit(self._now, number, self._analyse, number, self._results.table())
         if number + 1 == config.rounds:
@@ -213,8 +263,26 @@ class Recorder(contextlib.AbstractContextManager):
                 checkpoints.keep_ends(number)
 
     def _refresh_figure(self):
-        figure = figures.to_bytes(figures.accuracy(self._results.table()))
-        records.write_atomically(self.workdir / "figures" / "accuracy.png", figure)
+        with self._optional("figures/accuracy.png"):
+            figure = figures.to_bytes(figures.accuracy(self._results.table()))
+            records.write_atomically(self.workdir / "figures" / "accuracy.png", figure)
+
+    def _write_events(self, epoch, members, scalars):
+        if "event files" not in self._without:  # a record that is cut off hides those after it
+            with self._optional("event files"):
+                self._events.write(epoch, members, scalars)
+                self._events.flush()
+
+    @contextlib.contextmanager
+    def _optional(self, what):
+        """Go on without `what` if it cannot be written."""
+        try:
+            yield
+        except Exception as error:
+            if what not in self._without:
+                cause = in_one_line(error)
+                print(f"{self.workdir} is without {what}, which cannot be written: {cause}", file=sys.stderr)
+            self._without.add(what)
 
     def _divergence(self, line):
         path = self.workdir / "divergences.csv"
@@ -230,16 +298,25 @@ class Recorder(contextlib.AbstractContextManager):
         self._raise_failure()
         try:
             return task(*arguments)
-        except Exception as error:  # a full disk is an OSError to some writers, and not to others
-            self._failure = UserError(
-                f"cannot record round {number} in {self.workdir}: {in_one_line(error)}; the rounds before "
-                f"it are kept, and once that is mended the same command goes on"
-            )
-            raise self._failure from error
+        except (Exception, SystemExit) as error:  # SystemExit would end the main thread without a word
+            cause, kept = in_one_line(error), "the rounds before it are kept"
+            if is_os_error(error):
+                self._failure = UserError(
+                    f"cannot record round {number} in {self.workdir}: {cause}; {kept}, and once that is mended "
+                    f"the same command goes on"
+                )
+            else:
+                self._failure = error if isinstance(error, Exception) else RuntimeError(cause)
+                self._failure.add_note(f"while recording round {number} in {self.workdir}; {kept}")
+            raise self._failure from (error if self._failure is not error else error.__cause__)
 
     def _raise_failure(self):
         if self._failure:
             raise self._failure
+
+
+def _may_have_lost_a_process(error):
+    return jax.process_count() > 1 and "RESOURCE_EXHAUSTED" not in str(error)
 
 
 @contextlib.contextmanager

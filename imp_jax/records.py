@@ -6,7 +6,9 @@ import io
 import json
 import os
 import socket
+import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,10 @@ FIELDS = (
     "cosine",  # the mean of those with earlier optima, on the round's mask; empty where there is none
     "seconds",  # wall time of the round's training, of all members together, without compilation
 )
+KEYS = ("replicate", "arm", "round")  # of a row
 Row = dict[str, Any]
+_CONFIG_PATH, CONFIG_COPY = "config_file.txt", "config_file.py"  # in a workdir: of the file given by --config
+_LOCK_TIMEOUT_S = 1.0  # `experiments.run status` takes the lock for an instant, to see whether it is free
 
 
 @contextlib.contextmanager
@@ -46,17 +51,19 @@ def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Iterator[Path]:
     """Hold `path` as this config's workdir, made now or found to be so; the hold ends with the process.
 
     Raises:
-      UserError: it cannot be written, holds a run of another config (the sentence has the difference) or
-        results without a config, or another process holds it. Nothing that was there is changed then.
+      UserError: it cannot be written, or not be read back; it holds a run of another config (the sentence has
+        the difference) or results without a config, or another process holds it. Nothing that was there is
+        changed then.
     """
     workdir = Path(path)
+    refuse_unreadable_path(workdir)
     _refuse_other_run(workdir, config)
     try:
         for folder in ("figures", "checkpoints"):
             (workdir / folder).mkdir(parents=True, exist_ok=True)
         # the operating system's: it ends with the process, however that ends
-        lock = FileLock(workdir / ".lock")
-        lock.acquire(timeout=0)
+        lock = FileLock(workdir / ".lock", thread_local=False)  # another thread may release it
+        lock.acquire(timeout=_LOCK_TIMEOUT_S)
     except Timeout as error:
         raise UserError(
             f"{holder(workdir)} is writing to {workdir}; wait for it to end, or give another --workdir"
@@ -72,6 +79,49 @@ def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             (workdir / ".holder").unlink()
         lock.release()
+
+
+def keep_config_file(workdir: Path, config_file: str) -> None:
+    """Keep the absolute path of the config file, as it was given by --config, and a copy of its text.
+
+    `imp_jax.analysis` executes the file at that path, never the copy, which is for a reader.
+    """
+    path, colon, argument = config_file.partition(":")
+    _write(workdir / _CONFIG_PATH, f"{Path(path).absolute()}{colon}{argument}\n")
+    with contextlib.suppress(OSError):  # it may have been moved since it was executed
+        _write(workdir / CONFIG_COPY, Path(path).read_bytes())
+
+
+def kept_config_file(workdir: Path, existing: bool = False) -> str | None:
+    """What `keep_config_file` was given, absolute; None if nothing, or with `existing` if no file is there."""
+    try:
+        config_file = (workdir / _CONFIG_PATH).read_text().rstrip("\n")
+    except OSError:
+        return None
+    return config_file if not existing or Path(config_file.partition(":")[0]).is_file() else None
+
+
+def refuse_unreadable_path(workdir: str | os.PathLike) -> None:
+    """Refuse a workdir whose checkpoints could not be read back, as Orbax takes its path for another one.
+
+    Raises:
+      UserError: the absolute path has a sign of glob patterns, a backslash or gs:/, or is not UTF-8.
+    """
+    path = str(Path(workdir).absolute())
+    wrong = [part for part in ("*", "?", "[", "\\", "gs:/") if part in path]
+    if wrong or not _is_utf8(path):
+        what = wrong[0] if wrong else "bytes that are not UTF-8"
+        raise UserError(
+            f"the workdir is {path!r}, with {what} in it, which Orbax cannot read back; give a --workdir on "
+            f"this machine without any of * ? [ \\ in its path"
+        )
+
+
+def _is_utf8(path):
+    try:
+        return bool(path.encode())
+    except UnicodeEncodeError:  # other bytes, as Python's surrogates
+        return False
 
 
 def holder(workdir: Path) -> str:
@@ -123,30 +173,74 @@ class Results:
     def __init__(self, workdir: Path, rows: Iterable[Row]):
         """Start from `rows`, those of the rounds on disk, mending a file that was cut off short of them."""
         self._path = workdir / "results.csv"
-        self.rows = list(rows)
-        content = _to_csv(self.rows, header=True)
+        self.rows = _with_unknown_columns(rows, self._path)
+        self._columns = list(dict.fromkeys([*FIELDS, *(name for row in self.rows for name in row)]))
+        content = self._to_csv(self.rows, header=True)
         if not self._path.exists() or self._path.read_bytes() != content.encode():
             write_atomically(self._path, content)
 
     def append(self, rows: Sequence[Row]) -> None:
         self.rows += rows
         with open(self._path, "a", newline="") as file:
-            file.write(_to_csv(rows))
+            file.write(self._to_csv(rows))
             file.flush()
             os.fsync(file.fileno())
 
     def table(self) -> pd.DataFrame:
-        return pd.DataFrame(self.rows, columns=list(FIELDS))
+        return pd.DataFrame(self.rows, columns=self._columns)
+
+    def _to_csv(self, rows, header=False):
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns, lineterminator="\n")
+        if header:
+            writer.writeheader()
+        for row in rows:  # nine digits tell any two float32 apart
+            writer.writerow({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()})
+        return text.getvalue()
 
 
-def _to_csv(rows, header=False):
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
-    if header:
-        writer.writeheader()
-    for row in rows:  # nine digits tell any two float32 apart
-        writer.writerow({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()})
-    return text.getvalue()
+def recorded_rounds(workdir: Path) -> set[int]:
+    """The rounds in results.csv, as far as it can be read."""
+    try:
+        return set(pd.read_csv(workdir / "results.csv")["round"].dropna().astype(int))
+    except (FileNotFoundError, ValueError, KeyError):  # there is none, or it is torn
+        return set()
+
+
+def read_results(workdir: Path) -> pd.DataFrame:
+    """results.csv of a workdir, empty where there is none.
+
+    A column of `FIELDS` that it lacks, as a file of an earlier version does, is NaN, with a warning. Columns
+    that are not in `FIELDS` come last.
+    """
+    path = workdir / "results.csv"
+    if not path.exists():
+        return pd.DataFrame(columns=list(FIELDS))
+    return with_columns(pd.read_csv(path), FIELDS, path)
+
+
+def with_columns(table: pd.DataFrame, columns: Sequence[str], path: Path) -> pd.DataFrame:
+    """`table`, read from `path`, with `columns` first: those that it lacks as NaN, with a warning."""
+    if missing := [name for name in columns if name not in table]:
+        warnings.warn(f"{path} has no column {', '.join(missing)}; NaN stands there", stacklevel=4)
+    return table.reindex(columns=[*columns, *(name for name in table if name not in columns)])
+
+
+def _with_unknown_columns(rows, path):
+    """Copies of `rows` with the values of columns that only the file has, as one added by hand."""
+    rows = [dict(row) for row in rows]
+    try:
+        table = pd.read_csv(path).set_index(list(KEYS))
+    except (OSError, ValueError, KeyError):  # there is none, or it is torn
+        return rows
+    unknown = table[[name for name in table if name not in FIELDS]]
+    if not len(unknown.columns) or not unknown.index.is_unique:
+        return rows
+    for row in rows:
+        key = tuple(row.get(name) for name in KEYS)
+        if key in unknown.index:
+            row.update({k: None if pd.isna(v) else v for k, v in unknown.loc[key].items()})
+    return rows
 
 
 class Events:
@@ -189,12 +283,27 @@ class Events:
         return self._writers[member]
 
 
+def make_console() -> Console:
+    """Make a console for stdout: with colours and bars on a terminal, plain lines elsewhere.
+
+    FORCE_COLOR does not count, and a notebook is no terminal: rich would show each line twice there.
+    """
+    try:
+        terminal = sys.stdout.isatty()
+    except (AttributeError, ValueError):  # no stdout, or a closed one
+        terminal = False
+    return Console(soft_wrap=True, force_terminal=terminal, force_jupyter=False)
+
+
 class Display:
-    """Progress: live on a terminal, one line a round elsewhere. Use as a context manager."""
+    """Progress: a line for each round, and on a terminal a bar below them. Use as a context manager.
+
+    What it cannot print it drops: the results are on disk.
+    """
 
     def __init__(self, rounds: int, steps: int, first_step: int):
         """`steps` a round; the run goes on from `first_step`, counted from its beginning."""
-        self._console = Console(soft_wrap=True)
+        self._console = make_console()
         self._rounds, self._steps, self._first_step = rounds, steps, first_step
         self._accuracies = ""
         self._compile_seconds: dict[int, float] = {}  # by round
@@ -205,11 +314,12 @@ class Display:
             TextColumn("{task.fields[left]} left"),
             TextColumn("{task.fields[accuracies]}"),
             console=self._console,
-            disable=not self._console.is_terminal,
+            disable=not self._console.is_interactive,
         )
 
     def __enter__(self):
-        self._progress.start()
+        with _suppress_print_errors():
+            self._progress.start()
         self._task = self._progress.add_task(
             "compiling",
             total=self._rounds * self._steps,
@@ -222,7 +332,8 @@ class Display:
         return self
 
     def __exit__(self, *_):
-        self._progress.stop()
+        with _suppress_print_errors():
+            self._progress.stop()
 
     def chunk(self, number: int, step: int, images: int, seconds: float, compile_seconds: float = 0.0) -> None:
         """Round `number` has come to `step`, the last `images` images, of all members, in `seconds`.
@@ -231,35 +342,90 @@ class Display:
         """
         self._compile_seconds[number] = self._compile_seconds.get(number, 0.0) + compile_seconds
         self._start += compile_seconds  # or the time left would contain it again and again
-        self._progress.update(
-            self._task,
-            completed=number * self._steps + step,
-            description=f"round {number}/{self._rounds - 1} {step / self._steps:4.0%}",
-            speed=images / seconds,
-            left=self._left(number * self._steps + step),
-            accuracies=self._accuracies,
-        )
+        with _suppress_print_errors():
+            self._progress.update(
+                self._task,
+                completed=number * self._steps + step,
+                description=f"round {number}/{self._rounds - 1} {step / self._steps:4.0%}",
+                speed=images / seconds,
+                left=self._left(number * self._steps + step),
+                accuracies=self._accuracies,
+            )
 
     def round(self, number: int, rows: Sequence[Row], images: int) -> None:
         """Round `number`, which trained on `images` images of all members, is on disk with `rows`."""
         means = pd.DataFrame(rows).query("arm != 'twin'").groupby("arm", sort=False)["test_accuracy"].mean()
         self._accuracies = " ".join(f"{arm} {mean:.2%}" for arm, mean in means.items())
-        self._progress.update(self._task, accuracies=self._accuracies)
-        if self._progress.disable:
-            compiled = self._compile_seconds.pop(number, 0.0)
-            self._console.print(
-                f"round {number}/{self._rounds - 1}  density {rows[0]['density']:.2%}  "
-                f"test accuracy {self._accuracies}  {images / rows[0]['seconds']:,.0f} images/s  "
-                f"{rows[0]['seconds']:.1f} s  {self._left((number + 1) * self._steps)} left"
-                + f"  compiled in {compiled:.1f} s"
-                * (compiled >= 0.1),
-                highlight=False,
-            )
+        compiled = self._compile_seconds.pop(number, 0.0)
+        line = (
+            f"round {number}/{self._rounds - 1}  density {rows[0]['density']:.2%}  "
+            f"test accuracy {self._accuracies}  {images / rows[0]['seconds']:,.0f} images/s  "
+            f"{rows[0]['seconds']:.1f} s  {self._left((number + 1) * self._steps)} left"
+        )
+        if compiled >= 0.1:
+            line += f"  compiled in {compiled:.1f} s"
+        with _suppress_print_errors():
+            self._progress.update(self._task, accuracies=self._accuracies)
+            self._console.print(line, highlight=False)
+            sys.stdout.flush()
 
     def _left(self, step):
         rate = (time.perf_counter() - self._start) / max(step - self._first_step, 1)
         minutes, seconds = divmod(round(rate * (self._rounds * self._steps - step)), 60)
         return f"{minutes}:{seconds:02}"
+
+
+def _suppress_print_errors():
+    return contextlib.suppress(OSError, SystemExit)  # rich raises SystemExit where a pipe is closed
+
+
+@contextlib.contextmanager
+def ignore_print_errors() -> Iterator[None]:
+    """Drop what is printed once stdout or stderr is closed or full, as after `| head -1`.
+
+    The results are on disk. A full stdout is mentioned on stderr; a closed pipe is not: its reader has ended.
+    """
+    with contextlib.ExitStack() as stack:
+        for name, redirect in (("stdout", contextlib.redirect_stdout), ("stderr", contextlib.redirect_stderr)):
+            if (stream := getattr(sys, name)) is not None:
+                lossy = _LossyStream(stream, name)
+                stack.enter_context(redirect(lossy))
+                stack.callback(lossy.flush)
+        yield
+
+
+class _LossyStream:
+    """A text stream that drops what the stream below it cannot write."""
+
+    def __init__(self, stream, name):
+        self._stream, self._name, self._failed = stream, name, False
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._drop(error)
+            return len(text)
+
+    def writelines(self, lines):
+        for line in lines:
+            self.write(line)
+
+    def flush(self):
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._drop(error)
+
+    def _drop(self, error):
+        if self._name == "stdout" and not isinstance(error, BrokenPipeError) and not self._failed:
+            print(f"stdout cannot be written: {error}; the run goes on without it", file=sys.stderr)
+        self._failed = True
+        with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:  # for what is buffered, too
+            os.dup2(nowhere.fileno(), self._stream.fileno())
 
 
 def print_summary(results: pd.DataFrame) -> None:
@@ -275,4 +441,4 @@ def print_summary(results: pd.DataFrame) -> None:
             spread = f" ({accuracy.min():.2f} to {accuracy.max():.2f})" if len(accuracy) > 1 else ""
             cells.append(f"{accuracy.mean():.2f}{spread}")
         table.add_row(str(number), f"{density:.2%}", *cells)
-    Console(soft_wrap=True).print(table)
+    make_console().print(table)

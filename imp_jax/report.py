@@ -67,8 +67,9 @@ def _results(run) -> pd.DataFrame:
             )
             row[f"{arm}: threshold"] = f"{of_arm['threshold'].mean():.4f}"
             of_weights = run.weights[(run.weights["round"] == number) & (run.weights["arm"] == arm)]
-            row[f"{arm}: bimodality"] = f"{of_weights['bimodality'].mean():.3f}"
-            row[f"{arm}: near zero"] = f"{of_weights['near_zero'].mean():.2%}"
+            if len(of_weights):  # of a damaged or missing round nothing is known
+                row[f"{arm}: bimodality"] = f"{of_weights['bimodality'].mean():.3f}"
+                row[f"{arm}: near zero"] = f"{of_weights['near_zero'].mean():.2%}"
         layers = run.layers[run.layers["round"] == number]
         if layers["units"].sum():  # not of a damaged round, nor where a model's paths are not known
             row["dead units"] = f"{layers['dead_units'].sum() / layers['units'].sum():.1%}"

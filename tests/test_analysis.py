@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from imp_jax import analysis, connectivity, figures, imp, masking, report, similarity, training
+from imp_jax import analysis, connectivity, figures, imp, masking, models, records, report, similarity, training
 from imp_jax import config as configs
 from imp_jax.checkpoints import Checkpoints
 from imp_jax.config import UserError
@@ -195,7 +195,7 @@ def test_tables_cut_within_a_round_are_completed_and_unreadable_ones_kept(copy, 
     capsys.readouterr()
     (folder / "weights.csv").write_bytes(b"\xff" + before["weights.csv"].encode()[1:-1])
     analysis.run(copy)
-    assert f"{folder / 'weights.csv'} cannot be read; it is set aside as" in capsys.readouterr().err
+    assert f"{folder / 'weights.csv'} cannot be read; it is moved to" in capsys.readouterr().err
     assert (copy / "set-aside" / "analysis-weights.csv").exists()
     pd.testing.assert_frame_equal(
         pd.read_csv(folder / "weights.csv"),
@@ -237,6 +237,98 @@ def test_a_damaged_round_is_left_out_of_the_analyses(copy, capsys):
     assert set(run.weights["round"]) == {0, *range(2, ROUNDS)}
     assert set(run.paths.query("kind == 'successive'")["round"]) == set(range(3, ROUNDS))
     assert 1 not in set(run.distances["round_a"])
+
+
+def test_columns_of_other_versions(copy, capsys):
+    """One that a table lacks is NaN when loaded, and computed where it can be; one that only it has stays."""
+    files = {name: copy / "analysis" / f"{name}.csv" for name in analysis.TABLES}
+    before = {name: pd.read_csv(file) for name, file in files.items()}
+    before["weights"].drop(columns="near_zero").assign(note="mine").to_csv(files["weights"], index=False)
+    before["barriers"].assign(note=range(len(before["barriers"]))).to_csv(files["barriers"], index=False)
+    before["layers"].drop(columns="layer").to_csv(files["layers"], index=False)  # what a row is of
+    with pytest.warns(match="layers.csv cannot be read; imp_jax.analysis.run"):  # noqa: SIM117
+        with pytest.warns(match=r"weights\.csv has no column near_zero; NaN stands there"):
+            loaded = analysis.load(copy)
+    assert loaded.weights["near_zero"].isna().all()
+    pd.testing.assert_series_equal(loaded.weights["bimodality"], before["weights"]["bimodality"])
+    assert (loaded.weights["note"] == "mine").all()
+
+    shutil.move(copy / "checkpoints" / "0", copy / "0")
+    config = loaded.config
+    with contextlib.closing(Checkpoints(copy)) as checkpoints:
+        analysis.compute(checkpoints, config, lambda: imp.setup(config), copy, records.read_results(copy))
+    loaded = analysis.load(copy)  # without a warning, which would be an error
+    gone = loaded.weights["round"] == 0
+    assert loaded.weights["near_zero"].isna().equals(gone)
+    pd.testing.assert_frame_equal(
+        loaded.weights[~gone].drop(columns="note"), before["weights"][~gone], rtol=1e-5
+    )
+    assert (loaded.weights["note"][gone] == "mine").all()
+    assert loaded.barriers["note"].tolist() == list(range(len(before["barriers"])))
+    pd.testing.assert_frame_equal(
+        loaded.layers, before["layers"][before["layers"]["round"] > 0].reset_index(drop=True)
+    )
+    moved = f"it is moved to {copy / 'set-aside' / 'analysis-layers.csv'}"
+    assert f"{files['layers']} cannot be read; {moved}, and computed again\n" == capsys.readouterr().err
+
+
+def test_the_config_file_of_the_run_is_executed(copy, tmp_path, monkeypatch):
+    """For what it registers; the workdir has its path, and a copy that is never executed by itself."""
+    monkeypatch.setattr("imp_jax.models.MODELS", dict(models.MODELS))
+    monkeypatch.setattr(analysis, "draw", lambda run: {})
+    stored = json.loads((copy / "config.json").read_text())
+    stored["model"]["name"] = "mine"
+    (copy / "config.json").write_text(json.dumps(stored))
+    (copy / "analysis" / "layers.csv").unlink()
+    own = tmp_path / "own.py"
+    own.write_text(
+        "from imp_jax import config, models\n\n"
+        "def get_config(name):\n"
+        "    models.MODELS[name] = models.MODELS['lenet']\n"
+        "    return config.default()\n"
+    )
+    records.keep_config_file(copy, f"{own}:mine")
+    assert (copy / "config_file.py").read_text() == own.read_text()
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["analysis", f"--workdir={copy}", *arguments])
+        analysis.main()
+
+    moved = own.rename(tmp_path / "moved.py")
+    with pytest.raises(SystemExit) as exit:
+        command()
+    said = str(exit.value)
+    assert said.startswith("error: model.name is 'mine'; it should be one of lenet,")
+    assert f"if {own}:mine, the config file of the run, registers it" in said
+    assert f"--config=PATH executes it, or the copy {copy / 'config_file.py'}" in said
+    with pytest.raises(SystemExit, match=r"cannot execute the config file .*/moved.py: .*get_config"):
+        command(f"--config={moved}")
+    command(f"--config={moved}:mine")
+    layers = (copy / "analysis" / "layers.csv").read_bytes()
+    del models.MODELS["mine"]
+    (copy / "analysis" / "layers.csv").unlink()
+    moved.rename(own)
+    command()
+    assert (copy / "analysis" / "layers.csv").read_bytes() == layers
+
+
+def test_a_figure_that_cannot_be_drawn_is_missing(copy, monkeypatch, capsys):
+    def fail_once(figure, *arguments):
+        if not failed:
+            failed.append(figure)
+            raise RuntimeError("Failed to process string with tex because latex could not be found")
+        return b"picture"
+
+    failed = []
+    monkeypatch.setattr(figures, "to_bytes", fail_once)
+    pngs = analysis.draw(analysis.load(copy))
+    assert "accuracy" not in pngs
+    assert len(pngs) == 7
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"{copy / 'figures' / 'accuracy.png'} is missing, as it cannot be drawn: RuntimeError"
+    )
+    assert said.count("\n") == 1
 
 
 def test_a_single_missing_round_of_paths(copy):

@@ -1,6 +1,10 @@
+import contextlib
+import errno
 import json
+import os
 import random
 import shutil
+import string
 
 import jax
 import jax.numpy as jnp
@@ -147,12 +151,27 @@ def delete(path, draw):
     path.unlink()
 
 
+def truncate_or_delete(path, draw):
+    draw.choice([truncate, delete])(path, draw)
+
+
+def remove_manifests(workdir):
+    """As in a workdir of an earlier version."""
+    for path in workdir.glob("*/*/files.json"):
+        path.unlink()
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's closed event loops
-@pytest.mark.parametrize("damage", [truncate, flip, delete])
-def test_whatever_happens_to_a_file_no_other_bits_are_read(checkpoints, tmp_path, reopened, damage):
+@pytest.mark.parametrize(
+    ("damage", "manifest"),
+    [(truncate, True), (flip, True), (delete, True), (truncate_or_delete, False)],
+)
+def test_whatever_happens_to_a_file_no_other_bits_are_read(checkpoints, tmp_path, reopened, damage, manifest):
     """Each file of a checkpoint in turn: it is either said to be damaged, or read as it was written."""
     for number in range(2):
         checkpoints.save(number, networks(number), ROWS)
+    if not manifest:
+        remove_manifests(tmp_path)
     folder, whole = tmp_path / "checkpoints" / "1", tmp_path / "whole"
     shutil.copytree(folder, whole)
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.stat().st_size)
@@ -166,7 +185,7 @@ def test_whatever_happens_to_a_file_no_other_bits_are_read(checkpoints, tmp_path
             found += 1
             assert said[0].startswith(f"the checkpoint {folder} is damaged: ")
             place = tmp_path / "set-aside" / ("checkpoints-1" if found == 1 else f"checkpoints-1-{found}")
-            assert said[0].endswith(f"it is set aside as {place}")
+            assert said[0].endswith(f"it is moved to {place}")
             assert again.rounds() == [0]
         else:
             assert_same(again.restore(1), networks(1))
@@ -176,6 +195,79 @@ def test_whatever_happens_to_a_file_no_other_bits_are_read(checkpoints, tmp_path
         shutil.copytree(whole, folder)
     assert found >= 4  # arrays, rows, version; Orbax keeps notes that nothing depends on
     assert len(list((tmp_path / "set-aside").iterdir())) == found
+
+
+IO_ERROR = "NOT_FOUND: Error reading local file [source locations='…'] [os_error_code='5']"  # of TensorStore
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "words"),
+    [
+        (
+            OSError(errno.EIO, os.strerror(errno.EIO)),
+            UserError,
+            "cannot read the checkpoint .*Input/output error",
+        ),
+        (
+            ValueError(IO_ERROR),
+            UserError,
+            r"the checkpoint .*/\d+: Input/output error; nothing is changed",
+        ),
+        (PermissionError(errno.EACCES, "denied"), UserError, "cannot read the checkpoint .*denied"),
+        (TypeError("PyTreeRestore() got an unexpected argument"), TypeError, "unexpected argument"),
+        (KeyError("a new field"), KeyError, "a new field"),
+        (MemoryError(), MemoryError, None),
+    ],
+)
+@pytest.mark.parametrize("manifest", [True, False])
+def test_what_is_no_damage_is_raised_and_moves_nothing(
+    checkpoints, tmp_path, reopened, monkeypatch, error, raised, words, manifest
+):
+    for number in range(2):
+        checkpoints.save(number, networks(number), ROWS)
+    checkpoints.save_progress(2, progress(3), STEPS)
+    if not manifest:
+        remove_manifests(tmp_path)
+
+    def fail(*_, **__):
+        raise error
+
+    again = reopened()
+    with monkeypatch.context() as patch:
+        patch.setattr("orbax.checkpoint.CheckpointManager.restore", fail)
+        for read in (again.mend, lambda: again.restore(1), lambda: again.progress(2, progress(0), STEPS)):
+            with pytest.raises(raised, match=words) as caught:
+                read()
+            assert not isinstance(caught.value, DamagedError)
+    assert not (tmp_path / "set-aside").exists()
+    assert again.mend() == []
+    assert_same(again.restore(1), networks(1))
+
+
+def test_a_round_that_is_not_there_is_said(checkpoints, tmp_path):
+    checkpoints.save(0, networks(), ROWS)
+    with pytest.raises(
+        DamagedError, match=f"the checkpoint {tmp_path}/checkpoints/3 is damaged: it is missing"
+    ):
+        checkpoints.restore(3)
+
+
+def test_paths_that_orbax_takes_for_others_are_refused(tmp_path):
+    """All other signs work."""
+    for name in ("try[1]", "a*", "b?", "back\\slash", "bytes\udcff", "gs:"):
+        with pytest.raises(UserError, match=r"which Orbax cannot read back; give a --workdir on this") as error:
+            Checkpoints(tmp_path / name / "run")
+        str(error.value).encode()
+    assert not any(tmp_path.iterdir())
+    rest = "".join(sign for sign in string.punctuation if sign not in "*?[\\/")
+    workdir = tmp_path / f"{rest} é\n%20s3:"
+    (workdir / "checkpoints").mkdir(parents=True)
+    for read in (False, True):
+        with contextlib.closing(Checkpoints(workdir)) as opened:
+            if read:
+                assert_same(opened.restore(0), networks())
+            else:
+                opened.save(0, networks(), ROWS)
 
 
 @pytest.mark.parametrize("word", ["networks", "rows", "format", "sha256"])
@@ -211,7 +303,7 @@ def test_several_damaged_rounds_are_set_aside_but_not_all(checkpoints, tmp_path,
     again.save(1, networks(1), ROWS)  # the run goes on
     for number in (0, 1):
         shutil.rmtree(tmp_path / "checkpoints" / str(number) / "rows")
-    with pytest.raises(UserError, match=r"none of the 2 rounds can be read; the checkpoint .*/1 is damaged"):
+    with pytest.raises(UserError, match=r"all 2 rounds are damaged; the checkpoint .*/1 is damaged"):
         reopened().mend()
     assert reopened().rounds() == [0, 1]
 

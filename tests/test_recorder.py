@@ -1,12 +1,24 @@
 """What is written while a run trains, and in which order."""
 
+import contextlib
+import errno
+import shutil
+import threading
+import time
+import traceback
+
+import jax
+import numpy as np
 import pandas as pd
 import pytest
+from filelock import FileLock
 
-from imp_jax import experiment, imp
+from imp_jax import analysis, experiment, figures, imp, masking, recorder, records
+from imp_jax.checkpoints import Checkpoints, Round
 from imp_jax.config import UserError
 from imp_jax.members import Member
 from imp_jax.recorder import Recorder
+from tests import workdirs
 from tests.conftest import quick_config
 
 
@@ -69,3 +81,158 @@ def test_a_divergence_is_recorded_once(data_dir, tmp_path):
     assert (
         tmp_path / "divergences.csv"
     ).read_text() == "replicate,arm,round,step,what\n2,reinit,0,7,it broke\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "words"),
+    [
+        (TypeError("a bug"), TypeError, "a bug"),
+        (SystemExit(1), RuntimeError, "SystemExit: 1"),
+        (
+            OSError(errno.ENOSPC, "full"),
+            UserError,
+            "cannot record round 1 in .*full; the rounds before it are kept",
+        ),
+        (
+            ValueError("UNKNOWN: Error [os_error_code='28']"),
+            UserError,
+            "cannot record round 1 .*: No space left",
+        ),
+    ],
+)
+def test_only_errors_of_the_file_system_are_the_users(tiny_experiment, tmp_path, error, raised, words):
+    """Whatever else the recording thread raises is a bug: it keeps its traceback, and tells of the round."""
+
+    def fail():
+        try:
+            raise OSError("handled, and no cause")
+        except OSError:
+            raise error from None
+
+    def record():
+        with Recorder(tiny_experiment(), tmp_path) as opened:
+            opened.begin(1, 0)
+            opened._later(1, fail)
+            opened._thread.shutdown()
+            opened.chunk(opened._experiment, 1, None, 8, 0.1)
+
+    with pytest.raises(raised, match=words) as caught:
+        record()
+    at_fault = caught.value if caught.value is error else caught.value.__cause__
+    assert traceback.extract_tb(at_fault.__traceback__)[-1].name == "fail"
+    if raised is not UserError:
+        assert caught.value.__notes__ == [
+            f"while recording round 1 in {tmp_path}; the rounds before it are kept"
+        ]
+
+
+def test_figures_and_event_files_are_not_needed_to_go_on(tiny_experiment, tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise RuntimeError("latex could not be found\n" + 50 * "Traceback ")
+
+    monkeypatch.setattr(figures, "to_bytes", fail)
+    (tmp_path / "events").touch()  # a file where the folder should be
+    trained = tiny_experiment()
+    tickets = imp.initialize(trained)
+    networks = Round(tickets, tickets, masking.ones_like(tickets["params"]))
+    row = dict.fromkeys(records.FIELDS, 0.5)
+    with Recorder(trained, tmp_path) as opened:
+        opened.begin(0, 0)
+        for number in range(2):
+            rows = [row | member._asdict() | {"round": number} for member in trained.members]
+            opened.round(number, networks, rows, None).result()
+    assert pd.read_csv(tmp_path / "results.csv")["round"].tolist() == [0] * 4 + [1] * 4
+    events, figure = sorted(capsys.readouterr().err.splitlines())
+    assert events.startswith(f"{tmp_path} is without event files, which cannot be written: NotADirectoryError")
+    assert f"{tmp_path} is without figures/accuracy.png, which cannot be written: RuntimeError: la" in figure
+
+
+@pytest.mark.parametrize("timeout", [300.0, 0.05])
+def test_the_workdir_is_held_while_anything_is_written(tiny_experiment, tmp_path, monkeypatch, timeout):
+    """Also where the main thread has failed on a device, and no longer waits."""
+    monkeypatch.setattr(recorder, "_RECORDING_TIMEOUT_S", timeout)
+    end, held = threading.Event(), []
+
+    def write():
+        end.wait(0.3 if timeout > 1 else 60)
+        held.append((tmp_path / ".holder").exists() and not is_free(tmp_path))
+
+    def fail_on_a_device():
+        with Recorder(tiny_experiment(), tmp_path) as opened:
+            opened.begin(0, 0)
+            opened._later(0, write)
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        fail_on_a_device()
+    if timeout < 1:
+        assert not held
+        assert not is_free(tmp_path)
+        end.set()
+        for _ in range(500):
+            if is_free(tmp_path):
+                break
+            time.sleep(0.01)
+    assert held == [True]
+    assert is_free(tmp_path)
+
+
+def is_free(workdir):
+    try:
+        with FileLock(workdir / ".lock", thread_local=False).acquire(timeout=0):
+            return True
+    except TimeoutError:
+        return False
+
+
+def compute(workdir, config):
+    """The tables, without figures and report."""
+    results = pd.read_csv(workdir / "results.csv")
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+        analysis.compute(checkpoints, config, lambda: imp.setup(config), workdir, results)
+
+
+@pytest.mark.parametrize("commit", workdirs.EARLIER)
+def test_a_workdir_of_an_earlier_version_is_usable(data_dir, tmp_path, capsys, commit):
+    """It is loaded, analysed and gone on with; and what was deleted of it by hand is said."""
+    workdir = workdirs.unpack(commit, tmp_path / "run")
+    before = analysis.load(workdir)
+    config = before.config
+    config.dataset.data_dir = data_dir
+    assert before.round(1).mask["Dense_0"]["kernel"].shape[0] == len(before.members(1)) == 3
+    for name in ("histograms", "weights", "layers"):
+        (workdir / "analysis" / f"{name}.csv").unlink()
+    compute(workdir, config)
+    after = analysis.load(workdir)
+    pd.testing.assert_frame_equal(after.histograms, before.histograms, rtol=1e-5)
+    pd.testing.assert_series_equal(after.layers["survivors"], before.layers["survivors"])
+    assert capsys.readouterr().err == ""
+
+    first = (workdir / "checkpoints" / "0").rename(tmp_path / "0")
+    imp.run(config, workdir)
+    said = capsys.readouterr()
+    lost = f"{workdir} has no checkpoint of round 0, which is in results.csv; analyses leave it out\n"
+    assert said.err == lost
+    assert "is finished: all 2 rounds are trained, nothing to do" in said.out
+    after.weights.query("round == 1").to_csv(workdir / "analysis" / "weights.csv", index=False)
+    compute(workdir, config)
+    assert capsys.readouterr().err == f"{workdir} has no checkpoint of round 0; the analyses leave it out\n"
+    assert set(analysis.load(workdir).weights["round"]) == {1}
+    first.rename(workdir / "checkpoints" / "0")
+
+    shutil.rmtree(workdir / "checkpoints" / "1")
+    imp.run(config, workdir)
+    again = f"{workdir} has no checkpoint of round 1, which is in results.csv; it is trained again\n"
+    assert capsys.readouterr().err == again
+    after = analysis.load(workdir)
+    columns = ["replicate", "arm", "round", "density"]
+    pd.testing.assert_frame_equal(after.results[columns], before.results[columns])
+    np.testing.assert_allclose(after.results["test_loss"], before.results["test_loss"], rtol=0.02)
+
+    results = (workdir / "results.csv").read_bytes()
+    for number in (0, 1):
+        shutil.rmtree(workdir / "checkpoints" / str(number))
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"has results\.csv and no rounds in its folder checkpoints; put"):
+            imp.run(config, workdir)
+    assert (workdir / "results.csv").read_bytes() == results

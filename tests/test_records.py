@@ -1,13 +1,18 @@
+import contextlib
 import json
 import os
+import pty
+import re
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import threading
 
 import pandas as pd
 import pytest
+from filelock import FileLock
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from imp_jax import config as configs
@@ -136,6 +141,134 @@ def test_the_lock_of_a_dead_process_does_not_block(tmp_path):
     assert (tmp_path / ".holder").exists()
     open_and_leave(tmp_path, configs.default())
     assert not (tmp_path / ".holder").exists()
+
+
+def test_a_lock_that_is_tried_for_an_instant_does_not_stop_a_run(tmp_path):
+    """As `experiments.run status` does, of a run that starts just then."""
+    lock = FileLock(tmp_path / ".lock", thread_local=False)
+    lock.acquire()
+    release = threading.Timer(0.3, lock.release)
+    release.start()
+    open_and_leave(tmp_path, configs.default())
+    release.join()
+
+
+def test_a_workdir_that_could_not_be_read_back_is_refused_at_once(tmp_path):
+    with pytest.raises(UserError, match=r"with \[ in it, which Orbax cannot read back"):
+        open_and_leave(tmp_path / "try[1]", configs.default())
+    assert not any(tmp_path.iterdir())
+
+
+def test_columns_of_other_versions_are_kept(tmp_path):
+    """One that results.csv lacks is NaN, with a warning; one that only it has stays when written again."""
+    records.Results(
+        tmp_path, [{**row, "note": "mine"} for row in rows(0)]
+    )  # as of a later version's checkpoint
+    path = tmp_path / "results.csv"
+    table = pd.read_csv(path)
+    assert table["note"].tolist() == ["mine", "mine"]
+    assert table.drop(columns="cosine").to_csv(path, index=False) is None
+    with pytest.warns(UserWarning, match=r"results\.csv has no column cosine; NaN stands there"):
+        found = records.read_results(tmp_path)
+    assert found["cosine"].isna().all()
+    assert found.columns.tolist() == [*records.FIELDS, "note"]
+    results = records.Results(tmp_path, rows(0))  # of an earlier version
+    results.append(rows(1))
+    table = records.read_results(tmp_path)
+    assert table["note"].tolist()[:2] == ["mine", "mine"]
+    assert table["note"].isna().tolist() == [False, False, True, True]
+    assert table["round"].tolist() == [0, 0, 1, 1]
+    assert records.recorded_rounds(tmp_path) == {0, 1}
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """A function that runs another with a terminal as stdout, and returns what that is sent."""
+
+    def run(function):
+        ours, theirs = pty.openpty()
+        sent = []
+
+        def read():
+            with contextlib.suppress(OSError):  # the end, on Linux
+                while content := os.read(ours, 4096):
+                    sent.append(content)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        with open(theirs, "w") as stdout, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stdout)
+            patch.setenv("TERM", "xterm")
+            patch.setenv("COLUMNS", "200")
+            function()
+        reader.join()
+        os.close(ours)
+        return b"".join(sent).decode()
+
+    return run
+
+
+def show_two_rounds():
+    with records.Display(rounds=2, steps=10, first_step=0) as display:
+        for number in range(2):
+            display.chunk(number, 10, images=1000, seconds=0.5)
+            display.round(number, rows(number), images=3000)
+
+
+def test_lines_of_rounds_stay_above_the_bar_of_a_terminal(terminal):
+    sent = terminal(show_two_rounds)
+    assert "━" in sent  # the bar
+    screen = []
+    for line in re.sub(r"\x1b\[\?25[lh]", "", sent).split("\n"):
+        for part in re.split(r"(\x1b\[1A)", line):
+            if part == "\x1b[1A":  # up, to be cleared and written again
+                screen.pop()
+            elif "\x1b[2K" in part:
+                screen.append(part.rpartition("\x1b[2K")[2])
+            else:
+                screen.append(part)
+    screen = [re.sub(r"\x1b\[[\d;]*m|\r", "", line) for line in screen]
+    shown = [line.split("  ")[0] for line in screen if "test accuracy" in line]
+    assert shown == ["round 0/1", "round 1/1"]
+
+
+@pytest.mark.parametrize("how", ["pipe", "FORCE_COLOR", "notebook"])
+def test_lines_are_plain_and_come_once_elsewhere(capsys, monkeypatch, how):
+    if how == "FORCE_COLOR":
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    if how == "notebook":
+        monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    show_two_rounds()
+    records.print_summary(pd.DataFrame(rows(0)))
+    out = capsys.readouterr().out
+    assert [line[:9] for line in out.splitlines()[:3]] == ["round 0/1", "round 1/1", "Test accu"]
+    assert "\x1b" not in out
+
+
+@pytest.mark.parametrize("how", ["closed", "full", "closed, without help"])
+def test_what_cannot_be_printed_is_dropped(capsys, monkeypatch, how):
+    """As after `| head -1`, also where rich prints; nothing is left to be printed at the end of the process."""
+    if how == "full":
+        stdout = open("/dev/full", "w")  # noqa: SIM115
+    else:
+        reader, writer = os.pipe()
+        os.close(reader)
+        stdout = open(writer, "w")  # noqa: SIM115
+    with stdout, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        if "without help" in how:
+            show_two_rounds()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
+        else:
+            with records.ignore_print_errors():
+                for _ in range(2):
+                    print("a line", flush=True)
+                    show_two_rounds()
+                    records.print_summary(pd.DataFrame(rows(0)))
+            print("the last")
+    said = capsys.readouterr().err
+    full = "stdout cannot be written: [Errno 28] No space left on device; the run goes on without it\n"
+    assert said == (full if how == "full" else "")
 
 
 def test_one_plain_line_a_round_without_a_terminal(capsys):
