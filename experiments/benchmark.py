@@ -292,7 +292,6 @@ def benchmark_analysis(rounds: int, repeats: int) -> None:
 
 def benchmark_repulsion(rounds: int, repeats: int, epochs: int | None) -> None:
     """Time whole runs without and with repulsion in turn, and print the store of each round."""
-    import jax
 
     from imp_jax import checkpoints, imp, masking, models, repulsion
 
@@ -318,7 +317,7 @@ def benchmark_repulsion(rounds: int, repeats: int, epochs: int | None) -> None:
                         after = of_run.restore(number)
                         optima, before = imp.remember(experiment, optima, before, after.mask), after
                         stores.append(optima.shape)
-                sizes = [leaf[0].size for leaf in jax.tree.leaves(before.mask)]
+                sizes = [leaf[0].size for leaf in masking.prunable_leaves(before.mask)]
     (cold_plain, *plain), (cold_repelled, *repelled) = plain, repelled
     print_table(
         f"configs/mnist5k.py, {len(experiment.members)} members, {rounds} rounds",
@@ -334,11 +333,10 @@ def benchmark_repulsion(rounds: int, repeats: int, epochs: int | None) -> None:
 
     config = importlib.import_module("configs.resnet50").get_config()
     params = models.shapes(models.create(config, 1000, (224, 224, 3)), (224, 224, 3))["params"]
-    sizes = [leaf.size for leaf in jax.tree.leaves(params)]
-    prunable = jax.tree.leaves(masking.prunable(params))
+    sizes = [leaf.size for leaf in masking.prunable_leaves(params)]
     stores, shape = [], None
     for number in range(1, rounds):
-        needed = [round(0.8**number * n) if p else n for n, p in zip(sizes, prunable, strict=True)]
+        needed = [round(0.8**number * n) for n in sizes]
         shape = repulsion.store_shape(shape, number, rounds - 1, needed, sum(sizes))
         stores.append(shape)
     print_stores(f"ResNet-50, P = {sum(sizes):,}: computed, layers pruned alike, MB", sum(sizes), stores)

@@ -18,7 +18,7 @@ from imp_jax import masking
 from imp_jax.masking import Mask, Params
 from imp_jax.similarity import inner_product, scale_of, widen
 
-# Numbers of the store over parameters of the network, if the round does not need more: room for optima to come.
+# Numbers of the store over weights of the network, if the round does not need more: room for optima to come.
 _CAPACITY = 1.7
 # Positions rise and never repeat, those of unused slots included: a GPU needs no atomic additions.
 _PROMISES = {"indices_are_sorted": True, "unique_indices": True}
@@ -151,7 +151,7 @@ def remember(
 
 
 def store_shape(
-    before: Sequence[int] | None, count: int, most: int, needed: Sequence[int], parameters: int
+    before: Sequence[int] | None, count: int, most: int, needed: Sequence[int], weights: int
 ) -> tuple[int, ...]:
     """The shape of a store: as before, if that suffices and is not mostly empty.
 
@@ -162,17 +162,17 @@ def store_shape(
       before: the shape of the round before.
       count, most: how many optima there are, and how many there may ever be.
       needed: how many weights survive in each leaf.
-      parameters: of the network.
+      weights: how many there are in the network, pruned or not.
 
     Returns: the number of rows, then of slots of each leaf.
     """
     if before is not None:
         rows, *slots = before
-        wasteful = sum(slots) > max(4 * sum(needed), parameters / 10)
+        wasteful = sum(slots) > max(4 * sum(needed), weights / 10)
         suffices = count <= rows and all(a <= b for a, b in zip(needed, slots, strict=True))
         if suffices and not wasteful:
             return rows, *slots
-    rows = int(_CAPACITY * parameters / max(sum(needed), 1))
+    rows = int(_CAPACITY * weights / max(sum(needed), 1))
     return min(most, rows if rows >= count else -(-5 * count // 4)), *needed
 
 

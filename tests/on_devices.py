@@ -60,6 +60,7 @@ def resnet(**overrides):
         data.InMemory(images, labels), data.InMemory(images[::-1], labels[::-1]), 3, ("crop", "flip"), None
     )
     recipe = experiment.recipe._replace(
+        execution=experiment.recipe.execution._replace(convolutions="xla"),
         model=models.create(experiment.config, 3, (8, 8, 3)),
         augmentation=dataset.augmentation,
         accumulate_steps=experiment.config.accumulate_steps,
