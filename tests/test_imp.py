@@ -333,7 +333,9 @@ def run_with_stops(config, workdir, looks):
             imp.run(config, workdir, StopsAfter(looks))
         except Stopped as stopped:
             said.append(str(stopped))
-            with FileLock(workdir / ".lock"):  # an analysis under way, which would end with a process
+            with FileLock(workdir / ".lock").acquire(
+                timeout=120
+            ):  # an analysis under way, which would end with a process
                 pass
         else:
             return said
