@@ -377,8 +377,8 @@ def run_with_stops(config, workdir, looks):
             imp.run(config, workdir, StopsAfter(looks))
         except Stopped as stopped:
             said.append(str(stopped))
-            with FileLock(workdir / ".lock"):  # an analysis under way, which would end with a process
-                pass
+            # an analysis under way holds the workdir, and would end with a process
+            FileLock(workdir / ".lock").acquire(timeout=120).lock.release()
         else:
             return said
 
