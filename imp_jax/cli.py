@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
+from ml_collections import config_flags
 
 
 def replace_unprintable() -> None:
@@ -13,6 +14,19 @@ def replace_unprintable() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+
+
+def define_config() -> flags.FlagHolder:
+    """Define the flag --config, which names a config file, and --config.FIELD, which override its fields."""
+    try:
+        return config_flags.DEFINE_config_file(
+            "config",
+            help_string="Config file, such as configs/mnist5k.py; it is Python and is executed.",
+            lock_config=False,
+            accept_new_attributes=True,  # config.validate reports an unknown field, wherever it comes from
+        )
+    except flags.Error as error:  # it reads the command line now, and any --flagfile in it
+        sys.exit(f"error: {_one_line(error)}")
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -35,7 +49,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         )
         message = f"{error}{hint}"
     except flags.Error as error:
-        message = str(error).removeprefix("ERROR:: ")
+        message = _one_line(error)
     except Exception as error:  # a config file is code, and may raise anything
         if "--debug" in argv:
             raise
@@ -43,6 +57,10 @@ def parse_flags(argv: list[str]) -> list[str]:
         unknown = [field for field in overridden if not type_in_words(field)]
         message = unknown_field(unknown[0]) if unknown else _cannot_load(error)
     sys.exit(f"error: {' '.join(message.split())}")
+
+
+def _one_line(error):
+    return " ".join(str(error).removeprefix("ERROR:: ").split())
 
 
 def find_workdir(workdir: str | None, config: Any, flag: flags.Flag) -> Path:

@@ -12,12 +12,7 @@ from ml_collections import config_flags
 
 from imp_jax import cli
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    help_string="Config file, such as configs/mnist5k.py; it is Python and is executed.",
-    lock_config=False,
-    accept_new_attributes=True,  # config.validate reports an unknown field, wherever it comes from
-)
+_CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,

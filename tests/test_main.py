@@ -64,6 +64,7 @@ def test_where_a_run_lies(monkeypatch, arguments, workdir):
     """By the name that sweeps use, unless the user says."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setattr(sys, "argv", ["main", *arguments])  # where ml_collections looks for overrides
     values = flags.FlagValues()
     config = config_flags.DEFINE_config_file("config", flag_values=values)
     folder = flags.DEFINE_string("workdir", None, "", flag_values=values)
