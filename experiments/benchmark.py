@@ -58,6 +58,7 @@ from ml_collections import ConfigDict
 from experiments import catalogue, convolutions, cost, networks, scaling, steps
 from experiments.runs import REPOSITORY, Run
 from experiments.scales import MINI, PAPER
+from imp_jax import cli
 from imp_jax.config import UserError
 from imp_jax.records import write_atomically
 
@@ -78,6 +79,7 @@ SUBJECTS = (
 
 
 def main():
+    cli.replace_unprintable()
     parser = argparse.ArgumentParser(
         prog="python -m experiments.benchmark",
         description=__doc__,

@@ -20,6 +20,7 @@ from experiments.panels import Exhibit, Finished, wide_console
 from experiments.runs import Run
 from experiments.scales import SCALES, Scale
 from experiments.sweep import Sweep
+from imp_jax import cli
 from imp_jax.config import UserError, choose
 from imp_jax.records import write_atomically
 
@@ -135,6 +136,7 @@ def scale_of(root: Path, name: str | None) -> Scale:
 
 
 def main() -> None:
+    cli.replace_unprintable()
     parser = argparse.ArgumentParser(prog="python -m experiments.claims", description=__doc__.split("\n")[0])
     parser.add_argument("--root", type=Path, required=True, help="folder of the runs, as of experiments.run")
     parser.add_argument("--scale", help="paper, mini or smoke (default: whichever there are runs of)")

@@ -27,7 +27,7 @@ from experiments.panels import Exhibit, wide_console
 from experiments.runs import Run
 from experiments.scales import SCALES, Scale
 from experiments.sweep import Sweep
-from imp_jax import data, figures
+from imp_jax import cli, data, figures
 from imp_jax.config import UserError, choose
 from imp_jax.records import write_atomically
 
@@ -194,6 +194,7 @@ def describe(exhibit: Exhibit, scale: Scale, lacking: Sequence[Run]) -> str:
 
 
 def main() -> None:
+    cli.replace_unprintable()
     parser = argparse.ArgumentParser(
         prog="python -m experiments.run",
         description=__doc__,

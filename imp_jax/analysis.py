@@ -30,8 +30,8 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict, config_flags
 from rich.progress import track
 
+from imp_jax import cli, connectivity, figures, masking, records, report, similarity, weights
 from imp_jax import config as configs
-from imp_jax import connectivity, figures, masking, records, report, similarity, weights
 from imp_jax.checkpoints import Checkpoints, DamagedError, Round, set_aside
 from imp_jax.config import UserError, in_one_line
 from imp_jax.experiment import Experiment, recall_execution, setup
@@ -590,16 +590,18 @@ def _to_csv(table):
 
 
 def main():
+    cli.replace_unprintable()
     parser = argparse.ArgumentParser(prog="python -m imp_jax.analysis", description=__doc__.split("\n")[0])
     parser.add_argument("--workdir", required=True, help="of a run of imp_jax.main, finished or not")
     parser.add_argument("--data_dir", help="where the data set is, if not where the config says")
     parser.add_argument("--config", help="config file to execute, if not where the run's own was")
     arguments = parser.parse_args()
-    config_file = arguments.config or records.kept_config_file(Path(arguments.workdir), existing=True)
     logging.set_verbosity(logging.FATAL)
     try:
+        workdir = configs.user_path(arguments.workdir, "--workdir")
+        config_file = arguments.config or records.kept_config_file(workdir, existing=True)
         with Interruption(), records.ignore_print_errors():
-            run(arguments.workdir, arguments.data_dir, config_file)
+            run(workdir, arguments.data_dir, config_file)
     except UserError as error:
         sys.exit(f"error: {error}")
 

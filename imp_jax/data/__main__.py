@@ -5,8 +5,11 @@ import sys
 
 from absl import logging
 
+from imp_jax import cli
+
 
 def main():
+    cli.replace_unprintable()
     parser = argparse.ArgumentParser(prog="python -m imp_jax.data", description="Prepare data sets.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("prepare", help="download a set of TFDS and write it as ArrayRecord files")
