@@ -20,6 +20,7 @@ def get_config():
     config.batch_size = 128
     config.model.name = "conv4"
     config.optimizer.name = "momentum"
+    config.optimizer.momentum = 0.9
     config.optimizer.learning_rate = 0.01
     config.optimizer.schedule = "cosine"
     config.optimizer.weight_decay = 1e-5

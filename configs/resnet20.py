@@ -22,6 +22,7 @@ def get_config():
         0.8  # (ours) for trainings of few steps, where a mean over ten batches lags behind
     )
     config.optimizer.name = "momentum"
+    config.optimizer.momentum = 0.9
     config.optimizer.learning_rate = 0.1
     config.optimizer.schedule = "step"
     config.optimizer.milestones = (56, 71)

@@ -25,6 +25,7 @@ def get_config():
     config.dtype = "bfloat16"
     config.model.name = "resnet50"
     config.optimizer.name = "momentum"
+    config.optimizer.momentum = 0.9
     config.optimizer.learning_rate = 0.4
     config.optimizer.schedule = "step"
     config.optimizer.milestones = (30, 60, 80)

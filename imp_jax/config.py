@@ -352,6 +352,9 @@ def differences(config: ConfigDict, stored: dict) -> list[str]:
       UserError: `stored` has a format of a later version.
     """
     here, there = flatten(config), {**flatten(default()), **_stored_fields(stored)}
+    for fields in (here, there):
+        if fields.get("optimizer.name") == "momentum" and fields.get("optimizer.momentum") is None:
+            fields["optimizer.momentum"] = 0.9  # what None stands for
     phrases = []
     for field in sorted(here | there):
         one, other = there.get(field, "absent"), here.get(field, "absent")

@@ -190,6 +190,9 @@ def test_what_did_nothing_in_format_1_is_dropped():
     assert configs.from_json(stored).optimizer.schedule == "constant"
     stored["optimizer"]["name"] = "momentum"
     assert configs.from_json(stored).optimizer.momentum == 0.9
+    config = configs.from_json(stored)
+    config.optimizer.momentum = None  # which is 0.9
+    assert configs.differences(config, stored) == []
     with pytest.raises(UserError, match="format 3, of a later version"):
         configs.from_json({**stored, "format": 3})
 
