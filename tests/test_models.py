@@ -361,8 +361,15 @@ def test_convolution_in_parts_is_the_convolution(implementation, batch, kernel_s
 
         return jax.tree.leaves(all_of_it((images, kernel)))
 
+    def padded_first(images, kernel, strides, padding, **options):
+        """The reference; XLA on a CPU crops wrongly inside of a convolution."""
+        if not isinstance(padding, str):
+            around = [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)]
+            images, padding = jax.lax.pad(images, 0.0, around), "VALID"
+        return jax.lax.conv_general_dilated(images, kernel, strides, padding, **options)
+
     ours = functools.partial(conv_general_dilated, implementation=implementation)
-    for a, b in zip(by(ours), by(jax.lax.conv_general_dilated), strict=True):
+    for a, b in zip(by(ours), by(padded_first), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
@@ -138,6 +139,11 @@ def by_xla(
     In a loop it takes them as they come, and is many times slower where they lie otherwise (jax-ml/jax issue
     12868): the barrier keeps it from seeing how they lay before they were turned.
     """
+    if min(itertools.chain(*pads)) < 0:  # XLA on a CPU crops wrongly inside of a convolution
+        dilation = dilations.pop("lhs_dilation", (1, 1))
+        crops = [(min(low, 0), min(high, 0), d - 1) for (low, high), d in zip(pads, dilation, strict=True)]
+        images = lax.pad(images, jnp.zeros((), images.dtype), ((0, 0, 0), *crops, (0, 0, 0)))
+        pads = tuple((max(low, 0), max(high, 0)) for low, high in pads)
     images, kernel = lax.optimization_barrier((images, kernel))
     return lax.conv_general_dilated(images, kernel, strides, pads, dimension_numbers=_DIMENSIONS, **dilations)
 
