@@ -92,6 +92,8 @@ def conv_general_dilated(
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(images.shape[1:3], kernel.shape[:2], strides, padding)
     pads = tuple(map(tuple, padding))
+    if min(itertools.chain(*pads)) < 0:
+        images, pads = _crop(images, pads)
     sides = _output_sides(images, kernel, strides, pads)
     if min(len(images), *sides) < 1:
         return lax.conv_general_dilated(images, kernel, strides, padding, **options)
@@ -139,13 +141,20 @@ def by_xla(
     In a loop it takes them as they come, and is many times slower where they lie otherwise (jax-ml/jax issue
     12868): the barrier keeps it from seeing how they lay before they were turned.
     """
-    if min(itertools.chain(*pads)) < 0:  # XLA on a CPU crops wrongly inside of a convolution
-        dilation = dilations.pop("lhs_dilation", (1, 1))
-        crops = [(min(low, 0), min(high, 0), d - 1) for (low, high), d in zip(pads, dilation, strict=True)]
-        images = lax.pad(images, jnp.zeros((), images.dtype), ((0, 0, 0), *crops, (0, 0, 0)))
-        pads = tuple((max(low, 0), max(high, 0)) for low, high in pads)
+    if min(itertools.chain(*pads)) < 0:
+        images, pads = _crop(images, pads, dilations.pop("lhs_dilation", (1, 1)))
     images, kernel = lax.optimization_barrier((images, kernel))
     return lax.conv_general_dilated(images, kernel, strides, pads, dimension_numbers=_DIMENSIONS, **dilations)
+
+
+def _crop(images, pads, dilation=(1, 1)):
+    """Dilate and crop images where padding is negative; return them, and what is left to pad.
+
+    XLA on a CPU crops wrongly inside of a convolution.
+    """
+    crops = [(min(low, 0), min(high, 0), d - 1) for (low, high), d in zip(pads, dilation, strict=True)]
+    images = lax.pad(images, jnp.zeros((), images.dtype), ((0, 0, 0), *crops, (0, 0, 0)))
+    return images, tuple((max(low, 0), max(high, 0)) for low, high in pads)
 
 
 def by_onednn(images: Images, kernel: Kernel, strides: Sequence[int], pads: Pads) -> Outputs:
