@@ -355,16 +355,18 @@ def differences(config: ConfigDict, stored: dict) -> list[str]:
     for fields in (here, there):
         if fields.get("optimizer.name") == "momentum" and fields.get("optimizer.momentum") is None:
             fields["optimizer.momentum"] = 0.9  # what None stands for
+    absent = object()
     phrases = []
     for field in sorted(here | there):
-        one, other = there.get(field, "absent"), here.get(field, "absent")
+        one, other = there.get(field, absent), here.get(field, absent)
         same = one == other or (field == "rounds" and one < other)
         if field == "dataset.data_dir" and here.get("dataset.name") == "folder":
             same = Path(one or "").name == Path(other or "").name  # it may have moved
         elif field.startswith(_WITHOUT_INFLUENCE):
             same = True
         if not same:
-            phrases.append(f"{field} is {one!r} there and {other!r} here")
+            one, other = ("absent" if value is absent else repr(value) for value in (one, other))
+            phrases.append(f"{field} is {one} there and {other} here")
     return phrases
 
 

@@ -140,7 +140,7 @@ def test_differences_name_both_values():
     stored["later"] = 1
     assert configs.differences(config, stored) == [
         "epochs is 25 there and 3 here",
-        "later is 1 there and 'absent' here",
+        "later is 1 there and absent here",
         "pruning.fraction is 0.5 there and 0.2 here",
     ]
 

@@ -137,7 +137,11 @@ def test_two_processes_train_die_stop_go_on_and_match_one(data_dir, tmp_path):
     """Each batch divided between them."""
     config = quick_config(data_dir, rounds=12, epochs=4, **{"instability.rounds": (1,)})
     flags = [f"--config.{f}={config[f]}" for f in ("replicates", "rounds", "epochs", "batch_size")]
-    flags += ["--config.instability.rounds=(1,)", f"--config.dataset.data_dir={data_dir}"]
+    flags += [
+        "--config.dataset.normalize=False",
+        "--config.instability.rounds=(1,)",
+        f"--config.dataset.data_dir={data_dir}",
+    ]
     workdir = tmp_path / "together"
     command = ["-m", "imp_jax.main", "--config=configs/mnist5k.py", f"--workdir={workdir}", *flags]
     command += ["--config.mesh.data=2", "--config.checkpoint_every_epochs=1"]
