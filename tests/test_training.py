@@ -96,6 +96,7 @@ def test_two_epochs_against_numpy(tiny_experiment, name, rate, decay, execution)
         execution=execution,
         **{
             "optimizer.name": name,
+            "optimizer.momentum": 0.9 if name == "momentum" else None,
             "optimizer.learning_rate": rate,
             "optimizer.weight_decay": decay,
             "optimizer.schedule": "step",
