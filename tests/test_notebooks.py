@@ -14,7 +14,7 @@ def execute(name):
     """The outputs of all cells, and what was printed."""
     notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
     resources = {"metadata": {"path": str(NOTEBOOKS)}}
-    nbclient.NotebookClient(notebook, timeout=240, resources=resources).execute()
+    nbclient.NotebookClient(notebook, timeout=900, resources=resources).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     return outputs, "".join(output.get("text", "") for output in outputs)
 
