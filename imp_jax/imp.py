@@ -349,7 +349,9 @@ def remember(experiment: Experiment, optima: Optima | None, networks: Round, mas
     config = experiment.config
     if not config.repulsion.strength:
         return None
-    most = 1 if config.repulsion.memory == "last" else config.rounds - 1
+    known = 0 if optima is None else int(np.max(optima.count))
+    # those of the last round are for a run that grows
+    most = 1 if config.repulsion.memory == "last" else max(config.rounds - 1, known + 1)
     options = {"dtype": config.repulsion.dtype, "exclude": tuple(config.pruning.exclude)}
     return repulsion.remember(optima, networks.trained["params"], masks, most=most, **options)
 

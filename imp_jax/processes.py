@@ -111,7 +111,7 @@ def ends_alone() -> Iterator[None]:
             print(f"error: {error}", file=sys.stderr, flush=True)
         elif is_disk_failure(error):
             print(f"error: cannot go on: {error}", file=sys.stderr, flush=True)
-        elif isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+        elif _is_failed_collective(error):
             print(
                 f"error: process {process} of {processes} cannot go on, as when another has died: "
                 f"{in_one_line(error)}; the same command goes on after what is on disk",
@@ -124,6 +124,13 @@ def ends_alone() -> Iterator[None]:
             sys.stderr.flush()
         leave(PARTING)
         os._exit(1)
+
+
+def _is_failed_collective(error):
+    """Whether a computation over the processes failed; JAX raises some failures of Gloo as ValueErrors."""
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return "RESOURCE_EXHAUSTED" not in str(error)
+    return isinstance(error, ValueError) and "Gloo" in str(error)
 
 
 def is_disk_failure(error: Exception) -> bool:

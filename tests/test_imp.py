@@ -573,6 +573,11 @@ def test_a_member_that_diverges_is_dropped(data_dir, tmp_path, monkeypatch, brok
     np.testing.assert_allclose(resumed[columns], results[columns], rtol=1e-4)
 
 
+def test_one_round_with_repulsion(data_dir, tmp_path):
+    imp.run(quick_config(data_dir, rounds=1, **{"repulsion.strength": 2.0, "model.width": 0.1}), tmp_path)
+    assert list(without_seconds(tmp_path)["repulsion"]) == [0, 0]
+
+
 def test_what_is_kept_may_change_while_a_run_is_stopped(data_dir, tmp_path):
     """With repulsion, for which the rounds that are gone are needed in another form."""
     config = quick_config(data_dir, rounds=6, **{"repulsion.strength": 2.0, "model.width": 0.1})
@@ -593,6 +598,8 @@ def test_what_is_kept_may_change_while_a_run_is_stopped(data_dir, tmp_path):
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["0", "4", "5"]
     assert not any((tmp_path / "run" / "progress").iterdir())
 
+    with contextlib.closing(checkpoints.Checkpoints(tmp_path / "run")) as kept:
+        assert set(kept.optima(5).count) == {6}
     config.rounds = 7  # a finished run may grow, also one whose earlier optima are in the last round only
     imp.run(config, tmp_path / "run")
     config.keep_checkpoints = "all"
