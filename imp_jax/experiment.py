@@ -182,8 +182,7 @@ def in_words(experiment: Experiment, params: Params) -> str:
 def recall_execution(experiment: Experiment, workdir: str | os.PathLike) -> Experiment:
     """Return the experiment with the execution that a workdir was begun with, if this machine has it.
 
-    Else, and in a new workdir, with the one that `setup` has chosen; a change is reported on stderr. Of several
-    processes all have to ask; they agree on convolutions that all of them have.
+    Else, and in a new workdir, with the one that `setup` has chosen; a change is reported on stderr.
     """
     chosen = experiment.recipe.execution
     try:
@@ -200,11 +199,18 @@ def recall_execution(experiment: Experiment, workdir: str | os.PathLike) -> Expe
                 file=sys.stderr,
             )
         stored = chosen
-    order = list(_CONVOLUTIONS)
-    common = order[-processes.most(-order.index(stored.convolutions))]
-    return experiment._replace(
-        recipe=experiment.recipe._replace(execution=stored._replace(convolutions=common))
-    )
+    return _with_execution(experiment, stored)
+
+
+def agree_on_execution(experiment: Experiment) -> Experiment:
+    """Return the experiment with convolutions that all processes have; all of them have to call this."""
+    execution, order = experiment.recipe.execution, list(_CONVOLUTIONS)
+    common = order[-processes.most(-order.index(execution.convolutions))]
+    return _with_execution(experiment, execution._replace(convolutions=common))
+
+
+def _with_execution(experiment, execution):
+    return experiment._replace(recipe=experiment.recipe._replace(execution=execution))
 
 
 def store_execution(experiment: Experiment, workdir: str | os.PathLike) -> None:

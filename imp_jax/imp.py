@@ -37,6 +37,7 @@ from imp_jax.config import UserError, user_path
 from imp_jax.execution import compile_seconds
 from imp_jax.experiment import (
     Experiment,
+    agree_on_execution,
     execution_in_words,
     in_round,
     in_words,
@@ -105,7 +106,7 @@ def rounds(
         experiment = setup(config)
         mesh = devices.make_mesh(config, len(experiment.members))
         experiment = on_mesh(experiment, mesh)
-    experiment = recall_execution(experiment, workdir)
+    experiment = agree_on_execution(recall_execution(experiment, workdir))
     steps, saved_steps = experiment.learning_rates.size, _saved_steps(experiment)
     with Recorder(experiment, workdir, config_file) as recorder:
         first = recorder.finished[-1] + 1 if recorder.finished else 0

@@ -16,7 +16,19 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from imp_jax import analysis, connectivity, figures, imp, masking, models, records, report, similarity, training
+from imp_jax import (
+    analysis,
+    connectivity,
+    figures,
+    imp,
+    masking,
+    models,
+    processes,
+    records,
+    report,
+    similarity,
+    training,
+)
 from imp_jax import config as configs
 from imp_jax.checkpoints import Checkpoints
 from imp_jax.config import UserError
@@ -377,6 +389,16 @@ def test_a_run_under_way_is_analysed_as_far_as_it_is(copy):
     run = analysis.load(copy)
     assert set(run.distances["round_a"]) == {-1, 0, 1}
     assert set(run.paths["round"]) == {1}
+
+
+def test_an_analysis_asks_nothing_of_other_processes(copy, monkeypatch):
+    def ask(value):
+        raise AssertionError("process 0 alone analyses; it would wait for an answer")
+
+    monkeypatch.setattr(processes, "most", ask)
+    shutil.rmtree(copy / "analysis")
+    analysis.run(copy)
+    assert set(analysis.load(copy).distances["round_a"]) == {-1, *range(ROUNDS)}
 
 
 def test_every_figure_is_drawn_as_png_and_pdf(analysed):
