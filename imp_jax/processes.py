@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -70,7 +71,6 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
             local_device_ids=local_gpus(os.environ),
             initialization_timeout=_PATIENCE,
             heartbeat_timeout_seconds=_HEARTBEAT,
-            shutdown_timeout_seconds=_WEEK,
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(f"the processes cannot find each other: {in_one_line(error)}; {_GIVE}") from error
@@ -80,8 +80,16 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
 
 def leave(seconds: float = _WEEK) -> None:
     """Part from the other processes, once all of them leave or so much time has gone by."""
+
+    def part():
+        # JAX's shutdown ends a process that waits in it for 5 minutes: none enters it before all can
+        everyone = ocp.multihost.get_barrier_sync_fn(processes=set(range(jax.process_count())))
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another has died
+            everyone(key="leave", timeout_ms=int(1000 * seconds))
+        jax.distributed.shutdown()
+
     if jax.distributed.is_initialized():
-        parting = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        parting = threading.Thread(target=part, daemon=True)
         parting.start()
         parting.join(seconds)
 
@@ -97,21 +105,27 @@ def first_speaks() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ends_alone() -> Iterator[None]:
-    """Of several processes one that fails ends, and does not wait for those that wait for it."""
+def ends_alone(debug: bool = False) -> Iterator[None]:
+    """Of several processes one that fails ends, and does not wait for those that wait for it.
+
+    Args:
+      debug: show the traceback of a UserError too.
+    """
     try:
         yield
     except Exception as error:
         if not jax.distributed.is_initialized():
             raise
         process, processes = jax.process_index(), jax.process_count()
+        if debug:
+            traceback.print_exc()
         if isinstance(error, SaidElsewhereError):
             pass
         elif isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         elif is_disk_failure(error):
             print(f"error: cannot go on: {error}", file=sys.stderr, flush=True)
-        elif _is_failed_collective(error):
+        elif is_failed_collective(error):
             print(
                 f"error: process {process} of {processes} cannot go on, as when another has died: "
                 f"{in_one_line(error)}; the same command goes on after what is on disk",
@@ -119,14 +133,14 @@ def ends_alone() -> Iterator[None]:
                 flush=True,
             )
             os._exit(1)
-        else:
+        elif not debug:
             traceback.print_exc()
-            sys.stderr.flush()
+        sys.stderr.flush()
         leave(PARTING)
         os._exit(1)
 
 
-def _is_failed_collective(error):
+def is_failed_collective(error: BaseException | None) -> bool:
     """Whether a computation over the processes failed; JAX raises some failures of Gloo as ValueErrors."""
     if isinstance(error, jax.errors.JaxRuntimeError):
         return "RESOURCE_EXHAUSTED" not in str(error)

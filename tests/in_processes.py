@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -35,7 +36,22 @@ def main():
         found |= stream(given.folder)
         save(given.folder)
         (given.folder / f"found-{given.process}.json").write_text(json.dumps(found))
-        processes.leave()
+        leave(given.folder, given.process)
+
+
+def leave(folder, process):
+    """Process 0 a second after the other; each notes when it leaves, and when JAX's shutdown begins."""
+    shutdown, times = jax.distributed.shutdown, []
+
+    def noting():
+        times.append(time.time())
+        shutdown()
+
+    jax.distributed.shutdown = noting
+    time.sleep(0 if process else 1)
+    times.append(time.time())
+    processes.leave()
+    (folder / f"left-{process}.json").write_text(json.dumps(times))
 
 
 def differ(given):

@@ -43,6 +43,12 @@ def test_all_hear_of_an_error_and_one_says_it(found):
     assert found[1]["errors"] == ["", "UserError: not here, 1", "SaidElsewhereError: process 0: not here, 0"]
 
 
+def test_nobody_waits_in_the_shutdown_of_jax(folder):
+    """It ends a process that has to wait there for more than five minutes."""
+    (first, _), (other, shutdown) = (json.loads((folder / f"left-{p}.json").read_text()) for p in (0, 1))
+    assert other < first <= shutdown
+
+
 @pytest.mark.parametrize("mesh", ["members", "data"])
 def test_each_decodes_its_part_of_a_stream(folder, found, mesh):
     """And what all have together is the stream of one process."""
