@@ -21,7 +21,7 @@ from experiments.runs import Run
 from experiments.scales import SCALES, Scale
 from experiments.sweep import Sweep
 from imp_jax import cli
-from imp_jax.config import UserError, choose
+from imp_jax.config import UserError, choose, user_path
 from imp_jax.records import write_atomically
 
 HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "too little data"
@@ -138,12 +138,12 @@ def scale_of(root: Path, name: str | None) -> Scale:
 def main() -> None:
     cli.replace_unprintable()
     parser = argparse.ArgumentParser(prog="python -m experiments.claims", description=__doc__.split("\n")[0])
-    parser.add_argument("--root", type=Path, required=True, help="folder of the runs, as of experiments.run")
+    parser.add_argument("--root", required=True, help="folder of the runs, as of experiments.run")
     parser.add_argument("--scale", help="paper, mini or smoke (default: whichever there are runs of)")
     arguments = parser.parse_args()
     logging.set_verbosity(logging.FATAL)
     try:
-        root = arguments.root.expanduser().absolute()
+        root = user_path(arguments.root, "--root").absolute()
         scale = scale_of(root, arguments.scale)
         sweep = Sweep(root)
         sweep.refuse_others(runs(scale))

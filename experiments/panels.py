@@ -15,6 +15,7 @@ from rich.console import Console
 from experiments.runs import Run
 from experiments.scales import Scale
 from imp_jax import analysis, figures
+from imp_jax.records import make_console
 
 BLUE, GREEN, ORANGE = "#0072B2", "#009E73", "#D55E00"
 SERIES = (BLUE, ORANGE, GREEN, "#CC79A7")
@@ -144,8 +145,10 @@ def common_legend(figure: Figure) -> None:
 
 def wide_console() -> Console:
     """The terminal, or a file whose lines are long enough for a table."""
-    console = Console(soft_wrap=True)
-    return console if console.is_terminal else Console(soft_wrap=True, width=180)
+    console = make_console()
+    if not console.is_terminal:
+        console.width = 180
+    return console
 
 
 def grid(count: int, columns: int, width: float = 3.3, height: float = 2.6) -> tuple[Figure, list[Axes]]:

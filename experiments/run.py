@@ -28,7 +28,8 @@ from experiments.runs import Run
 from experiments.scales import SCALES, Scale
 from experiments.sweep import Sweep
 from imp_jax import cli, data, figures
-from imp_jax.config import UserError, choose
+from imp_jax.config import UserError, choose, user_path
+from imp_jax.interruption import Interruption
 from imp_jax.records import write_atomically
 
 LAUNCHERS = ("local", "slurm")
@@ -99,8 +100,9 @@ def train(exhibits: Sequence[Exhibit], scale: Scale, sweep: Sweep, arguments: ar
     runs = [run for run, state in states.items() if state.status in ("missing", "failed")]
     others = Counter(state.status for state in states.values() if state.status not in ("missing", "failed"))
     print(", ".join([f"{len(runs)} runs to train", *(f"{count} {status}" for status, count in others.items())]))
-    for name in dict.fromkeys(run.config.dataset.name for run in runs):
-        data.find(name, arguments.data_dir)
+    with Interruption():  # a signal ends a download at once
+        for name in dict.fromkeys(run.config.dataset.name for run in runs):
+            data.find(name, arguments.data_dir)
     if arguments.launcher == "slurm":
         jobs = launchers.slurm(sweep, runs, arguments.data_dir, _slurm_options(arguments)) if runs else []
         for run, job in zip(runs, jobs, strict=True):
@@ -203,7 +205,7 @@ def main() -> None:
     parser.add_argument("action", choices=["list", "status", "run", "figure"])
     parser.add_argument("ids", nargs="*", metavar="figure", help="such as fig14, table1, claims (default: all)")
     parser.add_argument("--scale", default="paper", help="paper, mini or smoke (default: paper)")
-    parser.add_argument("--root", type=Path, help="folder of the runs (default: runs/SCALE)")
+    parser.add_argument("--root", help="folder of the runs (default: runs/SCALE)")
     parser.add_argument("--data_dir", help="where the data sets are (default: ~/tensorflow_datasets)")
     parser.add_argument("--launcher", default="local", help="local: a worker a GPU, or one; or slurm")
     slurm = parser.add_argument_group("Slurm, for each job")
@@ -228,9 +230,10 @@ def main() -> None:
                 raise UserError(f"--{flag} is {value}; it should be at least {least}")
         if arguments.action == "list":
             return show_list(exhibits, scale)
-        if arguments.data_dir:
-            arguments.data_dir = str(Path(arguments.data_dir).expanduser().absolute())
-        sweep = Sweep((arguments.root or Path("runs") / scale.name).expanduser().absolute())
+        if arguments.data_dir is not None:
+            arguments.data_dir = str(user_path(arguments.data_dir, "--data_dir").absolute())
+        root = Path("runs") / scale.name if arguments.root is None else user_path(arguments.root, "--root")
+        sweep = Sweep(root.absolute())
         sweep.refuse_others(catalogue.runs_of(exhibits, scale))
         if arguments.action == "status":
             return show_status(exhibits, scale, sweep)

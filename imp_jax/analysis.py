@@ -33,7 +33,7 @@ from rich.progress import track
 from imp_jax import cli, connectivity, figures, masking, records, report, similarity, weights
 from imp_jax import config as configs
 from imp_jax.checkpoints import Checkpoints, DamagedError, Round, set_aside
-from imp_jax.config import UserError, in_one_line
+from imp_jax.config import UnknownNameError, UserError, in_one_line
 from imp_jax.experiment import Experiment, recall_execution, setup
 from imp_jax.interruption import Interruption
 from imp_jax.members import Member, members_in, select
@@ -140,8 +140,8 @@ def run(
     workdir = configs.user_path(workdir, "the workdir")
     config = _stored_config(workdir)
     setting = config.copy_and_resolve_references()
-    if data_dir:
-        setting.dataset.data_dir = str(data_dir)
+    if data_dir is not None:
+        setting.dataset.data_dir = str(configs.user_path(data_dir, "--data_dir"))
     with contextlib.ExitStack() as stack:
         stack.enter_context(records.open_workdir(workdir, config))
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir)))
@@ -183,8 +183,9 @@ def compute(
         (workdir / "analysis").mkdir(exist_ok=True)
     finished = [number for number in checkpoints.rounds() if (results["round"] == number).any()]
     members = {number: members_in(results.to_dict("records"), number) for number in finished}
-    _set_aside_outdated(workdir)
-    _set_aside_unreadable(workdir)
+    with _writing(workdir):
+        _set_aside_outdated(workdir)
+        _set_aside_unreadable(workdir)
     forget(workdir, int(results["round"].max()) + 1)
     tables = {name: _without_incomplete_rows(name, _read(workdir, name), finished) for name in TABLES}
     missing = sorted({*results["round"]} - {*checkpoints.rounds(), *tables["weights"]["round"]})
@@ -275,18 +276,24 @@ def outdated(workdir: Path) -> list[str]:
 
 def draw(run: Run) -> dict[str, bytes]:
     """Write every figure that the tables give as PNG and PDF; returns the PNGs by name."""
-    drawn = {"accuracy": figures.accuracy(run.results), "threshold": figures.threshold(run.results)}
-    for metric in similarity.METRICS:
-        drawn[f"distances_{metric}"] = figures.distances(run.distances, metric)
-    drawn["histograms"] = figures.histograms(run.histograms)
+    drawings = {
+        "accuracy": lambda: figures.accuracy(run.results),
+        "threshold": lambda: figures.threshold(run.results),
+    }
+    if len(run.distances):
+        for metric in similarity.METRICS:
+            drawings[f"distances_{metric}"] = functools.partial(figures.distances, run.distances, metric)
+    if len(run.histograms):
+        drawings["histograms"] = lambda: figures.histograms(run.histograms)
     if (run.barriers["kind"] == "successive").any():
-        drawn["barriers"] = figures.barriers(run.paths, run.barriers, run.results)
+        drawings["barriers"] = lambda: figures.barriers(run.paths, run.barriers, run.results)
     if (run.barriers["kind"] == "instability").any():
-        drawn["instability"] = figures.instability(run.barriers, run.results)
+        drawings["instability"] = lambda: figures.instability(run.barriers, run.results)
     pngs = {}
-    for name, figure in drawn.items():
+    for name, draw_figure in drawings.items():
         path = run.workdir / "figures" / f"{name}.png"
         try:
+            figure = draw_figure()
             png, pdf = figures.to_bytes(figure), figures.to_bytes(figure, "pdf")
         except Exception as error:  # as of a font or LaTeX that the user's settings ask for
             print(f"{path} is missing, as it cannot be drawn: {in_one_line(error)}", file=sys.stderr)
@@ -302,8 +309,8 @@ def _setup(config, workdir, config_file):
     if config_file:
         _execute_config_file(config_file)
     try:
-        return setup(config)
-    except UserError as error:
+        experiment = setup(config)
+    except UnknownNameError as error:
         kept = records.kept_config_file(workdir)
         if config_file or not kept:
             raise
@@ -311,6 +318,8 @@ def _setup(config, workdir, config_file):
             f"{error}; if {kept}, the config file of the run, registers it: python -m imp_jax.analysis "
             f"--workdir={workdir} --config=PATH executes it, or the copy {workdir / records.CONFIG_COPY}"
         ) from error
+    records.require_same_dataset(workdir, experiment.dataset.identity())
+    return experiment
 
 
 def _execute_config_file(config_file):
@@ -492,10 +501,10 @@ _connectivity_of_units = jax.jit(weights.connectivity_of_units, static_argnums=(
 
 def _stored_config(workdir):
     path = workdir / "config.json"
-    if not path.is_file():
-        raise UserError(f"{workdir} is not the workdir of a run: it has no config.json")
     try:
         return configs.from_json(json.loads(path.read_text()))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{workdir} is not the workdir of a run: it has no config.json") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"cannot read {path} as a config: {error}") from error
 

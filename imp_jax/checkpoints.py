@@ -355,14 +355,22 @@ def _read_json(folder, name):
 
 
 def _checksums(folder):
-    """Size and SHA-256 of each file of a checkpoint, by its path in there."""
+    """Size and SHA-256 of each file of a checkpoint, by its path in there.
+
+    Raises:
+      OSError: a file or folder cannot be read now.
+    """
+
+    def fail(error):  # by itself os.walk leaves out what it cannot read, which would pass for missing
+        raise error
+
     checksums = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != _MANIFEST:
+    for directory, _, names in os.walk(folder, onerror=fail):
+        for path in (Path(directory) / name for name in names if name != _MANIFEST):
             with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             checksums[str(path.relative_to(folder))] = [path.stat().st_size, digest]
-    return checksums
+    return dict(sorted(checksums.items()))
 
 
 def _find_damage(folder, error):

@@ -1,12 +1,13 @@
 """What the commands of this package share: reading flags, wording their errors, printing anywhere."""
 
+import copy
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 
 def replace_unprintable() -> None:
@@ -16,17 +17,29 @@ def replace_unprintable() -> None:
             stream.reconfigure(errors="replace")
 
 
-def define_config() -> flags.FlagHolder:
+def define_config(flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder:
     """Define the flag --config, which names a config file, and --config.FIELD, which override its fields."""
     try:
-        return config_flags.DEFINE_config_file(
+        holder = config_flags.DEFINE_config_file(
             "config",
             help_string="Config file, such as configs/mnist5k.py; it is Python and is executed.",
+            flag_values=flag_values,
             lock_config=False,
             accept_new_attributes=True,  # config.validate reports an unknown field, wherever it comes from
         )
     except flags.Error as error:  # it reads the command line now, and any --flagfile in it
         sys.exit(f"error: {_one_line(error)}")
+    flag = flag_values["config"]
+    execute = flag.parser.parse
+
+    def execute_and_keep(path):
+        config = execute(path)
+        if isinstance(config, ConfigDict):
+            flag.config_of_file = copy.deepcopy(config)  # without the fields overridden, for `find_workdir`
+        return config
+
+    flag.parser.parse = execute_and_keep
+    return holder
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -69,7 +82,7 @@ def find_workdir(workdir: str | None, config: Any, flag: flags.Flag) -> Path:
     Args:
       workdir: what the flag --workdir says; None without it.
       config: of the run.
-      flag: the flag --config, of ml_collections.
+      flag: the flag --config of `define_config`.
     """
     from imp_jax import config as configs
 
@@ -77,9 +90,8 @@ def find_workdir(workdir: str | None, config: Any, flag: flags.Flag) -> Path:
         return configs.user_path(workdir, "--workdir")
     configs.validate(config)
     path, _, argument = flag.config_filename.partition(":")
-    name = f"{Path(path).stem}-{argument}" if argument else Path(path).stem
-    base = flag.parser.parse(flag.config_filename)  # the file alone, without the fields overridden
-    return Path("runs") / configs.run_name(name, base, config)
+    name = f"{Path(path).stem}-{configs.as_name(argument)}" if argument else Path(path).stem
+    return Path("runs") / configs.run_name(name, flag.config_of_file, config)
 
 
 def _cannot_load(error):

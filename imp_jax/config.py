@@ -127,6 +127,9 @@ _UNIONS = {
 }
 _NUMBER = (int, float)
 _LONGEST_NAME = 200  # bytes of a folder's name, of which file systems allow 255
+# what format 1 knew without streams and without normalisation
+_IN_MEMORY_THEN = ("mnist5k", "mnist", "fashion_mnist", "cifar10", "cifar100")
+_WITHOUT_NORMALIZATION_THEN = ("lenet", "conv4")
 FORMAT = 2  # of config.json; 1 had no number, and a momentum that only the optimizer momentum used
 _BOUNDS = {
     "seed": (lambda v: 0 <= v < 2**32, "from 0 to 2³² − 1"),
@@ -180,6 +183,11 @@ def validate(config: ConfigDict) -> None:
         beside another. Names of models, data sets, augmentations, optimizers, schedules, scores and arms are
         checked by `choose`, where each is looked up.
     """
+    _require_valid_fields(config)
+    _refuse_unused_values(flatten(config))
+
+
+def _require_valid_fields(config):
     if not isinstance(config, ConfigDict):
         raise UserError(
             f"get_config() returned {type(config).__name__}; it should return an ml_collections.ConfigDict"
@@ -199,7 +207,6 @@ def validate(config: ConfigDict) -> None:
         within, words = _BOUNDS.get(field, (lambda _: True, ""))
         if not within(value):
             raise UserError(f"{field} is {value!r}; it should be {words}")
-    _refuse_unused_values(given)
 
 
 def _refuse_unused_values(fields):
@@ -235,10 +242,14 @@ def _refuse_unused_values(fields):
                 )
 
 
+class UnknownNameError(UserError):
+    """A name that nothing is registered under."""
+
+
 def choose(options: dict, field: str, name: str):
-    """`options[name]`, or a UserError that names the field, the value and what there is."""
+    """`options[name]`, or an UnknownNameError that says the field, the value and what there is."""
     if name not in options:
-        raise UserError(
+        raise UnknownNameError(
             f"{field} is {name!r}; it should be one of {', '.join(options)}{_suggestion(name, options)}"
         )
     return options[name]
@@ -289,11 +300,11 @@ def run_name(name: str, base: ConfigDict, config: ConfigDict) -> str:
     parts = [name]
     for field, value in sorted(after.items()):
         if field == "dataset.data_dir" and after["dataset.name"] == "folder" and value:
-            value = Path(value).name
+            value = _folder_name(value)
         elif field.startswith(_WITHOUT_INFLUENCE):
             continue
         if value != before.get(field):
-            parts.append(f"{field}={_as_name(value)}")
+            parts.append(f"{field}={as_name(value)}")
     whole = ",".join(parts)
     if len(whole.encode()) > _LONGEST_NAME:
         digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
@@ -301,9 +312,14 @@ def run_name(name: str, base: ConfigDict, config: ConfigDict) -> str:
     return whole
 
 
-def _as_name(value):
+def _folder_name(path):
+    return os.path.basename(os.path.abspath(os.path.expanduser(path or "")))
+
+
+def as_name(value: Any) -> str:
+    """A value as part of a file name."""
     if isinstance(value, tuple):
-        return "-".join(map(_as_name, value)) or "none"
+        return "-".join(map(as_name, value)) or "none"
     text = f"{value:.12g}" if isinstance(value, float) else str(value)
     return re.sub(r"[^\w.+-]", "-", text)
 
@@ -316,10 +332,10 @@ def user_path(path: str | os.PathLike, name: str) -> Path:
     """
     if not str(path):
         raise UserError(f"{name} is empty; it should be the path of a folder")
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{name} is {str(path)!r}, and there is no home directory to put for ~") from error
+    expanded = os.path.expanduser(path)  # not pathlib's, which takes the ~ of ./~ for a home directory too
+    if str(path).startswith("~") and expanded == str(path):
+        raise UserError(f"{name} is {str(path)!r}, and there is no home directory to put for ~")
+    return Path(expanded)
 
 
 def to_json(config: ConfigDict) -> str:
@@ -339,7 +355,9 @@ def from_json(stored: dict) -> ConfigDict:
         if field not in flatten(config):
             raise UserError(unknown_field(field))
     config.update_from_flattened_dict(fields)
-    validate(config)
+    _require_valid_fields(config)
+    if stored.get("format", 1) > 1:
+        _refuse_unused_values(flatten(config))
     return config
 
 
@@ -361,7 +379,7 @@ def differences(config: ConfigDict, stored: dict) -> list[str]:
         one, other = there.get(field, absent), here.get(field, absent)
         same = one == other or (field == "rounds" and one < other)
         if field == "dataset.data_dir" and here.get("dataset.name") == "folder":
-            same = Path(one or "").name == Path(other or "").name  # it may have moved
+            same = _folder_name(one) == _folder_name(other)  # it may have moved
         elif field.startswith(_WITHOUT_INFLUENCE):
             same = True
         if not same:
@@ -391,9 +409,12 @@ def _upgrade(fields):
     if fields["optimizer.schedule"] == "step" and not milestones:
         fields["optimizer.schedule"] = "constant"
     fields["optimizer.milestones"] = tuple(milestones) if fields["optimizer.schedule"] == "step" else ()
-    if not fields["repulsion.strength"]:
-        fields |= {"repulsion.memory": "all", "repulsion.dtype": "float32"}
-    return fields
+    unused = [] if fields["repulsion.strength"] else ["repulsion.memory", "repulsion.dtype"]
+    if fields["dataset.name"] in _IN_MEMORY_THEN:
+        unused += ["dataset.image_side", "dataset.workers", "checkpoint_every_steps"]
+    if fields["model.name"] in _WITHOUT_NORMALIZATION_THEN:
+        unused += ["model.norm_affine", "model.norm_momentum", "model.norm_parts"]
+    return fields | {field: value for field, value in flatten(default()).items() if field in unused}
 
 
 def _has_type(value, field, example) -> bool:

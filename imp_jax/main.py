@@ -43,7 +43,7 @@ def main(argv):
             processes.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
             devices.divide_cpu()
             devices.require_usable()
-            with processes.ends_alone(), processes.first_speaks(), records.ignore_print_errors():
+            with processes.ends_alone(_DEBUG.value), processes.first_speaks(), records.ignore_print_errors():
                 _run(interruption)
     except UserError as error:
         if _DEBUG.value:

@@ -54,6 +54,8 @@ class Recorder(contextlib.AbstractContextManager):
             with processes.together(), _writing(workdir):
                 if self._first:
                     stack.enter_context(records.open_workdir(workdir, experiment.config))
+                    records.require_same_dataset(self.workdir, experiment.dataset.identity())
+                    records.keep_dataset(self.workdir, experiment.dataset.identity())
                     if config_file:
                         records.keep_config_file(self.workdir, config_file)
                     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
@@ -157,6 +159,7 @@ class Recorder(contextlib.AbstractContextManager):
 
     def __exit__(self, *raised):
         device_failed = isinstance(raised[1], jax.errors.JaxRuntimeError)
+        process_lost = jax.process_count() > 1 and processes.is_failed_collective(raised[1])
         stopped = isinstance(raised[1], KeyboardInterrupt)  # the next process analyses what is left
         recorded = threading.Event()
 
@@ -174,7 +177,7 @@ class Recorder(contextlib.AbstractContextManager):
         if stopped:
             recorded.wait()
             releasing.join(1)  # an analysis may take longer
-        elif device_failed and _may_have_lost_a_process(raised[1]):
+        elif process_lost:
             pass  # to save with a process that has died would never end
         else:
             releasing.join(_RECORDING_TIMEOUT_S if device_failed else None)
@@ -300,7 +303,7 @@ class Recorder(contextlib.AbstractContextManager):
             return task(*arguments)
         except (Exception, SystemExit) as error:  # SystemExit would end the main thread without a word
             cause, kept = in_one_line(error), "the rounds before it are kept"
-            if is_os_error(error):
+            if is_os_error(error) and not _concerns_other_files(error, self.workdir):
                 self._failure = UserError(
                     f"cannot record round {number} in {self.workdir}: {cause}; {kept}, and once that is mended "
                     f"the same command goes on"
@@ -315,8 +318,11 @@ class Recorder(contextlib.AbstractContextManager):
             raise self._failure
 
 
-def _may_have_lost_a_process(error):
-    return jax.process_count() > 1 and "RESOURCE_EXHAUSTED" not in str(error)
+def _concerns_other_files(error, workdir):
+    """Whether an OSError names a file outside of the workdir, as a bug's does."""
+    if not isinstance(error, OSError) or error.filename is None or processes.is_disk_failure(error):
+        return False
+    return not Path(os.fsdecode(error.filename)).absolute().is_relative_to(workdir.absolute())
 
 
 @contextlib.contextmanager

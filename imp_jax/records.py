@@ -42,6 +42,7 @@ FIELDS = (
 )
 KEYS = ("replicate", "arm", "round")  # of a row
 Row = dict[str, Any]
+_DATASET_FILE = "dataset.json"
 _CONFIG_PATH, CONFIG_COPY = "config_file.txt", "config_file.py"  # in a workdir: of the file given by --config
 _LOCK_TIMEOUT_S = 1.0  # `experiments.run status` takes the lock for an instant, to see whether it is free
 
@@ -81,15 +82,56 @@ def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Iterator[Path]:
         lock.release()
 
 
+def require_same_dataset(workdir: Path, identity: dict[str, Any]) -> None:
+    """Refuse a data set that is not the one a workdir was begun with, as far as `Dataset.identity` tells.
+
+    Raises:
+      UserError: another number of images or other classes.
+    """
+    try:
+        stored = json.loads((workdir / _DATASET_FILE).read_text())
+    except (OSError, ValueError):  # a new workdir, or one of an earlier version
+        return
+    if stored == identity:
+        return
+    there, here = (
+        "{train_examples:,} training and {test_examples:,} test images of {num_classes} classes".format(**one)
+        for one in (stored, identity)
+    )
+    if there == here:
+        other = next(name for name in identity["classes"] if name not in stored["classes"])
+        here = f"as many of other classes, such as {other},"
+    raise UserError(
+        f"{workdir} was begun with another data set: {there} there, and {here} here; give another --workdir"
+    )
+
+
+def keep_dataset(workdir: Path, identity: dict[str, Any]) -> None:
+    """Keep `Dataset.identity` in a workdir, for `require_same_dataset`."""
+    _write(workdir / _DATASET_FILE, json.dumps(identity, indent=2) + "\n")
+
+
 def keep_config_file(workdir: Path, config_file: str) -> None:
     """Keep the absolute path of the config file, as it was given by --config, and a copy of its text.
 
-    `imp_jax.analysis` executes the file at that path, never the copy, which is for a reader.
+    `imp_jax.analysis` executes the file at that path, never the copy, which is for a reader. Once rounds are
+    recorded the copy stays as it is; a file that has changed since is reported on stderr.
     """
     path, colon, argument = config_file.partition(":")
     _write(workdir / _CONFIG_PATH, f"{Path(path).absolute()}{colon}{argument}\n")
-    with contextlib.suppress(OSError):  # it may have been moved since it was executed
-        _write(workdir / CONFIG_COPY, Path(path).read_bytes())
+    copy = workdir / CONFIG_COPY
+    try:
+        text = Path(path).read_bytes()
+    except OSError:  # it may have been moved since it was executed
+        return
+    if not copy.exists() or not recorded_rounds(workdir):
+        _write(copy, text)
+    elif copy.read_bytes() != text:
+        print(
+            f"{path} has changed since {workdir} was begun with it; rounds on disk are of the earlier text, "
+            f"which {copy} keeps",
+            file=sys.stderr,
+        )
 
 
 def kept_config_file(workdir: Path, existing: bool = False) -> str | None:

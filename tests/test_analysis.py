@@ -324,6 +324,36 @@ def test_the_config_file_of_the_run_is_executed(copy, tmp_path, monkeypatch):
     assert (copy / "analysis" / "layers.csv").read_bytes() == layers
 
 
+def test_other_errors_than_unknown_names_do_not_name_the_config_file(copy, tmp_path):
+    records.keep_config_file(copy, f"{tmp_path}/own.py")
+    stored = json.loads((copy / "config.json").read_text())
+    stored["batch_size"] = 5000
+    (copy / "config.json").write_text(json.dumps(stored))
+    (copy / "analysis" / "layers.csv").unlink()
+    with pytest.raises(UserError, match="batch_size is 5000; mnist5k has 4000 training images") as error:
+        analysis.run(copy)
+    assert "own.py" not in str(error.value)
+
+
+def test_another_data_set_is_not_analysed(copy):
+    stored = json.loads((copy / "dataset.json").read_text())
+    assert stored == {"train_examples": 4000, "test_examples": 1000, "num_classes": 10, "classes": []}
+    (copy / "dataset.json").write_text(json.dumps(stored | {"train_examples": 5000}))
+    (copy / "analysis" / "layers.csv").unlink()
+    with pytest.raises(UserError, match="begun with another data set: 5,000 training and 1,000 test images"):
+        analysis.run(copy)
+
+
+def test_a_run_without_a_readable_round_has_a_report_all_the_same(copy, capsys):
+    shutil.rmtree(copy / "analysis")
+    for number in range(ROUNDS):
+        shutil.rmtree(copy / "checkpoints" / str(number) / "networks")
+    analysis.run(copy)
+    assert capsys.readouterr().err.count("is left out of the analyses") == ROUNDS
+    assert len(analysis.load(copy).distances) == 0
+    assert "accuracy" in (copy / "report.html").read_text()
+
+
 def test_a_figure_that_cannot_be_drawn_is_missing(copy, monkeypatch, capsys):
     def fail_once(figure, *arguments):
         if not failed:
@@ -477,6 +507,9 @@ def test_what_cannot_be_drawn_is_said(run):
 def test_folders_that_cannot_be_analysed_are_said(copy, tmp_path):
     with pytest.raises(UserError, match=r"is not the workdir of a run: it has no config\.json"):
         analysis.run(tmp_path)
+    for data_dir, sentence in (("", "--data_dir is empty"), ("~nobody-here", "--data_dir is '~nobody-here'")):
+        with pytest.raises(UserError, match=sentence):
+            analysis.run(copy, data_dir=data_dir)
     (copy / "report.html").unlink()
     (copy / "report.html").mkdir()
     with pytest.raises(UserError, match="cannot write the analyses of"):

@@ -244,6 +244,33 @@ def test_what_is_no_damage_is_raised_and_moves_nothing(
     assert_same(again.restore(1), networks(1))
 
 
+@pytest.mark.parametrize("place", ["checkpoints/1/networks", "progress"])
+def test_a_folder_that_cannot_be_read_now_is_no_damage(checkpoints, tmp_path, reopened, monkeypatch, place):
+    """As after an expired ticket of a network's file system, under which os.walk and rglob see nothing."""
+    for number in range(2):
+        checkpoints.save(number, networks(number), ROWS)
+    checkpoints.save_progress(2, progress(3), STEPS)
+    scandir = os.scandir
+
+    def denied(path="."):
+        if str(tmp_path / place) in os.fspath(path):
+            raise PermissionError(errno.EACCES, "denied", path)
+        return scandir(path)
+
+    def fail(*_, **__):
+        raise FileNotFoundError(errno.ENOENT, "No such file", "d/manifest.ocdbt")
+
+    again = reopened()
+    read = again.mend if "checkpoints" in place else lambda: again.progress(2, progress(0), STEPS)
+    with monkeypatch.context() as patch:
+        patch.setattr("orbax.checkpoint.CheckpointManager.restore", fail)
+        patch.setattr(os, "scandir", denied)
+        with pytest.raises(UserError, match=r"cannot read the checkpoint .*denied.*; nothing is changed"):
+            read()
+    assert not (tmp_path / "set-aside").exists()
+    assert again.mend() == []
+
+
 def test_a_round_that_is_not_there_is_said(checkpoints, tmp_path):
     checkpoints.save(0, networks(), ROWS)
     with pytest.raises(

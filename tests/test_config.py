@@ -197,6 +197,31 @@ def test_what_did_nothing_in_format_1_is_dropped():
         configs.from_json({**stored, "format": 3})
 
 
+def test_what_had_no_influence_in_format_1_is_dropped():
+    stored = configs.default().to_dict()
+    stored["dataset"] |= {"image_side": 64, "workers": 2}
+    stored["model"]["norm_momentum"] = 0.5
+    stored["checkpoint_every_steps"] = 7
+    assert configs.from_json(stored) == configs.default()
+    stored["dataset"]["name"], stored["model"]["name"] = "imagenet2012", "resnet20"  # where they had
+    config = configs.from_json(stored)
+    assert (config.dataset.image_side, config.model.norm_momentum) == (64, 0.5)
+    stored["optimizer"]["warmup_epochs"] = 2.0 * stored["epochs"]  # refused now, and read all the same
+    config = configs.from_json(stored)
+    assert config.optimizer.warmup_epochs == 50
+    with pytest.raises(UserError, match=r"optimizer\.warmup_epochs is 50\.0"):
+        configs.validate(config)
+
+
+def test_only_a_tilde_at_the_beginning_is_a_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.chdir("/")
+    paths = {"~/w": "/home/me/w", "~": "/home/me", "./~/w": "~/w", "a/~": "a/~", "/~": "/~"}
+    assert {path: str(configs.user_path(path, "--root")) for path in paths} == paths
+    with pytest.raises(UserError, match="--root is '~no_such_user/w', and there is no home directory"):
+        configs.user_path("~no_such_user/w", "--root")
+
+
 def test_run_names():
     base, config = configs.default(), configs.default()
     assert configs.run_name("conv4", base, config) == "conv4"

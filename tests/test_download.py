@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -26,12 +27,13 @@ from tensorflow_datasets.image_classification import mnist as tfds_mnist
 
 from imp_jax import data, imp, main
 from imp_jax.config import UserError
-from imp_jax.data import download
+from imp_jax.data import __main__, download
 from tests import archives, folders
 from tests.archives import Server
 from tests.conftest import quick_config
 from tests.test_readme import ROOT
 
+FIRST_ANSWER_TIMEOUT_S = download._FIRST_ANSWER_TIMEOUT_S
 CLASSICS = ("mnist", "fashion_mnist", "cifar10", "cifar100")
 
 
@@ -277,7 +279,7 @@ def test_files_with_another_content_are_not_kept(serve, tmp_path):
     assert damaged.read_bytes() == content
 
 
-def test_without_a_network_files_fetched_by_hand_are_used(serve, tmp_path, monkeypatch):
+def test_without_a_network_files_fetched_by_hand_are_used(serve, tmp_path, monkeypatch, capsys):
     server = serve("mnist")
     archives.register(monkeypatch, "mnist", server.files, "http://127.0.0.1:9/none")  # where no server is
     manual = tmp_path / "downloads/manual"
@@ -298,21 +300,59 @@ def test_without_a_network_files_fetched_by_hand_are_used(serve, tmp_path, monke
     for name, content in server.files.items():
         manual.mkdir(parents=True, exist_ok=True)
         (manual / name).write_bytes(content)
-    wrong = manual / next(iter(server.files))
-    wrong.write_bytes(b"<html>")
-    with pytest.raises(
-        UserError,
-        match=rf"{wrong} is not the file of http://.*: it has 6 bytes and should have [0-9,]+; remove it, or "
-        rf"put the right one into {manual}/mnist",
-    ):
+    other = manual / next(iter(server.files))  # that of Fashion-MNIST, which has the same name
+    other.write_bytes(b"<html>")
+    capsys.readouterr()
+    with pytest.raises(UserError, match=f"fetch it by hand and put it into {manual}/mnist$"):
         data.load("mnist", tmp_path)
-    assert wrong.read_bytes() == b"<html>"  # it is the user's
+    assert re.match(
+        rf"{other} is left alone, as it is not the file of http://.*: it has 6 bytes and should have [0-9,]+$",
+        capsys.readouterr().err,
+    )
+    assert other.read_bytes() == b"<html>"  # it is the user's
     (manual / "mnist").mkdir()
-    (manual / "mnist" / wrong.name).write_bytes(server.files[wrong.name])
+    here = manual / "mnist" / other.name
+    here.write_bytes(b"<html>")
+    with pytest.raises(UserError, match=rf"{here} is not the file of http://.*; replace or remove it"):
+        data.load("mnist", tmp_path)
+    here.write_bytes(server.files[other.name])
     images, labels = archives.random_splits("mnist")["test"]
     test = data.load("mnist", tmp_path).test
     assert in_order(test.images, test.labels) == in_order(images, labels["label"])
     assert not server.requests
+
+
+def test_files_of_another_set_in_the_folder_by_hand_do_not_keep_from_a_download(serve, tmp_path):
+    server = serve("fashion_mnist")
+    (tmp_path / "downloads/manual").mkdir(parents=True)
+    for name in server.files:
+        (tmp_path / "downloads/manual" / name).write_bytes(b"of MNIST")
+    data.prepare("fashion_mnist", tmp_path)
+    assert len(server.requests) == 4
+
+
+def test_a_server_that_never_answers_is_one_sentence_within_ten_seconds(tmp_path, monkeypatch):
+    """With the limit that users have."""
+    monkeypatch.setattr(download, "_FIRST_ANSWER_TIMEOUT_S", FIRST_ANSWER_TIMEOUT_S)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        files = archives.pack("mnist", archives.random_splits("mnist"))
+        archives.register(monkeypatch, "mnist", files, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        start = time.monotonic()
+        with pytest.raises(UserError, match=r"cannot download .*: no answer within \d+ s; fetch it and"):
+            data.load("mnist", tmp_path)
+    assert time.monotonic() - start < 8  # two seconds are for imports
+
+
+def test_preparing_goes_on_when_nobody_reads(serve, tmp_path, monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    serve("mnist")
+    monkeypatch.setattr(sys, "argv", ["data", "prepare", "mnist", f"--data_dir={tmp_path}"])
+    monkeypatch.setattr(sys, "stdout", Closed())
+    __main__.main()
+    assert data.find("mnist", tmp_path).is_prepared()
 
 
 def test_of_two_processes_one_waits_for_the_other(serve, tmp_path, capsys):
@@ -443,6 +483,7 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(serve, tmp_path, mo
         ("Fashion MNIST", "fashion_mnist"),
         ("MNIST5K", "mnist5k"),
         ("svhn-croped", "svhn_cropped"),
+        ("ImageFolder", "folder"),
     ],
 )
 def test_other_spellings_of_a_set_are_suggested(name, meant, tmp_path):

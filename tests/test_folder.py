@@ -3,10 +3,12 @@
 import pickle
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
-from imp_jax import data, experiment
+from imp_jax import config as configs
+from imp_jax import data, experiment, imp
 from imp_jax.config import UserError
 from imp_jax.data import folder
 from tests.conftest import quick_config
@@ -182,6 +184,52 @@ def test_a_damaged_image_of_a_stream_is_named_when_it_is_decoded(tmp_path, monke
     file.unlink()
     with pytest.raises(UserError, match=f"cannot read val of {tmp_path}, {file}: FileNotFoundError"):
         list(dataset.test.evaluation_batches(1))
+
+
+@pytest.mark.parametrize("shape", [(6, 6, 3), (40, 100, 3)])  # in memory, streamed
+def test_a_run_belongs_to_the_images_that_it_was_begun_with(tmp_path, shape):
+    for place, classes in (("pets", ("ant", "bee")), ("wood", ("ash", "elm"))):
+        write_set(tmp_path / place / "images", shape, classes=classes)
+    config = quick_config(
+        str(tmp_path / "pets" / "images"),
+        **{"dataset.name": "folder", "batch_size": 2, "rounds": 1, "model.width": 0.02},
+    )
+    if shape[0] == 40:
+        config.update_from_flattened_dict({"dataset.image_side": 8, "dataset.workers": 1})
+    imp.run(config, tmp_path / "run")
+    assert len(pd.read_csv(tmp_path / "run" / "results.csv")) == 2
+    config.rounds = 2
+    config.dataset.data_dir = str(tmp_path / "wood" / "images")
+    with pytest.raises(
+        UserError, match=r"another data set: .* there, and as many of other classes, such as ash"
+    ):
+        imp.run(config, tmp_path / "run")
+    write(tmp_path / "pets" / "images" / "train" / "ant" / "9.png", noise(3, shape))
+    config.dataset.data_dir = str((tmp_path / "pets").rename(tmp_path / "moved") / "images")
+    with pytest.raises(UserError, match="4 training and 2 test images of 2 classes there, and 5 training"):
+        imp.run(config, tmp_path / "run")
+    (tmp_path / "moved" / "images" / "train" / "ant" / "9.png").unlink()
+    imp.run(config, tmp_path / "run")
+    assert len(pd.read_csv(tmp_path / "run" / "results.csv")) == 4
+
+
+def test_a_damaged_image_is_named_by_a_worker_process_too(tmp_path):
+    write_set(tmp_path / "set", (40, 100, 3), ".jpg")
+    for file in (tmp_path / "set").glob("train/bee/*.jpg"):
+        file.write_bytes(file.read_bytes()[:500])
+    config = quick_config(
+        str(tmp_path / "set"),
+        **{"dataset.name": "folder", "dataset.image_side": 8, "dataset.workers": 1, "batch_size": 6},
+    )
+    with pytest.raises(UserError, match=r"cannot decode example \d+ of train of .*/bee/\d.jpg: OSError"):
+        imp.run(config, tmp_path / "run")
+
+
+def test_a_folder_is_called_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = quick_config(".", **{"dataset.name": "folder"})
+    name = configs.run_name("own", configs.default(), config)
+    assert name.startswith(f"own,batch_size=500,dataset.data_dir={tmp_path.name},dataset.name=folder")
 
 
 def test_a_home_folder_is_expanded(tmp_path, monkeypatch):

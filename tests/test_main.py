@@ -8,7 +8,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from absl import flags
-from ml_collections import config_flags
 
 from experiments import runs
 from imp_jax import analysis, cli, imp, main
@@ -66,7 +65,7 @@ def test_where_a_run_lies(monkeypatch, arguments, workdir):
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setattr(sys, "argv", ["main", *arguments])  # where ml_collections looks for overrides
     values = flags.FlagValues()
-    config = config_flags.DEFINE_config_file("config", flag_values=values)
+    config = cli.define_config(values)
     folder = flags.DEFINE_string("workdir", None, "", flag_values=values)
     values(["main", *arguments])
     assert cli.find_workdir(folder.value, config.value, values["config"]) == Path(workdir)
@@ -76,6 +75,16 @@ def test_where_a_run_lies(monkeypatch, arguments, workdir):
         assert len(overrides) == len(fields)
         sweep = runs.run(Path(base).stem, {field: configs.flatten(config.value)[field] for field in fields})
         assert f"runs/{sweep.name}" == workdir
+
+
+def test_the_argument_of_a_config_file_stays_within_the_name(tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text("from imp_jax.config import default\ndef get_config(_): return default()")
+    arguments = ["main", f"--config={tmp_path}/own.py:../../a b"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    values = flags.FlagValues()
+    config = cli.define_config(values)
+    values(arguments)
+    assert cli.find_workdir(None, config.value, values["config"]) == Path("runs/own-..-..-a-b")
 
 
 def test_a_run_without_workdir_on_a_terminal_of_ascii(tmp_path, data_dir):
@@ -92,6 +101,50 @@ def test_a_run_without_workdir_on_a_terminal_of_ascii(tmp_path, data_dir):
     assert out.startswith(f"workdir: {workdir}\n")
     assert "(28 ? 28 ? 1)" in out
     assert len(pd.read_csv(tmp_path / workdir / "results.csv")) == 2
+
+
+OWN_CONFIG = """
+import flax.linen as nn
+from imp_jax import config as configs, models
+
+class Patches(nn.Module):
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.Conv(3, (7, 7), strides=(7, 7), padding="VALID")(x))
+        return nn.Dense(self.num_classes)(x.reshape(len(x), 4 * 4 * 3))  # of 28 × 28 pixels alone
+
+models.MODELS["patches"] = Patches
+
+def get_config():
+    with open("executed", "a") as file:
+        file.write("x")
+    config = configs.default()
+    config.update({"rounds": 1, "epochs": 1, "batch_size": 500, "replicates": 1})
+    config.model.name = "patches"
+    return config
+"""
+
+
+def test_a_run_of_ones_own_model_outlives_the_reader_of_its_output(tmp_path, data_dir):
+    """As of `| head -1`; without --workdir too, the config file is executed once; the same command goes on."""
+    (tmp_path / "own.py").write_text(OWN_CONFIG)
+    command = f"{sys.executable} -m imp_jax.main --config=own.py --config.dataset.data_dir={data_dir}"
+    for number, line in enumerate(("workdir: runs/own", "runs/own is finished"), 1):
+        done = subprocess.run(
+            ["bash", "-c", f"set -o pipefail; {command} | head -1"],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith(line)
+        assert (tmp_path / "executed").read_text() == "x" * number
+    assert len(pd.read_csv(tmp_path / "runs/own/results.csv")) == 2
+    assert (tmp_path / "runs/own/report.html").exists()
 
 
 def test_debug_shows_the_traceback_of_a_user_error(tmp_path):
@@ -192,13 +245,24 @@ def test_a_bad_config_file_is_one_sentence(tmp_path, config_file, body, sentence
     assert len(err.splitlines()) == 1
 
 
-def test_a_device_that_is_not_there_is_one_sentence(tmp_path):
-    code, out, err = run(*QUICK, f"--workdir={tmp_path / 'run'}", env=os.environ | {"JAX_PLATFORMS": "cuda"})
+@pytest.mark.parametrize(
+    ("variable", "sentence"),
+    [
+        (
+            {"JAX_PLATFORMS": "cuda"},
+            "JAX has no device: JAX_PLATFORMS is 'cuda', which cannot be used on this machine; it should be "
+            "cpu, or unset",
+        ),
+        (
+            {"JAX_ENABLE_X64": "1"},
+            "JAX_ENABLE_X64 is set; training is in single precision, so it should be unset",
+        ),
+    ],
+)
+def test_an_environment_that_does_not_suit_is_one_sentence(tmp_path, variable, sentence):
+    code, out, err = run(*QUICK, f"--workdir={tmp_path / 'run'}", env=os.environ | variable)
     assert (code, out) == (1, "")
-    assert err == (
-        "error: JAX has no device: JAX_PLATFORMS is 'cuda', which cannot be used on this machine; it should be "
-        "cpu, or unset\n"
-    )
+    assert err == f"error: {sentence}\n"
     assert not (tmp_path / "run").exists()
 
 

@@ -98,6 +98,7 @@ def test_a_divergence_is_recorded_once(data_dir, tmp_path):
             UserError,
             "cannot record round 1 .*: No space left",
         ),
+        (FileNotFoundError(errno.ENOENT, "a bug", "/elsewhere/file"), FileNotFoundError, "a bug"),
     ],
 )
 def test_only_errors_of_the_file_system_are_the_users(tiny_experiment, tmp_path, error, raised, words):

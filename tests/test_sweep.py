@@ -85,7 +85,8 @@ def test_costs_follow_from_the_throughput():
     ]
 
 
-def test_the_list_has_a_row_for_each(capsys):
+def test_the_list_has_a_row_for_each(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a file is no terminal all the same
     call("list")
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     assert [row.split("│")[1].strip() for row in rows] == [*EXHIBITS, "together"]
@@ -110,6 +111,8 @@ def call(*arguments):
         (["figure", "fig1", "--scale=mini"], "nothing of fig1 at scale mini has been run in"),
         (["figure", "--scale=mini", "fig1", "fig2"], "nothing of fig1, fig2 at scale mini has been run in"),
         (["run", "--launcher=slurm", "--timeout_min=0"], "--timeout_min is 0; it should be at least 1"),
+        (["run", "--data_dir="], "--data_dir is empty; it should be the path of a folder"),
+        (["run", "--data_dir=~no_such_user/x"], "--data_dir is '~no_such_user/x', and there is no home"),
         (["run", "fig1", "--data_dir=ROOT"], "cifar-10-binary.tar.gz: "),  # the tests have no network
     ],
 )
@@ -121,6 +124,12 @@ def test_bad_input_is_one_sentence_and_a_failure(arguments, sentence, tmp_path, 
     assert sentence in str(exit.value)
     assert len(str(exit.value).splitlines()) == 1
     assert not (tmp_path / "sweep").exists()
+
+
+def test_a_root_that_is_no_path_is_said():
+    for root, sentence in (("", "--root is empty"), ("~no_such_user/x", "--root is '~no_such_user/x'")):
+        with pytest.raises(SystemExit, match=f"error: {sentence}"):
+            call("status", "fig18", f"--root={root}")
 
 
 @pytest.mark.parametrize("action", ["status", "run", "figure"])

@@ -122,13 +122,13 @@ def load(
     if name == "folder":
         sources, kept_in = folder.open_splits(data_dir), None
         image_shape = folder.in_memory_shape(sources)
-        usual = () if image_shape else ("crop", "flip")
+        usual, classes = () if image_shape else ("crop", "flip"), sources[0].classes
     else:
         builder = find(name, data_dir)
         _require_labelled_images(builder)
         sources = tuple(Source(builder, split) for split in ("train", _test_split(builder)))
         usual, kept_in = USUAL_AUGMENTATION.get(builder.name, ()), Path(builder.data_path)
-        image_shape = _in_memory_shape(builder)
+        image_shape, classes = _in_memory_shape(builder), ()
     augmentation = tuple(usual if augmentation is None else augmentation)
     require_augmentations(augmentation, AUGMENTATIONS if image_shape else Streamed.augmentations)
     if image_shape:
@@ -140,7 +140,7 @@ def load(
         for source in sources:
             source[0]  # a split without labels is refused now, and not after a training
         splits = [Streamed(source, image_side, augmentation, workers) for source in sources]
-    return Dataset(*splits, sources[0].num_classes, augmentation, kept_in)
+    return Dataset(*splits, sources[0].num_classes, augmentation, kept_in, classes)
 
 
 def prepare(name: str, data_dir: str | os.PathLike | None = None) -> Path:
@@ -181,7 +181,7 @@ def _builder(name, data_dir):
         if isinstance(error, tfds.core.DatasetNotFoundError) or not re.fullmatch(r"\w+", base):
             raise UserError(
                 f"dataset.name is {name!r}; it should be one of {', '.join([*BUILDERS, *SETS_OF_TFDS])}, "
-                f"or another image-classification set of TFDS{_suggestion(name)}"
+                f"folder, or another image-classification set of TFDS{_suggestion(name)}"
             ) from error
         hint = f"if its folder in {root} is damaged, remove that and prepare the set again"
         if "File format is already set" in str(error):
@@ -200,7 +200,8 @@ def _is_ours(builder):
 
 def _suggestion(name):
     """A name that `name` may stand for, such as cifar10 for CIFAR-10; empty if there is none."""
-    plain = {re.sub(r"\W|_", "", known).lower(): known for known in (*BUILDERS, *SETS_OF_TFDS)}
+    known_names = (*BUILDERS, *SETS_OF_TFDS, "folder")
+    plain = {re.sub(r"\W|_", "", known).lower(): known for known in known_names}
     close = difflib.get_close_matches(re.sub(r"\W|_", "", name).lower(), plain, n=1)
     return f" (did you mean {plain[close[0]]}?)" if close else ""
 

@@ -18,12 +18,12 @@ def main():
     arguments = parser.parse_args()
     logging.set_verbosity(logging.ERROR)
 
-    from imp_jax import data
+    from imp_jax import data, records
     from imp_jax.config import UserError
     from imp_jax.interruption import Interruption
 
     try:
-        with Interruption():
+        with Interruption(), records.ignore_print_errors():
             print(f"{arguments.name} is in {data.prepare(arguments.name, arguments.data_dir)}")
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,16 @@ class Dataset(NamedTuple):
     num_classes: int
     augmentation: tuple[str, ...]  # of training images
     folder: Path | None  # in which statistics.json is kept; None does not keep it
+    classes: tuple[str, ...] = ()  # their names, of a folder of images
+
+    def identity(self) -> dict[str, Any]:
+        """What a workdir keeps to recognise the data set, for JSON."""
+        return {
+            "train_examples": self.train.examples,
+            "test_examples": self.test.examples,
+            "num_classes": self.num_classes,
+            "classes": list(self.classes),
+        }
 
 
 def from_arrays(

@@ -57,7 +57,7 @@ def fetch(url_infos: Mapping[str, UrlInfo], folder: Path, manual: Path) -> dict[
       The path of a file with the registered sha256, for each URL.
 
     Raises:
-      UserError: a file cannot be downloaded, or one in `manual` has another content.
+      UserError: a file cannot be downloaded, or one in the subfolder of `manual` has another content.
       OSError: `folder` cannot be written.
     """
     paths = {url: _find(url, info, folder, manual) for url, info in url_infos.items()}
@@ -72,7 +72,9 @@ def fetch(url_infos: Mapping[str, UrlInfo], folder: Path, manual: Path) -> dict[
                 again = f"run the same command again to go on after {kept / _MIB:.1f} MiB, or " if kept else ""
                 others = ", ".join(missing[number + 1 :])
                 what = f"it and {others} by hand and put them" if others else "it by hand and put it"
-                raise UserError(f"cannot download {url}: {error}; {again}fetch {what} into {manual}") from error
+                taken = any((manual / url_infos[url].filename).exists() for url in missing)
+                place = manual / folder.name if taken else manual
+                raise UserError(f"cannot download {url}: {error}; {again}fetch {what} into {place}") from error
     return paths
 
 
@@ -141,14 +143,15 @@ def _find(url, info, folder, manual):
         if not _difference(kept, info):
             return kept
         kept.unlink()
-    for path in (manual / folder.name / info.filename, manual / info.filename):
-        if path.is_file():
-            if difference := _difference(path, info):
-                raise UserError(
-                    f"{path} is not the file of {url}: {difference}; remove it, or put the right one into "
-                    f"{manual / folder.name}"
-                )
+    if (path := manual / folder.name / info.filename).is_file():
+        if difference := _difference(path, info):
+            raise UserError(f"{path} is not the file of {url}: {difference}; replace or remove it")
+        return path
+    if (path := manual / info.filename).is_file():
+        if not (difference := _difference(path, info)):
             return path
+        # MNIST and Fashion-MNIST give their files the same names
+        print(f"{path} is left alone, as it is not the file of {url}: {difference}", file=sys.stderr)
     return None
 
 

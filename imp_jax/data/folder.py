@@ -36,7 +36,8 @@ class ImageFolder:
     """
 
     def __init__(self, folder: Path, classes: list[str]):
-        self.name, self.num_classes = f"{folder.name} of {folder.parent}", len(classes)
+        self.name, self.classes = f"{folder.name} of {folder.parent}", tuple(classes)
+        self.num_classes = len(classes)
         self._folder = os.path.abspath(folder)
         found = _classes(folder)
         if unknown := sorted(set(found) - set(classes)):
