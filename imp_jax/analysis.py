@@ -114,6 +114,12 @@ def load(workdir: str | os.PathLike) -> Run:
             f"python -m imp_jax.analysis --workdir={workdir} computes it anew",
             stacklevel=2,
         )
+    if _has_old_repulsion(workdir, config):
+        warnings.warn(
+            f"the columns repulsion and cosine of {workdir}/results.csv count biases too, as in the version "
+            f"that trained the run; now J_r counts connections alone",
+            stacklevel=2,
+        )
     tables = {}
     for name in TABLES:
         path = workdir / "analysis" / f"{name}.csv"
@@ -497,6 +503,15 @@ def _layers(experiment, variables, mask):
 
 
 _connectivity_of_units = jax.jit(weights.connectivity_of_units, static_argnums=(0, 3))
+
+
+def _has_old_repulsion(workdir, config):
+    """Whether the last round on disk was trained with an earlier definition of J_r."""
+    if not config.repulsion.strength:
+        return False
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+        finished = checkpoints.rounds()
+        return bool(finished) and checkpoints.similarity_definition(finished[-1]) != similarity.DEFINITION
 
 
 def _stored_config(workdir):

@@ -141,10 +141,7 @@ class Checkpoints:
 
     def similarity_definition(self, number: int) -> int:
         """The `similarity.DEFINITION` under which round `number` was trained; the first one was not saved."""
-        version = self._rounds.restore(number, args=ocp.args.Composite(version=ocp.args.JsonRestore()))[
-            "version"
-        ]
-        return version.get("similarity", 1)
+        return _read_json(_folder(self._rounds, number), "version").get("similarity", 1)
 
     def keep_ends(self, last: int) -> None:
         """Remove the rounds between the first and the two up to `last`, of which one may be damaged."""

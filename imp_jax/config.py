@@ -183,11 +183,6 @@ def validate(config: ConfigDict) -> None:
         beside another. Names of models, data sets, augmentations, optimizers, schedules, scores and arms are
         checked by `choose`, where each is looked up.
     """
-    _require_valid_fields(config)
-    _refuse_unused_values(flatten(config))
-
-
-def _require_valid_fields(config):
     if not isinstance(config, ConfigDict):
         raise UserError(
             f"get_config() returned {type(config).__name__}; it should return an ml_collections.ConfigDict"
@@ -207,6 +202,7 @@ def _require_valid_fields(config):
         within, words = _BOUNDS.get(field, (lambda _: True, ""))
         if not within(value):
             raise UserError(f"{field} is {value!r}; it should be {words}")
+    _refuse_unused_values(given)
 
 
 def _refuse_unused_values(fields):
@@ -215,8 +211,8 @@ def _refuse_unused_values(fields):
     epochs, warmup_epochs = fields["epochs"], fields["optimizer.warmup_epochs"]
     if schedule == "step" and not milestones:
         raise UserError(
-            "optimizer.milestones is (); the schedule step divides the rate at these epochs, so it should name "
-            "one at least, such as (56, 71)"
+            f"optimizer.milestones is (); the schedule step divides the rate at these epochs, so it should "
+            f"name one at least, such as ({epochs / 2:g},)"
         )
     if schedule != "step" and milestones:
         raise UserError(
@@ -355,9 +351,7 @@ def from_json(stored: dict) -> ConfigDict:
         if field not in flatten(config):
             raise UserError(unknown_field(field))
     config.update_from_flattened_dict(fields)
-    _require_valid_fields(config)
-    if stored.get("format", 1) > 1:
-        _refuse_unused_values(flatten(config))
+    validate(config)
     return config
 
 
@@ -413,7 +407,11 @@ def _upgrade(fields):
     if fields["dataset.name"] in _IN_MEMORY_THEN:
         unused += ["dataset.image_side", "dataset.workers", "checkpoint_every_steps"]
     if fields["model.name"] in _WITHOUT_NORMALIZATION_THEN:
-        unused += ["model.norm_affine", "model.norm_momentum", "model.norm_parts"]
+        unused += ["model.norm_momentum", "analysis.batch_norm"]
+    if (warmup_epochs := fields["optimizer.warmup_epochs"]) > fields["epochs"]:
+        # the same line, as far as the training went on it
+        fields["optimizer.learning_rate"] *= fields["epochs"] / warmup_epochs
+        fields["optimizer.warmup_epochs"] = float(fields["epochs"])
     return fields | {field: value for field, value in flatten(default()).items() if field in unused}
 
 

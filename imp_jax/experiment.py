@@ -193,8 +193,9 @@ def recall_execution(experiment: Experiment, workdir: str | os.PathLike) -> Expe
     if stored.convolutions not in possible:
         if processes.is_first():
             before = _CONVOLUTIONS.get(stored.convolutions, stored.convolutions)
+            why = "are slow" if stored.convolutions == "flax" else "cannot be used"
             print(
-                f"{workdir} was begun with {before}, which cannot be used here: it goes on with "
+                f"{workdir} was begun with {before}, which {why} here: it goes on with "
                 f"{_CONVOLUTIONS[chosen.convolutions]}, and results differ by rounding",
                 file=sys.stderr,
             )
@@ -246,5 +247,9 @@ def _require_layers(patterns, params):
             raise UserError(
                 f"pruning.exclude has {pattern!r}, which names no layer to prune; there are {', '.join(params)}"
             )
+    if not any(jax.tree.leaves(prunable[0])):
+        raise UserError(
+            f"the network has no weights to prune: none of {', '.join(params)} has a leaf called kernel"
+        )
     if not any(jax.tree.leaves(prunable[1])):
         raise UserError(f"pruning.exclude is {patterns}; it should leave some of {', '.join(params)} to prune")

@@ -20,6 +20,7 @@ from imp_jax import masking
 from imp_jax.config import UserError, choose
 
 Rate = Float[Any, ""] | float
+_INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
 
 def scale_by_adam() -> optax.GradientTransformation:
@@ -57,10 +58,11 @@ def register(name: str, optimizer: Callable[..., optax.GradientTransformation]) 
 
     Args:
       optimizer: a function of `learning_rate`, a traced scalar, that returns a complete optax transform. If it
-        has an argument `momentum` too, `config.optimizer.momentum` is passed to it.
+        has an argument `momentum` too, `config.optimizer.momentum` is passed to it. A state of
+        `optax.inject_hyperparams` is given the rate of each step.
 
     Raises:
-      UserError: `optimizer` is not a function.
+      UserError: `optimizer` is not a function of `learning_rate`.
     """
     _check_factory(name, optimizer)
     OPTIMIZERS[name] = optimizer
@@ -88,11 +90,11 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
     _check_factory(name, factory)
     if momentum is not None and "momentum" not in inspect.signature(factory).parameters:
         raise UserError(f"optimizer.momentum is {momentum}; {name} has no momentum, so it should be None")
-    return _make_optimizer(factory, momentum, config.optimizer.weight_decay)
+    return _make_optimizer(factory, config.optimizer.learning_rate, momentum, config.optimizer.weight_decay)
 
 
 @functools.cache  # jit compares static arguments: a second run in the same process must get the same object
-def _make_optimizer(factory, momentum, weight_decay):
+def _make_optimizer(factory, base_rate, momentum, weight_decay):
     options = {} if momentum is None else {"momentum": momentum}
 
     def transform(learning_rate):
@@ -101,9 +103,22 @@ def _make_optimizer(factory, momentum, weight_decay):
 
     def update(updates, state, params=None, *, learning_rate, **extra_args):
         optimizer = optax.with_extra_args_support(transform(learning_rate))
-        return optimizer.update(updates, state, params, **extra_args)
+        return optimizer.update(updates, _inject_rate(state, learning_rate), params, **extra_args)
 
-    return masking.masked(optax.GradientTransformationExtraArgs(transform(0.0).init, update))
+    # some states depend on the base rate, as that of optax.rprop
+    return masking.masked(optax.GradientTransformationExtraArgs(transform(base_rate).init, update))
+
+
+def _inject_rate(state, learning_rate):
+    """The state with the rate where `optax.inject_hyperparams` reads it; other states as they are."""
+
+    def inject(part):
+        if not isinstance(part, _INJECTED) or "learning_rate" not in part.hyperparams:
+            return part
+        rate = jnp.asarray(learning_rate, jnp.asarray(part.hyperparams["learning_rate"]).dtype)
+        return part._replace(hyperparams={**part.hyperparams, "learning_rate": rate})
+
+    return jax.tree.map(inject, state, is_leaf=lambda part: isinstance(part, _INJECTED))
 
 
 def _check_factory(name, optimizer):
@@ -112,16 +127,27 @@ def _check_factory(name, optimizer):
             f"the optimizer {name!r} is a {type(optimizer).__name__}; it should be a function of the learning "
             f"rate that returns an optax transform, such as optax.adamw without a call"
         )
+    parameters = inspect.signature(optimizer).parameters
+    if "learning_rate" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise UserError(
+            f"the optimizer {name!r} takes ({', '.join(parameters)}); it should take learning_rate by this name"
+        )
 
 
 def learning_rates(config: ConfigDict, steps_per_epoch: int) -> Float[np.ndarray, "epochs steps"]:
     """The learning rate of every step of a training (table 1), times the warm-up's linear rise from 0.
 
     Raises:
-      UserError: an unknown schedule.
+      UserError: an unknown schedule; a milestone after the last step.
     """
     schedule = choose(SCHEDULES, "optimizer.schedule", config.optimizer.schedule)
     time = np.arange(config.epochs * steps_per_epoch) / steps_per_epoch
+    milestones = config.optimizer.milestones
+    if milestones and milestones[-1] > time[-1]:
+        raise UserError(
+            f"optimizer.milestones is {milestones}; the last step of a training begins at epoch "
+            f"{time[-1]:.6g}, so they should be at most that"
+        )
     rates = config.optimizer.learning_rate * schedule(time, config.epochs, config.optimizer)
     if config.optimizer.warmup_epochs:
         rates *= np.minimum(time / config.optimizer.warmup_epochs, 1)

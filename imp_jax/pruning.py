@@ -65,10 +65,16 @@ def prune_by_score(
     """`prune_by_magnitude` by any scores, a tree like `params`: the lowest go, negative ones first, nan last.
 
     The threshold is of |θ|, whatever the score.
+
+    Raises:
+      ValueError: as `prune_by_magnitude`; scores that are not floating-point.
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction is {fraction}; it should lie in [0, 1]")
     masking.require_same_shapes(params, mask, scores)
+    for leaf in masking.prunable_leaves(scores, exclude):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(f"scores are of type {leaf.dtype}; they should be floating-point")
     alive = _concatenate(mask, exclude)
     count = _rounded_share(jnp.sum(alive, dtype=jnp.int32), fraction)
     rank = _ordered_integers(_concatenate(scores, exclude))

@@ -139,16 +139,17 @@ def _cosine(params, masks, exclude):
 
 
 def _euclidean(params, masks, exclude):
-    weights, masks = _weights_and_masks(jax.tree.map(_from_mean, params), masks, exclude)
+    weights, masks = _weights_and_masks(params, masks, exclude)
+    weights = [_from_mean(*pair) for pair in zip(weights, masks, strict=True)]
     scale = scale_of(weights)
     products, squares = _gram_products([leaf / scale for leaf in weights], masks)
     return _zero_diagonal(scale * jnp.sqrt(jnp.maximum(squares + squares.T - 2 * products, 0)))
 
 
-def _from_mean(leaf):
+def _from_mean(weights, masks):
     """Networks far from 0 and near each other would cancel."""
-    leaf = widen(leaf)
-    return leaf - leaf.mean(0)
+    mean = weights.sum(0) / jnp.maximum(masks.sum(0), 1)
+    return jnp.where(masks, weights - mean, 0)
 
 
 _BY_GRAM = {angular_distance: _angular, cosine_distance: _cosine, euclidean_distance: _euclidean}

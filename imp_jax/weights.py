@@ -163,8 +163,10 @@ _ELEMENTWISE = {
 def _without_statistics(layer, args, kwargs, context):
     """Normalisation layers give back their input; convolutions are those of `lax`, whose paths are known."""
     module = context.module
-    if type(module) in _NORMALISATIONS and context.method_name == "__call__" and args:
-        return args[0]
+    method = getattr(context.orig_method, "func", context.orig_method)  # Flax's own also under a subclass
+    of_flax = method.__module__ == nn.LayerNorm.__module__ and context.method_name == "__call__"
+    if isinstance(module, _NORMALISATIONS) and of_flax:
+        return args[0] if args else kwargs["x"]
     if type(module) is nn.Conv and (module.conv_general_dilated or module.conv_general_dilated_cls):
         plain = module.clone(parent=None, name=None, conv_general_dilated=None, conv_general_dilated_cls=None)
         return plain.apply(module.variables, *args, **kwargs)

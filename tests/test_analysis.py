@@ -393,13 +393,14 @@ def test_other_settings_of_the_analysis_need_no_other_run(copy):
         errors = path["error"].to_numpy()
         row = run.barriers.set_index(["replicate", "kind", "round", "split"]).loc[key]
         assert row["barrier"] == pytest.approx(errors.max() - max(errors[0], errors[-1]), abs=1e-6)
-    config.analysis.batch_norm = "reestimate"
-    imp.run(config, copy)
+    experiment = imp.setup(config)
+    config.analysis.batch_norm = "reestimate"  # which a network without statistics, as this one, refuses
     asked = []
     with pytest.MonkeyPatch.context() as patch:
         path_metrics = connectivity.path_metrics
         patch.setattr(connectivity, "path_metrics", lambda *a, **k: asked.append(k) or path_metrics(*a, **k))
-        analysis.run(copy)
+        with contextlib.closing(Checkpoints(copy)) as checkpoints:
+            analysis.compute(checkpoints, config, lambda: experiment, copy, records.read_results(copy))
     assert {(k["batch_norm"], k["train"].examples) for k in asked} == {("reestimate", 4000)}
     assert set(analysis.load(copy).paths["batch_norm"]) == {"reestimate"}
 

@@ -45,6 +45,21 @@ def test_table_1(module):
     assert config.rounds == (2 if module is resnet50 else 25)
 
 
+def test_inputs_of_lenet_are_normalised():
+    """As in OpenLTH, from which table 1 is taken."""
+    assert mnist5k.get_config().dataset.normalize is True
+
+
+@pytest.mark.parametrize("module", [conv4, resnet20, resnet50], ids=lambda module: module.__name__)
+def test_costs_in_docstrings_are_those_of_the_config(module):
+    config, train_images = module.get_config(), {"cifar10": 50_000, "imagenet2012": 1_281_167}
+    steps = train_images[config.dataset.name] // config.batch_size
+    members = len(config.arms) * config.replicates * config.rounds
+    twins = config.replicates * sum(number < config.rounds for number in config.instability.rounds)
+    images = (members + twins) * config.epochs * steps * config.batch_size
+    assert f"\nCost: {images / 1e6:.0f} million images;" in module.__doc__
+
+
 @pytest.mark.parametrize("module", [*TABLE_1, mnist5k], ids=lambda module: module.__name__)
 def test_a_docstring_has_the_command(module):
     name = module.__name__.replace("configs.", "")

@@ -167,7 +167,7 @@ def test_sets_of_tfds_are_read_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path.parent))
     np.testing.assert_array_equal(data.load("mnist", f"~/{tmp_path.name}").test.labels, mnist.test.labels)
     assert data.load("cifar10", tmp_path, augmentation=("flip",)).augmentation == ("flip",)
-    for augmentation in (("mirror",), ("flip", "flip")):
+    for augmentation in (("mirror",), ("flip", "flip"), "crop"):
         with pytest.raises(UserError, match=r"augmentation is .*; it should be None, or any of crop and flip"):
             data.load("cifar10", tmp_path, augmentation=augmentation)
     for dataset in (mnist, cifar10):

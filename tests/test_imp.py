@@ -655,6 +655,8 @@ def test_a_damaged_round_is_set_aside_and_trained_again(data_dir, tmp_path, caps
     forget_definition(tmp_path / "older" / "checkpoints" / "1")
     with pytest.raises(UserError, match="earlier version, whose J_r counted biases"):
         imp.run(config, tmp_path / "older")
+    with pytest.warns(UserWarning, match="columns repulsion and cosine of .* count biases too"):
+        analysis.load(tmp_path / "older")
     shutil.rmtree(tmp_path / "repelled" / "checkpoints" / "0" / "networks")
     with pytest.raises(UserError, match="checkpoints/0 is damaged"):
         imp.run(config, tmp_path / "repelled")

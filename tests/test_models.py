@@ -588,9 +588,14 @@ class Fixed(nn.Module):
         return nn.Dense(10)(images.mean((1, 2)))
 
 
+class Listed(Mixer):
+    widths: tuple = ()
+
+
 @pytest.fixture
 def own_models(monkeypatch):
-    own = {"mixer": Mixer, "half": functools.partial(Mixer, param_dtype="bfloat16"), "normalised": Normalised}
+    own = {"listed": functools.partial(Listed, widths=[3])}
+    own |= {"mixer": Mixer, "half": functools.partial(Mixer, param_dtype="bfloat16"), "normalised": Normalised}
     for name, model in (own | {"untrained": Untrained, "fixed": Fixed}).items():
         monkeypatch.setitem(models.MODELS, name, model)
 
@@ -614,6 +619,7 @@ def test_a_model_needs_no_field_but_the_number_of_classes(own_models):
         ("half", {}, r"'half', which has parameters of type bfloat16; they should be float32"),
         ("untrained", {}, r"'untrained', which is not called as model\(images, train=False\)"),
         ("fixed", {}, r"'fixed', which has no field num_classes"),
+        ("listed", {}, r"'listed', which has a field that cannot be hashed, as a list; it should be a tuple"),
     ],
 )
 def test_what_a_model_lacks_is_reported(own_models, name, options, sentence):
@@ -623,8 +629,10 @@ def test_what_a_model_lacks_is_reported(own_models, name, options, sentence):
 
 def test_statistics_cannot_be_estimated_again_without_a_momentum(own_models):
     config = configs.default()
-    config.model.name, config.analysis.batch_norm = "normalised", "reestimate"
-    with pytest.raises(
-        UserError, match=r"analysis\.batch_norm is 'reestimate'; normalised has no field norm_mom"
-    ):
-        models.create(config, 10, CIFAR)
+    config.analysis.batch_norm = "reestimate"
+    for name, lacks in (("normalised", "field norm_momentum"), ("conv4", "statistics of its batches")):
+        config.model.name = name
+        with pytest.raises(
+            UserError, match=rf"analysis\.batch_norm is 'reestimate'; {name} has no {lacks}, so"
+        ):
+            models.create(config, 10, CIFAR)

@@ -88,17 +88,23 @@ def test_adam_is_optax_adam():
         ({"name": "sgd"}, optax.sgd),
         ({"name": "sgd", "momentum": 0.5}, lambda rate: optax.sgd(rate, momentum=0.5)),
         ({"name": "decoupled"}, lambda rate: optax.adamw(rate, weight_decay=0.1)),
+        ({"name": "injected"}, lambda rate: optax.adamw(rate, weight_decay=0.2)),
+        ({"name": "rprop"}, optax.rprop),
     ],
 )
 def test_optimizers_step_as_those_of_optax(monkeypatch, fields, expected):
-    """With a rate that changes, under jit; `decoupled` is registered, and needs the parameters."""
+    """With a rate that changes, under jit; those of optax are registered, of which some need the parameters."""
     monkeypatch.setattr(optimizers, "OPTIMIZERS", dict(optimizers.OPTIMIZERS))
     optimizers.register("decoupled", functools.partial(optax.adamw, weight_decay=0.1))
+    injected = functools.partial(optax.adamw, weight_decay=0.2)
+    optimizers.register("injected", optax.inject_hyperparams(injected))
+    optimizers.register("rprop", optax.rprop)
+    fields["learning_rate"] = 0.1
     optimizer = optimizers.make_optimizer(settings(**{f"optimizer.{k}": v for k, v in fields.items()}))
     params = draw_tree(99)
     mask = masking.ones_like(params)
     state, expected_params = optimizer.init(params), params
-    expected_state = expected(0.0).init(params)
+    expected_state = expected(0.1).init(params)
     update = jax.jit(optimizer.update)
     for step in range(5):
         gradients, rate = draw_tree(step), 0.1 / (step + 1)
@@ -123,6 +129,18 @@ def test_momentum_is_refused_where_there_is_none():
         UserError, match=r"optimizer.momentum is 0.5; adam has no momentum, so it should be None"
     ):
         optimizers.make_optimizer(settings(**{"optimizer.momentum": 0.5}))
+
+
+def test_a_rate_by_another_name_is_refused():
+    with pytest.raises(UserError, match=r"'lion' takes \(lr\); it should take learning_rate by this name"):
+        optimizers.register("lion", lambda lr: optax.lion(lr))
+
+
+def test_a_milestone_after_the_last_step_is_refused():
+    config = settings(epochs=1, **{"optimizer.schedule": "step", "optimizer.milestones": (0.99,)})
+    with pytest.raises(UserError, match=r"last step of a training begins at epoch 0.875, so they should be"):
+        optimizers.learning_rates(config, 8)
+    assert optimizers.learning_rates(config, 100).ravel()[-1] == np.float32(1.2e-4)
 
 
 def test_a_finished_transform_is_refused():

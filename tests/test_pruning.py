@@ -167,6 +167,14 @@ def test_fraction_outside_is_refused(fraction):
         pruning.prune_by_magnitude(params, masking.ones_like(params), fraction)
 
 
+@pytest.mark.parametrize("dtype", ["int32", "uint32"])
+def test_scores_that_are_no_floats_are_refused(dtype):
+    params = {"kernel": jnp.asarray([1.0, 2.0, 3.0, 4.0])}
+    scores = {"kernel": jnp.asarray([3, 1, 4, 2], dtype)}
+    with pytest.raises(ValueError, match=f"scores are of type {dtype}; they should be floating-point"):
+        pruning.prune_by_score(scores, params, masking.ones_like(params), 0.25)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_nan_is_last_whatever_its_sign(dtype):
     nan = np.float32([np.nan, -np.nan])

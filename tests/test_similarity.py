@@ -144,6 +144,20 @@ def test_matrix_is_the_pairwise_function(distance):
     np.testing.assert_array_equal(matrix, matrix.T)
 
 
+def test_a_nan_where_a_network_is_pruned_does_not_count():
+    params, masks = random_networks()
+    poisoned = [
+        jax.tree.map(lambda p, m: jnp.where(m, p, jnp.nan), *pair) for pair in zip(params, masks, strict=True)
+    ]
+    for distance in similarity.METRICS.values():
+        np.testing.assert_allclose(
+            similarity.distance_matrix(poisoned, masks, distance=distance),
+            similarity.distance_matrix(params, masks, distance=distance),
+            rtol=1e-5,
+            atol=1e-6,
+        )
+
+
 def test_matrices_are_those_of_each_distance():
     params, masks = random_networks()
     stacked = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) for trees in (params, masks)]

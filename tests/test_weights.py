@@ -148,6 +148,45 @@ def test_a_deep_dense_network_has_no_dead_units():
 # --- connectivity of units in networks of any kind ---
 
 
+class OwnNorm(nn.LayerNorm):
+    pass
+
+
+class DoubledNorm(nn.LayerNorm):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class Between(nn.Module):
+    """Dense layers of 3 and 2 units with something between them."""
+
+    layer: Callable
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        x = nn.Dense(3)(images.reshape(len(images), -1))
+        return nn.Dense(2)(self.layer(x))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda x: nn.LayerNorm()(x),
+        lambda x: nn.LayerNorm()(x=x),
+        lambda x: OwnNorm()(x),
+        lambda x: DoubledNorm()(x),
+        lambda x: nn.GroupNorm(num_groups=3)(x),
+    ],
+)
+def test_statistics_of_a_layer_are_no_paths_whoever_normalises(layer):
+    model = Between(layer)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 2, 2, 1)))
+    mask = masking.ones_like(variables["params"])
+    mask["Dense_1"]["kernel"] = mask["Dense_1"]["kernel"].at[0].set(False)
+    dead = jitted_dead_units(model, variables, mask, (2, 2, 1))
+    assert {name: int(count) for name, count in dead.items()} == {"Dense_0": 1, "Dense_1": 0}
+
+
 class Mixer(nn.Module):
     """Dense layers over patches and over channels in turn (Tolstikhin et al. 2021)."""
 

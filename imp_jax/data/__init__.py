@@ -129,8 +129,9 @@ def load(
         sources = tuple(Source(builder, split) for split in ("train", _test_split(builder)))
         usual, kept_in = USUAL_AUGMENTATION.get(builder.name, ()), Path(builder.data_path)
         image_shape, classes = _in_memory_shape(builder), ()
-    augmentation = tuple(usual if augmentation is None else augmentation)
+    augmentation = usual if augmentation is None else augmentation
     require_augmentations(augmentation, AUGMENTATIONS if image_shape else Streamed.augmentations)
+    augmentation = tuple(augmentation)
     if image_shape:
         examples = sum(map(len, sources))
         require_memory(sources[0].name.removeprefix("train of "), examples, examples * math.prod(image_shape))

@@ -142,7 +142,8 @@ def require_memory(name: str, examples: int, num_bytes: int) -> None:
 
 def require_augmentations(augmentation: Sequence[str], known: Sequence[str]) -> None:
     """Refuse an unknown augmentation, or one that is named twice."""
-    if not set(augmentation) <= set(known) or len(set(augmentation)) < len(augmentation):
+    one_by_one = not isinstance(augmentation, str)
+    if not one_by_one or not set(augmentation) <= set(known) or len(set(augmentation)) < len(augmentation):
         raise UserError(
             f"dataset.augmentation is {augmentation!r}; it should be None, or any of {' and '.join(known)}, "
             f"none twice, written as ('crop', 'flip')"

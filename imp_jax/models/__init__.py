@@ -72,6 +72,12 @@ def create(config: ConfigDict, num_classes: int, image_shape: tuple[int, int, in
         elif value != unset:
             raise UserError(f"{setting} is {value}; {name} has no field {field}, so it should be {unset}")
     model = make(**given)
+    try:
+        hash(model)
+    except TypeError as error:
+        raise UserError(
+            f"model.name is {name!r}, which has a field that cannot be hashed, as a list; it should be a tuple"
+        ) from error
     if not _takes(model.__call__, "train"):
         raise UserError(
             f"model.name is {name!r}, which is not called as model(images, train=False); it should be"
@@ -87,11 +93,12 @@ def create(config: ConfigDict, num_classes: int, image_shape: tuple[int, int, in
         raise UserError(
             f"model.norm_parts is {config.model.norm_parts}; {name} has no normalisation, so it should be 1"
         )
-    without_momentum = set(variables) != {"params"} and not hasattr(model, "norm_momentum")
-    if config.analysis.batch_norm == "reestimate" and without_momentum:
+    lacks = "statistics of its batches" if set(variables) == {"params"} else "field norm_momentum"
+    if config.analysis.batch_norm == "reestimate" and not (
+        set(variables) != {"params"} and hasattr(model, "norm_momentum")
+    ):
         raise UserError(
-            f"analysis.batch_norm is 'reestimate'; {name} has no field norm_momentum, so it should be "
-            f"'interpolate'"
+            f"analysis.batch_norm is 'reestimate'; {name} has no {lacks}, so it should be 'interpolate'"
         )
     return model
 

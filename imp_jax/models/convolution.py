@@ -96,7 +96,7 @@ def conv_general_dilated(
         images, pads = _crop(images, pads)
     sides = _output_sides(images, kernel, strides, pads)
     if min(len(images), *sides) < 1:
-        return lax.conv_general_dilated(images, kernel, strides, padding, **options)
+        return lax.conv_general_dilated(images, kernel, strides, pads, **options)
     return _convolve(images, kernel, tuple(strides), pads, implementation)
 
 
