@@ -149,6 +149,14 @@ def of_parts(**fields):
     return jax.tree.map(np.asarray, (one_step(whole, images, labels), mean))
 
 
+def copies():
+    """Where a set and its copies on all devices lie in memory."""
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (100, 8, 8, 3), np.uint8))
+    replicated = devices.replicate(images, jax.sharding.Mesh(np.array(jax.devices()), ("member",)))
+    shards = [shard.data.unsafe_buffer_pointer() for shard in replicated.addressable_shards]
+    return images.unsafe_buffer_pointer(), shards
+
+
 def main():
     options = {"accumulate_steps": 2, "model.norm_parts": 2}
     tasks = {
@@ -157,6 +165,7 @@ def main():
         "resnet": lambda: {mesh: run(placed(resnet(), mesh)) for mesh in MESHES},
         "resnet in parts": lambda: {mesh: run(placed(resnet(**options), mesh)) for mesh in ((1, 1), (2, 2))},
         "collectives": lambda: {mesh: collectives(placed(resnet(), mesh)) for mesh in ((4, 1), (2, 2))},
+        "memory": copies,
         "programs": lambda: compiled(placed(make_tiny_experiment(), (2, 2))),
         "accumulated": lambda: of_parts(accumulate_steps=2),
         "in parts": lambda: of_parts(**{"model.norm_parts": 2}),

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from imp_jax import (
     analysis,
@@ -420,6 +422,15 @@ def test_a_run_under_way_is_analysed_as_far_as_it_is(copy):
     run = analysis.load(copy)
     assert set(run.distances["round_a"]) == {-1, 0, 1}
     assert set(run.paths["round"]) == {1}
+
+
+def test_a_terminal_has_a_bar(copy, monkeypatch):
+    terminal = io.StringIO()
+    console = Console(file=terminal, force_terminal=True, width=80)
+    monkeypatch.setattr(records, "make_console", lambda: console)
+    shutil.rmtree(copy / "analysis")
+    analysis.run(copy)
+    assert "analysing" in terminal.getvalue()
 
 
 def test_an_analysis_asks_nothing_of_other_processes(copy, monkeypatch):

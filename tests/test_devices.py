@@ -77,6 +77,12 @@ def test_members_alone_need_no_collective(results):
     assert min(results["collectives"][2, 2]) > 0  # which could be seen
 
 
+def test_copies_of_a_set_on_cpu_devices_share_its_memory(results):
+    """So that a machine of many cores does not need the memory of as many copies."""
+    original, copies = results["memory"]
+    assert copies == [original] * 4
+
+
 def test_one_program_serves_all_rounds_of_a_mesh(results):
     assert results["programs"] == 1
 

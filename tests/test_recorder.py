@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import re
 import shutil
 import threading
 import time
 import traceback
+import warnings
 
 import jax
 import numpy as np
@@ -197,7 +199,12 @@ def compute(workdir, config):
 def test_a_workdir_of_an_earlier_version_is_usable(data_dir, tmp_path, capsys, commit):
     """It is loaded, analysed and gone on with; and what was deleted of it by hand is said."""
     workdir = workdirs.unpack(commit, tmp_path / "run")
-    before = analysis.load(workdir)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        before = analysis.load(workdir)
+    assert [re.search(r"(\w+)\.csv was computed by an earlier", str(w.message))[1] for w in warned] == list(
+        workdirs.EARLIER[commit]
+    )
     config = before.config
     config.dataset.data_dir = data_dir
     assert before.round(1).mask["Dense_0"]["kernel"].shape[0] == len(before.members(1)) == 3
@@ -207,9 +214,12 @@ def test_a_workdir_of_an_earlier_version_is_usable(data_dir, tmp_path, capsys, c
     after = analysis.load(workdir)
     pd.testing.assert_frame_equal(after.histograms, before.histograms, rtol=1e-5)
     pd.testing.assert_series_equal(after.layers["survivors"], before.layers["survivors"])
-    (moved,) = capsys.readouterr().err.splitlines()  # its distances counted biases
-    assert moved.startswith(f"{workdir / 'analysis' / 'distances.csv'} was computed by an earlier version")
-    assert (workdir / "set-aside" / "analysis-distances.csv").exists()
+    moved = set(workdirs.EARLIER[commit]) - {"layers"}
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == len(moved)
+    for name, line in zip(moved, said, strict=True):
+        assert line.startswith(f"{workdir / 'analysis' / name}.csv was computed by an earlier version")
+        assert (workdir / "set-aside" / f"analysis-{name}.csv").exists()
     assert len(after.distances) == len(before.distances)
 
     first = (workdir / "checkpoints" / "0").rename(tmp_path / "0")
