@@ -33,6 +33,32 @@ from imp_jax.execution import EXECUTIONS, Execution
 from imp_jax.members import Member
 from imp_jax.models.lenet import LeNet
 
+# the files that take longest, longest first: each runs in one worker, and the last to end decides
+LONGEST = (
+    "imp",
+    "benchmark",
+    "main",
+    "sweep",
+    "processes",
+    "devices",
+    "analysis",
+    "slurm",
+    "models",
+    "repulsion",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest, so that workers end together."""
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.module.__name__.rpartition(".")[2], len(order)))
+
+
+@pytest.fixture
+def optimised(monkeypatch):
+    """Processes that the test starts optimise their programs, as they do for users: it trains for long."""
+    monkeypatch.setenv("XLA_FLAGS", "")
+
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):

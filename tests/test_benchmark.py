@@ -187,7 +187,7 @@ def test_bad_arguments_are_one_sentence(arguments, sentence):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_throughput_is_recorded_for_the_costs(tmp_path, monkeypatch, capsys):
+def test_throughput_is_recorded_for_the_costs(optimised, tmp_path, monkeypatch, capsys):
     recorded = tmp_path / "throughput.json"
     recorded.write_text('{"another": {}}')
     monkeypatch.setattr(cost, "MEASURED", recorded)

@@ -5,6 +5,8 @@ import itertools
 import json
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import jax
@@ -21,6 +23,7 @@ from imp_jax.members import ARMS, Member, member_keys
 from tests import folders
 from tests.conftest import quick_config
 from tests.test_checkpoints import forget_definition
+from tests.test_readme import ROOT
 
 
 def train_all(experiment, rounds=3):
@@ -662,12 +665,13 @@ def test_a_damaged_round_is_set_aside_and_trained_again(data_dir, tmp_path, caps
         imp.run(config, tmp_path / "repelled")
 
 
-def test_imp_beats_its_control_on_mnist5k(data_dir, tmp_path):
+def test_imp_beats_its_control_on_mnist5k(optimised, data_dir, tmp_path):
     """The lottery ticket itself, cut to 7 rounds: at a density of 1.6 % the ticket wins."""
-    config = quick_config(
-        data_dir, rounds=7, epochs=8, batch_size=60, replicates=2, **{"pruning.fraction": 0.5}
-    )
-    imp.run(config, tmp_path)
+    fields = {"rounds": 7, "epochs": 8, "replicates": 2, "pruning.fraction": 0.5, "instability.rounds": "()"}
+    fields |= {"dataset.normalize": False, "dataset.data_dir": data_dir, "analysis.path_points": 2}
+    command = [sys.executable, "-m", "imp_jax.main", "--config=configs/mnist5k.py", f"--workdir={tmp_path}"]
+    command += [f"--config.{field}={value}" for field, value in fields.items()]
+    subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
     last = pd.read_csv(tmp_path / "results.csv").query("round == 6").groupby("arm")
     assert last["density"].mean()["imp"] == pytest.approx(0.5**6, abs=1e-5)
     assert last["test_accuracy"].mean()["imp"] > last["test_accuracy"].mean()["reinit"] + 0.01

@@ -23,7 +23,7 @@ def pictures(outputs):
     return sum("image/png" in output.get("data", {}) for output in outputs)
 
 
-def test_the_quickstart(data_dir, monkeypatch):
+def test_the_quickstart(optimised, data_dir, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", data_dir)
     outputs, printed = execute("quickstart.ipynb")
     assert pictures(outputs) == 3  # accuracy, angles, a path
