@@ -56,9 +56,8 @@ class Chain:
     def training(self) -> subprocess.Popen:
         """Start the command, and wait until it trains, or has ended."""
         process = self.start()
-        for line in process.stdout:
-            if " parameters, " in line:
-                break
+        if not any(" parameters, " in line for line in process.stdout):
+            process.wait(PATIENCE)
         return process
 
     def end(self, process: subprocess.Popen) -> int:
@@ -133,15 +132,15 @@ def fingerprint(workdir: Path) -> dict[str, Any]:
     return found
 
 
-def same(one: Any, other: Any) -> bool:
-    """Whether two entries of fingerprints are: tables to rounding."""
+def difference(one: Any, other: Any) -> str:
+    """How two entries of fingerprints differ, tables by more than rounding; empty if they do not."""
     if not isinstance(one, pd.DataFrame) or not isinstance(other, pd.DataFrame):
-        return type(one) is type(other) and one == other
+        return "" if type(one) is type(other) and one == other else "other content"
     try:
         pd.testing.assert_frame_equal(one, other, rtol=1e-5, atol=1e-6)
-    except AssertionError:
-        return False
-    return True
+    except AssertionError as error:
+        return " ".join(str(error).split())
+    return ""
 
 
 def _cache(scratch):

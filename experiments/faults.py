@@ -27,7 +27,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from experiments.broken_run import SIZE, Chain, LostError, same
+from experiments.broken_run import SIZE, Chain, LostError, difference
 
 FIELDS = {
     "rounds": 12,
@@ -236,7 +236,8 @@ def run_chain(
         try:
             found = chain.finish()
             keys = sorted(undisturbed | found)
-            differ = [key for key in keys if not same(undisturbed.get(key), found.get(key))]
+            compared = {key: difference(undisturbed.get(key), found.get(key)) for key in keys}
+            differ = [f"{key} ({words})" for key, words in compared.items() if words]
             outcome = f"{name}: in the end other {', '.join(differ)}" if differ else ""
         except LostError as lost:
             outcome = f"{name}: {lost}"

@@ -601,8 +601,8 @@ def _save(workdir, path, content):
 
 
 def _write(workdir, name, table):
-    keys = [column for column in ("replicate", "arm", "kind", "metric", "round", "round_a") if column in table]
-    table = table.sort_values(keys, kind="stable")
+    names = ("replicate", "arm", "kind", "metric", "round", "round_a", "round_b")
+    table = table.sort_values([name for name in names if name in table], kind="stable")
     content = _to_csv(table)
     path = workdir / "analysis" / f"{name}.csv"
     if not path.exists() or path.read_bytes() != content:

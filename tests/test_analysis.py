@@ -242,6 +242,15 @@ def test_tables_of_an_older_definition_are_computed_anew(copy, capsys):
         analysis.load(copy)
 
 
+def test_rows_have_one_order_however_they_came(copy):
+    path = copy / "analysis" / "distances.csv"
+    before = path.read_bytes()
+    pd.read_csv(path).sample(frac=1, random_state=0).to_csv(path, index=False, float_format="%.9g")
+    assert path.read_bytes() != before
+    analysis.run(copy)
+    assert path.read_bytes() == before
+
+
 def test_a_damaged_round_is_left_out_of_the_analyses(copy, capsys):
     shutil.rmtree(copy / "analysis")
     shutil.rmtree(copy / "checkpoints" / "1" / "networks")
