@@ -1,4 +1,4 @@
-"""LeNet-300-100 on 5,000 real MNIST images: lottery tickets in two minutes, on any machine.
+"""LeNet-300-100 on 5,000 real MNIST images: lottery tickets in a minute or two, on any machine.
 
     python -m imp_jax.main --config=configs/mnist5k.py
 

@@ -115,7 +115,7 @@ def keep_config_file(workdir: Path, config_file: str) -> None:
     """Keep the absolute path of the config file, as it was given by --config, and a copy of its text.
 
     `imp_jax.analysis` executes the file at that path, never the copy, which is for a reader. Once rounds are
-    recorded the copy stays as it is; a file that has changed since is reported on stderr.
+    recorded the copy stays as it is; a file with another text is reported on stderr.
     """
     path, colon, argument = config_file.partition(":")
     _write(workdir / _CONFIG_PATH, f"{Path(path).absolute()}{colon}{argument}\n")
@@ -128,8 +128,8 @@ def keep_config_file(workdir: Path, config_file: str) -> None:
         _write(copy, text)
     elif copy.read_bytes() != text:
         print(
-            f"{path} has changed since {workdir} was begun with it; rounds on disk are of the earlier text, "
-            f"which {copy} keeps",
+            f"{path} is another text than {workdir} was begun with, which {copy} keeps and the rounds on disk "
+            f"are of; give another --workdir if its model or data set has changed",
             file=sys.stderr,
         )
 

@@ -335,6 +335,21 @@ def test_the_config_file_of_the_run_is_executed(copy, tmp_path, monkeypatch):
     assert (copy / "analysis" / "layers.csv").read_bytes() == layers
 
 
+def test_the_copy_of_the_config_file_is_that_of_the_rounds(copy, tmp_path, capsys):
+    own, new = tmp_path / "own.py", tmp_path / "new"
+    new.mkdir()
+    for text in ("first", "second"):
+        own.write_text(text)
+        for workdir in (copy, new):
+            records.keep_config_file(workdir, str(own))
+    assert (copy / "config_file.py").read_text() == "first"
+    assert (new / "config_file.py").read_text() == "second"  # nothing is trained yet
+    assert capsys.readouterr().err == (
+        f"{own} is another text than {copy} was begun with, which {copy / 'config_file.py'} keeps and the "
+        f"rounds on disk are of; give another --workdir if its model or data set has changed\n"
+    )
+
+
 def test_other_errors_than_unknown_names_do_not_name_the_config_file(copy, tmp_path):
     records.keep_config_file(copy, f"{tmp_path}/own.py")
     stored = json.loads((copy / "config.json").read_text())

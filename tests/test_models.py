@@ -588,6 +588,14 @@ class Fixed(nn.Module):
         return nn.Dense(10)(images.mean((1, 2)))
 
 
+class Unflattened(nn.Module):
+    num_classes: int = 10
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        return nn.Dense(self.num_classes)(images)
+
+
 class Listed(Mixer):
     widths: tuple = ()
 
@@ -595,7 +603,12 @@ class Listed(Mixer):
 @pytest.fixture
 def own_models(monkeypatch):
     own = {"listed": functools.partial(Listed, widths=[3])}
-    own |= {"mixer": Mixer, "half": functools.partial(Mixer, param_dtype="bfloat16"), "normalised": Normalised}
+    own |= {
+        "flat": Unflattened,
+        "mixer": Mixer,
+        "half": functools.partial(Mixer, param_dtype="bfloat16"),
+        "normalised": Normalised,
+    }
     for name, model in (own | {"untrained": Untrained, "fixed": Fixed}).items():
         monkeypatch.setitem(models.MODELS, name, model)
 
@@ -619,6 +632,11 @@ def test_a_model_needs_no_field_but_the_number_of_classes(own_models):
         ("half", {}, r"'half', which has parameters of type bfloat16; they should be float32"),
         ("untrained", {}, r"'untrained', which is not called as model\(images, train=False\)"),
         ("fixed", {}, r"'fixed', which has no field num_classes"),
+        (
+            "flat",
+            {},
+            r"'flat', which makes \(1, 28, 28, 10\) of one image; it should be logits of the shape \(1, 10\)",
+        ),
         ("listed", {}, r"'listed', which has a field that cannot be hashed, as a list; it should be a tuple"),
     ],
 )

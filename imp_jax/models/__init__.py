@@ -89,6 +89,14 @@ def create(config: ConfigDict, num_classes: int, image_shape: tuple[int, int, in
             f"model.name is {name!r}, which has parameters of type {', '.join(sorted(other))}; they should be "
             f"float32, whatever type the computation has"
         )
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    logits = jax.eval_shape(lambda v, image: model.apply(v, image, train=False), variables, image)
+    if getattr(logits, "shape", None) != (1, num_classes):
+        found = getattr(logits, "shape", type(logits).__name__)
+        raise UserError(
+            f"model.name is {name!r}, which makes {found} of one image; it should be logits of the shape "
+            f"(1, {num_classes})"
+        )
     if config.model.norm_parts > 1 and set(variables) == {"params"}:
         raise UserError(
             f"model.norm_parts is {config.model.norm_parts}; {name} has no normalisation, so it should be 1"
