@@ -55,12 +55,14 @@ from pathlib import Path
 from absl import logging
 from ml_collections import ConfigDict
 
-from experiments import catalogue, convolutions, cost, networks, scaling, steps
-from experiments.runs import REPOSITORY, Run
-from experiments.scales import MINI, PAPER
+from experiments.benchmarks import convolutions, scaling, steps
+from experiments.paper import catalogue, networks
+from experiments.paper.scales import MINI, PAPER
+from experiments.sweeps import cost
+from experiments.sweeps.runs import REPOSITORY, Run
 from imp_jax import cli
-from imp_jax.config import UserError
-from imp_jax.records import write_atomically
+from imp_jax.errors import UserError
+from imp_jax.workdir.files import write_atomically
 
 NETWORKS = ("conv4", "resnet20", "resnet50")
 SUBJECTS = (
@@ -108,7 +110,7 @@ def main():
     parser.add_argument("--out", metavar="FILE", help="table, conv4 and so on: keep it as JSON")
     parser.add_argument("--compare", metavar="FILE", help="table, conv4 and so on: ratios to what --out kept")
     parser.add_argument(
-        "--record", metavar="DEVICE", help="throughput: write it to experiments/throughput.json"
+        "--record", metavar="DEVICE", help="throughput: write it to experiments/benchmarks/throughput.json"
     )
     arguments = parser.parse_args()
     for name in ("rounds", "repeats", "epochs", "steps", "members", "batch_size"):
@@ -116,9 +118,9 @@ def main():
         if value is not None and value < 1:
             sys.exit(f"error: --{name} is {value}; it should be at least 1")
     logging.set_verbosity(logging.ERROR)
-    from imp_jax import devices  # not before the flags are parsed: --help needs no JAX
+    from imp_jax.runtime import devices
 
-    devices.divide_cpu()
+    devices.use_one_device_per_cpu_core()
     try:
         if arguments.torch and arguments.subject not in ("table", *steps.IN_TORCH):
             raise UserError(
@@ -208,7 +210,7 @@ def benchmark_throughput(
     on_cpu = jax.default_backend() == "cpu"
     speeds, table = {}, {}
     for name in names:
-        runs = [run for scale in (PAPER, MINI) for run in catalogue.runs_of(catalogue.EXHIBITS.values(), scale)]
+        runs = [run for scale in (PAPER, MINI) for run in catalogue.runs_of(catalogue.FIGURES.values(), scale)]
         sizes = sorted({run.config.batch_size for run in runs if run.config.model.name == name})
         if on_cpu and name in NETWORKS:  # seconds a step, of which more images do not make less an image
             sizes = [16 if name == "resnet50" else 128]
@@ -217,7 +219,7 @@ def benchmark_throughput(
             config.batch_size = size
             members = config.replicates * len(config.arms)
             count = 60 if name == "lenet" else 4
-            train, _ = steps.stepper(config, members, count)
+            train, _ = steps.make_train_fn(config, members, count)
             times = []
             for _ in range(1 + repeats):
                 start = time.perf_counter()
@@ -237,7 +239,7 @@ def benchmark_throughput(
 
     plain = Run("mnist5k", (("rounds", rounds),))
     training_alone = cost.seconds(plain, {"images_per_second": speeds})
-    taken, repelled = whole_run(plain), whole_run(plain.but(repulsion__strength=2.0))
+    taken, repelled = whole_run(plain), whole_run(plain.with_overrides(repulsion__strength=2.0))
     besides, factor = taken - training_alone, 1 + (repelled - taken) / training_alone
     table["a run besides its training (s)"] = ([besides], "{:.1f}")
     table["training with repulsion over without"] = ([factor], "{:.2f}")
@@ -248,7 +250,7 @@ def benchmark_throughput(
             "repulsion": {"lenet": round(factor, 2)},
             "besides": {"lenet": round(besides, 1)},
         }
-        write_atomically(cost.MEASURED, json.dumps(cost.measured() | {record: entry}, indent=2) + "\n")
+        write_atomically(cost.MEASURED, json.dumps(cost.read_throughput() | {record: entry}, indent=2) + "\n")
         print(f"recorded as {record!r} in {cost.MEASURED}")
 
 
@@ -272,15 +274,15 @@ def benchmark_analysis(rounds: int, repeats: int) -> None:
     first, *analyses = analyses
 
     experiment = imp.setup(config)
-    split, recipe = experiment.dataset.train, experiment.recipe
+    split, spec = experiment.dataset.train, experiment.spec
     one, other = (jax.tree.map(lambda leaf, i=i: leaf[i], networks) for i in (0, 1))
     alone = jax.tree.map(lambda leaf: leaf[:1], networks)
     ratios = []
     for _ in range(1 + 10 * repeats):
         start = time.perf_counter()
-        jax.block_until_ready(training.evaluate(alone, split, recipe=recipe))
+        jax.block_until_ready(training.evaluate(alone, split, spec=spec))
         between = time.perf_counter()
-        connectivity.path_metrics(one, other, split, recipe=recipe, num_points=20)
+        connectivity.path_metrics(one, other, split, spec=spec, num_points=20)
         ratios.append((time.perf_counter() - between) / (between - start))
     print_table(
         f"analyses of configs/mnist5k.py with 1 epoch, {len(experiment.members)} members, {rounds} rounds",
@@ -295,7 +297,8 @@ def benchmark_analysis(rounds: int, repeats: int) -> None:
 def benchmark_repulsion(rounds: int, repeats: int, epochs: int | None) -> None:
     """Time whole runs without and with repulsion in turn, and print the store of each round."""
 
-    from imp_jax import checkpoints, imp, masking, models, repulsion
+    from imp_jax import imp, masking, models, repulsion
+    from imp_jax.workdir import checkpoints
 
     def config_of(strength):
         config = main_job(rounds, epochs)
@@ -317,7 +320,7 @@ def benchmark_repulsion(rounds: int, repeats: int, epochs: int | None) -> None:
                     optima, before = None, of_run.restore(0)
                     for number in range(1, rounds):
                         after = of_run.restore(number)
-                        optima, before = imp.remember(experiment, optima, before, after.mask), after
+                        optima, before = imp.add_optimum(experiment, optima, before, after.mask), after
                         stores.append(optima.shape)
                 sizes = [leaf[0].size for leaf in masking.prunable_leaves(before.mask)]
     (cold_plain, *plain), (cold_repelled, *repelled) = plain, repelled
@@ -339,7 +342,7 @@ def benchmark_repulsion(rounds: int, repeats: int, epochs: int | None) -> None:
     stores, shape = [], None
     for number in range(1, rounds):
         needed = [round(0.8**number * n) for n in sizes]
-        shape = repulsion.store_shape(shape, number, rounds - 1, needed, sum(sizes))
+        shape = repulsion.next_store_shape(shape, number, rounds - 1, needed, sum(sizes))
         stores.append(shape)
     print_stores(f"ResNet-50, P = {sum(sizes):,}: computed, layers pruned alike, MB", sum(sizes), stores)
 
@@ -375,7 +378,7 @@ def benchmark_disk(rounds: int) -> None:
     from rich.table import Table
 
     from imp_jax import divergence, masking, models, optimizers, training
-    from imp_jax.checkpoints import Checkpoints, Progress, Round
+    from imp_jax.workdir.checkpoints import Checkpoints, MidRoundState, RoundNetworks
 
     shown = [number for number in (0, 5, 10, 20) if number < rounds]
     table = Table(
@@ -408,12 +411,12 @@ def benchmark_disk(rounds: int) -> None:
             with tempfile.TemporaryDirectory() as workdir:
                 os.mkdir(f"{workdir}/checkpoints")
                 with contextlib.closing(Checkpoints(workdir)) as checkpoints:
-                    checkpoints.save(number, Round(one, other, mask), [])
+                    checkpoints.save(number, RoundNetworks(one, other, mask), [])
                     sizes.append(size_of(f"{workdir}/checkpoints"))
                     if number == 0:
                         states = training.init_states(other, mask, optimizer=optimizers.make_optimizer(config))
-                        seen = divergence.nothing_seen(members)
-                        checkpoints.save_progress(0, Progress(1, one, states, seen, 0.0), steps=2)
+                        seen = divergence.init_history(members)
+                        checkpoints.save_progress(0, MidRoundState(1, one, states, seen, 0.0), steps=2)
                         state = size_of(f"{workdir}/progress")
         cells = [*(sizes[number] for number in shown), sum(sizes), state]
         table.add_row(name, str(members), *(f"{megabytes:,.1f}" for megabytes in cells))

@@ -15,14 +15,14 @@ import pandas as pd
 from absl import logging
 from rich.table import Table
 
-from experiments.evidence import CLAIMS, Claim, Quantity
-from experiments.panels import Exhibit, Finished, wide_console
-from experiments.runs import Run
-from experiments.scales import SCALES, Scale
-from experiments.sweep import Sweep
+from experiments.paper.evidence import CLAIMS, Claim, Quantity
+from experiments.paper.panels import Finished, PaperFigure, wide_console
+from experiments.paper.scales import SCALES, Scale
+from experiments.sweeps.runs import Run
+from experiments.sweeps.sweep import Sweep
 from imp_jax import cli
-from imp_jax.config import UserError, choose, user_path
-from imp_jax.records import write_atomically
+from imp_jax.errors import UserError, lookup, user_path
+from imp_jax.workdir.files import write_atomically
 
 HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "too little data"
 
@@ -111,7 +111,7 @@ def _cells(row, letters):
     return row.quantity.words, *numbers, row.quantity.expected.words, row.verdict, of
 
 
-FIGURES = (Exhibit("claims", "the paper's claims, measured", runs, markdown),)
+FIGURES = (PaperFigure("claims", "the paper's claims, measured", runs, markdown),)
 
 
 def scale_of(root: Path, name: str | None) -> Scale:
@@ -121,7 +121,7 @@ def scale_of(root: Path, name: str | None) -> Scale:
       UserError: an unknown scale; runs of none, or of several.
     """
     if name:
-        return choose(SCALES, "--scale", name)
+        return lookup(SCALES, "--scale", name)
     there = [scale for scale in SCALES.values() if any((root / run.name).is_dir() for run in runs(scale))]
     if len(there) != 1:
         held = (
@@ -146,7 +146,7 @@ def main() -> None:
         root = user_path(arguments.root, "--root").absolute()
         scale = scale_of(root, arguments.scale)
         sweep = Sweep(root)
-        sweep.refuse_others(runs(scale))
+        sweep.check_configs_match(runs(scale))
         finished = sweep.finished(runs(scale))
         if not finished:
             raise UserError(f"nothing that the claims are about has been run in {root} yet")

@@ -27,7 +27,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from experiments.broken_run import SIZE, Chain, LostError, difference
+from experiments.reliability.faulty_run import SIZE, Chain, LostError, difference
 
 FIELDS = {
     "rounds": 12,

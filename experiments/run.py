@@ -22,22 +22,23 @@ from absl import logging
 from rich.markup import escape
 from rich.table import Table
 
-from experiments import catalogue, cost, launchers, networks
-from experiments.panels import Exhibit, wide_console
-from experiments.runs import Run
-from experiments.scales import SCALES, Scale
-from experiments.sweep import Sweep
+from experiments.paper import catalogue, networks
+from experiments.paper.panels import PaperFigure, wide_console
+from experiments.paper.scales import SCALES, Scale
+from experiments.sweeps import cost, launchers
+from experiments.sweeps.runs import Run
+from experiments.sweeps.sweep import Sweep
 from imp_jax import cli, data, figures
-from imp_jax.config import UserError, choose, user_path
-from imp_jax.interruption import Interruption
-from imp_jax.records import write_atomically
+from imp_jax.errors import UserError, lookup, user_path
+from imp_jax.runtime.signals import GracefulStop
+from imp_jax.workdir.files import write_atomically
 
 LAUNCHERS = ("local", "slurm")
 
 
-def show_list(exhibits: Sequence[Exhibit], scale: Scale) -> None:
+def show_list(exhibits: Sequence[PaperFigure], scale: Scale) -> None:
     """A row an exhibit: network, data, trainings, and the estimated cost of all its runs on each device."""
-    devices = cost.measured()
+    devices = cost.read_throughput()
     table = Table("figure", "shows", "network", "data", "runs", "trainings", *devices)
 
     def several(names):
@@ -49,7 +50,7 @@ def show_list(exhibits: Sequence[Exhibit], scale: Scale) -> None:
         costs = []
         for device in devices.values():
             seconds = [cost.seconds(run, device) for run in runs]
-            costs.append(cost.in_words(None if None in seconds else sum(seconds)) if runs else "nothing")
+            costs.append(cost.format_duration(None if None in seconds else sum(seconds)) if runs else "nothing")
         table.add_row(
             name,
             shows,
@@ -66,14 +67,14 @@ def show_list(exhibits: Sequence[Exhibit], scale: Scale) -> None:
     row("together", "each run once", catalogue.runs_of(exhibits, scale))
     wide_console().print(table)
     print(
-        "Costs follow from images/s measured on such a device (experiments/throughput.json), and for LeNet from"
+        "Costs follow from images/s measured on such a device (experiments/benchmarks/throughput.json); for LeNet"
     )
     print(
-        "what repulsion and all besides training add on mnist5k; of convolutional networks that is not in them."
+        "also from what repulsion and all besides training add on mnist5k, which is unknown for other networks."
     )
 
 
-def show_status(exhibits: Sequence[Exhibit], scale: Scale, sweep: Sweep) -> None:
+def show_status(exhibits: Sequence[PaperFigure], scale: Scale, sweep: Sweep) -> None:
     """A line a run, and how many are in each state."""
     of = {exhibit.id: exhibit.runs(scale) for exhibit in exhibits}
     states = sweep.states(catalogue.runs_of(exhibits, scale))
@@ -87,7 +88,7 @@ def show_status(exhibits: Sequence[Exhibit], scale: Scale, sweep: Sweep) -> None
     print(", ".join(f"{count} {status}" for status, count in counts.items()) or "no runs are needed")
 
 
-def train(exhibits: Sequence[Exhibit], scale: Scale, sweep: Sweep, arguments: argparse.Namespace) -> int:
+def train(exhibits: Sequence[PaperFigure], scale: Scale, sweep: Sweep, arguments: argparse.Namespace) -> int:
     """Train what is missing, by the launcher of `arguments`; returns how many runs failed.
 
     On this machine it also waits for runs that another process is training, and goes on with those it leaves.
@@ -100,24 +101,24 @@ def train(exhibits: Sequence[Exhibit], scale: Scale, sweep: Sweep, arguments: ar
     runs = [run for run, state in states.items() if state.status in ("missing", "failed")]
     others = Counter(state.status for state in states.values() if state.status not in ("missing", "failed"))
     print(", ".join([f"{len(runs)} runs to train", *(f"{count} {status}" for status, count in others.items())]))
-    with Interruption():  # a signal ends a download at once
+    with GracefulStop():  # a signal ends a download at once
         for name in dict.fromkeys(run.config.dataset.name for run in runs):
-            data.find(name, arguments.data_dir)
+            data.prepared_builder(name, arguments.data_dir)
     if arguments.launcher == "slurm":
         jobs = launchers.slurm(sweep, runs, arguments.data_dir, _slurm_options(arguments)) if runs else []
         for run, job in zip(runs, jobs, strict=True):
             print(f"job {job}: {run.name}")
         return 0
     failed, tried = 0, set()
-    runs = runs or _left_by_others(sweep, asked)
+    runs = runs or _wait_for_other_processes(sweep, asked)
     while runs:
         failed += launchers.local(sweep, runs, arguments.data_dir, lambda line: print(line, flush=True))
         tried |= set(runs)
-        runs = _left_by_others(sweep, [run for run in asked if run not in tried])
+        runs = _wait_for_other_processes(sweep, [run for run in asked if run not in tried])
     return failed
 
 
-def _left_by_others(sweep, runs):
+def _wait_for_other_processes(sweep, runs):
     """Those of `runs` that are missing once no other process is training any."""
     told = False
     while True:
@@ -144,7 +145,7 @@ def _slurm_options(arguments):
     return {name: value for name, value in options.items() if value is not None}
 
 
-def draw(exhibits: Sequence[Exhibit], scale: Scale, sweep: Sweep) -> None:
+def draw(exhibits: Sequence[PaperFigure], scale: Scale, sweep: Sweep) -> None:
     """Draw each exhibit from what is there, into `figures/` of the sweep, and say what it lacks.
 
     Raises:
@@ -183,13 +184,15 @@ def draw(exhibits: Sequence[Exhibit], scale: Scale, sweep: Sweep) -> None:
         raise UserError(f"nothing of {asked} at scale {scale.name} has been run in {sweep.root} yet")
 
 
-def describe(exhibit: Exhibit, scale: Scale, lacking: Sequence[Run]) -> str:
+def describe(exhibit: PaperFigure, scale: Scale, lacking: Sequence[Run]) -> str:
     """What a figure is of, to be read on it; if that is not the paper's, what it stands for."""
     if not exhibit.runs(scale):
         return ""
-    words = networks.in_words(exhibit.runs(scale))
+    words = networks.describe_runs(exhibit.runs(scale))
     if scale.name != "paper":
-        words = f"{scale.name} scale: {words}; in the paper {networks.in_words(exhibit.runs(SCALES['paper']))}"
+        words = (
+            f"{scale.name} scale: {words}; in the paper {networks.describe_runs(exhibit.runs(SCALES['paper']))}"
+        )
     if lacking:
         words += f"; {len(lacking)} of {len(exhibit.runs(scale))} runs not finished"
     return words
@@ -221,8 +224,8 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()  # figures may be named before the flags or after
     logging.set_verbosity(logging.FATAL)
     try:
-        scale = choose(SCALES, "--scale", arguments.scale)
-        choose(dict.fromkeys(LAUNCHERS), "--launcher", arguments.launcher)
+        scale = lookup(SCALES, "--scale", arguments.scale)
+        lookup(dict.fromkeys(LAUNCHERS), "--launcher", arguments.launcher)
         exhibits = catalogue.named(arguments.ids)
         for flag, least in {"gpus": 0, "cpus": 1, "timeout_min": 1}.items():
             value = getattr(arguments, flag)
@@ -234,7 +237,7 @@ def main() -> None:
             arguments.data_dir = str(user_path(arguments.data_dir, "--data_dir").absolute())
         root = Path("runs") / scale.name if arguments.root is None else user_path(arguments.root, "--root")
         sweep = Sweep(root.absolute())
-        sweep.refuse_others(catalogue.runs_of(exhibits, scale))
+        sweep.check_configs_match(catalogue.runs_of(exhibits, scale))
         if arguments.action == "status":
             return show_status(exhibits, scale, sweep)
         failed = train(exhibits, scale, sweep, arguments) if arguments.action == "run" else 0

@@ -9,6 +9,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from imp_jax import errors
+
 
 def replace_unprintable() -> None:
     """Let stdout and stderr print `?` for a character that their encoding lacks, instead of failing."""
@@ -44,7 +46,7 @@ def define_config(flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHold
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parse the flags of `imp_jax.main`; exit with one sentence for whatever can go wrong in it."""
-    from imp_jax.config import type_in_words, unknown_field
+    from imp_jax.config import describe_type, unknown_field
 
     replace_unprintable()
     try:
@@ -53,12 +55,12 @@ def parse_flags(argv: list[str]) -> list[str]:
         return rest
     except flags.IllegalFlagValueError as error:
         match = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
-        expected = type_in_words(match[1]) if match else ""
+        expected = describe_type(match[1]) if match else ""
         message = str(error) if not str(error).startswith("flag --config") else _cannot_load(error)
         message = f"{match[1]} is {match[2]!r}; it should be {expected}" if expected else message
     except flags.UnrecognizedFlagError as error:
         hint = (
-            f"; the config field is set by --config.{error.flagname}" if type_in_words(error.flagname) else ""
+            f"; the config field is set by --config.{error.flagname}" if describe_type(error.flagname) else ""
         )
         message = f"{error}{hint}"
     except flags.Error as error:
@@ -67,7 +69,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         if "--debug" in argv:
             raise
         overridden = re.findall(r"--config\.([\w.]+)", " ".join(argv))
-        unknown = [field for field in overridden if not type_in_words(field)]
+        unknown = [field for field in overridden if not describe_type(field)]
         message = unknown_field(unknown[0]) if unknown else _cannot_load(error)
     sys.exit(f"error: {' '.join(message.split())}")
 
@@ -87,7 +89,7 @@ def find_workdir(workdir: str | None, config: Any, flag: flags.Flag) -> Path:
     from imp_jax import config as configs
 
     if workdir is not None:
-        return configs.user_path(workdir, "--workdir")
+        return errors.user_path(workdir, "--workdir")
     configs.validate(config)
     path, _, argument = flag.config_filename.partition(":")
     name = f"{Path(path).stem}-{configs.as_name(argument)}" if argument else Path(path).stem

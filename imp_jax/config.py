@@ -5,23 +5,12 @@ import hashlib
 import json
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference
 
-
-class UserError(Exception):
-    """Something the user can mend, said in one sentence; `main` prints it without a traceback."""
-
-
-def in_one_line(error: Exception) -> str:
-    """An error as part of a sentence; a long one without its middle, as the cause comes last."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    if code := re.search(r"os_error_code='(\d+)'", text):  # TensorStore's, after all it knows of the file
-        return os.strerror(int(code[1]))
-    return text if len(text) <= 400 else f"{text[:200]} […] {text[-200:]}"
+from imp_jax.errors import UserError
 
 
 def default() -> ConfigDict:
@@ -108,7 +97,7 @@ def default() -> ConfigDict:
 
 
 # fields that may change while a run is stopped: no training depends on them
-_WITHOUT_INFLUENCE = (
+_MAY_CHANGE_ON_RESUME = (
     "analysis.",
     "checkpoint_every_",
     "keep_checkpoints",
@@ -131,7 +120,7 @@ _LONGEST_NAME = 200  # bytes of a folder's name, of which file systems allow 255
 _IN_MEMORY_THEN = ("mnist5k", "mnist", "fashion_mnist", "cifar10", "cifar100")
 _WITHOUT_NORMALIZATION_THEN = ("lenet", "conv4")
 FORMAT = 2  # of config.json; 1 had no number, and a momentum that only the optimizer momentum used
-_BOUNDS = {
+_CONSTRAINTS = {
     "seed": (lambda v: 0 <= v < 2**32, "from 0 to 2³² − 1"),
     "replicates": (lambda v: v >= 1, "at least 1"),
     "rounds": (lambda v: v >= 1, "at least 1"),
@@ -181,7 +170,7 @@ def validate(config: ConfigDict) -> None:
     Raises:
       UserError: an unknown or missing field, a wrong type, a value out of range, a value that would do nothing
         beside another. Names of models, data sets, augmentations, optimizers, schedules, scores and arms are
-        checked by `choose`, where each is looked up.
+        checked by `lookup`, where each is looked up.
     """
     if not isinstance(config, ConfigDict):
         raise UserError(
@@ -198,8 +187,8 @@ def validate(config: ConfigDict) -> None:
             )
         value = given[field]
         if not _has_type(value, field, example):
-            raise UserError(f"{field} is {value!r}; it should be {type_in_words(field)}")
-        within, words = _BOUNDS.get(field, (lambda _: True, ""))
+            raise UserError(f"{field} is {value!r}; it should be {describe_type(field)}")
+        within, words = _CONSTRAINTS.get(field, (lambda _: True, ""))
         if not within(value):
             raise UserError(f"{field} is {value!r}; it should be {words}")
     _refuse_unused_values(given)
@@ -238,19 +227,6 @@ def _refuse_unused_values(fields):
                 )
 
 
-class UnknownNameError(UserError):
-    """A name that nothing is registered under."""
-
-
-def choose(options: dict, field: str, name: str):
-    """`options[name]`, or an UnknownNameError that says the field, the value and what there is."""
-    if name not in options:
-        raise UnknownNameError(
-            f"{field} is {name!r}; it should be one of {', '.join(options)}{_suggestion(name, options)}"
-        )
-    return options[name]
-
-
 def unknown_field(field: str) -> str:
     """The sentence for a field that does not exist: what it may have meant, or what its group holds."""
     known = flatten(default())
@@ -264,7 +240,7 @@ def unknown_field(field: str) -> str:
     return f"there is no config field {field}{hint}"
 
 
-def type_in_words(field: str) -> str:
+def describe_type(field: str) -> str:
     """What a field should hold, for a message: "of type int, like 60". Empty where there is no such field."""
     known = flatten(default())
     if field not in known:
@@ -297,7 +273,7 @@ def run_name(name: str, base: ConfigDict, config: ConfigDict) -> str:
     for field, value in sorted(after.items()):
         if field == "dataset.data_dir" and after["dataset.name"] == "folder" and value:
             value = _folder_name(value)
-        elif field.startswith(_WITHOUT_INFLUENCE):
+        elif field.startswith(_MAY_CHANGE_ON_RESUME):
             continue
         if value != before.get(field):
             parts.append(f"{field}={as_name(value)}")
@@ -318,20 +294,6 @@ def as_name(value: Any) -> str:
         return "-".join(map(as_name, value)) or "none"
     text = f"{value:.12g}" if isinstance(value, float) else str(value)
     return re.sub(r"[^\w.+-]", "-", text)
-
-
-def user_path(path: str | os.PathLike, name: str) -> Path:
-    """A path that the user gave as `name`, with `~` expanded.
-
-    Raises:
-      UserError: an empty path, or a `~` without a home directory.
-    """
-    if not str(path):
-        raise UserError(f"{name} is empty; it should be the path of a folder")
-    expanded = os.path.expanduser(path)  # not pathlib's, which takes the ~ of ./~ for a home directory too
-    if str(path).startswith("~") and expanded == str(path):
-        raise UserError(f"{name} is {str(path)!r}, and there is no home directory to put for ~")
-    return Path(expanded)
 
 
 def to_json(config: ConfigDict) -> str:
@@ -374,7 +336,7 @@ def differences(config: ConfigDict, stored: dict) -> list[str]:
         same = one == other or (field == "rounds" and one < other)
         if field == "dataset.data_dir" and here.get("dataset.name") == "folder":
             same = _folder_name(one) == _folder_name(other)  # it may have moved
-        elif field.startswith(_WITHOUT_INFLUENCE):
+        elif field.startswith(_MAY_CHANGE_ON_RESUME):
             same = True
         if not same:
             one, other = ("absent" if value is absent else repr(value) for value in (one, other))
@@ -420,8 +382,3 @@ def _has_type(value, field, example) -> bool:
     if isinstance(value, bool):  # a bool is an int to Python, never to a config
         return bool in types
     return isinstance(value, types)
-
-
-def _suggestion(name, options) -> str:
-    close = difflib.get_close_matches(str(name), options, n=1)
-    return f" (did you mean {close[0]}?)" if close else ""

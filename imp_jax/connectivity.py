@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 from imp_jax import data, masking
 from imp_jax.data import InMemory, Streamed
 from imp_jax.masking import Params
-from imp_jax.models.convolution import conv_general_dilated_by, convolutions_by
-from imp_jax.training import Recipe, Variables, example_sums, sum_over_batches
+from imp_jax.models.fast_cpu.convolution import conv_general_dilated_by, use_convolutions
+from imp_jax.training import TrainSpec, Variables, example_sums, sum_over_batches
 
 ESTIMATION_IMAGES = 5000  # of the training set, that normalisation statistics are re-estimated from (ours)
 
@@ -74,7 +74,7 @@ def path_metrics(
     variables_b: Variables,
     split: InMemory | Streamed,
     *,
-    recipe: Recipe,
+    spec: TrainSpec,
     num_points: int = 20,
     batch_norm: str = "interpolate",
     train: InMemory | Streamed | None = None,
@@ -82,7 +82,7 @@ def path_metrics(
     """Mean cross-entropy (nats) and error, in [0, 1], of the networks at the points of `linear_path`.
 
     Points are vmapped, as many at once as the device's memory holds with their activations. They are taken one
-    by one where `recipe` unrolls its members, and all in one pass where the split is streamed. A first layer
+    by one where `spec` unrolls its members, and all in one pass where the split is streamed. A first layer
     that is Flax's own dense layer or convolution sees the same images at every point and is affine in its
     weights: it is computed for the two ends only, and a path of LeNet costs five evaluations and not twenty.
 
@@ -97,92 +97,92 @@ def path_metrics(
         that has statistics but no field `norm_momentum`; networks of different structures or shapes.
     """
     masking.require_same_shapes(variables_a, variables_b)
-    (params_a, state_a), (params_b, state_b) = map(_parted, (variables_a, variables_b))
+    (params_a, state_a), (params_b, state_b) = map(_split_params, (variables_a, variables_b))
     states = linear_path(state_a, state_b, num_points)
     path = (params_a, params_b, jnp.linspace(0.0, 1.0, num_points), states)
     if batch_norm == "reestimate":
-        path = (*path[:3], _reestimated(path, train, recipe))
+        path = (*path[:3], _reestimated(path, train, spec))
     elif batch_norm != "interpolate":
         raise ValueError(f"batch_norm is {batch_norm!r}; it should be one of 'interpolate', 'reestimate'")
-    losses, correct = _over_chunks(_path_sums, path, split, recipe)
+    losses, correct = _over_chunks(_path_sums, path, split, spec)
     return losses / split.examples, 1 - correct / split.examples
 
 
-def _parted(variables):
+def _split_params(variables):
     return variables["params"], {name: leaves for name, leaves in variables.items() if name != "params"}
 
 
-def _over_chunks(function, path, split, recipe, batch_size=None):
+def _over_chunks(function, path, split, spec, batch_size=None):
     """`sum_over_batches` of a function of a path, a few of its points at a time."""
     params_a, params_b, alphas, states = path
     batch_size = batch_size or min(1000, split.examples)
     chunk = len(alphas)
     if isinstance(split, Streamed):  # it would be decoded again for every chunk
         batch_size = min(250, batch_size)
-    elif not recipe.execution.unroll:  # or they follow each other
-        chunk = _points_at_once(params_a, states, split, batch_size, recipe)
+    elif not spec.execution.unroll:  # or they follow each other
+        chunk = _max_points_per_pass(params_a, states, split, batch_size, spec)
     sums = []
     for first in range(0, len(alphas), chunk):
         points = jax.tree.map(lambda leaf: leaf[first : first + chunk], (alphas, states))  # noqa: B023
         networks = (params_a, params_b, *points)
-        sums.append(sum_over_batches(function, networks, split, recipe=recipe, batch_size=batch_size))
+        sums.append(sum_over_batches(function, networks, split, spec=spec, batch_size=batch_size))
     return jax.tree.map(lambda *parts: np.concatenate(parts), *sums)
 
 
-def _points_at_once(params, states, split, batch_size, recipe):
+def _max_points_per_pass(params, states, split, batch_size, spec):
     """How many networks, with the outputs of all their layers on a batch, fit into a quarter of the device."""
     state = jax.tree.map(lambda leaf: leaf[0], states)
     images = jax.ShapeDtypeStruct((batch_size, *split.image_shape), jnp.float32)
 
     def outputs(params, images):
         options = {"capture_intermediates": True, "mutable": ["intermediates"]}
-        return recipe.model.apply({"params": params, **state}, images, train=False, **options)[1]
+        return spec.model.apply({"params": params, **state}, images, train=False, **options)[1]
 
     held = jax.tree.leaves((params, jax.eval_shape(outputs, params, images)))
     needed = sum(leaf.size * leaf.dtype.itemsize for leaf in held)
     return max(1, data.device_memory() // 4 // needed)
 
 
-def _over_points(function, alphas, states, recipe):
+def _over_points(function, alphas, states, spec):
     """`function(alpha, state)` at each point, stacked."""
-    if recipe.execution.unroll:
+    if spec.execution.unroll:
         return jax.lax.map(lambda point: function(*point), (alphas, states))
     return jax.vmap(function)(alphas, states)
 
 
-def _path_sums(path, images, labels, counted, *, recipe):
+def _path_sums(path, images, labels, counted, *, spec):
     """The sums of `example_sums` at each point."""
     params_a, params_b, alphas, states = path
-    images = recipe.normalize(images)
+    images = spec.normalize(images)
 
     def at(alpha, state):
-        logits = _apply_between(recipe, params_a, params_b, alpha, state, images, train=False)
+        logits = _apply_interpolated(spec, params_a, params_b, alpha, state, images, train=False)
         return example_sums(logits, labels, counted)
 
-    return _over_points(at, alphas, states, recipe)
+    return _over_points(at, alphas, states, spec)
 
 
-def _batch_statistics(path, images, labels, counted, *, recipe):
+def _batch_statistics(path, images, labels, counted, *, spec):
     """The normalisation statistics of one batch, at each point."""
     del labels, counted
     params_a, params_b, alphas, states = path
-    images = recipe.normalize(images)
+    images = spec.normalize(images)
     # keeps nothing of the statistics before
-    recipe = recipe._replace(model=recipe.model.copy(norm_momentum=0.0))
+    spec = spec._replace(model=spec.model.copy(norm_momentum=0.0))
 
     def at(alpha, state):
         options = {"train": True, "mutable": list(state)}
-        return _apply_between(recipe, params_a, params_b, alpha, state, images, **options)[1]
+        return _apply_interpolated(spec, params_a, params_b, alpha, state, images, **options)[1]
 
-    return _over_points(at, alphas, states, recipe)
+    return _over_points(at, alphas, states, spec)
 
 
-def _reestimated(path, train, recipe):
+def _reestimated(path, train, spec):
     """The mean of the statistics of some batches of training images, at each point."""
     states = path[3]
     if not states:
         return states
-    if train is None or not hasattr(recipe.model, "norm_momentum"):
+    if train is None or not hasattr(spec.model, "norm_momentum"):
         raise ValueError(
             "batch_norm is 'reestimate'; it needs `train` and a model with the field norm_momentum"
         )
@@ -194,11 +194,11 @@ def _reestimated(path, train, recipe):
         images, labels = map(jnp.concatenate, parts)
     else:
         images, labels = train.images[: len(examples)], train.labels[: len(examples)]
-    sums = _over_chunks(_batch_statistics, path, InMemory(images, labels), recipe, batch_size)
+    sums = _over_chunks(_batch_statistics, path, InMemory(images, labels), spec, batch_size)
     return jax.tree.map(lambda leaf: leaf / batches, sums)
 
 
-def _apply_between(recipe, params_a, params_b, alpha, state, images, **options):
+def _apply_interpolated(spec, params_a, params_b, alpha, state, images, **options):
     """`model.apply` at θ(α); the output of a first layer that is affine in its weights comes from the ends."""
     params = _point(params_a, params_b, alpha)
     first = True
@@ -208,7 +208,7 @@ def _apply_between(recipe, params_a, params_b, alpha, state, images, **options):
         if not (first and isinstance(context.module, nn.Dense | nn.Conv)):
             return layer(*args, **kwargs)
         first = False
-        if not _is_affine(context.module, params, recipe.execution.convolutions):
+        if not _is_affine(context.module, params, spec.execution.convolutions):
             return layer(*args, **kwargs)
         module = context.module.clone(parent=None, name=None)
 
@@ -217,8 +217,8 @@ def _apply_between(recipe, params_a, params_b, alpha, state, images, **options):
 
         return _point(output(params_a), output(params_b), alpha)
 
-    with convolutions_by(recipe.execution.convolutions), nn.intercept_methods(intercept):
-        return recipe.model.apply({"params": params, **state}, images, **options)
+    with use_convolutions(spec.execution.convolutions), nn.intercept_methods(intercept):
+        return spec.model.apply({"params": params, **state}, images, **options)
 
 
 def _is_affine(module, params, implementation):

@@ -7,16 +7,16 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from imp_jax.config import UserError
+from imp_jax.errors import UserError
 
-LEARNT, CHANCE = 2.5, 1.25  # accuracies, as multiples of 1/classes
+LEARNED_FACTOR, CHANCE_FACTOR = 2.5, 1.25  # accuracies, as multiples of 1/classes
 
 
 class DivergedError(UserError):
     """A run that ended because a training diverged; the rounds before are kept."""
 
 
-class Seen(NamedTuple):
+class TrainingHistory(NamedTuple):
     """What a training has shown so far of each member."""
 
     broken_at: Int[np.ndarray, " members"]  # the first step whose loss is nan or infinite; −1 if there is none
@@ -25,17 +25,17 @@ class Seen(NamedTuple):
     best_accuracy: Float[np.ndarray, " members"]  # of the epochs that are over
 
 
-def nothing_seen(members: int) -> Seen:
-    return Seen(np.full(members, -1), np.zeros(members), np.zeros(members), np.zeros(members))
+def init_history(members: int) -> TrainingHistory:
+    return TrainingHistory(np.full(members, -1), np.zeros(members), np.zeros(members), np.zeros(members))
 
 
-def see(
-    seen: Seen,
+def update_history(
+    seen: TrainingHistory,
     losses: Float[np.ndarray, "steps members"],
     accuracies: Float[np.ndarray, "steps members"],
     first_step: int,
     steps_per_epoch: int,
-) -> Seen:
+) -> TrainingHistory:
     """`seen`, and the steps of one epoch that follow from `first_step` of the training on."""
     before = first_step % steps_per_epoch
     after = before + len(losses)
@@ -47,7 +47,7 @@ def see(
     broken = ~np.isfinite(losses)
     newly = (seen.broken_at < 0) & broken.any(0)
     accuracy = mean(seen.accuracy, accuracies)
-    return Seen(
+    return TrainingHistory(
         broken_at=np.where(newly, first_step + broken.argmax(0), seen.broken_at),
         loss=mean(seen.loss, losses),
         accuracy=accuracy,
@@ -57,14 +57,16 @@ def see(
     )
 
 
-def broken(seen: Seen) -> dict[int, tuple[int, str]]:
+def non_finite_members(seen: TrainingHistory) -> dict[int, tuple[int, str]]:
     """The members whose loss has been nan or infinite, each with the step, and what was seen in words."""
     steps = seen.broken_at.tolist()
     return {i: (step, "the loss became nan or infinite") for i, step in enumerate(steps) if step >= 0}
 
 
-def found(seen: Seen, train_losses: Sequence[float], classes: int, steps: int) -> dict[int, tuple[int, str]]:
-    """The members that have diverged in a training of `steps` steps that is over, as `broken` gives them.
+def diverged_members(
+    seen: TrainingHistory, train_losses: Sequence[float], classes: int, steps: int
+) -> dict[int, tuple[int, str]]:
+    """The members that have diverged in a training of `steps` steps that is over, like `non_finite_members`.
 
     Args:
       train_losses: of the trained networks.
@@ -74,9 +76,9 @@ def found(seen: Seen, train_losses: Sequence[float], classes: int, steps: int) -
         for i, loss in enumerate(train_losses)
         if not isfinite(loss)
     }
-    collapsed = (seen.best_accuracy >= LEARNT / classes) & (seen.accuracy <= CHANCE / classes)
+    collapsed = (seen.best_accuracy >= LEARNED_FACTOR / classes) & (seen.accuracy <= CHANCE_FACTOR / classes)
     fallen = {
         i: (steps, f"the accuracy fell to {seen.accuracy[i]:.1%} after {seen.best_accuracy[i]:.1%}")
         for i in np.flatnonzero(collapsed).tolist()
     }
-    return {**fallen, **last, **broken(seen)}
+    return {**fallen, **last, **non_finite_members(seen)}

@@ -14,13 +14,14 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from imp_jax import config as configs
-from imp_jax import data, devices, masking, models, optimizers, processes, pruning, training
-from imp_jax.config import UserError, choose
-from imp_jax.devices import DATA
-from imp_jax.execution import Execution, choose_execution
+from imp_jax import data, masking, models, optimizers, pruning, training
+from imp_jax.arms import Member, members_of, with_twins
+from imp_jax.errors import UserError, lookup
 from imp_jax.masking import Params
-from imp_jax.members import Member, members_of, with_twins
-from imp_jax.records import write_atomically
+from imp_jax.runtime import devices, distributed
+from imp_jax.runtime.devices import DATA
+from imp_jax.runtime.execution import ExecutionMode, choose_execution
+from imp_jax.workdir.files import write_atomically
 
 _CONVOLUTIONS = {  # in words; the later ones are faster on a CPU
     "flax": "the convolutions of Flax",
@@ -35,7 +36,7 @@ class Experiment(NamedTuple):
     config: ConfigDict
     members: tuple[Member, ...]  # of a round; twins last
     dataset: data.Dataset  # on the device, unless it is streamed
-    recipe: training.Recipe
+    spec: training.TrainSpec
     score: Callable[..., pruning.Scores]
     learning_rates: Float[np.ndarray, "epochs steps"]
 
@@ -55,9 +56,9 @@ def setup(config: ConfigDict) -> Experiment:
             f"arms is {config.arms}; it should hold imp, whose masks all arms use, and reinit or not, none "
             f"twice, written as ('imp', 'reinit'); the rounds of twins are in instability.rounds"
         )
-    score = choose(pruning.SCORES, "pruning.score", config.pruning.score)
+    score = lookup(pruning.SCORES, "pruning.score", config.pruning.score)
     optimizer = optimizers.make_optimizer(config)
-    choose(optimizers.SCHEDULES, "optimizer.schedule", config.optimizer.schedule)
+    lookup(optimizers.SCHEDULES, "optimizer.schedule", config.optimizer.schedule)
     models.find(config.model.name)
 
     dataset = data.load(
@@ -100,10 +101,10 @@ def setup(config: ConfigDict) -> Experiment:
         config=config,
         members=members_of(config),
         dataset=dataset,
-        recipe=training.Recipe(
+        spec=training.TrainSpec(
             model=model,
             optimizer=optimizer,
-            normalize=data.statistics(dataset) if config.dataset.normalize else data.Normalize(),
+            normalize=data.channel_statistics(dataset) if config.dataset.normalize else data.Normalize(),
             augmentation=dataset.augmentation,
             repulsion_strength=config.repulsion.strength,
             execution=choose_execution(config, model, dataset.train.image_shape),
@@ -115,7 +116,7 @@ def setup(config: ConfigDict) -> Experiment:
     )
 
 
-def on_mesh(experiment: Experiment, mesh: Mesh | None) -> Experiment:
+def put_on_mesh(experiment: Experiment, mesh: Mesh | None) -> Experiment:
     """The experiment with its data on every device of a mesh, where they are in memory, to be trained there.
 
     Raises:
@@ -123,39 +124,39 @@ def on_mesh(experiment: Experiment, mesh: Mesh | None) -> Experiment:
     """
     if mesh is None:
         return experiment
-    recipe, dataset = recipe_on_mesh(experiment.recipe, mesh), experiment.dataset
-    with_statistics = set(models.shapes(recipe.model, dataset.train.image_shape)) != {"params"}
-    if recipe.data_devices > 1 and with_statistics and not hasattr(recipe.model, "norm_axis"):
+    spec, dataset = spec_on_mesh(experiment.spec, mesh), experiment.dataset
+    with_statistics = set(models.shapes(spec.model, dataset.train.image_shape)) != {"params"}
+    if spec.data_devices > 1 and with_statistics and not hasattr(spec.model, "norm_axis"):
         raise UserError(
-            f"mesh.data is {recipe.data_devices}; {experiment.config.model.name} keeps statistics of its "
+            f"mesh.data is {spec.data_devices}; {experiment.config.model.name} keeps statistics of its "
             f"batches and has no field norm_axis to take them over devices, so it should be 1"
         )
     train, test = (
         devices.replicate(split, mesh) if isinstance(split, data.InMemory) else split
         for split in (dataset.train, dataset.test)
     )
-    return experiment._replace(recipe=recipe, dataset=dataset._replace(train=train, test=test))
+    return experiment._replace(spec=spec, dataset=dataset._replace(train=train, test=test))
 
 
-def recipe_on_mesh(recipe: training.Recipe, mesh: Mesh | None) -> training.Recipe:
-    """The recipe for steps on a mesh, whose network normalises over all devices that divide a batch."""
-    recipe = recipe._replace(mesh=mesh)
-    if not hasattr(recipe.model, "norm_axis"):
-        return recipe
-    whole = recipe.data_devices > 1 and recipe.norm_parts == 1
-    return recipe._replace(model=recipe.model.copy(norm_axis=DATA if whole else None))
+def spec_on_mesh(spec: training.TrainSpec, mesh: Mesh | None) -> training.TrainSpec:
+    """The spec for steps on a mesh, whose network normalises over all devices that divide a batch."""
+    spec = spec._replace(mesh=mesh)
+    if not hasattr(spec.model, "norm_axis"):
+        return spec
+    whole = spec.data_devices > 1 and spec.norm_parts == 1
+    return spec._replace(model=spec.model.copy(norm_axis=DATA if whole else None))
 
 
-def on_one_device(experiment: Experiment) -> Experiment:
-    """The experiment of `on_mesh` for one device of this process; its data are those of the mesh."""
-    if experiment.recipe.mesh is None:
+def put_on_one_device(experiment: Experiment) -> Experiment:
+    """The experiment of `put_on_mesh` for one device of this process; its data are those of the mesh."""
+    if experiment.spec.mesh is None:
         return experiment
-    recipe, dataset = recipe_on_mesh(experiment.recipe, None), experiment.dataset
+    spec, dataset = spec_on_mesh(experiment.spec, None), experiment.dataset
     train, test = (
-        devices.on_one(split) if isinstance(split, data.InMemory) else split
+        devices.unreplicate(split) if isinstance(split, data.InMemory) else split
         for split in (dataset.train, dataset.test)
     )
-    return experiment._replace(recipe=recipe, dataset=dataset._replace(train=train, test=test))
+    return experiment._replace(spec=spec, dataset=dataset._replace(train=train, test=test))
 
 
 def in_round(experiment: Experiment, number: int) -> Experiment:
@@ -163,7 +164,7 @@ def in_round(experiment: Experiment, number: int) -> Experiment:
     return experiment._replace(members=with_twins(experiment.members, experiment.config, number))
 
 
-def in_words(experiment: Experiment, params: Params) -> str:
+def describe_experiment(experiment: Experiment, params: Params) -> str:
     """The network and its data, for the terminal."""
     config, members = experiment.config, len(experiment.members)
     twins = [str(n) for n in sorted(set(config.instability.rounds)) if n < config.rounds]
@@ -179,19 +180,19 @@ def in_words(experiment: Experiment, params: Params) -> str:
     )
 
 
-def recall_execution(experiment: Experiment, workdir: str | os.PathLike) -> Experiment:
+def restore_execution(experiment: Experiment, workdir: str | os.PathLike) -> Experiment:
     """Return the experiment with the execution that a workdir was begun with, if this machine has it.
 
     Else, and in a new workdir, with the one that `setup` has chosen; a change is reported on stderr.
     """
-    chosen = experiment.recipe.execution
+    chosen = experiment.spec.execution
     try:
-        stored = Execution(**json.loads(_execution_file(workdir).read_text()))
+        stored = ExecutionMode(**json.loads(_execution_file(workdir).read_text()))
     except (OSError, ValueError, TypeError):  # a new workdir, or one of an earlier version
         stored = chosen
     possible = ("xla", "onednn") if chosen.convolutions == "onednn" else (chosen.convolutions,)
     if stored.convolutions not in possible:
-        if processes.is_first():
+        if distributed.is_primary():
             before = _CONVOLUTIONS.get(stored.convolutions, stored.convolutions)
             why = "are slow" if stored.convolutions == "flax" else "cannot be used"
             print(
@@ -205,18 +206,18 @@ def recall_execution(experiment: Experiment, workdir: str | os.PathLike) -> Expe
 
 def agree_on_execution(experiment: Experiment) -> Experiment:
     """Return the experiment with convolutions that all processes have; all of them have to call this."""
-    execution, order = experiment.recipe.execution, list(_CONVOLUTIONS)
-    common = order[-processes.most(-order.index(execution.convolutions))]
+    execution, order = experiment.spec.execution, list(_CONVOLUTIONS)
+    common = order[-distributed.global_max(-order.index(execution.convolutions))]
     return _with_execution(experiment, execution._replace(convolutions=common))
 
 
 def _with_execution(experiment, execution):
-    return experiment._replace(recipe=experiment.recipe._replace(execution=execution))
+    return experiment._replace(spec=experiment.spec._replace(execution=execution))
 
 
 def store_execution(experiment: Experiment, workdir: str | os.PathLike) -> None:
-    """Keep the execution in a workdir, beside config.json, for `recall_execution`."""
-    content = json.dumps(experiment.recipe.execution._asdict(), indent=2) + "\n"
+    """Keep the execution in a workdir, beside config.json, for `restore_execution`."""
+    content = json.dumps(experiment.spec.execution._asdict(), indent=2) + "\n"
     write_atomically(_execution_file(workdir), content)
 
 
@@ -224,7 +225,7 @@ def _execution_file(workdir):
     return Path(workdir) / "execution.json"
 
 
-def execution_in_words(execution: Execution) -> str:
+def describe_execution(execution: ExecutionMode) -> str:
     """The convolutions and the mode of a run, for the terminal; empty where Flax computes all of them."""
     if execution.convolutions == "flax":
         return ""

@@ -20,75 +20,67 @@ import pandas as pd
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from imp_jax import (
-    data,
-    devices,
-    divergence,
-    masking,
-    processes,
-    pruning,
-    records,
-    repulsion,
-    similarity,
-    training,
+from imp_jax import data, divergence, masking, pruning, repulsion, similarity, training
+from imp_jax.arms import (
+    ARMS,
+    Member,
+    member_keys,
+    members_for_next_round,
+    members_of_rows,
+    repeat_imp_for_twins,
+    take_members,
+    where_members,
+    without_twins,
 )
-from imp_jax.checkpoints import Checkpoints, DamagedError, Progress, Round
-from imp_jax.config import UserError, user_path
-from imp_jax.execution import compile_seconds
+from imp_jax.errors import UserError, user_path
 from imp_jax.experiment import (
     Experiment,
     agree_on_execution,
-    execution_in_words,
+    describe_execution,
+    describe_experiment,
     in_round,
-    in_words,
-    on_mesh,
-    recall_execution,
+    put_on_mesh,
+    restore_execution,
     setup,
     store_execution,
 )
-from imp_jax.interruption import Interruption
 from imp_jax.masking import Mask
-from imp_jax.members import (
-    ARMS,
-    Member,
-    going_on,
-    member_keys,
-    members_in,
-    select,
-    where_member,
-    with_twins_as_imp,
-    without_twins,
-)
-from imp_jax.recorder import Recorder
 from imp_jax.repulsion import Optima
+from imp_jax.runtime import devices, distributed
+from imp_jax.runtime.compilation import compile_seconds
+from imp_jax.runtime.signals import GracefulStop
 from imp_jax.training import Metrics, Variables
+from imp_jax.workdir.checkpoints import Checkpoints, DamagedError, MidRoundState, RoundNetworks
+from imp_jax.workdir.progress import print_summary
+from imp_jax.workdir.recorder import Recorder
+from imp_jax.workdir.results import Row
 
-_LOOK_EVERY = 50  # steps of a stream, whose epochs are long: to tell of progress, and for signals
+_HOST_CHECK_EVERY_STEPS = 50  # steps of a stream, whose epochs are long: to tell of progress, and for signals
 
 
 def run(
     config: ConfigDict,
     workdir: str | os.PathLike,
-    interruption: Interruption | None = None,
+    interruption: GracefulStop | None = None,
     config_file: str | None = None,
 ) -> None:
     """Train all rounds of `config` into `workdir` and print a summary. Raises: see `rounds`."""
     workdir = user_path(workdir, "the workdir")
     trained = sum(1 for _ in rounds(config, workdir, interruption, config_file))
-    if not processes.is_first():
+    if not distributed.is_primary():
         return
     if not trained:
         print(f"{workdir} is finished: all {config.rounds} rounds are trained, nothing to do")
-    records.print_summary(pd.read_csv(workdir / "results.csv"))
+    print_summary(pd.read_csv(workdir / "results.csv"))
     print(f"results: {workdir / 'results.csv'}")
 
 
 def rounds(
     config: ConfigDict,
     workdir: str | os.PathLike,
-    interruption: Interruption | None = None,
+    interruption: GracefulStop | None = None,
     config_file: str | None = None,
-) -> Iterator[list[records.Row]]:
+) -> Iterator[list[Row]]:
     """The rounds of `config` that `workdir` lacks: each one's rows of results.csv, once it is safely on disk.
 
     Args:
@@ -100,21 +92,21 @@ def rounds(
       Stopped: `interruption` has taken in a signal, and the training under way is saved up to here.
     """
     workdir = user_path(workdir, "the workdir")
-    interruption = interruption or Interruption()
-    processes.require_alike(config)
-    with processes.together():
+    interruption = interruption or GracefulStop()
+    distributed.check_same_config_everywhere(config)
+    with distributed.raise_on_all_processes():
         experiment = setup(config)
         mesh = devices.make_mesh(config, len(experiment.members))
-        experiment = on_mesh(experiment, mesh)
-    experiment = agree_on_execution(recall_execution(experiment, workdir))
+        experiment = put_on_mesh(experiment, mesh)
+    experiment = agree_on_execution(restore_execution(experiment, workdir))
     steps, saved_steps = experiment.learning_rates.size, _saved_steps(experiment)
     with Recorder(experiment, workdir, config_file) as recorder:
         first = recorder.finished[-1] + 1 if recorder.finished else 0
         if first == config.rounds:
-            recorder.tidy()
+            recorder.finish_cleanup()
             return
         if recorder.finished:
-            with processes.together():
+            with distributed.raise_on_all_processes():
                 experiment, tickets, masks, optima = resume(experiment, recorder.checkpoints, recorder.rows)
         else:
             tickets = initialize(experiment)
@@ -122,29 +114,32 @@ def rounds(
         progress = recorder.saved_progress(first, like=begin(in_round(experiment, first), tickets, masks))
         step = progress.step if progress else 0
         if first or step:
-            print(f"{workdir} has {_there(first)}; going on with round {first} at step {step} of {steps}")
+            print(
+                f"{workdir} has {_finished_rounds_text(first)}; going on with round {first} at step {step} "
+                f"of {steps}"
+            )
         else:
             print(f"workdir: {workdir}")
-        if processes.is_first():
+        if distributed.is_primary():
             store_execution(experiment, workdir)
-        print(in_words(experiment, tickets["params"]))
-        if how := execution_in_words(experiment.recipe.execution):
+        print(describe_experiment(experiment, tickets["params"]))
+        if how := describe_execution(experiment.spec.execution):
             print(how)
-        if on_devices := devices.in_words(mesh, len(experiment.members)):
+        if on_devices := devices.describe_mesh(mesh, len(experiment.members)):
             print(on_devices)
         recorder.begin(first, step)
 
         def on_chunk(of_round, number, now, metrics, seconds, compiling):
             images = metrics.loss.size * config.batch_size
             recorder.chunk(of_round, number, now, images, seconds, compiling)
-            _note(of_round, number, divergence.broken(now.seen), recorder)
-            if interruption.agreed(processes.most):
+            _record_divergence(of_round, number, divergence.non_finite_members(now.seen), recorder)
+            if interruption.signal_on_any_process(distributed.global_max):
                 recorder.progress(number, now, at_once=True)
                 raise interruption.stopped(f"in round {number} at step {now.step} of {steps}")
             if now.step in saved_steps:
                 recorder.progress(number, now)
 
-        with interruption.deferred():
+        with interruption.defer_signals():
             recorded = None
             for number in range(first, config.rounds):
                 of_round = in_round(experiment, number)
@@ -155,25 +150,29 @@ def rounds(
                 rows = measure(of_round, number, networks, thresholds, end.seconds, optima)
 
                 losses = [row["train_loss"] for row in rows]
-                diverged = divergence.found(end.seen, losses, experiment.dataset.num_classes, steps)
-                _note(of_round, number, diverged, recorder)
+                diverged = divergence.diverged_members(end.seen, losses, experiment.dataset.num_classes, steps)
+                _record_divergence(of_round, number, diverged, recorder)
                 kept = [member for i, member in enumerate(of_round.members) if i not in diverged]
                 rows = [row for i, row in enumerate(rows) if i not in diverged]
-                networks = select(networks, of_round.members, kept)
-                tickets, masks, optima = select((tickets, masks, optima), experiment.members, going_on(kept))
-                experiment, progress = experiment._replace(members=going_on(kept)), None
+                networks = take_members(networks, of_round.members, kept)
+                tickets, masks, optima = take_members(
+                    (tickets, masks, optima), experiment.members, members_for_next_round(kept)
+                )
+                experiment, progress = experiment._replace(members=members_for_next_round(kept)), None
 
-                last = select(networks, kept, experiment.members)
-                optima = remember(experiment, optima, last, masks)  # after the last round too: rounds may grow
+                last = take_members(networks, kept, experiment.members)
+                optima = add_optimum(
+                    experiment, optima, last, masks
+                )  # after the last round too: rounds may grow
                 if recorded:
                     yield recorded.result()
                 recorded = recorder.round(number, networks, rows, optima)  # while the next round trains
-            interruption.agreed(processes.most)
+            interruption.signal_on_any_process(distributed.global_max)
             yield recorded.result()
 
 
 def resume(
-    experiment: Experiment, checkpoints: Checkpoints, rows: Sequence[records.Row]
+    experiment: Experiment, checkpoints: Checkpoints, rows: Sequence[Row]
 ) -> tuple[Experiment, Variables, Mask, Optima | None]:
     """What the round after the last one of `checkpoints` starts from: its members, tickets, masks and optima.
 
@@ -181,9 +180,9 @@ def resume(
       rows: of results.csv, up to that last round.
     """
     last = checkpoints.rounds()[-1]
-    members = members_in(rows, last)
-    experiment = experiment._replace(members=going_on(members))
-    networks = select(checkpoints.restore(last), members, experiment.members)
+    members = members_of_rows(rows, last)
+    experiment = experiment._replace(members=members_for_next_round(members))
+    networks = take_members(checkpoints.restore(last), members, experiment.members)
     masks, _ = prune(experiment, last, networks)
     # survivors alone are in later rounds, and an arm may have other masks than imp's
     tickets = _dense_tickets(experiment, checkpoints, rows) or networks.initial
@@ -196,9 +195,11 @@ def resume(
             )
         optima = checkpoints.optima(last)
         if optima is None:
-            finished = ((members_in(rows, number), checkpoints.restore(number)) for number in range(last + 1))
+            finished = (
+                (members_of_rows(rows, number), checkpoints.restore(number)) for number in range(last + 1)
+            )
             try:
-                optima = recall(experiment, finished, masks)
+                optima = rebuild_optima(experiment, finished, masks)
             except DamagedError as error:
                 raise UserError(
                     f"{error}; repulsion needs all earlier rounds: once it and those after it are moved "
@@ -211,7 +212,7 @@ def _dense_tickets(experiment, checkpoints, rows):
     """The tickets as round 0 has them, before any pruning; None if its checkpoint is missing or damaged."""
     if 0 in checkpoints.rounds():
         with contextlib.suppress(DamagedError):
-            return select(checkpoints.restore(0).initial, members_in(rows, 0), experiment.members)
+            return take_members(checkpoints.restore(0).initial, members_of_rows(rows, 0), experiment.members)
     return None
 
 
@@ -223,14 +224,14 @@ def initialize(experiment: Experiment) -> Variables:
         lambda member: ["reinit" if member.arm == "reinit" else "init"],
     )
     image = jnp.zeros((1, *experiment.dataset.train.image_shape))
-    return jax.jit(jax.vmap(lambda key: dict(experiment.recipe.model.init(key, image, train=False))))(keys)
+    return jax.jit(jax.vmap(lambda key: dict(experiment.spec.model.init(key, image, train=False))))(keys)
 
 
-def begin(experiment: Experiment, tickets: Variables, masks: Mask) -> Progress:
+def begin(experiment: Experiment, tickets: Variables, masks: Mask) -> MidRoundState:
     """The beginning of a round's training: its tickets θ⊙m and fresh optimizers, of all members."""
-    tickets, masks = with_twins_as_imp(experiment.members, (tickets, masks))
-    states = training.init_states(tickets, masks, optimizer=experiment.recipe.optimizer)
-    return Progress(0, tickets, states, divergence.nothing_seen(len(experiment.members)), 0.0)
+    tickets, masks = repeat_imp_for_twins(experiment.members, (tickets, masks))
+    states = training.init_states(tickets, masks, optimizer=experiment.spec.optimizer)
+    return MidRoundState(0, tickets, states, divergence.init_history(len(experiment.members)), 0.0)
 
 
 def train(
@@ -239,13 +240,13 @@ def train(
     tickets: Variables,
     masks: Mask,
     optima: Optima | None = None,
-    progress: Progress | None = None,
-    on_chunk: Callable[[Progress, Metrics, float, float], None] = lambda *_: None,
-) -> tuple[Round, Progress]:
+    progress: MidRoundState | None = None,
+    on_chunk: Callable[[MidRoundState, Metrics, float, float], None] = lambda *_: None,
+) -> tuple[RoundNetworks, MidRoundState]:
     """Train the tickets of round `number`, θ⊙m for all members, to the end.
 
     `tickets`, `masks` and `optima` are those of all members but twins, which share imp's. `optima`, of earlier
-    rounds (`remember`), repel or attract by `config.repulsion`.
+    rounds (`add_optimum`), repel or attract by `config.repulsion`.
 
     With `rewind_step=k`, round 0 notes imp's weights at step k, and later rounds put them back at step k: the
     learning rates go on from there, the optimizer starts afresh (Frankle et al. 2020); what imp did before k in
@@ -255,60 +256,62 @@ def train(
       progress: where to go on, if not at the beginning.
       on_chunk: called after each epoch, or part of one where the host has something to do, with where the
         training stands, the metrics of the chunk's steps as NumPy arrays, its seconds of training and those of
-        compilation. The states are on the mesh, and the next chunk takes them for its own: `devices.gather`
-        copies them.
+        compilation. The states are on the mesh, and the next chunk takes them for its own:
+        `devices.gather_members` copies them.
 
     Returns: the networks, and what else is known at the end.
     """
-    config, recipe, split = experiment.config, experiment.recipe, experiment.dataset.train
+    config, spec, split = experiment.config, experiment.spec, experiment.dataset.train
     epochs, steps = experiment.learning_rates.shape
-    members, mesh = len(experiment.members), recipe.mesh
+    members, mesh = len(experiment.members), spec.mesh
     rewound = jnp.array([member.arm in ("imp", "twin") for member in experiment.members])
     now = progress or begin(experiment, tickets, masks)
-    now = now._replace(states=devices.spread(now.states, mesh))
-    masks, optima = with_twins_as_imp(experiment.members, (masks, optima))
+    now = now._replace(states=devices.shard_members(now.states, mesh))
+    masks, optima = repeat_imp_for_twins(experiment.members, (masks, optima))
     keys = member_keys(
         experiment.members, experiment.config.seed, lambda member: ["data", ARMS[member.arm], number]
     )
-    keys, masks_there, optima = devices.spread((keys, masks, optima), mesh)
+    keys, masks_there, optima = devices.shard_members((keys, masks, optima), mesh)
     if isinstance(split, data.Streamed):
-        seeds = devices.gather(jax.random.key_data(keys), None)
+        seeds = devices.gather_members(jax.random.key_data(keys), None)
         batches = split.training_batches(seeds, epochs, config.batch_size, first_step=now.step, mesh=mesh)
 
     for first, last in _chunks(experiment, now.step):
         start, compiled = time.perf_counter(), compile_seconds()
         tickets, states = now.tickets, now.states
         if first > 0 and first == config.rewind_step:
-            states = devices.gather(states, members)
+            states = devices.gather_members(states, members)
             if number == 0:
-                states = with_twins_as_imp(experiment.members, states)  # they part at step k
-                tickets = where_member(rewound, states.variables, tickets)
+                states = repeat_imp_for_twins(experiment.members, states)  # they part at step k
+                tickets = where_members(rewound, states.variables, tickets)
             else:
-                fresh = training.init_states(tickets, masks, optimizer=recipe.optimizer)
-                states = where_member(rewound, fresh, states)
-            states = devices.spread(states, mesh)
+                fresh = training.init_states(tickets, masks, optimizer=spec.optimizer)
+                states = where_members(rewound, fresh, states)
+            states = devices.shard_members(states, mesh)
         rates = experiment.learning_rates.ravel()[first:last]
         if isinstance(split, data.Streamed):
-            states, metrics = training.train_on_stream(
-                states, masks_there, batches, rates, optima, recipe=recipe
+            states, metrics = training.train_steps_on_stream(
+                states, masks_there, batches, rates, optima, spec=spec
             )
         else:
             epoch, step = divmod(first, steps)
-            options = {"batch_size": config.batch_size, "recipe": recipe}
-            states, metrics = training.train_steps(
+            options = {"batch_size": config.batch_size, "spec": spec}
+            states, metrics = training.train_steps_in_memory(
                 states, masks_there, split, keys, epoch, step, rates, optima, **options
             )
-        metrics = devices.gather(metrics, members, axis=1)  # the one wait for the device
+        metrics = devices.gather_members(metrics, members, axis=1)  # the one wait for the device
         compiling = compile_seconds() - compiled
         seconds = time.perf_counter() - start - compiling
-        seen = divergence.see(now.seen, metrics.loss, metrics.accuracy, first, steps)
-        now = Progress(last, tickets, states, seen, now.seconds + seconds)
+        seen = divergence.update_history(now.seen, metrics.loss, metrics.accuracy, first, steps)
+        now = MidRoundState(last, tickets, states, seen, now.seconds + seconds)
         on_chunk(now, metrics, seconds, compiling)
     initial = {**now.tickets, "params": masking.apply(now.tickets["params"], masks)}
-    return Round(initial, devices.gather(now.states.variables, members), masks), now
+    return RoundNetworks(initial, devices.gather_members(now.states.variables, members), masks), now
 
 
-def prune(experiment: Experiment, number: int, networks: Round) -> tuple[Mask, Float[np.ndarray, " members"]]:
+def prune(
+    experiment: Experiment, number: int, networks: RoundNetworks
+) -> tuple[Mask, Float[np.ndarray, " members"]]:
     """The masks after round `number`, every arm's from its replicate's imp, and each member's own threshold.
 
     A round's twins are given a threshold, and no mask: no later round trains them.
@@ -326,7 +329,7 @@ def prune(experiment: Experiment, number: int, networks: Round) -> tuple[Mask, F
     return without_twins(experiment.members, masks), np.asarray(thresholds)
 
 
-def reset(experiment: Experiment, tickets: Variables, networks: Round) -> Variables:
+def reset(experiment: Experiment, tickets: Variables, networks: RoundNetworks) -> Variables:
     """Return the weights from which the next round's trainings start, not yet masked: those of this round.
 
     With `rewind_step=None`, imp goes on from its trained weights; the control is still reset (ours).
@@ -338,10 +341,12 @@ def reset(experiment: Experiment, tickets: Variables, networks: Round) -> Variab
     if experiment.config.rewind_step is not None:
         return without_twins(experiment.members, tickets)
     goes_on = jnp.array([member.arm == "imp" for member in experiment.members])
-    return without_twins(experiment.members, where_member(goes_on, networks.trained, tickets))
+    return without_twins(experiment.members, where_members(goes_on, networks.trained, tickets))
 
 
-def remember(experiment: Experiment, optima: Optima | None, networks: Round, masks: Mask) -> Optima | None:
+def add_optimum(
+    experiment: Experiment, optima: Optima | None, networks: RoundNetworks, masks: Mask
+) -> Optima | None:
     """The earlier optima for the round that trains under `masks`: `optima` and `networks`, the last result.
 
     All lead with the members of that round, without twins. Each arm remembers its own (ours for the control).
@@ -354,42 +359,44 @@ def remember(experiment: Experiment, optima: Optima | None, networks: Round, mas
     # those of the last round are for a run that grows
     most = 1 if config.repulsion.memory == "last" else max(config.rounds - 1, known + 1)
     options = {"dtype": config.repulsion.dtype, "exclude": tuple(config.pruning.exclude)}
-    return repulsion.remember(optima, networks.trained["params"], masks, most=most, **options)
+    return repulsion.add_optimum(optima, networks.trained["params"], masks, max_optima=most, **options)
 
 
-def recall(
-    experiment: Experiment, finished: Iterable[tuple[Sequence[Member], Round]], masks: Mask
+def rebuild_optima(
+    experiment: Experiment, finished: Iterable[tuple[Sequence[Member], RoundNetworks]], masks: Mask
 ) -> Optima | None:
-    """What `remember` had come to after all of `finished`, for the members of `experiment` under `masks`.
+    """What `add_optimum` had come to after all of `finished`, for the members of `experiment` under `masks`.
 
     Args:
       finished: the rounds from the first on, each with the members that lead its networks.
     """
     optima, before = None, None
     for members, networks in finished:
-        networks = select(networks, members, experiment.members)
+        networks = take_members(networks, members, experiment.members)
         if before:
-            optima = remember(experiment, optima, before, networks.mask)
+            optima = add_optimum(experiment, optima, before, networks.mask)
         before = networks
-    return remember(experiment, optima, before, masks)
+    return add_optimum(experiment, optima, before, masks)
 
 
 def measure(
     experiment: Experiment,
     number: int,
-    networks: Round,
+    networks: RoundNetworks,
     thresholds: Float[np.ndarray, " members"],
     seconds: float,
     optima: Optima | None = None,
-) -> list[records.Row]:
+) -> list[Row]:
     """Evaluate the trained networks on both splits: the rows of results.csv of a round trained in `seconds`.
 
     With repulsion, J_r at the end of training too, and the mean cosine with the `optima` the round knew of.
     """
-    dataset, recipe = experiment.dataset, experiment.recipe
-    trained = devices.spread(networks.trained, recipe.mesh)
-    sums = [training.evaluate(trained, split, recipe=recipe) for split in (dataset.train, dataset.test)]
-    (train_loss, train_correct), (test_loss, test_correct) = devices.gather(sums, len(experiment.members))
+    dataset, spec = experiment.dataset, experiment.spec
+    trained = devices.shard_members(networks.trained, spec.mesh)
+    sums = [training.evaluate(trained, split, spec=spec) for split in (dataset.train, dataset.test)]
+    (train_loss, train_correct), (test_loss, test_correct) = devices.gather_members(
+        sums, len(experiment.members)
+    )
     exclude = tuple(experiment.config.pruning.exclude)
     prunable_weights = masking.size(networks.mask, exclude) // len(experiment.members)
     columns = {
@@ -401,8 +408,8 @@ def measure(
         "test_accuracy": np.asarray(test_correct) / dataset.test.examples,
     }
     if optima is not None:
-        optima = with_twins_as_imp(experiment.members, optima)
-        params, strength = networks.trained["params"], recipe.repulsion_strength
+        optima = repeat_imp_for_twins(experiment.members, optima)
+        params, strength = networks.trained["params"], spec.repulsion_strength
         columns["repulsion"], columns["cosine"] = repulsion.summary(params, optima, strength)
     elif experiment.config.repulsion.strength:
         columns["repulsion"] = np.zeros(len(experiment.members))  # no earlier optimum, no term
@@ -442,7 +449,7 @@ def _chunks(experiment, start):
     """A training from `start` on as pairs of steps, cut at the ends of epochs and where the host has to act."""
     epochs, steps = experiment.learning_rates.shape
     streamed = isinstance(experiment.dataset.train, data.Streamed)
-    looks = range(0, epochs * steps, _LOOK_EVERY) if streamed else ()
+    looks = range(0, epochs * steps, _HOST_CHECK_EVERY_STEPS) if streamed else ()
     cuts = {
         *looks,
         *range(0, epochs * steps + 1, steps),
@@ -453,7 +460,7 @@ def _chunks(experiment, start):
     return itertools.pairwise(sorted(cut for cut in cuts if cut >= start))
 
 
-def _note(experiment, number, diverged, recorder):
+def _record_divergence(experiment, number, diverged, recorder):
     """Record who has diverged, and stop the run if the config says so or no ticket is left."""
     config, members = experiment.config, experiment.members
     for index, (step, what) in diverged.items():
@@ -463,15 +470,15 @@ def _note(experiment, number, diverged, recorder):
         member = members[index]
         raise divergence.DivergedError(
             f"{what} in round {number}, arm {member.arm}, replicate {member.replicate}, at step {step} "
-            f"of the training; {_there(number)} on disk; a lower optimizer.learning_rate "
+            f"of the training; {_finished_rounds_text(number)} on disk; a lower optimizer.learning_rate "
             f"({config.optimizer.learning_rate}) or a warm-up may help, and "
             f"--config.on_divergence=drop goes on with the other members"
         )
-    if not going_on([member for i, member in enumerate(members) if i not in diverged]):
+    if not members_for_next_round([member for i, member in enumerate(members) if i not in diverged]):
         raise divergence.DivergedError(
             f"no ticket is left: all have diverged, the last in round {number}; see divergences.csv"
         )
 
 
-def _there(number):
+def _finished_rounds_text(number):
     return f"rounds 0 to {number - 1}" if number else "no whole round"

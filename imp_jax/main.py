@@ -11,6 +11,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from imp_jax import cli
+from imp_jax.runtime import compilation
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string(
@@ -29,61 +30,67 @@ _PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.
 def main(argv):
     sys.unraisablehook = _unraisable
     logging.set_verbosity(logging.FATAL)  # Orbax and TFDS log every file; what they raise is reported below
-    from imp_jax.config import UserError  # not before the flags are parsed: --help needs no JAX
-    from imp_jax.interruption import Interruption, Stopped
+    from imp_jax.errors import UserError
+    from imp_jax.runtime.signals import GracefulStop, Stopped
 
     try:
         if argv[1:]:
             raise UserError(f"{argv[1]!r} is not a flag; flags are written --name=value")
         if _CONFIG.value is None:
             raise UserError("--config is missing; name a config file, such as --config=configs/mnist5k.py")
-        with Interruption() as interruption:
-            from imp_jax import devices, processes, records
+        with GracefulStop() as interruption:
+            from imp_jax.runtime import devices, distributed
+            from imp_jax.workdir.progress import ignore_print_errors
 
-            processes.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-            devices.divide_cpu()
+            distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+            devices.use_one_device_per_cpu_core()
             devices.require_usable()
-            with processes.ends_alone(_DEBUG.value), processes.first_speaks(), records.ignore_print_errors():
+            with (
+                distributed.exit_on_failure(_DEBUG.value),
+                distributed.silence_other_processes(),
+                ignore_print_errors(),
+            ):
                 _run(interruption)
     except UserError as error:
         if _DEBUG.value:
             raise
         sys.exit(f"error: {error}")
     except OSError as error:
-        from imp_jax import processes
+        from imp_jax.runtime import distributed
 
-        if not processes.is_disk_failure(error):
+        if not distributed.is_disk_failure(error):
             raise
         sys.exit(f"error: cannot go on: {error}")
     except Stopped as stopped:
         print(stopped, file=sys.stderr, flush=True)
-        from imp_jax import processes
+        from imp_jax.runtime import distributed
 
-        processes.leave(processes.PARTING)
+        distributed.shutdown(distributed.ABORT_TIMEOUT_S)
         os._exit(128 + stopped.number)  # not to wait for analyses beside the training
 
 
 def _run(interruption):
-    from imp_jax import analysis, execution, imp, processes
-    from imp_jax.config import UserError
+    from imp_jax import analysis, imp
     from imp_jax.divergence import DivergedError
+    from imp_jax.errors import UserError
+    from imp_jax.runtime import distributed
 
     workdir = cli.find_workdir(_WORKDIR.value, _CONFIG.value, flags.FLAGS["config"])
-    execution.keep_programs()
+    compilation.enable_compilation_cache()
     try:
         config_file = config_flags.get_config_filename(flags.FLAGS["config"])
         imp.run(_CONFIG.value, workdir, interruption, config_file)
     except DivergedError:
         with contextlib.suppress(UserError):  # what is on disk is worth a look all the same
-            if processes.is_first():
+            if distributed.is_primary():
                 analysis.run(workdir)
-        processes.leave()
-        if not processes.is_first():  # which says it
+        distributed.shutdown()
+        if not distributed.is_primary():  # which says it
             sys.exit(1)
         raise
-    if processes.is_first():
+    if distributed.is_primary():
         analysis.run(workdir)
-    processes.leave()
+    distributed.shutdown()
 
 
 def _unraisable(unraisable):

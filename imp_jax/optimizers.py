@@ -17,7 +17,7 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from imp_jax import masking
-from imp_jax.config import UserError, choose
+from imp_jax.errors import UserError, lookup
 
 Rate = Float[Any, ""] | float
 _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
@@ -86,7 +86,7 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
       UserError: an unknown optimizer; a momentum for one that has none.
     """
     name, momentum = config.optimizer.name, config.optimizer.momentum
-    factory = choose(OPTIMIZERS, "optimizer.name", name)
+    factory = lookup(OPTIMIZERS, "optimizer.name", name)
     _check_factory(name, factory)
     if momentum is not None and "momentum" not in inspect.signature(factory).parameters:
         raise UserError(f"optimizer.momentum is {momentum}; {name} has no momentum, so it should be None")
@@ -140,7 +140,7 @@ def learning_rates(config: ConfigDict, steps_per_epoch: int) -> Float[np.ndarray
     Raises:
       UserError: an unknown schedule; a milestone after the last step.
     """
-    schedule = choose(SCHEDULES, "optimizer.schedule", config.optimizer.schedule)
+    schedule = lookup(SCHEDULES, "optimizer.schedule", config.optimizer.schedule)
     time = np.arange(config.epochs * steps_per_epoch) / steps_per_epoch
     milestones = config.optimizer.milestones
     if milestones and milestones[-1] > time[-1]:

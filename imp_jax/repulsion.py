@@ -19,9 +19,9 @@ from imp_jax.masking import Mask, Params
 from imp_jax.similarity import inner_product, scale_of, widen
 
 # Numbers of the store over weights of the network, if the round does not need more: room for optima to come.
-_CAPACITY = 1.7
+_STORE_SIZE_IN_P = 1.7
 # Positions rise and never repeat, those of unused slots included: a GPU needs no atomic additions.
-_PROMISES = {"indices_are_sorted": True, "unique_indices": True}
+_SCATTER_HINTS = {"indices_are_sorted": True, "unique_indices": True}
 
 
 class Optima(NamedTuple):
@@ -83,12 +83,12 @@ def repulsion_loss(
     return strength / len(cosines) * sum(cosine**2 for cosine in cosines)
 
 
-def remember(
+def add_optimum(
     optima: Optima | None,
     params: Params,
     masks: Mask,
     *,
-    most: int,
+    max_optima: int,
     dtype: str = "float32",
     exclude: str | Sequence[str] = (),
 ) -> Optima:
@@ -100,7 +100,7 @@ def remember(
     Args:
       optima: Θ of the round before; None where there was none. Its masks must hold all of `masks`.
       params, masks: every leaf leads with the members, whose masks may differ.
-      most: how many optima are remembered, the latest ones.
+      max_optima: how many optima are remembered, the latest ones.
       dtype: of the stored values, float32 or bfloat16: half their memory, and in a repelled run of mnist5k an
         error of at most 4e-4 in a cosine and 0.4 % in the gradient.
       exclude: layers that are not prunable.
@@ -121,9 +121,9 @@ def remember(
     else:
         shape, count = optima.shape, int(np.max(optima.count))
         earlier = [(optima.positions[name], optima.values[name]) for name in names]
-    kept = min(count, most - 1)
+    kept = min(count, max_optima - 1)
     needed = [max(1, int(mask.sum(1).max())) for mask in masks]  # Orbax saves no empty arrays
-    rows, *slots = store_shape(shape, kept + 1, most, needed, sum(leaf.shape[1] for leaf in leaves))
+    rows, *slots = next_store_shape(shape, kept + 1, max_optima, needed, sum(leaf.shape[1] for leaf in leaves))
 
     all_positions, all_values = [], []
     for leaf, mask, width, (before, values_before) in zip(leaves, masks, slots, earlier, strict=True):
@@ -150,8 +150,8 @@ def remember(
     return Optima(positions, values, inverse_norms.astype(np.float32), counts)
 
 
-def store_shape(
-    before: Sequence[int] | None, count: int, most: int, needed: Sequence[int], weights: int
+def next_store_shape(
+    before: Sequence[int] | None, count: int, max_optima: int, needed: Sequence[int], weights: int
 ) -> tuple[int, ...]:
     """The shape of a store: as before, if that suffices and is not mostly empty.
 
@@ -160,7 +160,7 @@ def store_shape(
 
     Args:
       before: the shape of the round before.
-      count, most: how many optima there are, and how many there may ever be.
+      count, max_optima: how many optima there are, and how many there may ever be.
       needed: how many weights survive in each leaf.
       weights: how many there are in the network, pruned or not.
 
@@ -172,13 +172,13 @@ def store_shape(
         suffices = count <= rows and all(a <= b for a, b in zip(needed, slots, strict=True))
         if suffices and not wasteful:
             return rows, *slots
-    rows = int(_CAPACITY * weights / max(sum(needed), 1))
-    return min(most, rows if rows >= count else -(-5 * count // 4)), *needed
+    rows = int(_STORE_SIZE_IN_P * weights / max(sum(needed), 1))
+    return min(max_optima, rows if rows >= count else -(-5 * count // 4)), *needed
 
 
 def add_gradient(gradients: Params, params: Params, optima: Optima, strength: float) -> Params:
     """`gradients` plus that of J_r at θ⊙m = `params`, which is zero on pruned weights."""
-    of_survivors = jax.grad(compact_loss)(compact(params, optima), optima, strength)
+    of_survivors = jax.grad(survivor_loss)(gather_survivors(params, optima), optima, strength)
 
     def add(path, gradient):
         name = masking.name(path)
@@ -188,25 +188,25 @@ def add_gradient(gradients: Params, params: Params, optima: Optima, strength: fl
         if positions.size == flat.size:
             flat += of_survivors[name]
         else:
-            flat = flat.at[positions].add(of_survivors[name], mode="drop", **_PROMISES)
+            flat = flat.at[positions].add(of_survivors[name], mode="drop", **_SCATTER_HINTS)
         return flat.reshape(gradient.shape)
 
     return jax.tree_util.tree_map_with_path(add, gradients)
 
 
-def compact(params: Params, optima: Optima) -> dict[str, Float[Array, " slots"]]:
+def gather_survivors(params: Params, optima: Optima) -> dict[str, Float[Array, " slots"]]:
     """The surviving weights of θ⊙m, leaf by leaf as in `optima`; 0 in unused slots."""
 
     def take(name, leaf):
         flat, positions = leaf.reshape(-1), optima.positions[name]
         if positions.size == flat.size:  # a slot a weight: as it is
             return flat
-        return flat.at[positions].get(mode="fill", fill_value=0, **_PROMISES)
+        return flat.at[positions].get(mode="fill", fill_value=0, **_SCATTER_HINTS)
 
-    return {name: take(name, leaf) for name, leaf in _known_to(optima, params).items()}
+    return {name: take(name, leaf) for name, leaf in _stored_leaves(optima, params).items()}
 
 
-def compact_loss(
+def survivor_loss(
     survivors: dict[str, Float[Array, " slots"]], optima: Optima, strength: float
 ) -> Float[Array, ""]:
     """J_r of the surviving weights, as `repulsion_loss`."""
@@ -236,17 +236,17 @@ def summary(params: Params, optima: Optima, strength: float) -> tuple[Float[np.n
     def of_member(m):
         optima_m = jax.tree.map(lambda leaf: np.asarray(leaf[m]), optima)
         survivors = {}
-        for name, leaf in _known_to(optima, params).items():
+        for name, leaf in _stored_leaves(optima, params).items():
             leaf = np.asarray(leaf[m])
             places = np.minimum(optima_m.positions[name], leaf.size)
             survivors[name] = np.append(leaf, leaf.dtype.type(0))[places]
         mean_cosine = cosines(survivors, optima_m).sum() / optima_m.count
-        return compact_loss(survivors, optima_m, strength), mean_cosine
+        return survivor_loss(survivors, optima_m, strength), mean_cosine
 
     return tuple(np.array(column) for column in zip(*map(of_member, range(len(optima.count))), strict=True))
 
 
-def _known_to(optima, params):
+def _stored_leaves(optima, params):
     """The leaves of `params` that `optima` holds, by name."""
     leaves = masking.prunable_by_name(params)
     return {name: leaves[name] for name in optima.positions}

@@ -29,9 +29,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from imp_jax import config as configs
 from imp_jax import data, imp, optimizers, training
-from imp_jax.execution import EXECUTIONS, Execution
-from imp_jax.members import Member
+from imp_jax.arms import Member
 from imp_jax.models.lenet import LeNet
+from imp_jax.runtime.execution import EXECUTION_MODES, ExecutionMode
 
 # the files that take longest, longest first: each runs in one worker, and the last to end decides
 LONGEST = (
@@ -39,7 +39,7 @@ LONGEST = (
     "benchmark",
     "main",
     "sweep",
-    "processes",
+    "distributed",
     "devices",
     "analysis",
     "slurm",
@@ -126,11 +126,11 @@ def make_tiny_experiment(**overrides):
         config=config,
         members=tuple(Member(arm, r) for arm in config.arms for r in range(config.replicates)),
         dataset=dataset,
-        recipe=training.Recipe(
+        spec=training.TrainSpec(
             LeNet(num_classes=3, widths=(6, 5)),
             optimizers.make_optimizer(config),
             repulsion_strength=config.repulsion.strength,
-            execution=EXECUTIONS.get(config.execution, Execution()),
+            execution=EXECUTION_MODES.get(config.execution, ExecutionMode()),
         ),
         score=imp.pruning.SCORES[config.pruning.score],
         learning_rates=optimizers.learning_rates(config, len(images) // config.batch_size),

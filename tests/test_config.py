@@ -7,8 +7,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from imp_jax import config as configs
-from imp_jax import optimizers
-from imp_jax.config import UserError
+from imp_jax import errors, optimizers
+from imp_jax.errors import UserError
 
 CONFIG_FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -117,9 +117,9 @@ def test_whole_numbers_serve_where_a_float_is_due():
 
 
 def test_choose():
-    assert configs.choose({"a": 1}, "field", "a") == 1
+    assert errors.lookup({"a": 1}, "field", "a") == 1
     with pytest.raises(UserError, match="field is 3; it should be one of a, b"):
-        configs.choose({"a": 1, "b": 2}, "field", 3)
+        errors.lookup({"a": 1, "b": 2}, "field", 3)
 
 
 def test_milestones_lie_within_the_training():
@@ -221,9 +221,9 @@ def test_only_a_tilde_at_the_beginning_is_a_home(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.chdir("/")
     paths = {"~/w": "/home/me/w", "~": "/home/me", "./~/w": "~/w", "a/~": "a/~", "/~": "/~"}
-    assert {path: str(configs.user_path(path, "--root")) for path in paths} == paths
+    assert {path: str(errors.user_path(path, "--root")) for path in paths} == paths
     with pytest.raises(UserError, match="--root is '~no_such_user/w', and there is no home directory"):
-        configs.user_path("~no_such_user/w", "--root")
+        errors.user_path("~no_such_user/w", "--root")
 
 
 def test_run_names():
@@ -260,8 +260,8 @@ def test_a_long_run_name_fits_into_a_file_system():
 
 def test_user_paths(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    assert configs.user_path("~/runs/~/w", "--workdir") == Path("/home/me/runs/~/w")
+    assert errors.user_path("~/runs/~/w", "--workdir") == Path("/home/me/runs/~/w")
     with pytest.raises(UserError, match="--workdir is empty; it should be the path of a folder"):
-        configs.user_path("", "--workdir")
+        errors.user_path("", "--workdir")
     with pytest.raises(UserError, match="there is no home directory"):
-        configs.user_path("~nobody_of_this_name/w", "--workdir")
+        errors.user_path("~nobody_of_this_name/w", "--workdir")

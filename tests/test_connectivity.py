@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from imp_jax import connectivity, data, training
-from imp_jax.execution import EXECUTIONS
 from imp_jax.models.lenet import LeNet
 from imp_jax.models.resnet import CifarResNet
-from imp_jax.training import Recipe
-from tests import folders
+from imp_jax.runtime.execution import EXECUTION_MODES
+from imp_jax.training import TrainSpec
+from tests.helpers import folders
 
 
 def test_path_has_exact_ends_and_equidistant_points():
@@ -99,10 +99,12 @@ NETWORKS = {
 def test_path_metrics_are_those_of_the_points_one_by_one(name, execution):
     model, split = NETWORKS[name], random_split()
     a, b = two_networks(model)
-    recipe = Recipe(model, normalize=data.Normalize((0.4,) * 3, (0.3,) * 3), execution=EXECUTIONS[execution])
-    losses, errors = connectivity.path_metrics(a, b, split, recipe=recipe, num_points=5)
+    spec = TrainSpec(
+        model, normalize=data.Normalize((0.4,) * 3, (0.3,) * 3), execution=EXECUTION_MODES[execution]
+    )
+    losses, errors = connectivity.path_metrics(a, b, split, spec=spec, num_points=5)
     points = connectivity.linear_path(a, b, 5)  # statistics too
-    apply = jax.jit(lambda variables: model.apply(variables, recipe.normalize(split.images)))
+    apply = jax.jit(lambda variables: model.apply(variables, spec.normalize(split.images)))
     logits = np.stack([apply(jax.tree.map(lambda leaf, i=i: leaf[i], points)) for i in range(5)])
     chosen = jax.nn.log_softmax(logits)[:, np.arange(30), split.labels]
     np.testing.assert_allclose(losses, -chosen.mean(-1), rtol=1e-4)
@@ -155,11 +157,11 @@ def test_paths_of_any_first_layer_are_those_of_the_points(first, affine, monkeyp
     ends = [jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 8, 8, 3))) for seed in (0, 1)]
     is_affine = connectivity._is_affine
     monkeypatch.setattr(connectivity, "_is_affine", lambda *a: found.append(is_affine(*a)) or found[-1])
-    recipe = Recipe(model)
-    losses, _ = connectivity.path_metrics(*ends, split, recipe=recipe, num_points=3)
+    spec = TrainSpec(model)
+    losses, _ = connectivity.path_metrics(*ends, split, spec=spec, num_points=3)
     assert set(found) == {affine}
     middle = jax.tree.map(lambda leaf: leaf[1], connectivity.linear_path(*ends, 3))
-    logits = jax.jit(model.apply)(middle, recipe.normalize(split.images)).astype(jnp.float32)
+    logits = jax.jit(model.apply)(middle, spec.normalize(split.images)).astype(jnp.float32)
     expected = -jax.nn.log_softmax(logits)[jnp.arange(12), split.labels].mean()
     assert losses[1] == pytest.approx(float(expected), rel=1e-5)
 
@@ -167,11 +169,11 @@ def test_paths_of_any_first_layer_are_those_of_the_points(first, affine, monkeyp
 def test_the_ends_of_a_path_are_the_networks_themselves():
     split = random_split(2500)  # the last batch is half empty
     ends = two_networks(NETWORKS["lenet"])
-    recipe = Recipe(NETWORKS["lenet"])
-    losses, errors = connectivity.path_metrics(*ends, split, recipe=recipe)
+    spec = TrainSpec(NETWORKS["lenet"])
+    losses, errors = connectivity.path_metrics(*ends, split, spec=spec)
     for end, variables in zip((0, -1), ends, strict=True):
         own_loss, correct = training.evaluate(
-            jax.tree.map(lambda leaf: leaf[None], variables), split, recipe=recipe
+            jax.tree.map(lambda leaf: leaf[None], variables), split, spec=spec
         )
         assert losses[end] == pytest.approx(float(own_loss[0]), rel=1e-6)
         assert errors[end] == pytest.approx(1 - int(correct[0]) / 2500, abs=1e-9)
@@ -179,14 +181,14 @@ def test_the_ends_of_a_path_are_the_networks_themselves():
 
 
 def test_chunks_of_points_change_nothing(monkeypatch):
-    split, (a, b), recipe = random_split(), two_networks(NETWORKS["lenet"]), Recipe(NETWORKS["lenet"])
-    at_once = connectivity.path_metrics(a, b, split, recipe=recipe, num_points=7)
+    split, (a, b), spec = random_split(), two_networks(NETWORKS["lenet"]), TrainSpec(NETWORKS["lenet"])
+    at_once = connectivity.path_metrics(a, b, split, spec=spec, num_points=7)
     weights = 192 * 20 + 20 + 20 * 10 + 10 + 10 * 10 + 10
     outputs = 30 * (20 + 10 + 10 + 10)  # of three layers and the whole network
     monkeypatch.setattr(data, "device_memory", lambda: 4 * 4 * (3 * (weights + outputs) + 1))
-    assert connectivity._points_at_once(a["params"], {}, split, 30, recipe) == 3
+    assert connectivity._max_points_per_pass(a["params"], {}, split, 30, spec) == 3
     np.testing.assert_allclose(
-        connectivity.path_metrics(a, b, split, recipe=recipe, num_points=7), at_once, rtol=1e-6
+        connectivity.path_metrics(a, b, split, spec=spec, num_points=7), at_once, rtol=1e-6
     )
 
 
@@ -194,11 +196,11 @@ def test_reestimated_statistics_are_the_mean_over_batches():
     """The first 500 of 600 images, in batches of 250."""
     model, train, split = NETWORKS["resnet8"], random_split(600), random_split(20)
     ends = two_networks(model)
-    recipe = Recipe(model, execution=EXECUTIONS["scan_unroll"])
+    spec = TrainSpec(model, execution=EXECUTION_MODES["scan_unroll"])
     losses, _ = connectivity.path_metrics(
-        *ends, split, recipe=recipe, num_points=2, batch_norm="reestimate", train=train
+        *ends, split, spec=spec, num_points=2, batch_norm="reestimate", train=train
     )
-    images = recipe.normalize(train.images)
+    images = spec.normalize(train.images)
     variables = {**ends[1], "batch_stats": jax.tree.map(jnp.zeros_like, ends[1]["batch_stats"])}
 
     def statistics(images):  # from zero a step goes a tenth of the way
@@ -208,8 +210,8 @@ def test_reestimated_statistics_are_the_mean_over_batches():
     halves = [jax.jit(statistics)(images[first : first + 250]) for first in (0, 250)]
     means = jax.tree.map(lambda *leaves: sum(leaves) / 2, *halves)
     apply = jax.jit(model.apply)
-    logits = apply({**ends[1], "batch_stats": means}, recipe.normalize(split.images))
-    assert np.abs(logits - apply(ends[1], recipe.normalize(split.images))).max() > 0.1  # it makes a difference
+    logits = apply({**ends[1], "batch_stats": means}, spec.normalize(split.images))
+    assert np.abs(logits - apply(ends[1], spec.normalize(split.images))).max() > 0.1  # it makes a difference
     assert losses[-1] == pytest.approx(
         float(-jax.nn.log_softmax(logits)[np.arange(20), split.labels].mean()), rel=1e-3
     )
@@ -221,21 +223,21 @@ def test_a_path_on_a_stream_is_the_path_on_its_images(tmp_path):
     images, labels = map(jnp.concatenate, zip(*streamed.evaluation_batches(4), strict=True))
     model = CifarResNet(depth=8, width=0.25)
     ends = two_networks(model, (16, 16, 3))
-    recipe = Recipe(model, execution=EXECUTIONS["scan_unroll"])
+    spec = TrainSpec(model, execution=EXECUTION_MODES["scan_unroll"])
     for options in ({}, {"batch_norm": "reestimate", "train": streamed}):
-        on_stream = connectivity.path_metrics(*ends, streamed, recipe=recipe, num_points=3, **options)
+        on_stream = connectivity.path_metrics(*ends, streamed, spec=spec, num_points=3, **options)
         if options:
             options["train"] = data.InMemory(images, labels)
         held = connectivity.path_metrics(
-            *ends, data.InMemory(images, labels), recipe=recipe, num_points=3, **options
+            *ends, data.InMemory(images, labels), spec=spec, num_points=3, **options
         )
         np.testing.assert_allclose(on_stream, held, rtol=1e-4)
 
 
 def test_bad_ways_to_have_statistics_are_said():
     a, b = two_networks(NETWORKS["resnet8"])
-    recipe = Recipe(NETWORKS["resnet8"])
+    spec = TrainSpec(NETWORKS["resnet8"])
     with pytest.raises(ValueError, match="batch_norm is 'recompute'; it should be one of 'interpolate'"):
-        connectivity.path_metrics(a, b, random_split(), recipe=recipe, batch_norm="recompute")
+        connectivity.path_metrics(a, b, random_split(), spec=spec, batch_norm="recompute")
     with pytest.raises(ValueError, match="'reestimate'; it needs `train`"):
-        connectivity.path_metrics(a, b, random_split(), recipe=recipe, batch_norm="reestimate")
+        connectivity.path_metrics(a, b, random_split(), spec=spec, batch_norm="reestimate")

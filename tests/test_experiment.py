@@ -4,22 +4,22 @@ import numpy as np
 import pytest
 
 from imp_jax import data, experiment, imp
-from imp_jax.config import UserError
-from tests import folders
+from imp_jax.errors import UserError
 from tests.conftest import quick_config
+from tests.helpers import folders
 
 
 def test_a_step_normalises_and_augments_as_the_config_says(data_dir, tmp_path):
     folders.write_cifar10(tmp_path)
     config = quick_config(str(tmp_path), batch_size=10, **{"model.name": "conv4", "dataset.name": "cifar10"})
-    assert experiment.setup(config).recipe.normalize == data.Normalize()
-    assert experiment.setup(config).recipe.augmentation == ("crop", "flip")
+    assert experiment.setup(config).spec.normalize == data.Normalize()
+    assert experiment.setup(config).spec.augmentation == ("crop", "flip")
     config.dataset.normalize, config.dataset.augmentation = True, ("flip",)
-    recipe = experiment.setup(config).recipe
+    spec = experiment.setup(config).spec
     pixels = np.asarray(data.load("cifar10", tmp_path).train.images) / 255
-    np.testing.assert_allclose(recipe.normalize.mean, pixels.mean((0, 1, 2)), rtol=1e-5)
-    np.testing.assert_allclose(recipe.normalize.std, pixels.std((0, 1, 2)), rtol=1e-5)
-    assert recipe.augmentation == ("flip",)
+    np.testing.assert_allclose(spec.normalize.mean, pixels.mean((0, 1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(spec.normalize.std, pixels.std((0, 1, 2)), rtol=1e-5)
+    assert spec.augmentation == ("flip",)
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,14 @@ import pandas as pd
 import pytest
 from filelock import FileLock
 
-from imp_jax import analysis, checkpoints, connectivity, imp, masking, pruning, repulsion, training
-from imp_jax.config import UserError
-from imp_jax.interruption import Interruption, Stopped
-from imp_jax.members import ARMS, Member, member_keys
-from tests import folders
+from imp_jax import analysis, connectivity, imp, masking, pruning, repulsion, training
+from imp_jax.arms import ARMS, Member, member_keys
+from imp_jax.errors import UserError
+from imp_jax.runtime.signals import GracefulStop, Stopped
+from imp_jax.workdir import checkpoints
 from tests.conftest import quick_config
-from tests.test_checkpoints import forget_definition
-from tests.test_readme import ROOT
+from tests.helpers import ROOT, folders
+from tests.workdir.test_checkpoints import forget_definition
 
 
 def train_all(experiment, rounds=3):
@@ -136,7 +136,7 @@ def test_rewinding_to_step_k(tiny_experiment, rewind_step):
     def train(states, mask, number, first_step):
         keys = member_keys(experiment.members, experiment.config.seed, lambda m: ["data", ARMS[m.arm], number])
         for step in range(first_step, 10 if number else rewind_step):
-            states, _ = training.train_steps(
+            states, _ = training.train_steps_in_memory(
                 states,
                 mask,
                 experiment.dataset.train,
@@ -145,18 +145,18 @@ def test_rewinding_to_step_k(tiny_experiment, rewind_step):
                 step % 5,
                 experiment.learning_rates[step // 5, step % 5 : step % 5 + 1],
                 batch_size=8,
-                recipe=experiment.recipe,
+                spec=experiment.spec,
             )
         return states
 
     tickets = imp.initialize(experiment)
-    start = training.init_states(tickets, first.mask, optimizer=experiment.recipe.optimizer)
+    start = training.init_states(tickets, first.mask, optimizer=experiment.spec.optimizer)
     at_k = train(start, first.mask, number=0, first_step=0).variables
     ticket = masking.apply(first.initial["params"], second.mask)
     for i in range(2):  # imp
         assert_trees_close(member(first.initial, i), member(at_k, i))
         assert_trees_equal(member(second.initial["params"], i), member(ticket, i))
-    start = training.init_states(at_k, second.mask, optimizer=experiment.recipe.optimizer)
+    start = training.init_states(at_k, second.mask, optimizer=experiment.spec.optimizer)
     expected = train(start, second.mask, number=1, first_step=rewind_step).variables
     for i in range(2):
         assert_trees_close(member(second.trained, i), member(expected, i))
@@ -253,7 +253,7 @@ def test_measured_rows(tiny_experiment):
     for i, row in enumerate(rows):
         dataset = experiment.dataset
         for split, (images, labels) in (("train", dataset.train), ("test", dataset.test)):
-            logits = np.asarray(experiment.recipe.model.apply(member(networks.trained, i), images / 255))
+            logits = np.asarray(experiment.spec.model.apply(member(networks.trained, i), images / 255))
             labels = np.asarray(labels)
             assert row[f"{split}_accuracy"] == pytest.approx((logits.argmax(1) == labels).mean())
             losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(labels)), labels]
@@ -355,7 +355,7 @@ def test_a_run_resumes_to_the_same_results(data_dir, tmp_path, capsys):
     assert (tmp_path / "cut" / "results.csv").read_bytes() == before
 
 
-class StopsAfter(Interruption):
+class StopsAfter(GracefulStop):
     """A signal that comes during a training, which has looked for it so many times before."""
 
     def __init__(self, looks):
@@ -480,23 +480,21 @@ def test_a_stream_trains_on_the_batches_it_serves(tmp_path):
     experiment = imp.setup(config)
     tickets = imp.initialize(experiment)
     masks = masking.ones_like(tickets["params"])
-    optima = repulsion.remember(None, jax.tree.map(jnp.cos, tickets["params"]), masks, most=1)
+    optima = repulsion.add_optimum(None, jax.tree.map(jnp.cos, tickets["params"]), masks, max_optima=1)
     networks, _ = imp.train(experiment, 0, tickets, masks, optima)
     keys = member_keys(experiment.members, experiment.config.seed, lambda m: ["data", ARMS[m.arm], 0])
-    states = training.init_states(tickets, masks, optimizer=experiment.recipe.optimizer)
+    states = training.init_states(tickets, masks, optimizer=experiment.spec.optimizer)
     for i in range(2):
         state, mask, known = (member(tree, i) for tree in (states, masks, optima))
         batches = experiment.dataset.train.training_batches(jax.random.key_data(keys)[i : i + 1], 2, 4)
         for (images, labels), rate in zip(batches, experiment.learning_rates.ravel(), strict=True):
-            state, _ = training.train_step(
-                state, mask, images[0], labels[0], rate, known, recipe=experiment.recipe
-            )
+            state, _ = training.train_step(state, mask, images[0], labels[0], rate, known, spec=experiment.spec)
         assert_trees_close(member(networks.trained["params"], i), state.params)
 
 
 def break_in_round_1(monkeypatch, broken, value=np.nan):
     """The weights of members in round 1 become `value` after its first epoch."""
-    train_steps = training.train_steps
+    train_steps = training.train_steps_in_memory
     epochs_of_three = []
 
     def break_some(states, masks, split, keys, epoch, *args, **kwargs):
@@ -512,7 +510,7 @@ def break_in_round_1(monkeypatch, broken, value=np.nan):
             )
         return states, metrics
 
-    monkeypatch.setattr(training, "train_steps", break_some)
+    monkeypatch.setattr(training, "train_steps_in_memory", break_some)
 
 
 def test_divergence_stops_the_run_and_is_recorded(data_dir, tmp_path, monkeypatch):
@@ -727,7 +725,7 @@ def test_without_order_and_augmentation_there_is_no_instability(tiny_experiment)
     networks = train_with_twins(experiment)
     assert_trees_close(member(networks.trained, 0), member(networks.trained, 4))
     ends = (member(networks.trained, i) for i in (0, 4))
-    _, errors = connectivity.path_metrics(*ends, experiment.dataset.train, recipe=experiment.recipe)
+    _, errors = connectivity.path_metrics(*ends, experiment.dataset.train, spec=experiment.spec)
     assert connectivity.error_barrier(errors) == 0
 
 

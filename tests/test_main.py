@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from absl import flags
 
-from experiments import runs
+from experiments.sweeps import runs
 from imp_jax import analysis, cli, imp, main
 from imp_jax import config as configs
 from imp_jax.divergence import DivergedError
@@ -73,7 +73,9 @@ def test_where_a_run_lies(monkeypatch, arguments, workdir):
         base, *overrides = (argument.partition("=")[2] for argument in arguments)
         fields = [argument.removeprefix("--config.").split("=")[0] for argument in arguments[1:]]
         assert len(overrides) == len(fields)
-        sweep = runs.run(Path(base).stem, {field: configs.flatten(config.value)[field] for field in fields})
+        sweep = runs.make_run(
+            Path(base).stem, {field: configs.flatten(config.value)[field] for field in fields}
+        )
         assert f"runs/{sweep.name}" == workdir
 
 

@@ -154,7 +154,7 @@ def test_parameters_of_every_kind_are_pruned_counted_and_compared_alike(kind):
         mask, threshold = pruning.prune_by_magnitude(a, dense, 0.5, exclude="no such layer")
         a = masking.apply(a, mask)
         stacked = [jax.tree.map(lambda leaf: leaf[None], tree) for tree in (b, mask)]
-        optima = repulsion.remember(None, *stacked, most=1)
+        optima = repulsion.add_optimum(None, *stacked, max_optima=1)
         one = jax.tree.map(lambda leaf: leaf[0], optima)
         gradient = repulsion.add_gradient(jax.tree.map(jnp.zeros_like, a), a, one, 2.0)
         plain = jax.grad(repulsion.repulsion_loss)(a, mask, [b])
@@ -206,7 +206,7 @@ def test_trees_of_other_shapes_are_refused():
         lambda: similarity.gram_products(*stacked),
         lambda: repulsion.repulsion_loss(a, mask_b, [a]),
         lambda: repulsion.repulsion_loss(a, mask_a, [a, b]),
-        lambda: repulsion.remember(None, *stacked, most=1),
+        lambda: repulsion.add_optimum(None, *stacked, max_optima=1),
         lambda: connectivity.linear_path(a, b),
         lambda: weights.histogram(a, mask_b, 1.0),
         lambda: weights.bimodality(a, mask_b),

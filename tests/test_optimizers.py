@@ -9,7 +9,7 @@ import pytest
 
 from imp_jax import config as configs
 from imp_jax import masking, optimizers
-from imp_jax.config import UserError
+from imp_jax.errors import UserError
 
 
 def settings(**overrides):

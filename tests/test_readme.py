@@ -29,7 +29,7 @@ def test_every_override_it_shows_is_a_field():
     fields = set(re.findall(r"--config\.([\w.]+)=", README))
     assert len(fields) > 8
     for field in fields:
-        assert configs.type_in_words(field), field
+        assert configs.describe_type(field), field
 
 
 def test_every_file_it_names_is_there():

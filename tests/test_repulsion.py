@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from imp_jax import imp, masking, pruning, repulsion, training
-from imp_jax.members import ARMS, member_keys
+from imp_jax.arms import ARMS, member_keys
 from imp_jax.models.lenet import LeNet
 
 MEMBERS = 2
@@ -36,11 +36,13 @@ def shrinking_masks(count, seed=1):
     return masks[1:]
 
 
-def remembered(earlier, masks, most=100, dtype="float32", exclude=()):
+def remembered(earlier, masks, max_optima=100, dtype="float32", exclude=()):
     """The store after rounds that ended in `earlier`, each pruned to the mask at its place."""
     optima = None
     for params, mask in zip(earlier, masks, strict=True):
-        optima = repulsion.remember(optima, params, mask, most=most, dtype=dtype, exclude=exclude)
+        optima = repulsion.add_optimum(
+            optima, params, mask, max_optima=max_optima, dtype=dtype, exclude=exclude
+        )
     return optima
 
 
@@ -66,7 +68,7 @@ def compact(params, mask, earlier, strength, exclude=()):
     optima = remembered([jax.tree.map(lambda p: p[None], tree) for tree in earlier], masks, exclude=exclude)
     optima = member(optima, 0)
     params = masking.apply(params, mask)
-    value = repulsion.compact_loss(repulsion.compact(params, optima), optima, strength)
+    value = repulsion.survivor_loss(repulsion.gather_survivors(params, optima), optima, strength)
 
     # as large as the gradient of J_r, which goes as 1/θ; bfloat16 would lose the latter in the sum
     def like_gradient(p):
@@ -180,7 +182,7 @@ def test_the_store_equals_the_plain_form_in_every_round():
     def value_and_gradient(params, optima):
         zeros = jax.tree.map(jnp.zeros_like, params)
         gradient = repulsion.add_gradient(zeros, params, optima, 2.0)
-        return repulsion.compact_loss(repulsion.compact(params, optima), optima, 2.0), gradient
+        return repulsion.survivor_loss(repulsion.gather_survivors(params, optima), optima, 2.0), gradient
 
     for count in range(1, 9):
         optima, mask = remembered(earlier[:count], masks[:count]), masks[count - 1]
@@ -202,20 +204,20 @@ def test_the_store_equals_the_plain_form_in_every_round():
             assert cosines[i] == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("most", [1, 2])
-def test_the_last_optima_alone_are_those_of_a_store_of_them(most):
+@pytest.mark.parametrize("max_optima", [1, 2])
+def test_the_last_optima_alone_are_those_of_a_store_of_them(max_optima):
     params, *earlier = random_trees(6)
     masks = shrinking_masks(5)
     theta = masking.apply(params, masks[-1])
-    last = remembered(earlier, masks, most=most)
-    alone = remembered(earlier[-most:], masks[-most:])
-    assert last.shape[0] == most
+    last = remembered(earlier, masks, max_optima=max_optima)
+    alone = remembered(earlier[-max_optima:], masks[-max_optima:])
+    assert last.shape[0] == max_optima
     np.testing.assert_allclose(
         repulsion.summary(theta, last, 2.0), repulsion.summary(theta, alone, 2.0), rtol=1e-6
     )
 
 
-def rounds_of_lenet(most):
+def rounds_of_lenet(max_optima):
     """The stores of 24 pruned rounds of LeNet, random weights of its layers' scales in the place of trained."""
     initial = LeNet().init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
     masks = jax.tree.map(lambda p: jnp.ones((MEMBERS, *p.shape), bool), initial)
@@ -229,14 +231,14 @@ def rounds_of_lenet(most):
         )
         trained = masking.apply(trained, masks)
         masks = prune(trained, masks)
-        optima = repulsion.remember(optima, trained, masks, most=most)
+        optima = repulsion.add_optimum(optima, trained, masks, max_optima=max_optima)
         yield optima
 
 
 def test_the_store_is_bounded_and_takes_few_shapes():
-    """At most 1.7 P numbers, where 24 copies would be 24 P; a program serves all rounds of one shape."""
+    """At max_optima 1.7 P numbers, where 24 copies would be 24 P; a program serves all rounds of one shape."""
     parameters = 266_200  # that may be pruned
-    stores = list(rounds_of_lenet(most=24))
+    stores = list(rounds_of_lenet(max_optima=24))
     numbers = [rows * sum(slots) for rows, *slots in (optima.shape for optima in stores)]
     assert max(numbers) <= 1.7 * parameters
     for optima in stores:
@@ -248,7 +250,7 @@ def test_the_store_is_bounded_and_takes_few_shapes():
     for number, numbers in enumerate(used, start=1):
         assert numbers == pytest.approx(number * parameters * 0.8**number, abs=3 * number)
 
-    last = list(rounds_of_lenet(most=1))
+    last = list(rounds_of_lenet(max_optima=1))
     assert max(sum(optima.shape[1:]) for optima in last) <= 0.81 * parameters
     assert len({optima.shape for optima in last}) <= 4
     for number, optima in enumerate(last, start=1):  # never mostly empty, unless small
@@ -257,19 +259,19 @@ def test_the_store_is_bounded_and_takes_few_shapes():
 
 
 @pytest.mark.parametrize(
-    ("fraction", "shapes", "most"), [(0.05, 8, 9.3), (0.1, 8, 4.5), (0.2, 8, 1.7), (0.5, 2, 1.7)]
+    ("fraction", "shapes", "max_optima"), [(0.05, 8, 9.3), (0.1, 8, 4.5), (0.2, 8, 1.7), (0.5, 2, 1.7)]
 )
-def test_any_fraction_takes_few_shapes(fraction, shapes, most):
+def test_any_fraction_takes_few_shapes(fraction, shapes, max_optima):
     """Slower pruning needs more numbers, n · (1 − fraction)ⁿ · P, but no shape a round."""
     shape, seen = None, []
     for count in range(1, 25):
-        shape = repulsion.store_shape(
+        shape = repulsion.next_store_shape(
             shape, count, 24, [round((1 - fraction) ** count * 100_000), 100], 100_100
         )
         assert shape[0] >= count
         seen.append(shape)
     assert len(set(seen)) <= shapes
-    assert max(rows * sum(slots) for rows, *slots in seen) <= most * 100_100
+    assert max(rows * sum(slots) for rows, *slots in seen) <= max_optima * 100_100
 
 
 def test_masks_that_grow_are_refused():
@@ -305,7 +307,7 @@ def train_rounds(experiment, rounds):
         yield networks, optima
         masks, _ = imp.prune(experiment, number, networks)
         tickets = imp.reset(experiment, end.tickets, networks)
-        optima = imp.remember(experiment, optima, networks, masks)
+        optima = imp.add_optimum(experiment, optima, networks, masks)
 
 
 @pytest.mark.parametrize("memory", ["all", "last"])
@@ -321,12 +323,12 @@ def test_five_rounds_equal_those_of_a_store_of_whole_networks(tiny_experiment, m
         },
     )
     images, labels = experiment.dataset.train
-    recipe = experiment.recipe
+    spec = experiment.spec
 
     @jax.jit
     def step(params, mask, earlier, batch, rate):
         def loss(params):
-            logits = recipe.model.apply({"params": params}, recipe.normalize(images[batch]), train=True)
+            logits = spec.model.apply({"params": params}, spec.normalize(images[batch]), train=True)
             entropy = optax.softmax_cross_entropy_with_integer_labels(logits, labels[batch]).mean()
             return entropy + repulsion.repulsion_loss(params, mask, earlier, 2.0)
 
@@ -362,7 +364,7 @@ def test_repulsion_drives_rounds_apart_and_attraction_together(tiny_experiment):
         *before, (networks, _) = train_rounds(experiment, 3)
         optima = None
         for (networks_before, _), (after, _) in zip(before, [*before[1:], (networks, None)], strict=True):
-            optima = repulsion.remember(optima, networks_before.trained["params"], after.mask, most=2)
+            optima = repulsion.add_optimum(optima, networks_before.trained["params"], after.mask, max_optima=2)
         _, cosine = repulsion.summary(networks.trained["params"], optima, 2.0)
         cosines[strength] = cosine
     assert np.all(np.abs(cosines[2.0]) < cosines[0.0] - 0.1)
@@ -408,7 +410,7 @@ def test_each_arm_knows_its_own_optima_and_a_twin_those_of_imp(tiny_experiment, 
         trained = np.asarray(first.trained["params"]["Dense_0"]["kernel"][i]).ravel()
         np.testing.assert_array_equal(known[: there.sum()], trained[there])
     masks, _ = imp.prune(experiment, 1, second)
-    optima = imp.remember(experiment, optima, second, masks)
+    optima = imp.add_optimum(experiment, optima, second, masks)
     of_round = imp.in_round(experiment, 2)
     networks, _ = imp.train(of_round, 2, imp.initialize(experiment), masks, optima)
     for replicate in range(2):
@@ -425,9 +427,9 @@ def test_one_program_serves_the_rounds_of_one_shape(tiny_experiment):
     experiment = tiny_experiment(
         rounds=12, epochs=1, **{"repulsion.strength": 2.0, "repulsion.dtype": "bfloat16"}
     )
-    training._scan_steps_alone.program().clear_cache()
+    training._train_epoch_jit.program().clear_cache()
     stores = [optima for _, optima in train_rounds(experiment, 12)][1:]
     assert {str(leaf.dtype) for optima in stores for leaf in jax.tree.leaves(optima.values)} == {"bfloat16"}
     shapes = {None, *(optima.shape for optima in stores)}
     assert len(shapes) <= 8
-    assert training._scan_steps_alone.program()._cache_size() == len(shapes)
+    assert training._train_epoch_jit.program()._cache_size() == len(shapes)

@@ -11,8 +11,8 @@ import pytest
 from imp_jax import masking, repulsion, training
 from imp_jax.data import Normalize
 from imp_jax.data.augmentation import augment
-from imp_jax.execution import EXECUTIONS
 from imp_jax.models.lenet import LeNet
+from imp_jax.runtime.execution import EXECUTION_MODES
 
 # --- a network, its gradient and its optimizers in NumPy ---
 
@@ -104,19 +104,19 @@ def test_two_epochs_against_numpy(tiny_experiment, name, rate, decay, execution)
             "optimizer.warmup_epochs": 0.5,
         },
     )
-    config, model, dataset = experiment.config, experiment.recipe.model, experiment.dataset
+    config, model, dataset = experiment.config, experiment.spec.model, experiment.dataset
     members = 3
     keys = jax.random.split(jax.random.key(3), members)
     variables = jax.vmap(lambda key: model.init(key, jnp.zeros((1, 4, 4, 1))))(keys)
     mask = masking.ones_like(variables["params"])
     for layer, key in zip(LAYERS, jax.random.split(jax.random.key(4), 3), strict=True):
         mask[layer]["kernel"] = jax.random.bernoulli(key, 0.6, mask[layer]["kernel"].shape)
-    states = training.init_states(variables, mask, optimizer=experiment.recipe.optimizer)
+    states = training.init_states(variables, mask, optimizer=experiment.spec.optimizer)
     losses = []
     for epoch in range(2):
         rates = experiment.learning_rates[epoch]
-        states, metrics = training.train_steps(
-            states, mask, dataset.train, keys, epoch, 0, rates, batch_size=8, recipe=experiment.recipe
+        states, metrics = training.train_steps_in_memory(
+            states, mask, dataset.train, keys, epoch, 0, rates, batch_size=8, spec=experiment.spec
         )
         losses.append(metrics.loss)
     losses = np.concatenate(losses)
@@ -141,13 +141,13 @@ def test_two_epochs_against_numpy(tiny_experiment, name, rate, decay, execution)
 @pytest.mark.parametrize("name", ["adam", "momentum"])
 def test_pruned_weights_are_zero_after_every_step(tiny_experiment, name):
     experiment = tiny_experiment(**{"optimizer.name": name, "optimizer.weight_decay": 0.1})
-    variables = experiment.recipe.model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))
+    variables = experiment.spec.model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))
     mask = masking.ones_like(variables["params"])
     mask["Dense_0"]["kernel"] = jax.random.bernoulli(jax.random.key(1), 0.5, (16, 6))
     pruned = ~np.asarray(mask["Dense_0"]["kernel"])
-    states = training.init_states(*add_member_axis((variables, mask)), optimizer=experiment.recipe.optimizer)
+    states = training.init_states(*add_member_axis((variables, mask)), optimizer=experiment.spec.optimizer)
     state = jax.tree.map(lambda x: x[0], states)
-    step = jax.jit(functools.partial(training.train_step, recipe=experiment.recipe))
+    step = jax.jit(functools.partial(training.train_step, spec=experiment.spec))
     for i in range(5):
         batch = slice(8 * i, 8 * i + 8)
         images, labels = (array[batch] for array in experiment.dataset.train)
@@ -163,34 +163,34 @@ def add_member_axis(tree):
 
 @pytest.mark.parametrize(
     ("execution", "repelled"),
-    [*((execution, True) for execution in EXECUTIONS), ("scan_vmap", False), ("step_unroll", False)],
+    [*((execution, True) for execution in EXECUTION_MODES), ("scan_vmap", False), ("step_unroll", False)],
 )
 def test_every_program_equals_the_step_of_each_member(tiny_experiment, execution, repelled):
     """`train_steps` over members is `train_step` of each, one after the other."""
     experiment = tiny_experiment(execution=execution)
-    recipe = experiment.recipe._replace(
+    spec = experiment.spec._replace(
         repulsion_strength=2.0,
         normalize=Normalize((0.4,), (0.3,)),
         augmentation=("crop", "flip"),
         model=Normalised(),
     )
     keys = jax.random.split(jax.random.key(0), 3)
-    variables = jax.vmap(lambda key: dict(recipe.model.init(key, jnp.zeros((1, 4, 4, 1)))))(keys)
+    variables = jax.vmap(lambda key: dict(spec.model.init(key, jnp.zeros((1, 4, 4, 1)))))(keys)
     masks = jax.tree.map(lambda p: jax.random.bernoulli(keys[0], 0.8, p.shape), variables["params"])
-    states = training.init_states(variables, masks, optimizer=recipe.optimizer)
+    states = training.init_states(variables, masks, optimizer=spec.optimizer)
     singles = [jax.tree.map(lambda x, i=i: jnp.copy(x[i]), states) for i in range(3)]
     rates = experiment.learning_rates[0]
     split = experiment.dataset.train
     optima = (
-        repulsion.remember(None, jax.tree.map(jnp.cos, variables["params"]), masks, most=1)
+        repulsion.add_optimum(None, jax.tree.map(jnp.cos, variables["params"]), masks, max_optima=1)
         if repelled
         else None
     )
-    states, metrics = training.train_steps(
-        states, masks, split, keys, 0, 0, rates, optima, batch_size=8, recipe=recipe
+    states, metrics = training.train_steps_in_memory(
+        states, masks, split, keys, 0, 0, rates, optima, batch_size=8, spec=spec
     )
     assert metrics.loss.shape == (5, 3)
-    step = jax.jit(functools.partial(training.train_step, recipe=recipe))
+    step = jax.jit(functools.partial(training.train_step, spec=spec))
     for i, state in enumerate(singles):
         _, augmentation_key = jax.random.split(jax.random.fold_in(keys[i], 0))
         mask, known = jax.tree.map(lambda x, i=i: x[i], (masks, optima))
@@ -207,17 +207,17 @@ def test_every_program_equals_the_step_of_each_member(tiny_experiment, execution
 @pytest.mark.parametrize("execution", ["scan_vmap", "step_unroll"])
 def test_an_epoch_in_two_pieces_is_the_epoch(tiny_experiment, execution):
     experiment = tiny_experiment(execution=execution)
-    recipe = experiment.recipe._replace(augmentation=("crop",))
+    spec = experiment.spec._replace(augmentation=("crop",))
     keys = jax.random.split(jax.random.key(0), 2)
-    variables = jax.vmap(lambda key: experiment.recipe.model.init(key, jnp.zeros((1, 4, 4, 1))))(keys)
+    variables = jax.vmap(lambda key: experiment.spec.model.init(key, jnp.zeros((1, 4, 4, 1))))(keys)
     masks = masking.ones_like(variables["params"])
 
     def run(*pieces):
-        states = training.init_states(variables, masks, optimizer=experiment.recipe.optimizer)
+        states = training.init_states(variables, masks, optimizer=experiment.spec.optimizer)
         for first, last in pieces:
             split, rates = experiment.dataset.train, experiment.learning_rates[1, first:last]
-            states, _ = training.train_steps(
-                states, masks, split, keys, 1, first, rates, batch_size=8, recipe=recipe
+            states, _ = training.train_steps_in_memory(
+                states, masks, split, keys, 1, first, rates, batch_size=8, spec=spec
             )
         return states.params
 
@@ -238,30 +238,30 @@ def test_running_statistics_are_carried_and_never_masked(tiny_experiment):
     model = Normalised()
     variables = add_member_axis(dict(model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))))
     masks = masking.ones_like(variables["params"])
-    states = training.init_states(variables, masks, optimizer=experiment.recipe.optimizer)
+    states = training.init_states(variables, masks, optimizer=experiment.spec.optimizer)
     split, rates = experiment.dataset.train, experiment.learning_rates[0, :1]
-    recipe = experiment.recipe._replace(model=model)
+    spec = experiment.spec._replace(model=model)
     key = jax.random.split(jax.random.key(0), 1)
     kernel = np.asarray(variables["params"]["Dense_0"]["kernel"][0])
     x = np.asarray(split.images)[order(key[0], 0)[:8]].reshape(8, -1) / 255 @ kernel
-    states, _ = training.train_steps(states, masks, split, key, 0, 0, rates, batch_size=8, recipe=recipe)
+    states, _ = training.train_steps_in_memory(states, masks, split, key, 0, 0, rates, batch_size=8, spec=spec)
     np.testing.assert_allclose(
         states.model_state["batch_stats"]["BatchNorm_0"]["mean"][0], 0.1 * x.mean(0), rtol=1e-4
     )
-    loss, correct = training.evaluate(states.variables, split, recipe=recipe)
+    loss, correct = training.evaluate(states.variables, split, spec=spec)
     assert np.isfinite(loss).all()
     assert 0 <= correct[0] <= 46
 
 
-@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("execution", EXECUTION_MODES)
 @pytest.mark.parametrize("batch_size", [7, 23, None])
 def test_evaluation_counts_every_example_once(tiny_experiment, batch_size, execution):
     """Also where the last batch is not full."""
     experiment = tiny_experiment(execution=execution)
     keys = jax.random.split(jax.random.key(0), 2)
-    variables = jax.vmap(lambda key: experiment.recipe.model.init(key, jnp.zeros((1, 4, 4, 1))))(keys)
+    variables = jax.vmap(lambda key: experiment.spec.model.init(key, jnp.zeros((1, 4, 4, 1))))(keys)
     images, labels = split = experiment.dataset.train
-    loss, correct = training.evaluate(variables, split, recipe=experiment.recipe, batch_size=batch_size)
+    loss, correct = training.evaluate(variables, split, spec=experiment.spec, batch_size=batch_size)
     x, y = np.asarray(images).reshape(46, -1) / 255, np.asarray(labels)
     for i in range(2):
         logits, _ = forward(jax.tree.map(lambda p, i=i: np.asarray(p[i]), variables["params"]), x)
@@ -274,8 +274,8 @@ def test_bfloat16_keeps_float32_state(tiny_experiment):
     model = LeNet(num_classes=3, widths=(6, 5), dtype=jnp.bfloat16)
     variables = add_member_axis(model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1))))
     masks = masking.ones_like(variables["params"])
-    states, metrics = training.train_steps(
-        training.init_states(variables, masks, optimizer=experiment.recipe.optimizer),
+    states, metrics = training.train_steps_in_memory(
+        training.init_states(variables, masks, optimizer=experiment.spec.optimizer),
         masks,
         experiment.dataset.train,
         jax.random.split(jax.random.key(0), 1),
@@ -283,7 +283,7 @@ def test_bfloat16_keeps_float32_state(tiny_experiment):
         0,
         experiment.learning_rates[0],
         batch_size=8,
-        recipe=experiment.recipe._replace(model=model),
+        spec=experiment.spec._replace(model=model),
     )
     assert metrics.loss.dtype == jnp.float32
     assert {x.dtype for x in jax.tree.leaves((states.params, states.opt_state)) if x.ndim > 1} == {

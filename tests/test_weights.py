@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from imp_jax import analysis, masking, weights
-from imp_jax.models.conv import Conv4
+from imp_jax.models.conv4 import Conv4
 from imp_jax.models.lenet import LeNet
 from imp_jax.models.resnet import CifarResNet
 
@@ -322,7 +322,7 @@ def test_where_paths_are_not_known_there_is_no_number(kind):
     variables = dense_variables(Net(), (4, 4, 8))
     assert weights.dead_units(Net(), variables, masking.ones_like(variables["params"]), (4, 4, 8)) == {}
     dataset = SimpleNamespace(train=SimpleNamespace(image_shape=(4, 4, 8)))
-    experiment = SimpleNamespace(recipe=SimpleNamespace(model=Net()), dataset=dataset)
+    experiment = SimpleNamespace(spec=SimpleNamespace(model=Net()), dataset=dataset)
     rows = list(analysis._layers(experiment, variables, masking.ones_like(variables["params"])))
     assert rows[0][0] == "Dense_0"
     assert np.isnan([row[3:] for row in rows]).all()

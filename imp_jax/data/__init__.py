@@ -27,7 +27,6 @@ import numpy as np
 import tensorflow_datasets as tfds
 from filelock import FileLock, Timeout
 
-from imp_jax.config import UserError, in_one_line, user_path
 from imp_jax.data import classics, folder, tfrecords
 from imp_jax.data.augmentation import AUGMENTATIONS
 from imp_jax.data.dataset import (
@@ -41,11 +40,12 @@ from imp_jax.data.dataset import (
 )
 from imp_jax.data.images import MODES
 from imp_jax.data.mnist5k import Mnist5k
-from imp_jax.data.normalization import Normalize, statistics
+from imp_jax.data.normalization import Normalize, channel_statistics
 from imp_jax.data.source import Source
 from imp_jax.data.streaming import Streamed
-from imp_jax.devices import cores
-from imp_jax.interruption import cleanup
+from imp_jax.errors import UserError, one_line, user_path
+from imp_jax.runtime.devices import available_cores
+from imp_jax.runtime.signals import run_on_exit
 
 __all__ = [
     "AUGMENTATIONS",
@@ -54,12 +54,12 @@ __all__ = [
     "InMemory",
     "Normalize",
     "Streamed",
+    "channel_statistics",
     "device_memory",
     "find",
     "from_arrays",
     "load",
     "prepare",
-    "statistics",
 ]
 
 # prepared on first use
@@ -73,11 +73,11 @@ BUILDERS = {
 SETS_OF_TFDS = ("svhn_cropped", "imagenet2012")  # others that error messages name
 
 # How the training images of a set are usually augmented; those of sets not named here are left as they are.
-USUAL_AUGMENTATION = dict.fromkeys(("cifar10", "cifar100", "imagenet2012"), ("crop", "flip"))
+DEFAULT_AUGMENTATION = dict.fromkeys(("cifar10", "cifar100", "imagenet2012"), ("crop", "flip"))
 TEST_SPLIT = {"imagenet2012": "validation"}  # its test split has no labels
 
 
-def find(name: str, data_dir: str | os.PathLike | None = None) -> tfds.core.DatasetBuilder:
+def prepared_builder(name: str, data_dir: str | os.PathLike | None = None) -> tfds.core.DatasetBuilder:
     """Open the set `name` in `data_dir`; one of `BUILDERS` is downloaded and prepared first, if need be.
 
     Raises:
@@ -115,8 +115,8 @@ def load(
       workers: processes that decode a streamed set; None is one for each core that this process may use.
 
     Raises:
-      UserError: see `find` and `folder.open_splits`; a set that cannot be read, is not for image classification
-        or does not fit into memory; an unknown augmentation.
+      UserError: see `prepared_builder` and `folder.open_splits`; a set that cannot be read, is not for image
+        classification or does not fit into memory; an unknown augmentation.
     """
     data_dir = None if data_dir is None else user_path(data_dir, "dataset.data_dir")
     if name == "folder":
@@ -124,10 +124,10 @@ def load(
         image_shape = folder.in_memory_shape(sources)
         usual, classes = () if image_shape else ("crop", "flip"), sources[0].classes
     else:
-        builder = find(name, data_dir)
+        builder = prepared_builder(name, data_dir)
         _require_labelled_images(builder)
         sources = tuple(Source(builder, split) for split in ("train", _test_split(builder)))
-        usual, kept_in = USUAL_AUGMENTATION.get(builder.name, ()), Path(builder.data_path)
+        usual, kept_in = DEFAULT_AUGMENTATION.get(builder.name, ()), Path(builder.data_path)
         image_shape, classes = _in_memory_shape(builder), ()
     augmentation = usual if augmentation is None else augmentation
     require_augmentations(augmentation, AUGMENTATIONS if image_shape else Streamed.augmentations)
@@ -137,7 +137,7 @@ def load(
         require_memory(sources[0].name.removeprefix("train of "), examples, examples * math.prod(image_shape))
         splits = [read_all(source, image_shape) for source in sources]
     else:
-        workers = cores() if workers is None else workers
+        workers = available_cores() if workers is None else workers
         for source in sources:
             source[0]  # a split without labels is refused now, and not after a training
         splits = [Streamed(source, image_side, augmentation, workers) for source in sources]
@@ -167,7 +167,7 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None) -> Path:
     except UserError:
         raise
     except Exception as error:  # TFDS lets through whatever its download library raises
-        raise UserError(f"could not prepare {name} in {root}: {in_one_line(error)}") from error
+        raise UserError(f"could not prepare {name} in {root}: {one_line(error)}") from error
     return Path(builder.data_path)
 
 
@@ -191,7 +191,7 @@ def _builder(name, data_dir):
                 f"another --data_dir, or remove its folder there"
             )
         raise UserError(
-            f"dataset.name is {name!r}, which TFDS cannot open: {in_one_line(error)}; {hint}"
+            f"dataset.name is {name!r}, which TFDS cannot open: {one_line(error)}; {hint}"
         ) from error
 
 
@@ -229,7 +229,7 @@ def _prepare(builder, root):
     """Download and write a set; the caller holds the set's lock."""
     remove_leftovers = functools.partial(_remove_leftovers, builder.name, builder.data_path, root)
     remove_leftovers()  # of a process that was killed
-    with cleanup(remove_leftovers):
+    with run_on_exit(remove_leftovers):
         if isinstance(builder, classics.Classic):
             builder.fetch()
         print(f"preparing {builder.name} in {builder.data_path}", flush=True)

@@ -18,12 +18,13 @@ def main():
     arguments = parser.parse_args()
     logging.set_verbosity(logging.ERROR)
 
-    from imp_jax import data, records
-    from imp_jax.config import UserError
-    from imp_jax.interruption import Interruption
+    from imp_jax import data
+    from imp_jax.errors import UserError
+    from imp_jax.runtime.signals import GracefulStop
+    from imp_jax.workdir.progress import ignore_print_errors
 
     try:
-        with Interruption(), records.ignore_print_errors():
+        with GracefulStop(), ignore_print_errors():
             print(f"{arguments.name} is in {data.prepare(arguments.name, arguments.data_dir)}")
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, UInt8
 
-from imp_jax.config import UserError, in_one_line
 from imp_jax.data import images as image_files
 from imp_jax.data.augmentation import AUGMENTATIONS
 from imp_jax.data.folder import ImageFolder
 from imp_jax.data.source import Source
 from imp_jax.data.streaming import Streamed
+from imp_jax.errors import UserError, one_line
 
 
 class InMemory(NamedTuple):
@@ -115,7 +115,7 @@ def read_all(source: Source | ImageFolder, image_shape: tuple[int, int, int]) ->
         except Exception as error:  # Pillow raises many kinds on a damaged image
             raise UserError(
                 f"cannot read {source.name}, {source.file(index)}: example {index} cannot be decoded: "
-                f"{in_one_line(error)}"
+                f"{one_line(error)}"
             ) from error
         labels[index] = example["label"]
     return InMemory(jnp.asarray(images), jnp.asarray(labels))

@@ -24,8 +24,8 @@ from rich.progress import (
 from rich.text import Text
 from tensorflow_datasets.core.download.checksums import UrlInfo
 
-from imp_jax.config import UserError, in_one_line
-from imp_jax.interruption import cleanup
+from imp_jax.errors import UserError, one_line
+from imp_jax.runtime.signals import run_on_exit
 
 _FIRST_ANSWER_TIMEOUT_S = 6  # name resolution and connecting included: it is how a missing network is noticed
 _STALL_TIMEOUT_S = 20
@@ -91,7 +91,7 @@ def progress_bar(*columns: ProgressColumn) -> Iterator[Progress]:
         redirect_stdout=False,  # TFDS's messages on stdout are dropped by `data.prepare`
         disable=not sys.stderr.isatty(),
     )
-    with cleanup(progress.stop):  # which brings the cursor back
+    with run_on_exit(progress.stop):  # which brings the cursor back
         progress.start()
         yield progress
 
@@ -282,4 +282,4 @@ def _root_cause(error):
     """The error that began a chain, in words: those of requests repeat the URL and each other."""
     while cause := error.__cause__ or error.__context__:
         error = cause
-    return in_one_line(error)
+    return one_line(error)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from imp_jax.config import UserError, in_one_line
+from imp_jax.errors import UserError, one_line
 
 TEST_FOLDERS = ("val", "validation", "test")  # the first of them that exists is the test split
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
@@ -108,7 +108,7 @@ class ImageFolder:
 
     def _unreadable(self, index, error):
         return UserError(
-            f"cannot read {self.name}, {self.file(index)}: {in_one_line(error)}; replace or remove it"
+            f"cannot read {self.name}, {self.file(index)}: {one_line(error)}; replace or remove it"
         )
 
 
@@ -170,14 +170,14 @@ def _classes(folder: Path) -> list[str]:
         with os.scandir(folder) as entries:
             return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
     except OSError as error:
-        raise UserError(f"cannot read {folder}: {in_one_line(error)}") from error
+        raise UserError(f"cannot read {folder}: {one_line(error)}") from error
 
 
 def _files(folder: str, name: str) -> Iterator[str]:
     """The paths of all files below folder/name, from `folder` on, without hidden ones."""
 
     def fail(error):
-        raise UserError(f"cannot read {error.filename}: {in_one_line(error)}") from error
+        raise UserError(f"cannot read {error.filename}: {one_line(error)}") from error
 
     for directory, folders, files in os.walk(os.path.join(folder, name), onerror=fail, followlinks=True):
         folders[:] = sorted(entry for entry in folders if not entry.startswith("."))

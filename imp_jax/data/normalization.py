@@ -39,7 +39,7 @@ class Normalize(NamedTuple):
         return (images.astype(jnp.float32) - mean) / std
 
 
-def statistics(dataset: Dataset) -> Normalize:
+def channel_statistics(dataset: Dataset) -> Normalize:
     """Compute mean and standard deviation of each channel over the training images, as a `Normalize`.
 
     All images are used if they are in memory; of a streamed split, 10,000 central crops spread evenly over it

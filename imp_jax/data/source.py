@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from imp_jax.config import UserError, in_one_line
 from imp_jax.data.tfrecords import TFRecordDataSource
+from imp_jax.errors import UserError, one_line
 
 
 class Source:
@@ -73,6 +73,6 @@ class Source:
 
     def _unreadable(self, file, error):
         return UserError(
-            f"cannot read {self.name}, {file}: {in_one_line(error)}; remove {self._folder} and prepare the set "
+            f"cannot read {self.name}, {file}: {one_line(error)}; remove {self._folder} and prepare the set "
             f"again"
         )

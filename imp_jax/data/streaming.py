@@ -23,12 +23,12 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Int, UInt8, UInt32
 from PIL import Image
 
-from imp_jax.config import UserError, in_one_line
 from imp_jax.data.folder import ImageFolder
 from imp_jax.data.images import convert_to_8_bits
 from imp_jax.data.source import Source
-from imp_jax.devices import DATA, MEMBER
-from imp_jax.interruption import SIGNALS
+from imp_jax.errors import UserError, one_line
+from imp_jax.runtime.devices import DATA, MEMBER
+from imp_jax.runtime.signals import SIGNALS
 
 Crop = UInt8[np.ndarray, "side side 3"]
 Box = tuple[float, float, float, float]  # left, upper, right, lower, in pixels
@@ -71,9 +71,9 @@ class Streamed:
           UserError: an example that cannot be read.
         """
         sharding = mesh and NamedSharding(mesh, P(MEMBER, DATA))
-        members, places = _here(sharding, (len(seeds), batch_size))
+        members, places = _local_indices(sharding, (len(seeds), batch_size))
         seeds = tuple(tuple(map(int, seed)) for seed in seeds[members.start : members.stop])
-        visits = grain.MapDataset.source(_Visits(self, seeds, epochs, batch_size, places))
+        visits = grain.MapDataset.source(_TrainingExamples(self, seeds, epochs, batch_size, places))
         batches = visits[first_step * len(seeds) * len(places) :].batch(len(places))
         return _on_devices(self._decode(batches).batch(len(seeds), drop_remainder=True), sharding)
 
@@ -90,10 +90,10 @@ class Streamed:
         examples = np.arange(self.examples) if examples is None else np.asarray(examples)
         sharding = mesh and NamedSharding(mesh, P(DATA))
         if sharding:
-            (places,) = _here(sharding, (batch_size,))
+            (places,) = _local_indices(sharding, (batch_size,))
             examples = examples.reshape(-1, batch_size)[:, places.start : places.stop].ravel()
             batch_size = len(places)
-        views = _Views(self, tuple(examples.tolist()))
+        views = _EvaluationExamples(self, tuple(examples.tolist()))
         return _on_devices(self._decode(grain.MapDataset.source(views).batch(batch_size)), sharding)
 
     def _decode(self, batches):
@@ -117,7 +117,7 @@ def _begin_worker(*_):
 
 
 @dataclass(frozen=True)
-class _Visits:
+class _TrainingExamples:
     """What a training sees, image by image: of each step the members, of each member its batch."""
 
     split: Streamed
@@ -145,7 +145,7 @@ class _Visits:
 
 
 @dataclass(frozen=True)
-class _Views:
+class _EvaluationExamples:
     """What an evaluation sees."""
 
     split: Streamed
@@ -175,7 +175,7 @@ def _read(split, example, draw):
     except Exception as error:  # Pillow raises many kinds on a damaged image
         raise UserError(
             f"cannot decode example {example} of {split.source.name}, {split.source.file(example)}: "
-            f"{in_one_line(error)}"
+            f"{one_line(error)}"
         ) from error
     if draw is not None and "flip" in split.augmentation and draw.random() < 0.5:
         crop = crop[:, ::-1]
@@ -214,7 +214,7 @@ def resized(image: Image.Image, box: Box, side: int) -> Crop:
     return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR, box=box))
 
 
-def _here(sharding, shape):
+def _local_indices(sharding, shape):
     """The part of each axis of an array of `shape` that lies on this process's devices."""
     if sharding is None:
         return tuple(map(range, shape))

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from imp_jax.config import UserError, choose, default
-from imp_jax.models.conv import Conv4
+from imp_jax.config import default
+from imp_jax.errors import UserError, lookup
+from imp_jax.models.conv4 import Conv4
 from imp_jax.models.lenet import LeNet
 from imp_jax.models.resnet import CifarResNet, ResNet50
 
@@ -45,7 +46,7 @@ def find(name: str) -> Callable[..., nn.Module]:
         model = functools.partial(CifarResNet, depth=int(depth[1]))
         model()  # has its depth checked
         return model
-    return choose(MODELS, "model.name", name)
+    return lookup(MODELS, "model.name", name)
 
 
 def create(config: ConfigDict, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:

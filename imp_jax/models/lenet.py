@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from imp_jax.models.initializers import kaiming_uniform
+from imp_jax.models.layers import kaiming_uniform
 
 
 class LeNet(nn.Module):

@@ -11,9 +11,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from imp_jax.config import UserError
-from imp_jax.models.initializers import kaiming_normal
-from imp_jax.models.normalization import BatchNorm
+from imp_jax.errors import UserError
+from imp_jax.models.fast_cpu.normalization import BatchNorm
+from imp_jax.models.layers import kaiming_normal
 
 
 class CifarResNet(nn.Module):

@@ -1,0 +1,1 @@
+"""Runs that are broken on purpose, for `python -m experiments.faults`."""

@@ -1,0 +1,1 @@
+"""Sweeps: runs, where each stands, and how they are launched."""

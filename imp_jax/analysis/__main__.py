@@ -1,0 +1,35 @@
+"""The command line of `imp_jax.analysis`: `python -m imp_jax.analysis --workdir=runs/mnist5k`."""
+
+import argparse
+import sys
+
+from absl import logging
+
+from imp_jax import analysis, cli, errors
+from imp_jax.errors import UserError
+from imp_jax.runtime.signals import GracefulStop
+from imp_jax.workdir.lock import stored_config_file
+from imp_jax.workdir.progress import ignore_print_errors
+
+
+def main():
+    cli.replace_unprintable()
+    parser = argparse.ArgumentParser(
+        prog="python -m imp_jax.analysis", description=analysis.__doc__.split("\n")[0]
+    )
+    parser.add_argument("--workdir", required=True, help="of a run of imp_jax.main, finished or not")
+    parser.add_argument("--data_dir", help="where the data set is, if not where the config says")
+    parser.add_argument("--config", help="config file to execute, if not where the run's own was")
+    arguments = parser.parse_args()
+    logging.set_verbosity(logging.FATAL)
+    try:
+        workdir = errors.user_path(arguments.workdir, "--workdir")
+        config_file = arguments.config or stored_config_file(workdir, existing=True)
+        with GracefulStop(), ignore_print_errors():
+            analysis.run(workdir, arguments.data_dir, config_file)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

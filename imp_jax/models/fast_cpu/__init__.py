@@ -1,0 +1,1 @@
+"""Kernels that make convolutional networks fast on a CPU."""

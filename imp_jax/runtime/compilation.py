@@ -1,0 +1,107 @@
+"""Compilation: options of the backend, the persistent compilation cache, and its time."""
+
+import contextlib
+import functools
+import hashlib
+import os
+import platform
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from filelock import FileLock, Timeout
+
+_LOCK_TIMEOUT_S = 10  # that JAX waits for it too
+
+
+def enable_compilation_cache() -> None:
+    """Turn on JAX's persistent compilation cache, of at most 1 GiB, unless the user has configured one.
+
+    The folder is one in ~/.cache for processors like this, as nodes that share a home may differ.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    processor = platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor += next(line for line in lines if line.startswith(("flags", "Features")))
+    with contextlib.suppress(OSError, RuntimeError):  # no home, or one that cannot be written to
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        folder = home / "imp_jax" / hashlib.sha256(processor.encode()).hexdigest()[:8]
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        # JAX writes no more where a process has died between the two files of a program; the lock is its own
+        with contextlib.suppress(Timeout), FileLock(folder / ".lockfile", timeout=_LOCK_TIMEOUT_S):
+            for program in folder.glob("*-cache"):
+                if not program.with_name(program.name.removesuffix("cache") + "atime").exists():
+                    program.unlink()
+        jax.config.update("jax_compilation_cache_max_size", 2**30)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # of small programs there are many
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def jit_with_backend_options(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """`function` as a program of its own; its `program()` is what `jax.jit` makes of it."""
+
+    @functools.cache
+    def program():  # not before its first call: the options depend on the device
+        return jax.jit(function, compiler_options=_compiler_options(), **options)
+
+    def call(*args, **kwargs):
+        return program()(*args, **kwargs)
+
+    call.program = program
+    return call
+
+
+class _CompileSpans(threading.local):
+    """When this thread traced and compiled, as pairs of start and end, in s, that do not overlap."""
+
+    def __init__(self):
+        self.spans = []
+
+    def note(self, event: str, start: float, end: float, **_: Any) -> None:
+        if event.startswith("/jax/core/compile/"):
+            while self.spans and self.spans[-1][0] >= start:  # nested in this one
+                self.spans.pop()
+            self.spans.append((start, end))
+
+
+_compile_spans = _CompileSpans()
+jax.monitoring.register_event_time_span_listener(_compile_spans.note)
+
+
+def compile_seconds() -> float:
+    """Return how long this thread has traced and compiled programs so far, in s."""
+    return sum(end - start for start, end in _compile_spans.spans)
+
+
+@functools.cache
+def _compiler_options():
+    """What XLA on a CPU would do worse by itself.
+
+    It hands convolutions to YNNPACK, whose weight gradients take twice the time. And it drops barriers before
+    it fuses: what is read twice is computed twice, a network's residual stream again and again.
+    """
+    if jax.default_backend() != "cpu":
+        return {}
+    kinds = ("INDIVIDUAL_DOT", "REDUCE")  # what YNNPACK is left: by default INDIVIDUAL_CONVOLUTION too
+    options = {
+        "xla_cpu_experimental_ynn_fusion_type": ",".join(f"LIBRARY_FUSION_TYPE_{kind}" for kind in kinds),
+        "xla_disable_hlo_passes": "cse_barrier_expander",
+    }
+    try:
+        jax.jit(jnp.negative, compiler_options=options)(0.0)
+    except jax.errors.JaxRuntimeError:  # an experimental option: this XLA does not know it
+        return {}
+    return options
+
+
+@functools.cache
+def _xla_keeps_optimization_barriers():
+    program = jit_with_backend_options(lambda x: jax.lax.optimization_barrier(2 * x) + 1).program()
+    return "opt-barrier" in program.lower(1.0).compile().as_text()

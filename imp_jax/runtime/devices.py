@@ -1,0 +1,190 @@
+"""Devices: the mesh that a training is spread over, and what lies where on it.
+
+The mesh has two axes. Members lie beside each other along "member": they never talk. A member's batch is
+divided along "data": the devices there agree on gradients, and on normalisation statistics, in every step.
+Networks, masks and earlier optima lie with their members and are the same along "data".
+
+Between trainings every process has all networks in its own memory, as NumPy arrays.
+"""
+
+import contextlib
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, PyTree
+from ml_collections import ConfigDict
+
+from imp_jax.errors import UserError, one_line
+
+MEMBER, DATA = "member", "data"
+
+
+def available_cores() -> int:
+    """How many cores this process may use: those that Slurm gives to a task, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def use_one_device_per_cpu_core() -> None:
+    """Have a CPU count as a device a core, for members that train beside each other; before JAX computes.
+
+    They share its threads, and where one waits another goes on: LeNet trains in 0.8 of the time on two cores.
+    What the user has set stays, and one of several processes remains one device.
+    """
+    asked = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not asked and jax.config.jax_num_cpu_devices < 0 and not jax.distributed.is_initialized():
+        with contextlib.suppress(RuntimeError):  # JAX has computed, as in a notebook
+            jax.config.update("jax_num_cpu_devices", available_cores())
+
+
+def require_usable() -> None:
+    """Check that JAX has a device and computes in single precision.
+
+    Raises:
+      UserError: the platform that JAX_PLATFORMS asks for is not there; JAX_ENABLE_X64 is set.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where JAX knows of no such platform at all
+        why = one_line(error)
+        if asked := jax.config.jax_platforms:
+            why = (
+                f"JAX_PLATFORMS is {asked!r}, which cannot be used on this machine; it should be cpu, or unset"
+            )
+        raise UserError(f"JAX has no device: {why}") from error
+    if jax.config.jax_enable_x64:
+        raise UserError("JAX_ENABLE_X64 is set; training is in single precision, so it should be unset")
+
+
+def make_mesh(config: ConfigDict, members: int) -> Mesh | None:
+    """The mesh of `config.mesh` for a run that begins with `members`; None is one device.
+
+    A −1 is filled: `member` first, with as many devices as shorten the training, then `data`, with as many of
+    the rest as divide the batch. Where members do not fill their places, as with twins, or once one has
+    diverged, the places left compute in vain.
+
+    Raises:
+      UserError: there are fewer devices; or, of several processes, one has none, or parts of many rows; the
+        batch cannot be divided. The sentence has the sizes that fit.
+    """
+    there, processes, local = jax.device_count(), jax.process_count(), jax.local_device_count()
+    member, data = config.mesh.member, config.mesh.data
+    parts, norm_parts = config.accumulate_steps, config.model.norm_parts
+
+    def fits(data):
+        in_rows = local % data == 0 or data % local == 0 or processes == 1
+        return (
+            in_rows and config.batch_size % (data * parts) == 0 and (norm_parts % data == 0 or norm_parts == 1)
+        )
+
+    sizes = ", ".join(f"{there // n} × {n}" for n in range(1, there + 1) if there % n == 0 and fits(n))
+    if max(member, 1) * max(data, 1) > there:
+        raise UserError(
+            f"mesh.member × mesh.data is {member} × {data}, and there {'are' if there > 1 else 'is'} {there} "
+            f"device{'s' * (there > 1)}; it should be at most that, such as {sizes}"
+        )
+    if member == -1:
+        places = there // max(data, 1)
+        # the fewest devices that are as fast; of several processes none may be left out
+        member = places if processes > 1 and data != -1 else -(-members // -(-members // places))
+    if data == -1:
+        data = max(filter(fits, range(1, there // member + 1)), default=1)
+    if config.batch_size % (share := data * parts):
+        near = max(config.batch_size // share, 1) * share
+        raise UserError(
+            f"batch_size is {config.batch_size}; with mesh.data {data} and accumulate_steps {parts} it should "
+            f"be a multiple of {share}, such as {near} or {near + share}"
+        )
+    if norm_parts > 1 and norm_parts % data:
+        raise UserError(
+            f"model.norm_parts is {norm_parts} and mesh.data {data}; it should be a multiple of that, or 1"
+        )
+    if processes > 1 and (member * data != there or not fits(data)):
+        raise UserError(
+            f"mesh.member × mesh.data is {member} × {data}; {processes} processes of {local} devices have "
+            f"{there}, all of which have to be in it, and of {local} and mesh.data one should divide the "
+            f"other: such as {sizes}"
+        )
+    if member * data == 1:
+        return None
+    # a process's devices follow each other: they hold whole rows of the mesh, or a part of one
+    return Mesh(np.array(jax.devices()[: member * data]).reshape(member, data), (MEMBER, DATA))
+
+
+def describe_mesh(mesh: Mesh | None, members: int) -> str:
+    """The mesh and who lies on it, for the terminal; empty where there is one device."""
+    there, processes = jax.device_count(), jax.process_count()
+    if there == 1:
+        return ""
+    member, data = mesh.devices.shape if mesh else (1, 1)
+    each = -(-members // member)
+    words = f"mesh {member} × {data} (member × data) on {member * data} of {there} devices"
+    words += f" of {processes} processes" * (processes > 1)
+    words += f", {jax.devices()[0].device_kind}; {each} member{'s' * (each > 1)} a device"
+    if empty := each * member - members:
+        words += f", {empty} place{'s' * (empty > 1)} empty"
+    return words
+
+
+def shard_members(tree: PyTree[Array], mesh: Mesh | None) -> PyTree[Array]:
+    """A tree that leads with members, the same in every process, on the mesh; copies fill places left over."""
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, tree)
+    sharding, member = NamedSharding(mesh, P(MEMBER)), mesh.shape[MEMBER]
+
+    def of_leaf(leaf):
+        members = len(leaf)
+        places = -(-members // member) * member
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = np.asarray(jax.random.key_data(leaf))[np.arange(places) % members]
+            return jax.random.wrap_key_data(_put_sharded(data, sharding), impl=jax.random.key_impl(leaf))
+        return _put_sharded(np.asarray(leaf)[np.arange(places) % members], sharding)
+
+    return jax.tree.map(of_leaf, tree)
+
+
+def gather_members(tree: PyTree[Array], members: int | None, axis: int = 0) -> PyTree[np.ndarray]:
+    """The first `members` (None: all) along `axis` of a tree on a mesh: copies of its own, in every process."""
+
+    def of_leaf(leaf):
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        return np.array(leaf)[(slice(None),) * axis + (slice(members),)]
+
+    return jax.tree.map(of_leaf, tree)
+
+
+def replicate(tree: PyTree[Array], mesh: Mesh) -> PyTree[Array]:
+    """A tree, the same in every process, whole on every device of the mesh."""
+    return jax.tree.map(lambda leaf: _put_sharded(np.asarray(leaf), NamedSharding(mesh, P())), tree)
+
+
+def unreplicate(tree: PyTree[Array]) -> PyTree[Array]:
+    """A tree that is whole on every device, as this process's first one has it."""
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+
+
+def shard_over_processes(tree: PyTree[np.ndarray]) -> PyTree[Array]:
+    """A tree that every process has, divided among them where an axis can be: for each to write its part."""
+    processes = jax.process_count()
+    if processes == 1:
+        return tree
+    firsts = {device.process_index: device for device in reversed(jax.devices())}
+    mesh = Mesh(np.array([firsts[process] for process in range(processes)]), ("process",))
+
+    def of_leaf(leaf):
+        leaf = np.asarray(leaf)
+        axes = [axis for axis, size in enumerate(leaf.shape) if size % processes == 0 and size]
+        if not axes or leaf.dtype.itemsize > 4:  # JAX would make 64 bits 32
+            return leaf
+        return _put_sharded(leaf, NamedSharding(mesh, P(*[None] * axes[0], "process")))
+
+    return jax.tree.map(of_leaf, tree)
+
+
+def _put_sharded(leaf, sharding):
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])

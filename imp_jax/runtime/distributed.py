@@ -1,0 +1,269 @@
+"""Several processes that train together: how they find each other, agree, and end.
+
+All do the same, each with its devices; the first alone writes what is not a checkpoint, and speaks. What
+they ask each other goes over the devices, as the training does, so all have to ask it in the same order.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import zlib
+from collections.abc import Iterator, Mapping
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+import imp_jax
+from imp_jax import config as configs
+from imp_jax.errors import UserError, one_line
+
+_HEARTBEAT_TIMEOUT_S = 30  # seconds without a word, after which a process counts as dead
+_SHUTDOWN_TIMEOUT_S = (
+    7 * 24 * 3600
+)  # seconds that the others wait, at the end, for the one that analyses the run
+_INIT_TIMEOUT_S = 300  # seconds, for the others to begin
+ABORT_TIMEOUT_S = 10  # seconds, for the others to end too: if process 0 is gone they would die of that
+_DISK_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+_MAX_MESSAGE_BYTES = 4000  # bytes of an error that one process tells the others
+_FLAGS_HINT = "give each --coordinator=HOST:PORT of process 0, --processes=NUMBER and --process=0, 1, …"
+
+
+class RemoteUserError(UserError):
+    """What another process cannot do; it says so itself."""
+
+
+def initialize(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> None:
+    """Make this process one of several that train together, if it was started as one; before JAX computes.
+
+    With srun and mpirun JAX finds the others by itself: what is given comes before what it finds.
+
+    Args:
+      coordinator: host:port of process 0, that all others reach.
+      processes: their number.
+      process: which of them this is, from 0.
+
+    Raises:
+      UserError: the processes cannot find each other.
+    """
+    if processes == 1 or (
+        (coordinator, processes, process) == (None, None, None) and count_tasks(os.environ) <= 1
+    ):
+        return
+    if coordinator:
+        _require_reachable(coordinator, seconds=_INIT_TIMEOUT_S if process else 0)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM from us
+    waiting = "waiting for the other processes, to begin with all of them"
+    told = threading.Timer(10, print, [waiting], {"file": sys.stderr, "flush": True})
+    told.start()
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            processes,
+            process,
+            local_device_ids=local_gpus(os.environ),
+            initialization_timeout=_INIT_TIMEOUT_S,
+            heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT_S,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"the processes cannot find each other: {one_line(error)}; {_FLAGS_HINT}") from error
+    finally:
+        told.cancel()
+
+
+def shutdown(seconds: float = _SHUTDOWN_TIMEOUT_S) -> None:
+    """Part from the other processes, once all of them leave or so much time has gone by."""
+
+    def part():
+        # JAX's shutdown ends a process that waits in it for 5 minutes: none enters it before all can
+        everyone = ocp.multihost.get_barrier_sync_fn(processes=set(range(jax.process_count())))
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another has died
+            everyone(key="leave", timeout_ms=int(1000 * seconds))
+        jax.distributed.shutdown()
+
+    if jax.distributed.is_initialized():
+        parting = threading.Thread(target=part, daemon=True)
+        parting.start()
+        parting.join(seconds)
+
+
+@contextlib.contextmanager
+def silence_other_processes() -> Iterator[None]:
+    """Of several processes, only the first one's stdout is seen."""
+    with contextlib.ExitStack() as stack:
+        if not is_primary():
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        yield
+
+
+@contextlib.contextmanager
+def exit_on_failure(debug: bool = False) -> Iterator[None]:
+    """Of several processes one that fails ends, and does not wait for those that wait for it.
+
+    Args:
+      debug: show the traceback of a UserError too.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        process, processes = jax.process_index(), jax.process_count()
+        if debug:
+            traceback.print_exc()
+        if isinstance(error, RemoteUserError):
+            pass
+        elif isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        elif is_disk_failure(error):
+            print(f"error: cannot go on: {error}", file=sys.stderr, flush=True)
+        elif is_failed_collective(error):
+            print(
+                f"error: process {process} of {processes} cannot go on, as when another has died: "
+                f"{one_line(error)}; the same command goes on after what is on disk",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(1)
+        elif not debug:
+            traceback.print_exc()
+        sys.stderr.flush()
+        shutdown(ABORT_TIMEOUT_S)
+        os._exit(1)
+
+
+def is_failed_collective(error: BaseException | None) -> bool:
+    """Whether a computation over the processes failed; JAX raises some failures of Gloo as ValueErrors."""
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return "RESOURCE_EXHAUSTED" not in str(error)
+    return isinstance(error, ValueError) and "Gloo" in str(error)
+
+
+def is_disk_failure(error: Exception) -> bool:
+    """Whether an exception tells of a full, failing or read-only disk; other OSErrors may well be bugs."""
+    return isinstance(error, OSError) and error.errno in _DISK_FAILURES
+
+
+def count_tasks(environment: Mapping[str, str]) -> int:
+    """How many processes srun or mpirun has started as one program; 1 if neither has."""
+    names = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+    return max(int(environment.get(name, 1)) for name in names)
+
+
+def visible_gpus(environment: Mapping[str, str]) -> list[str]:
+    """The GPUs of this machine that JAX may use, without waking them."""
+    if not {"cuda", "gpu"} & set(environment.get("JAX_PLATFORMS", "cuda").split(",")):
+        return []
+    if (visible := environment.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [gpu for gpu in visible.split(",") if gpu]
+    if not shutil.which("nvidia-smi"):
+        return []
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return re.findall(r"^GPU (\d+):", listed.stdout, re.MULTILINE)
+
+
+def local_gpus(environment: Mapping[str, str]) -> list[int] | None:
+    """Those of the visible GPUs that are this process's, where JAX would take one of them and should take all.
+
+    JAX expects a process a GPU under srun and mpirun. A task that is alone on its node, or was given GPUs of
+    its own by --gpus-per-task, has all that it sees.
+    """
+    of_slurm = [environment.get(f"SLURM_STEP_NUM_{name}") for name in ("NODES", "TASKS")]
+    alone = None not in of_slurm and of_slurm[0] == of_slurm[1]
+    alone |= environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" or "SLURM_GPUS_PER_TASK" in environment
+    return list(range(len(visible_gpus(environment)))) or None if alone else None
+
+
+def check_same_config_everywhere(config: ConfigDict) -> None:
+    """Check `config`, and that all processes would train the same.
+
+    Raises:
+      UserError: see `config.validate`; another config here than elsewhere, but for where data lie and who
+        decodes them, or other versions, or another number of devices.
+    """
+    with raise_on_all_processes():
+        configs.validate(config)
+    may_differ = ("dataset.data_dir", "dataset.workers")
+    fields = {name: value for name, value in configs.flatten(config).items() if name not in may_differ}
+    versions = f"imp_jax {imp_jax.__version__}, jax {jax.__version__}"
+    with raise_on_all_processes():
+        if not all_processes_equal(f"{fields}, {versions}, {jax.local_device_count()} devices"):
+            raise UserError(
+                "the processes differ in their configs, in the versions of imp_jax or JAX, or in how many "
+                "devices they have; they should have the same command and environment"
+            )
+
+
+def _require_reachable(coordinator, seconds):
+    """Refuse what is no HOST:PORT, or does not answer within so many seconds; 0 does not ask."""
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(f"--coordinator is {coordinator!r}; it should be HOST:PORT, such as node1:12345")
+    end = time.monotonic() + seconds
+    while seconds:
+        try:
+            return socket.create_connection((host, int(port)), timeout=5).close()
+        except OSError as error:
+            if time.monotonic() > end:
+                raise UserError(
+                    f"process 0 does not answer at {coordinator}: {error}; {_FLAGS_HINT}"
+                ) from error
+            time.sleep(0.2)
+    return None
+
+
+def is_primary() -> bool:
+    """Whether this is the process that writes and speaks; it is where there is only one."""
+    return jax.process_index() == 0
+
+
+def global_max(value: int) -> int:
+    """The largest of the processes' values. All have to ask, in the same order."""
+    if jax.process_count() == 1:
+        return int(value)
+    return int(multihost_utils.process_allgather(np.int32(value)).max())
+
+
+def all_processes_equal(value: str) -> bool:
+    """Whether all processes have the same value. All have to ask, in the same order."""
+    number = zlib.crc32(value.encode()) >> 1  # fits into an int32
+    highest, lowest = global_max(number), -global_max(-number)  # both, whatever the first is
+    return highest == lowest
+
+
+@contextlib.contextmanager
+def raise_on_all_processes() -> Iterator[None]:
+    """A step that all processes take or none does: a UserError in one of them ends it in all.
+
+    Raises:
+      SaidElsewhereError: another process, of a lower number if this one too, raises what went wrong.
+    """
+    error = None
+    try:
+        yield
+    except UserError as raised:
+        error = raised
+    if jax.process_count() > 1:
+        sentence = str(error).encode() if error else b""
+        padded = sentence[:_MAX_MESSAGE_BYTES].ljust(_MAX_MESSAGE_BYTES, b"\0")
+        sentences = multihost_utils.process_allgather(np.frombuffer(padded, np.uint8))
+        said = [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in sentences]
+        failed = [process for process, sentence in enumerate(said) if sentence]
+        if failed and failed[0] != jax.process_index():
+            raise RemoteUserError(f"process {failed[0]}: {said[failed[0]]}")
+    if error:
+        raise error

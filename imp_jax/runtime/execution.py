@@ -1,0 +1,137 @@
+"""How steps, members and devices become programs: many steps in one or a program each, one copy or several."""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from imp_jax import models
+from imp_jax.errors import lookup
+from imp_jax.models.fast_cpu import convolution
+from imp_jax.runtime.compilation import _xla_keeps_optimization_barriers
+from imp_jax.runtime.devices import MEMBER
+
+
+class ExecutionMode(NamedTuple):
+    """How members and steps become programs; results differ by rounding only."""
+
+    scan: bool = True  # all steps of an epoch in one program, or a program a step
+    unroll: bool = False  # members one after the other in a program, or vmapped
+    convolutions: str = "flax"  # the implementation of a model's, see `models.convolution.use_convolutions`
+
+    @property
+    def mode(self) -> str:
+        """The name in `EXECUTION_MODES` of how steps and members run."""
+        return f"{'scan' if self.scan else 'step'}_{'unroll' if self.unroll else 'vmap'}"
+
+
+EXECUTION_MODES = {
+    "scan_vmap": ExecutionMode(scan=True, unroll=False),
+    "scan_unroll": ExecutionMode(scan=True, unroll=True),
+    "step_vmap": ExecutionMode(scan=False, unroll=False),
+    "step_unroll": ExecutionMode(scan=False, unroll=True),
+}
+
+
+def choose_execution(config: ConfigDict, model: nn.Module, image_shape: tuple[int, int, int]) -> ExecutionMode:
+    """Choose how a model's steps run on this machine, by `config.execution` and by the convolutions it has.
+
+    `auto` scans over steps and vmaps members. Members with convolutions are unrolled: vmap over kernels makes
+    grouped convolutions, whose gradients are slow (measured on a CPU, assumed on a GPU). On a CPU each step is
+    a program of its own if some convolution would be slow in a loop: one that is not a plain `nn.Conv`, or any
+    where XLA does not keep the barriers of `models.convolution`.
+
+    On a CPU every plain `nn.Conv` is computed by oneDNN if this XLA has it, else by XLA in forms that are fast
+    there. With oneDNN, what this process compiles is no longer written to JAX's compilation cache.
+
+    Raises:
+      UserError: an unknown name.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    plain, others = count_convolutions(model, image_shape)
+    auto = "scan_unroll" if plain or others else "scan_vmap"
+    if on_cpu and (others or (plain and not _xla_keeps_optimization_barriers())):
+        auto = "step_unroll"
+    execution = lookup({"auto": EXECUTION_MODES[auto], **EXECUTION_MODES}, "execution", config.execution)
+    if on_cpu and plain:
+        implementation = "onednn" if convolution.has_onednn(config.dtype) else "xla"
+        execution = execution._replace(convolutions=implementation)
+    if execution.convolutions == "onednn":
+        convolution.disable_compilation_cache_writes()
+    return execution
+
+
+def count_convolutions(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int]:
+    """Count the convolutions of a model that `convolutions_by` takes over, and its others."""
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    with convolution.use_convolutions("xla"):
+        traced = jax.make_jaxpr(lambda variables, image: model.apply(variables, image, train=False))(
+            models.shapes(model, image_shape), image
+        )
+    plain, all_of_them = (str(traced).count(text) for text in ("name=_convolve\n", "= conv_general_dilated["))
+    return plain, all_of_them - plain
+
+
+def python_loop(
+    step: Callable[..., tuple[PyTree, PyTree]], states: PyTree, inputs: Iterable[tuple]
+) -> tuple[PyTree, PyTree]:
+    """`step(states, *inputs)` again and again, a program each; the metrics are stacked as by a scan."""
+
+    def all_metrics():
+        nonlocal states
+        for step_inputs in inputs:
+            states, metrics = step(states, *step_inputs)
+            yield metrics
+
+    metrics = stack_step_outputs(all_metrics())
+    return states, metrics
+
+
+def stack_step_outputs(outputs: Iterable[PyTree]) -> PyTree:
+    """The outputs of programs started one after the other, stacked; two at most are under way."""
+    collected = []
+    for output in outputs:
+        collected.append(output)
+        if len(collected) > 1:  # or the host would run ahead, and batches pile up on the device
+            jax.block_until_ready(collected[-2])
+    stack = np.stack if jax.process_count() == 1 else jnp.stack
+    return jax.tree.map(lambda *parts: stack(parts), *collected)
+
+
+def shard_over_mesh(
+    function: Callable[..., PyTree], in_specs: tuple[P, ...], mesh: Mesh | None
+) -> Callable[..., PyTree]:
+    """`function` on each device's part of its arguments; the outputs lead with members."""
+    if mesh is None:
+        return function
+    options = {"in_specs": in_specs, "out_specs": P(MEMBER)}
+    # unchecked: gradients stay those of a device's own images until the step takes their mean
+    return jax.shard_map(function, mesh=mesh, check_vma=False, **options)
+
+
+def vmap_or_unroll_members(
+    function: Callable[..., PyTree], in_axes: tuple[int | None, ...], execution: ExecutionMode
+) -> Callable[..., PyTree]:
+    """`function` of one member as a function of all, which lead the arguments whose axis is 0."""
+    if not execution.unroll:
+        return jax.vmap(function, in_axes)
+
+    def unrolled(*arguments):
+        def of_member(i):
+            return [
+                jax.tree.map(lambda leaf: leaf[i], argument) if axis == 0 else argument
+                for argument, axis in zip(arguments, in_axes, strict=True)
+            ]
+
+        members = len(jax.tree.leaves(arguments[0])[0])
+        outputs = [function(*of_member(i)) for i in range(members)]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+    return unrolled

@@ -1,0 +1,429 @@
+"""Orbax checkpoints, one per round and the state of the round under way: each on disk whole, or not at all."""
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+import imp_jax
+from imp_jax import similarity
+from imp_jax.divergence import TrainingHistory
+from imp_jax.errors import UserError, one_line
+from imp_jax.masking import Mask
+from imp_jax.repulsion import Optima
+from imp_jax.runtime import devices, distributed
+from imp_jax.training import TrainState, Variables
+from imp_jax.workdir.files import check_workdir_path, write_atomically
+
+_JSON = ("rows", "version")  # items that hold no arrays
+_MANIFEST = "files.json"  # in a checkpoint: size and SHA-256 of each of its files, by path
+# of a checkpoint. A workdir should stay usable, so raise it only if what earlier versions wrote can no longer
+# be read; more items, files and keys of the version need no other format
+FORMAT = 2
+
+
+class RoundNetworks(NamedTuple):
+    """What a round leaves behind; every leaf leads with the members, arm by arm as in `config.arms`."""
+
+    initial: Variables  # θ⊙m the training started from; with rewind_step=k, the dense network's at step k
+    trained: Variables
+    mask: Mask
+
+
+class MidRoundState(NamedTuple):
+    """Where the training of a round stands: all that is needed to go on from there to the same bits."""
+
+    step: int  # of the training, the first one not done yet
+    tickets: Variables  # they change once, at the rewind step of round 0
+    states: TrainState
+    seen: TrainingHistory
+    seconds: float  # trained so far
+
+
+class DamagedError(UserError):
+    """A checkpoint of which a file is missing or short, or holds other bits than were written."""
+
+
+def versions(workdir: str | os.PathLike) -> set[str]:
+    """The versions of this package that wrote the rounds of a workdir, as far as they can be read."""
+    found = set()
+    for path in Path(workdir).glob("checkpoints/*/version/metadata"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found.add(json.loads(path.read_text())["imp_jax"])
+    return found
+
+
+class Checkpoints:
+    """The folders `checkpoints` and `progress` of a workdir.
+
+    Step n of `checkpoints` holds round n's `RoundNetworks` and the rows of results.csv up to it, so that a run
+    that died between the two loses neither. `progress` holds the latest `MidRoundState`. All carry checksums of
+    their content, the number of the format and the version of the package that wrote them.
+
+    Of several processes that train together each reads by itself, and all save together, each a part. What
+    else changes the folders is for one of them, while the others leave them alone.
+    """
+
+    def __init__(self, workdir: str | os.PathLike):
+        """Open the checkpoints of `workdir`; makes no folder.
+
+        Raises:
+          UserError: Orbax cannot read back what it writes at such a path.
+        """
+        check_workdir_path(workdir)
+        self._workdir = Path(workdir).absolute()
+        self._rounds = _rounds_manager(self._workdir, {jax.process_index()})
+
+    @functools.cached_property
+    def _progress(self):  # not opened by who only reads rounds, while another process replaces it
+        return _progress_manager(self._workdir, {jax.process_index()})
+
+    @functools.cached_property
+    def _collective_rounds_manager(self):
+        return self._rounds if jax.process_count() == 1 else _rounds_manager(self._workdir, _all_processes())
+
+    @functools.cached_property
+    def _collective_progress_manager(self):
+        if jax.process_count() == 1:
+            return self._progress
+        return _progress_manager(self._workdir, _all_processes())
+
+    def rounds(self) -> list[int]:
+        """The rounds that are on disk, in order."""
+        return sorted(self._rounds.all_steps())
+
+    def save(
+        self, number: int, networks: RoundNetworks, rows: list[dict[str, Any]], optima: Optima | None = None
+    ) -> None:
+        """Write round `number`; when this returns, it is on disk under its final name.
+
+        Args:
+          rows: all of results.csv up to this round.
+          optima: those of the next round, if the rounds that they came from will not be kept.
+        """
+        items = {"networks": networks._asdict(), "rows": rows}
+        if optima is not None:
+            items["optima"] = optima._asdict()
+        _save(self._collective_rounds_manager, number, items)
+        if self._rounds is not self._collective_rounds_manager:
+            self._rounds.reload()
+
+    def restore(self, number: int) -> RoundNetworks:
+        """The networks of round `number`, on the default device whatever devices wrote them.
+
+        Raises:
+          DamagedError: a file is missing or short, or a checksum fails.
+          UserError: the file system cannot read it at the moment, or it has a format that this version does not
+            know.
+        """
+        networks = _restore(self._rounds, number, "networks")
+        return RoundNetworks(**jax.tree.map(jax.numpy.asarray, networks))
+
+    def rows(self, number: int) -> list[dict[str, Any]]:
+        """The rows of results.csv up to round `number`. Raises as `restore`."""
+        return _restore(self._rounds, number, "rows")
+
+    def optima(self, number: int) -> Optima | None:
+        """What was saved with round `number` of the optima of the next, on the host. Raises as `restore`.
+
+        None too where they were saved under an older definition of J_r.
+        """
+        optima = _restore(self._rounds, number, "optima")
+        known = optima and self.similarity_definition(number) == similarity.DEFINITION
+        return Optima(**optima) if known else None
+
+    def similarity_definition(self, number: int) -> int:
+        """The `similarity.DEFINITION` under which round `number` was trained; the first one was not saved."""
+        return _read_json(_folder(self._rounds, number), "version").get("similarity", 1)
+
+    def delete_intermediate_rounds(self, last: int) -> None:
+        """Remove the rounds between the first and the two up to `last`, of which one may be damaged."""
+        for number in self.rounds()[1:]:
+            if number < last - 1:
+                folder = self._workdir / "checkpoints" / str(number)
+                aside = folder.rename(f"{folder}.dropped")  # it is there whole, or not at all
+                shutil.rmtree(aside)
+        self._rounds.reload()
+
+    def save_progress(self, number: int, progress: MidRoundState, steps: int) -> None:
+        """Write where round `number`, of `steps` steps, stands, in place of what `progress` held before."""
+        (self._workdir / "progress").mkdir(exist_ok=True)
+        _save(
+            self._collective_progress_manager,
+            number * (steps + 1) + progress.step,
+            {"progress": _as_arrays(progress)},
+        )
+
+    def progress(self, number: int, like: MidRoundState, steps: int) -> MidRoundState | None:
+        """What was saved of round `number`, of `steps` steps, in the structure of `like`; None if nothing was.
+
+        Raises as `restore`.
+        """
+        latest = self._progress.latest_step()
+        if latest is None or latest // (steps + 1) != number:
+            return None
+        progress = MidRoundState(**_restore(self._progress, latest, "progress", _as_arrays(like)))
+        return progress._replace(step=int(progress.step), seconds=float(progress.seconds))
+
+    def quarantine_damaged_rounds(self) -> list[str]:
+        """Make a workdir fit to go on; call it with the workdir's lock. Returns a sentence for each move.
+
+        Moves the damaged rounds after the last intact one into the folder `set-aside`, and removes whatever was
+        being written or dropped when a run died. An exception that does not mean damage moves nothing.
+
+        Raises:
+          UserError: all of several rounds are damaged; the newest has an unknown format, or the file system
+            cannot read it at the moment.
+        """
+        for folder in ("checkpoints", "progress"):
+            for name in ("*.orbax-checkpoint-tmp*", "*.dropped"):
+                for leftover in (self._workdir / folder).glob(name):
+                    shutil.rmtree(leftover)
+        for folder in (self._workdir, self._workdir / "analysis", self._workdir / "figures"):
+            for leftover in folder.glob(".*.*"):
+                if leftover.suffix[1:].isdigit():  # of write_atomically
+                    leftover.unlink()
+        damaged = []
+        for number in reversed(self.rounds()):
+            try:
+                for item in ("networks", "rows", "optima"):
+                    _restore(self._rounds, number, item)
+                break
+            except DamagedError as error:
+                damaged.append((number, error))
+        else:
+            if len(damaged) > 1:
+                raise UserError(f"all {len(damaged)} rounds are damaged; {damaged[0][1]}")
+        return [f"{error}; it is moved to {self._set_aside(self._rounds, n)}" for n, error in damaged]
+
+    def moved_rounds(self) -> set[int]:
+        """The rounds of which a damaged checkpoint was moved into the folder `set-aside`."""
+        names = (path.name.split("-") for path in self._workdir.glob("set-aside/checkpoints-*"))
+        return {int(number) for _, number, *_ in names if number.isdigit()}
+
+    def set_progress_aside(self) -> Path:
+        """Move what `progress` holds into the folder `set-aside`; returns its new place."""
+        return self._set_aside(self._progress, self._progress.latest_step())
+
+    def discard_progress(self) -> None:
+        """Remove what `progress` holds."""
+        self._progress.reload()
+        for step in self._progress.all_steps():
+            self._progress.delete(step)
+
+    def close(self) -> None:
+        for name in ("_rounds", "_progress", "_collective_rounds_manager", "_collective_progress_manager"):
+            with contextlib.suppress(Exception):  # a failed save, which has said so, is raised again
+                self.__dict__[name].close()
+
+    def _set_aside(self, manager, step):
+        place = move_aside(_folder(manager, step), self._workdir)
+        manager.reload()
+        return place
+
+
+def _all_processes():
+    return set(range(jax.process_count()))
+
+
+def _rounds_manager(workdir, processes):
+    handlers = {
+        "networks": ocp.PyTreeCheckpointHandler(),
+        "optima": ocp.PyTreeCheckpointHandler(),
+        "rows": ocp.JsonCheckpointHandler(),
+    }
+    return _manager(workdir / "checkpoints", handlers, processes)
+
+
+def _progress_manager(workdir, processes):
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False)  # it is written often
+    return _manager(workdir / "progress", {"progress": handler}, processes, max_to_keep=1)
+
+
+def _manager(folder, handlers, processes, **options):
+    # to read must not make folders, and who writes has a thread for it
+    options |= {"create": False, "save_root_metadata": False, "enable_async_checkpointing": False}
+    # processes that are named wait for each other without the devices, which the training has
+    options["multiprocessing_options"] = ocp.options.MultiprocessingOptions(
+        primary_host=min(processes), active_processes=processes
+    )
+    handlers = {**handlers, "version": ocp.JsonCheckpointHandler()}
+    options = ocp.CheckpointManagerOptions(**options)
+    return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+
+
+def move_aside(path: Path, workdir: Path) -> Path:
+    """Move something out of a run's way, into the folder `set-aside` of its workdir; returns its new place."""
+    kept = workdir / "set-aside"
+    kept.mkdir(exist_ok=True)
+    names = (f"{path.parent.name}-{path.name}{f'-{n}' * (n > 1)}" for n in itertools.count(1))
+    return path.rename(next(kept / name for name in names if not (kept / name).exists()))
+
+
+def _as_arrays(progress):
+    return {**progress._asdict(), "step": np.asarray(progress.step), "seconds": np.asarray(progress.seconds)}
+
+
+def _save(manager, step, items):
+    version = {
+        "format": FORMAT,
+        "imp_jax": imp_jax.__version__,
+        "similarity": similarity.DEFINITION,
+        "sha256": {name: _digest(item) for name, item in items.items()},
+    }
+    version["digest"] = _digest(version)
+    arguments = {
+        name: ocp.args.JsonSave(item)
+        if name in _JSON
+        else ocp.args.PyTreeSave(devices.shard_over_processes(item))
+        for name, item in {**items, "version": version}.items()
+    }
+    manager.save(step, args=ocp.args.Composite(**arguments))
+    manager.wait_until_finished()
+    if distributed.is_primary():
+        # a process that dies before this leaves a checkpoint without a manifest, which is read all the same
+        folder = _folder(manager, step)
+        write_atomically(folder / _MANIFEST, json.dumps(_checksums(folder)))
+
+
+def _restore(manager, step, name, like=None):
+    """An item of a step, its arrays as NumPy's; None where it was saved without.
+
+    Args:
+      like: a tree whose structure a tree is to have, if not dicts.
+    """
+    folder = _folder(manager, step)
+    try:
+        return _read(manager, step, name, like)
+    except UserError:
+        raise
+    except Exception as error:
+        # Orbax raises the same types for a damaged file, a passing error of the file system and a bug
+        try:
+            damage = _find_damage(folder, error)
+        except OSError as reading_error:
+            error, damage = reading_error, ""
+        if damage:
+            raise DamagedError(f"the checkpoint {folder} is damaged: {damage}") from error
+        if is_os_error(error):
+            raise UserError(
+                f"cannot read the checkpoint {folder}: {one_line(error)}; nothing is changed, and once that "
+                f"is mended the same command goes on"
+            ) from error
+        raise
+
+
+def _read(manager, step, name, like):
+    folder = _folder(manager, step)
+    version = _read_json(folder, "version")
+    digest = version.pop("digest", None)
+    intact = digest == _digest(version)
+    if version.get("format") != FORMAT and (intact or digest is None):
+        raise UserError(
+            f"the checkpoint {folder} has format {version.get('format')}, of imp_jax {version.get('imp_jax')}; "
+            f"this is imp_jax {imp_jax.__version__}, which reads format {FORMAT}"
+        )
+    if not intact:
+        raise DamagedError(f"the checkpoint {folder} is damaged: its version is not what was written")
+    if name not in version["sha256"]:
+        return None
+    if name in _JSON:
+        item = _read_json(folder, name)
+    else:
+        metadata = manager.item_metadata(step)[name]
+        if metadata is None:  # Orbax does not say why
+            (folder / name / "_METADATA").read_bytes()
+        tree = metadata.tree if like is None else like
+        tree = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), tree)
+        arguments = ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
+        item = manager.restore(step, args=ocp.args.Composite(**{name: arguments}))[name]
+    if version["sha256"][name] != _digest(item):
+        raise DamagedError(f"the checkpoint {folder} is damaged: {name} are other bits than were written")
+    return item
+
+
+def _folder(manager, step):
+    return Path(manager.directory) / str(step)
+
+
+def _read_json(folder, name):
+    return json.loads((folder / name / "metadata").read_text())
+
+
+def _checksums(folder):
+    """Size and SHA-256 of each file of a checkpoint, by its path in there.
+
+    Raises:
+      OSError: a file or folder cannot be read now.
+    """
+
+    def fail(error):  # by itself os.walk leaves out what it cannot read, which would pass for missing
+        raise error
+
+    checksums = {}
+    for directory, _, names in os.walk(folder, onerror=fail):
+        for path in (Path(directory) / name for name in names if name != _MANIFEST):
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            checksums[str(path.relative_to(folder))] = [path.stat().st_size, digest]
+    return dict(sorted(checksums.items()))
+
+
+def _find_damage(folder, error):
+    """Say which file of a checkpoint, whose reading raised `error`, is damaged; empty if none is.
+
+    Raises:
+      OSError: the files cannot be read now.
+    """
+    if not folder.is_dir():
+        return "it is missing"
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+    except FileNotFoundError:  # of an earlier version, or its process died just before it was written
+        return one_line(error) if _means_damage(error) else ""
+    except ValueError:
+        return f"{_MANIFEST} is not what was written"
+    found = _checksums(folder)
+    for name, (size, digest) in manifest.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name][0] != size:
+            return f"{name} has {found[name][0]} bytes, not {size}"
+        if found[name][1] != digest:
+            return f"{name} holds other bits than were written"
+    return ""
+
+
+def _means_damage(error):
+    """Whether an exception of reading tells of a missing or damaged file, where no manifest can."""
+    if isinstance(error, FileNotFoundError | json.JSONDecodeError | UnicodeDecodeError):
+        return True
+    codes = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "Invalid JSON")  # of TensorStore
+    return isinstance(error, ValueError) and not is_os_error(error) and any(c in str(error) for c in codes)
+
+
+def is_os_error(error: BaseException | None) -> bool:
+    """Whether an exception comes from the file system; of Orbax and TensorStore it may have another type."""
+    while error is not None:
+        if isinstance(error, OSError) or "os_error_code='" in str(error):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _digest(item):
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(item):
+        leaf = np.ascontiguousarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        digest.update(leaf.reshape(-1).view(np.uint8))
+    return digest.hexdigest()

@@ -1,0 +1,175 @@
+"""What a run prints: a line for each round, a progress bar on a terminal, a summary."""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import pandas as pd
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from imp_jax.workdir.results import Row
+
+
+def make_console() -> Console:
+    """Make a console for stdout: with colours and bars on a terminal, plain lines elsewhere.
+
+    FORCE_COLOR does not count, and a notebook is no terminal: rich would show each line twice there.
+    """
+    try:
+        terminal = sys.stdout.isatty()
+    except (AttributeError, ValueError):  # no stdout, or a closed one
+        terminal = False
+    return Console(soft_wrap=True, force_terminal=terminal, force_jupyter=False)
+
+
+class ProgressDisplay:
+    """Progress: a line for each round, and on a terminal a bar below them. Use as a context manager.
+
+    What it cannot print it drops: the results are on disk.
+    """
+
+    def __init__(self, rounds: int, steps: int, first_step: int):
+        """`steps` a round; the run goes on from `first_step`, counted from its beginning."""
+        self._console = make_console()
+        self._rounds, self._steps, self._first_step = rounds, steps, first_step
+        self._accuracies = ""
+        self._compile_seconds: dict[int, float] = {}  # by round
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[speed]:,.0f} images/s"),
+            TextColumn("{task.fields[left]} left"),
+            TextColumn("{task.fields[accuracies]}"),
+            console=self._console,
+            disable=not self._console.is_interactive,
+        )
+
+    def __enter__(self):
+        with _suppress_print_errors():
+            self._progress.start()
+        self._task = self._progress.add_task(
+            "compiling",
+            total=self._rounds * self._steps,
+            completed=self._first_step,
+            speed=0.0,
+            left="–",
+            accuracies="",
+        )
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *_):
+        with _suppress_print_errors():
+            self._progress.stop()
+
+    def chunk(self, number: int, step: int, images: int, seconds: float, compile_seconds: float = 0.0) -> None:
+        """Round `number` has come to `step`, the last `images` images, of all members, in `seconds`.
+
+        Programs were compiled for `compile_seconds` before.
+        """
+        self._compile_seconds[number] = self._compile_seconds.get(number, 0.0) + compile_seconds
+        self._start += compile_seconds  # or the time left would contain it again and again
+        with _suppress_print_errors():
+            self._progress.update(
+                self._task,
+                completed=number * self._steps + step,
+                description=f"round {number}/{self._rounds - 1} {step / self._steps:4.0%}",
+                speed=images / seconds,
+                left=self._left(number * self._steps + step),
+                accuracies=self._accuracies,
+            )
+
+    def round(self, number: int, rows: Sequence[Row], images: int) -> None:
+        """Round `number`, which trained on `images` images of all members, is on disk with `rows`."""
+        means = pd.DataFrame(rows).query("arm != 'twin'").groupby("arm", sort=False)["test_accuracy"].mean()
+        self._accuracies = " ".join(f"{arm} {mean:.2%}" for arm, mean in means.items())
+        compiled = self._compile_seconds.pop(number, 0.0)
+        line = (
+            f"round {number}/{self._rounds - 1}  density {rows[0]['density']:.2%}  "
+            f"test accuracy {self._accuracies}  {images / rows[0]['seconds']:,.0f} images/s  "
+            f"{rows[0]['seconds']:.1f} s  {self._left((number + 1) * self._steps)} left"
+        )
+        if compiled >= 0.1:
+            line += f"  compiled in {compiled:.1f} s"
+        with _suppress_print_errors():
+            self._progress.update(self._task, accuracies=self._accuracies)
+            self._console.print(line, highlight=False)
+            sys.stdout.flush()
+
+    def _left(self, step):
+        rate = (time.perf_counter() - self._start) / max(step - self._first_step, 1)
+        minutes, seconds = divmod(round(rate * (self._rounds * self._steps - step)), 60)
+        return f"{minutes}:{seconds:02}"
+
+
+def _suppress_print_errors():
+    return contextlib.suppress(OSError, SystemExit)  # rich raises SystemExit where a pipe is closed
+
+
+@contextlib.contextmanager
+def ignore_print_errors() -> Iterator[None]:
+    """Drop what is printed once stdout or stderr is closed or full, as after `| head -1`.
+
+    The results are on disk. A full stdout is mentioned on stderr; a closed pipe is not: its reader has ended.
+    """
+    with contextlib.ExitStack() as stack:
+        for name, redirect in (("stdout", contextlib.redirect_stdout), ("stderr", contextlib.redirect_stderr)):
+            if (stream := getattr(sys, name)) is not None:
+                lossy = _LossyStream(stream, name)
+                stack.enter_context(redirect(lossy))
+                stack.callback(lossy.flush)
+        yield
+
+
+class _LossyStream:
+    """A text stream that drops what the stream below it cannot write."""
+
+    def __init__(self, stream, name):
+        self._stream, self._name, self._failed = stream, name, False
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._drop(error)
+            return len(text)
+
+    def writelines(self, lines):
+        for line in lines:
+            self.write(line)
+
+    def flush(self):
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._drop(error)
+
+    def _drop(self, error):
+        if self._name == "stdout" and not isinstance(error, BrokenPipeError) and not self._failed:
+            print(f"stdout cannot be written: {error}; the run goes on without it", file=sys.stderr)
+        self._failed = True
+        with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:  # for what is buffered, too
+            os.dup2(nowhere.fileno(), self._stream.fileno())
+
+
+def print_summary(results: pd.DataFrame) -> None:
+    """The result on the terminal: test accuracy over density, a column an arm, mean (min to max)."""
+    results = results[results["arm"] != "twin"]
+    replicates = results["replicate"].nunique()
+    title = "Test accuracy in %" + (f", mean (min to max) of {replicates} replicates" if replicates > 1 else "")
+    table = Table("round", "density", *results["arm"].unique(), title=title, title_justify="left")
+    for (number, density), rows in results.groupby(["round", "density"]):
+        cells = []
+        for _, of_arm in rows.groupby("arm", sort=False):
+            accuracy = 100 * of_arm["test_accuracy"]
+            spread = f" ({accuracy.min():.2f} to {accuracy.max():.2f})" if len(accuracy) > 1 else ""
+            cells.append(f"{accuracy.mean():.2f}{spread}")
+        table.add_row(str(number), f"{density:.2%}", *cells)
+    make_console().print(table)

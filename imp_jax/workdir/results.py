@@ -1,0 +1,108 @@
+"""results.csv, one row per member and round."""
+
+import csv
+import io
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from imp_jax.workdir.files import write_atomically
+
+FIELDS = (
+    "replicate",
+    "arm",
+    "round",
+    "density",  # surviving fraction of the prunable weights
+    "threshold",  # largest magnitude removed after the round
+    "train_loss",  # nats
+    "train_accuracy",  # in [0, 1]
+    "test_loss",
+    "test_accuracy",
+    "repulsion",  # J_r at the end of training; empty without repulsion
+    "cosine",  # the mean of those with earlier optima, on the round's mask; empty where there is none
+    "seconds",  # wall time of the round's training, of all members together, without compilation
+)
+
+KEYS = ("replicate", "arm", "round")  # of a row
+
+Row = dict[str, Any]
+
+
+class Results:
+    """results.csv: appended to once a round, after the round's checkpoint is on disk."""
+
+    def __init__(self, workdir: Path, rows: Iterable[Row]):
+        """Start from `rows`, those of the rounds on disk, mending a file that was cut off short of them."""
+        self._path = workdir / "results.csv"
+        self.rows = _with_unknown_columns(rows, self._path)
+        self._columns = list(dict.fromkeys([*FIELDS, *(name for row in self.rows for name in row)]))
+        content = self._to_csv(self.rows, header=True)
+        if not self._path.exists() or self._path.read_bytes() != content.encode():
+            write_atomically(self._path, content)
+
+    def append(self, rows: Sequence[Row]) -> None:
+        self.rows += rows
+        with open(self._path, "a", newline="") as file:
+            file.write(self._to_csv(rows))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def table(self) -> pd.DataFrame:
+        return pd.DataFrame(self.rows, columns=self._columns)
+
+    def _to_csv(self, rows, header=False):
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns, lineterminator="\n")
+        if header:
+            writer.writeheader()
+        for row in rows:  # nine digits tell any two float32 apart
+            writer.writerow({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()})
+        return text.getvalue()
+
+
+def recorded_rounds(workdir: Path) -> set[int]:
+    """The rounds in results.csv, as far as it can be read."""
+    try:
+        return set(pd.read_csv(workdir / "results.csv")["round"].dropna().astype(int))
+    except (FileNotFoundError, ValueError, KeyError):  # there is none, or it is torn
+        return set()
+
+
+def read_results(workdir: Path) -> pd.DataFrame:
+    """results.csv of a workdir, empty where there is none.
+
+    A column of `FIELDS` that it lacks, as a file of an earlier version does, is NaN, with a warning. Columns
+    that are not in `FIELDS` come last.
+    """
+    path = workdir / "results.csv"
+    if not path.exists():
+        return pd.DataFrame(columns=list(FIELDS))
+    return with_columns(pd.read_csv(path), FIELDS, path)
+
+
+def with_columns(table: pd.DataFrame, columns: Sequence[str], path: Path) -> pd.DataFrame:
+    """`table`, read from `path`, with `columns` first: those that it lacks as NaN, with a warning."""
+    if missing := [name for name in columns if name not in table]:
+        warnings.warn(f"{path} has no column {', '.join(missing)}; NaN stands there", stacklevel=4)
+    return table.reindex(columns=[*columns, *(name for name in table if name not in columns)])
+
+
+def _with_unknown_columns(rows, path):
+    """Copies of `rows` with the values of columns that only the file has, as one added by hand."""
+    rows = [dict(row) for row in rows]
+    try:
+        table = pd.read_csv(path).set_index(list(KEYS))
+    except (OSError, ValueError, KeyError):  # there is none, or it is torn
+        return rows
+    unknown = table[[name for name in table if name not in FIELDS]]
+    if not len(unknown.columns) or not unknown.index.is_unique:
+        return rows
+    for row in rows:
+        key = tuple(row.get(name) for name in KEYS)
+        if key in unknown.index:
+            row.update({k: None if pd.isna(v) else v for k, v in unknown.loc[key].items()})
+    return rows

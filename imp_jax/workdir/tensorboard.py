@@ -1,0 +1,50 @@
+"""TensorBoard event files."""
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+
+class TensorBoardWriter:
+    """TensorBoard event files, a folder a member under `events`; the step is the epoch since the run began.
+
+    Written where it is called: tensorboardX's own thread dies of a full disk, and its queue then blocks.
+    """
+
+    def __init__(self, workdir: Path, first_epoch: int):
+        """`first_epoch`: TensorBoard forgets what a run that was cut off had written from there on."""
+        self._folder, self._first_epoch = workdir / "events", first_epoch
+        self._writers: dict[tuple[str, int], EventsWriter] = {}
+
+    def write(
+        self, epoch: int, members: Sequence[tuple[str, int]], scalars: Mapping[str, Sequence[float]]
+    ) -> None:
+        """Write each named scalar of each member at the end of `epoch`; twins have no file."""
+        for i, (arm, replicate) in enumerate(members):
+            if arm != "twin":
+                values = [Summary.Value(tag=name, simple_value=of[i]) for name, of in scalars.items()]
+                event = Event(wall_time=time.time(), step=epoch, summary=Summary(value=values))
+                self._writer(arm, replicate).write_event(event)
+
+    def flush(self) -> None:
+        for writer in self._writers.values():
+            writer.flush()
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            with contextlib.suppress(OSError):  # of a full disk the run has said already
+                writer.close()
+
+    def _writer(self, *member):
+        if member not in self._writers:
+            folder = self._folder / "{}-{}".format(*member)
+            folder.mkdir(parents=True, exist_ok=True)
+            writer = EventsWriter(str(folder / "events"), filename_suffix=f".{time.time_ns()}")
+            writer.write_event(Event(step=self._first_epoch, session_log=SessionLog(status=SessionLog.START)))
+            self._writers[member] = writer
+        return self._writers[member]

@@ -1,0 +1,201 @@
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import benchmark as bench
+from experiments.benchmarks import convolutions, steps
+from experiments.paper.scales import MINI
+from experiments.sweeps import cost
+from imp_jax.errors import UserError
+
+
+def benchmark(*arguments):
+    command = [sys.executable, "-m", "experiments.benchmark", *arguments]
+    return subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+
+
+def test_the_lenet_benchmark_prints_its_table():
+    done = benchmark("lenet", "--rounds=1", "--epochs=1")
+    assert done.returncode == 0, done.stderr
+    for quantity in ("all members, whole round", "share of a round not training", "compilation", "host memory"):
+        assert quantity in done.stdout
+
+
+def test_the_table_of_steps_is_kept_and_compared(tmp_path):
+    arguments = ("conv4", "--members=1", "--batch_size=4", "--steps=2", "--repeats=2")
+    kept = str(tmp_path / "table.json")
+    done = benchmark(*arguments, f"--out={kept}")
+    assert done.returncode == 0, done.stderr
+    for quantity in ("conv4: 1 × 4, float32", "images/s of all", "of peak", "586.30 MFLOP"):
+        assert quantity in done.stdout
+    row = steps.read(kept)["rows"]["conv4"]
+    assert len(row["images_per_second"]) == 2
+    assert row["compilation"] > 0.1
+    assert row["memory"] > 0.1
+    assert row["peak_flops"] > 1e9
+    assert row["peak_bytes"] > 1e8
+
+
+def test_the_parts_of_convolutions_are_timed_in_each_form(capsys):
+    convolutions.benchmark(batch_size=2, repeats=1, shapes=[(8, 3, 4, 1), (8, 4, 4, 2)])
+    lines = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "stride" in line]
+    assert [line[0].strip() for line in lines] == ["8², 3 to 4, stride 1", "8², 4 to 4, stride 2"]
+    assert all(float(cell) >= 0 for line in lines for cell in (line[1], *line[3:]))
+
+
+def test_the_forms_of_convolutions_are_rows_with_other_options(monkeypatch, capsys):
+    asked = []
+
+    def row_of(name, options):
+        asked.append((name, options))
+        return {"images_per_second": [10 * len(asked), 10 * len(asked) + 2]}
+
+    monkeypatch.setattr(steps, "row_of", row_of)
+    steps.benchmark_forms("resnet20", [1, 3], [128], ["--repeats=2"])
+    of_three = ["--repeats=2", "--members=3", "--batch_size=128"]
+    assert asked[-2:] == [("resnet20", [*of_three, f"--form={form}"]) for form in ("grouped", "patches")]
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "3 × 128" in line)
+    cells = [cell.strip() for cell in line.split("│")[2:-1]]
+    assert cells == ["41 (40 to 42)", "51 (50 to 52)", "61 (60 to 62)"]
+
+
+@pytest.mark.parametrize(("strides", "padding"), [((1, 1), "SAME"), ((2, 2), ((1, 1), (1, 1)))])
+def test_a_product_of_patches_is_the_convolution(strides, padding):
+    images = jax.random.normal(jax.random.key(0), (2, 6, 7, 3))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 4))
+    expected = jax.lax.conv_general_dilated(
+        images, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(
+        steps.by_patches(images, kernel, strides, padding), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_two_tables_are_compared_by_their_medians(capsys):
+    def table(rates, compilation, machine="this"):
+        row = {"images_per_second": rates, "compilation": compilation, "memory": 2.0}
+        row |= {
+            "machine": machine,
+            "members": 6,
+            "batch_size": 60,
+            "dtype": "float32",
+            "execution": "scan_vmap",
+        }
+        return {"date": "2026-11-24", "rows": {"lenet": row}}
+
+    steps.print_ratios(table([90, 100, 110], 4.0), table([140, 150, 180], 2.0))
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "lenet" in line)
+    assert [cell.strip() for cell in line.split("│")[1:-1]] == ["lenet", "1.50", "0.50", "1.00"]
+    steps.print_ratios(table([1], 4.0, "another"), table([1], 2.0))
+    assert "not the same work, or machine" in capsys.readouterr().out
+
+
+def test_the_work_of_a_step_is_that_of_its_layers():
+    def work(name, **overrides):
+        config = importlib.import_module(f"configs.{name}").get_config()
+        config.update(overrides)
+        return steps.work_of(config)
+
+    weights, biases = 784 * 300 + 300 * 100 + 100 * 10, 410
+    lenet = work("lenet")
+    assert lenet.flops == 2 * (3 * weights - 784 * 300)
+    assert lenet.activations == 6 * 410 * 4
+    parameters = weights + biases
+    assert (
+        lenet.state == 2 * 4 * (parameters + (2 * parameters + 1) + parameters) + parameters
+    )  # and Adam's count
+
+    stem, stages = 9 * 3 * 16 * 32**2, (6 * 16 * 16 + 0) * 9 * 32**2
+    stages += (16 * 32 + 5 * 32 * 32) * 9 * 16**2 + (32 * 64 + 5 * 64 * 64) * 9 * 8**2
+    resnet20 = work("resnet20", dtype="bfloat16")
+    assert resnet20.flops == 2 * (3 * (stem + stages + 640) - stem)
+    assert resnet20.activations == 9 * 2 * (7 * 16 * 32**2 + 6 * 32 * 16**2 + 6 * 64 * 8**2 + 10)
+
+
+def test_there_may_be_no_pytorch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match="--torch needs PyTorch and torchvision: pip install"):
+        steps.torch_contenders("lenet", 1, 60)
+
+
+def test_the_benchmark_of_analyses_prints_its_table():
+    done = benchmark("analysis", "--rounds=2", "--repeats=1")
+    assert done.returncode == 0, done.stderr
+    assert "6 members, 2 rounds on" in done.stdout
+    for quantity in (
+        "all analyses, figures and report",
+        "compilation included",
+        "20 points over one evaluation",
+    ):
+        assert quantity in done.stdout
+
+
+def test_the_benchmark_of_checkpoints_prints_its_table():
+    done = benchmark("checkpoints", "--rounds=1", "--repeats=1", "--epochs=1")
+    assert done.returncode == 0, done.stderr
+    for quantity in ("run without states within rounds", "more with one every 5 epochs"):
+        assert quantity in done.stdout
+
+
+def test_the_benchmark_of_disk_prints_its_table():
+    done = benchmark("disk", "--rounds=1")
+    assert done.returncode == 0, done.stderr
+    (row,) = (line for line in done.stdout.splitlines() if "resnet50" in line)
+    _, _, members, round_0, whole, state, _ = (cell.strip() for cell in row.split("│"))
+    parameters = 25_503_912 * 4 / 1e6  # MB; two networks compress a little, and their masks much
+    assert members == "1"
+    assert round_0 == whole
+    assert 1.5 * parameters < float(round_0) < 2.3 * parameters
+    assert 3 * parameters <= float(state) < 3.1 * parameters  # ticket, weights and momentum, as they are
+
+
+def test_the_benchmark_of_repulsion_prints_its_tables():
+    done = benchmark("repulsion", "--rounds=2", "--repeats=1", "--epochs=1")
+    assert done.returncode == 0, done.stderr
+    for quantity in (
+        "with λ = 2 (s)",
+        "ratio of the first, which compiles",
+        "LeNet-300-100, P = 266,200",
+        "ResNet-50, P = 25,",
+    ):
+        assert quantity in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("conv4", "--steps=0"), "error: --steps is 0; it should be at least 1"),
+        (("conv4", "--execution=loop"), "error: execution is 'loop'; it should be one of auto"),
+        (("resnet50", "--torch"), "error: --torch is for table, lenet, conv4, resnet20"),
+        (("table", "--compare=absent.json"), "error: --compare is 'absent.json', which cannot be read"),
+        (
+            ("table", "--out=absent/table.json"),
+            "error: --out is 'absent/table.json', whose folder is not there",
+        ),
+    ],
+)
+def test_bad_arguments_are_one_sentence(arguments, sentence):
+    done = benchmark(*arguments)
+    assert done.returncode == 1
+    assert done.stderr.startswith(sentence)
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_throughput_is_recorded_for_the_costs(optimised, tmp_path, monkeypatch, capsys):
+    recorded = tmp_path / "throughput.json"
+    recorded.write_text('{"another": {}}')
+    monkeypatch.setattr(cost, "MEASURED", recorded)
+    bench.benchmark_throughput(rounds=1, repeats=1, record="here", names=["lenet"])
+    assert "lenet, batch 600, 6 members" in capsys.readouterr().out
+    device = cost.read_throughput()["here"]
+    speeds = device["images_per_second"]["lenet"]
+    assert list(speeds) == ["20", "60", "200", "600"]
+    assert all(1000 < speed < 1e9 for speed in speeds.values())
+    training = 159 * 20 * 66 * 60 / speeds["60"]
+    assert cost.seconds(MINI.lenet, device) == pytest.approx(training + device["besides"]["lenet"])
+    assert cost.read_throughput()["another"] == {}

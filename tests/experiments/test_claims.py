@@ -1,0 +1,219 @@
+"""The claims, on tables whose numbers are known."""
+
+import dataclasses
+import sys
+
+import pandas as pd
+import pytest
+
+from experiments import claims
+from experiments.claims import FAILS, HOLDS, UNKNOWN
+from experiments.paper import quantities, repellent
+from experiments.paper.quantities import HIGH, LOW, MEDIUM, VERY_HIGH
+from experiments.paper.scales import MINI, PAPER
+from imp_jax import analysis
+from imp_jax import config as configs
+from tests.helpers.tables import tables
+
+RUN = MINI.lenet
+
+
+def paper_like(run):
+    """Tables in which everything is as the paper says, of a run of `PAPER`."""
+    config = run.config
+    unstable = run.base == "resnet20" and config.batch_size == PAPER.unstable
+    strength = config.repulsion.strength
+    rewound = bool(config.rewind_step)
+    without_decay = config.optimizer.weight_decay == 0
+
+    def accuracy(arm, replicate, number):
+        if arm == "reinit":
+            return 0.8 - 0.1 * (strength < 0) + 0.001 * replicate
+        if strength > 0:
+            return 0.8
+        if unstable:
+            return 0.8 - 0.001 + 0.05 * (strength < 0) + 0.1 * rewound
+        return 0.9 - 0.02 * max(0, number - 15 - 3 * without_decay)
+
+    def threshold(arm, replicate, number):
+        return 0.1 if arm == "reinit" else 0.2 + 0.01 * min(number, 24 - number + 6 * without_decay)
+
+    def angle(arm, one, other):
+        if config.repulsion.memory == "last":
+            return 0.2 if (one - other) % 2 == 0 else 0.95
+        if arm == "reinit" or unstable:
+            return 0.95
+        return 0.1 if 5 <= max(one, other) <= 15 else 0.3
+
+    return tables(
+        run,
+        accuracy,
+        threshold,
+        angle,
+        barrier=lambda number: 0.001 if 5 <= number <= 15 else 0.1,
+        instability=lambda number: (0.2 if unstable else 0.005) + 0.01 * (number != 10),
+        counts=lambda arm: (3, 9, 1, 9, 3) if arm == "imp" else (1, 5, 9, 5, 1),
+    )
+
+
+@pytest.fixture(scope="module")
+def finished():
+    return {run: paper_like(run) for run in claims.runs(PAPER)}
+
+
+def test_bands_are_the_rounds_that_the_readme_says():
+    rounds = [[n for n in range(25) if low <= 0.8**n < high] for low, high in (LOW, MEDIUM, HIGH, VERY_HIGH)]
+    assert rounds == [[*range(5)], [*range(5, 16)], [*range(16, 21)], [*range(21, 25)]]
+
+
+def test_quantities_are_means_over_rounds_for_each_replicate():
+    def accuracy(arm, replicate, number):
+        return 0.5 + 0.01 * number * (arm == "imp") + 0.1 * replicate
+
+    run = tables(
+        RUN,
+        accuracy,
+        threshold=lambda arm, r, n: (2.0 if arm == "imp" else 0.5) + 0 * r,
+        angle=lambda arm, a, b: abs(a - b) * (0.1 if arm == "imp" else 0.3) + 0.01 * max(a, b),
+        barrier=lambda n: 0.001 * n,
+        instability=lambda n: 0.002 * n,
+        counts=lambda arm: (0, 8, 2, 5, 0) if arm == "imp" else (0, 0, 7, 0, 0),
+    )
+    expected = [
+        (quantities.accuracy(run, "imp", MEDIUM), [60, 70, 80]),  # the mean of rounds 5 to 15 is 10
+        (quantities.accuracy(run, "imp", MEDIUM, HIGH), [62.5, 72.5, 82.5]),  # of rounds 5 to 20 12.5
+        (quantities.imp_minus_reinit(run, HIGH), [18] * 3),
+        (quantities.threshold_ratio(run, MEDIUM), [4] * 3),
+        (quantities.instability(run, 10), [2] * 3),
+        (quantities.barrier(run, LOW), [0.25] * 3),  # of the paths to rounds 1 to 4
+        (quantities.barrier(run, VERY_HIGH), [2.25] * 3),
+        (quantities.angle(run, "imp", LOW), [0.1 + 0.025] * 3),
+        (quantities.angle(run, "reinit", VERY_HIGH, apart=2), [0.6 + 0.225] * 3),
+        (quantities.zero_bin_over_peak(run, "imp"), [0.25] * 3),
+        (quantities.zero_bin_over_peak(run, "reinit"), [1] * 3),
+    ]
+    for values, numbers in expected:
+        assert values.tolist() == pytest.approx(numbers)
+        assert values.index.tolist() == [0, 1, 2]
+
+
+def test_the_plateau_and_the_peak_of_the_threshold():
+    run = tables(
+        RUN,
+        accuracy=lambda arm, r, n: 0.9 - (0.0099 if n <= 12 + r else 0.0101) * (n > 0) + 0.05 * (n == 3),
+        threshold=lambda arm, r, n: -abs(n - 7 - r) if arm == "imp" else n,
+    )
+    assert quantities.plateau(run).tolist() == [12, 13, 14]
+    assert quantities.peak(run).tolist() == [7, 8, 9]
+    assert quantities.peak(tables(RUN, rounds=20)).isna().all()  # it may rise yet
+
+
+def test_all_claims_hold_where_everything_is_as_the_paper_says(finished):
+    rows = claims.measure(PAPER, finished)
+    assert [(row.claim.id, row.quantity.words) for row in rows if row.verdict != HOLDS] == []
+    assert list(dict.fromkeys(row.claim.id for row in rows)) == [f"C{n}" for n in range(1, 12)]
+
+
+def test_a_claim_fails_with_any_of_its_quantities(finished):
+    stable = PAPER.batch(PAPER.stable)
+    worse = finished | {
+        stable: tables(
+            stable, lambda arm, r, n: 0.9 - (0.1 if n > 15 and arm == "imp" else -0.01 * (arm == "imp"))
+        )
+    }
+    rows = [row for row in claims.measure(PAPER, worse) if row.claim.id == "C1"]
+    assert [row.verdict for row in rows] == [HOLDS, FAILS]
+    assert claims.verdict(rows) == "does not hold (1 of 2 do)"
+    assert rows[0].mean == pytest.approx(1)
+    assert rows[1].high == pytest.approx(-10)
+
+
+def test_one_replicate_that_differs_is_enough_to_fail(finished):
+    stable = PAPER.batch(PAPER.stable)
+    lead = {0: 0.1, 1: 0.1, 2: -0.01}
+    mixed = tables(stable, lambda arm, r, n: 0.8 + lead[r] * (arm == "imp"))
+    row = claims.measure(PAPER, finished | {stable: mixed})[0]
+    assert (row.mean, row.low, row.high) == pytest.approx((19 / 3, -1, 10))
+    assert row.verdict == FAILS
+
+
+def test_too_little_data_is_no_verdict(finished):
+    assert {row.verdict for row in claims.measure(PAPER, {})} == {UNKNOWN}
+    stable = PAPER.batch(PAPER.stable)
+    under_way = finished | {stable: tables(stable, rounds=18)}
+    verdicts = [row.verdict for row in claims.measure(PAPER, under_way) if row.claim.id == "C1"]
+    assert verdicts[1] == UNKNOWN  # round 20 is not there yet
+    analyses = {name: pd.DataFrame(columns=columns) for name, columns in analysis.TABLES.items()}
+    trained = dataclasses.replace(tables(stable), **analyses)
+    rows = [row for row in claims.measure(PAPER, finished | {stable: trained}) if stable in row.quantity.runs]
+    assert [row.verdict for row in rows if row.claim.id in ("C3", "C7", "C10")] == [UNKNOWN] * 7
+    whole = tables(stable)
+    alone = dataclasses.replace(whole, results=whole.results.query("replicate == 0"))
+    assert claims.measure(PAPER, finished | {stable: alone})[0].verdict == UNKNOWN
+    two = dataclasses.replace(whole, results=whole.results.query("replicate < 2"))  # the third has diverged
+    assert claims.measure(PAPER, finished | {stable: two})[0].verdict == FAILS  # as far as it goes: no lead
+
+
+def test_repulsion_is_measured_against_the_lead_that_it_takes(finished):
+    plain, repelled = repellent.of_lenet(PAPER)
+    level = {"imp": 0.9, "reinit": 0.7}
+    after = {"imp": 0.75, "reinit": 0.68}
+    of = finished | {
+        plain: tables(plain, lambda a, r, n: level[a]),
+        repelled: tables(repelled, lambda a, r, n: after[a]),
+    }
+    lead, kept, control = [row for row in claims.measure(PAPER, of) if row.claim.id == "C4"][3:6]
+    assert (lead.mean, lead.verdict) == (pytest.approx(20), HOLDS)
+    assert (kept.mean, kept.verdict) == (pytest.approx(25), FAILS)  # 5 of 20 points are left
+    assert (control.mean, control.verdict) == (pytest.approx(-2), FAILS)
+
+
+def test_repulsion_that_wrecks_a_ticket_does_not_take_it_down_to_the_level(finished):
+    plain, repelled = repellent.of_lenet(PAPER)
+    level = tables(plain, lambda arm, r, n: 0.9 if arm == "imp" else 0.7)
+    of = finished | {plain: level, repelled: tables(repelled, lambda arm, r, n: 0.3 if arm == "imp" else 0.7)}
+    verdicts = [row.verdict for row in claims.measure(PAPER, of) if row.claim.id == "C4"][3:6]
+    assert verdicts == [HOLDS, FAILS, HOLDS]
+
+
+def test_one_network_that_stands_for_several_is_measured_once():
+    (repelled,) = [claim for claim in claims.CLAIMS if claim.id == "C4"]
+    assert len(repelled.quantities(PAPER)) == 9
+    assert len(repelled.quantities(MINI)) == 6
+    assert "LeNet" in repelled.quantities(MINI)[3].words
+
+
+def test_the_table_is_markdown_with_the_runs_by_letters(finished):
+    lines = claims.markdown(PAPER, finished).splitlines()
+    assert {line.count("|") for line in lines[: lines.index("")]} == {9}
+    assert (
+        "| **C1** | **Stable IMP beats its reinit at medium and high sparsity** | | | | | **holds** | |"
+        in lines
+    )
+    assert "| | IMP − reinit at medium sparsity (points) | 9.9 | 9.8 | 10.0 | > 0 | holds | a |" in lines
+    assert "Runs: a: `resnet20,batch_size=2048`, b: `resnet20`" in lines[-1]
+
+
+def call(*arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["claims", *map(str, arguments)])
+        claims.main()
+
+
+def test_the_scale_is_that_of_the_runs_in_the_folder(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="holds no run that a claim is about; say which with --scale"):
+        call(f"--root={tmp_path}")
+    workdir = tmp_path / MINI.lenet.name
+    (workdir / "analysis").mkdir(parents=True)
+    (workdir / "config.json").write_text(configs.to_json(MINI.lenet.config))
+    with pytest.raises(SystemExit, match="nothing that the claims are about has been run in"):
+        call(f"--root={tmp_path}")
+    pd.DataFrame(tables(MINI.lenet).results).to_csv(workdir / "results.csv", index=False)
+    call(f"--root={tmp_path}")
+    out = capsys.readouterr().out
+    assert "C11" in out
+    assert f"{MINI.lenet.name}\n" in out
+    assert "too little data" in (tmp_path / "claims.md").read_text()
+    (tmp_path / PAPER.lenet.name).mkdir()
+    with pytest.raises(SystemExit, match="holds runs of the scales paper, mini; say which with --scale"):
+        call(f"--root={tmp_path}")

@@ -1,0 +1,313 @@
+"""Runs by name, where they stand, what they cost, and the command line over them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from absl import flags
+from filelock import FileLock
+from ml_collections import config_flags
+
+from experiments import run
+from experiments.paper.catalogue import FIGURES, runs_of
+from experiments.paper.scales import MINI, PAPER, SCALES, SMOKE
+from experiments.sweeps import cost, launchers
+from experiments.sweeps.runs import Run
+from experiments.sweeps.runs import make_run as make_run
+from experiments.sweeps.sweep import Sweep
+from imp_jax import __version__
+from imp_jax import config as configs
+from imp_jax.errors import UserError
+from imp_jax.runtime.distributed import visible_gpus
+from imp_jax.workdir.checkpoints import versions
+from tests.helpers import ROOT
+from tests.helpers.tables import tables
+
+ALL_RUNS = {one for scale in SCALES.values() for one in runs_of(FIGURES.values(), scale)}
+
+
+def test_a_name_tells_a_config_from_all_others_and_is_a_folder():
+    assert len({one.name for one in ALL_RUNS}) == len(ALL_RUNS)
+    for one in ALL_RUNS:
+        assert len(f"{one.name}.failed") < 255
+        assert not set(one.name) & set(" /\\'\"()*?$&;|<>")
+    assert PAPER.batch(128) == PAPER.resnet20  # what is as in the base is not in the name
+    assert PAPER.batch(1024, optimizer__warmup_epochs=10.0).name == (
+        "resnet20,batch_size=1024,optimizer.warmup_epochs=10"
+    )
+
+
+def test_the_command_of_a_run_has_its_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for one in ALL_RUNS:
+        parsed = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", flag_values=parsed, lock_config=False)
+        flags.DEFINE_string("workdir", None, "", flag_values=parsed)
+        _, *command = one.command(tmp_path)
+        assert command[:2] == ["-m", "imp_jax.main"]
+        monkeypatch.setattr(sys, "argv", command[1:])  # where overrides are looked for
+        parsed(command[1:])
+        assert parsed.config.on_divergence == "drop"
+        assert configs.differences(parsed.config, json.loads(configs.to_json(one.config))) == []
+        assert parsed.workdir == str(tmp_path)
+
+
+def test_figures_share_their_runs():
+    together = runs_of((FIGURES[f"fig{n}"] for n in (1, 2, 4, 5, 6, 8)), PAPER)
+    assert len(together) == 12
+    assert sum(run.trainings for run in together) == 1800 + 12 * 9  # section A.2, and twins
+
+
+def test_there_is_everything_that_the_paper_shows():
+    assert set(FIGURES) == {*(f"fig{n}" for n in range(1, 24)), "table1", "tablec", "claims"}
+
+
+def test_unknown_fields_are_said():
+    with pytest.raises(UserError, match="there is no config field batch"):
+        make_run("lenet", {"batch": 3})
+
+
+def test_costs_follow_from_the_throughput():
+    device = {"images_per_second": {"lenet": {"60": 100.0, "100": 200.0}}, "repulsion": {"lenet": 1.5}}
+    plain = Run("mnist5k", (("batch_size", 80), ("replicates", 1), ("rounds", 2), ("instability.rounds", ())))
+    images = 2 * 2 * 10 * 50 * 80  # arms, rounds, epochs, steps of a batch
+    assert cost.seconds(plain, device) == images / 150
+    repelled = Run("mnist5k", (*plain.overrides, ("repulsion.strength", 2.0)))
+    assert cost.seconds(repelled, device | {"besides": {"lenet": 7}}) == 1.5 * images / 150 + 7
+    assert cost.seconds(PAPER.conv4, device) is None
+    assert cost.format_duration(None) == "not measured"
+    assert [cost.format_duration(s) for s in (0, 119, 120, 7199, 7200, 3 * 86400, 1e7)] == [
+        *("0 s", "119 s", "2 min", "120 min", "2 h", "3 days", "116 days"),
+    ]
+
+
+def test_the_list_has_a_row_for_each(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a file is no terminal all the same
+    call("list")
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert [row.split("│")[1].strip() for row in rows] == [*FIGURES, "together"]
+    (fig14,) = (row for row in rows if "fig14" in row)
+    assert "LeNet-300-100" in fig14
+    assert "318" in fig14  # 2 × (25 rounds × 2 arms × 3 replicates + 9 twins)
+
+
+def call(*arguments):
+    """`python -m experiments.run`, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["run", *map(str, arguments)])
+        run.main()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["list", "fig24"], "the figure is 'fig24'; it should be one of fig1, fig2"),
+        (["list", "--scale=large"], "--scale is 'large'; it should be one of paper, mini, smoke"),
+        (["run", "--launcher=cloud"], "--launcher is 'cloud'; it should be one of local, slurm"),
+        (["figure", "fig1", "--scale=mini"], "nothing of fig1 at scale mini has been run in"),
+        (["figure", "--scale=mini", "fig1", "fig2"], "nothing of fig1, fig2 at scale mini has been run in"),
+        (["run", "--launcher=slurm", "--timeout_min=0"], "--timeout_min is 0; it should be at least 1"),
+        (["run", "--data_dir="], "--data_dir is empty; it should be the path of a folder"),
+        (["run", "--data_dir=~no_such_user/x"], "--data_dir is '~no_such_user/x', and there is no home"),
+        (["run", "fig1", "--data_dir=ROOT"], "cifar-10-binary.tar.gz: "),  # the tests have no network
+    ],
+)
+def test_bad_input_is_one_sentence_and_a_failure(arguments, sentence, tmp_path, capsys):
+    arguments = [argument.replace("ROOT", str(tmp_path)) for argument in arguments]
+    with pytest.raises(SystemExit) as exit:
+        call(*arguments, f"--root={tmp_path / 'sweep'}")
+    assert str(exit.value).startswith("error: ")
+    assert sentence in str(exit.value)
+    assert len(str(exit.value).splitlines()) == 1
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_root_that_is_no_path_is_said():
+    for root, sentence in (("", "--root is empty"), ("~no_such_user/x", "--root is '~no_such_user/x'")):
+        with pytest.raises(SystemExit, match=f"error: {sentence}"):
+            call("status", "fig18", f"--root={root}")
+
+
+@pytest.mark.parametrize("action", ["status", "run", "figure"])
+def test_a_root_that_is_a_file_is_said(action, tmp_path, data_dir):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"error: cannot use .*/file.*: Not a directory"):
+        call(action, "fig18", "--scale=smoke", f"--root={tmp_path / 'file'}", f"--data_dir={data_dir}")
+
+
+def test_no_slurm_is_said(tmp_path, monkeypatch, data_dir):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="there is no Slurm here: sbatch is not found; use --launcher=local"):
+        call(
+            "run", "fig18", "--scale=smoke", "--launcher=slurm", f"--root={tmp_path}", f"--data_dir={data_dir}"
+        )
+
+
+@pytest.mark.parametrize("action", ["status", "run", "figure"])
+def test_a_run_of_another_config_or_version_under_a_name_is_refused(action, tmp_path):
+    workdir = tmp_path / MINI.lenet.name
+    version = workdir / "checkpoints" / "0" / "version" / "metadata"
+    version.parent.mkdir(parents=True)
+    same = json.loads(configs.to_json(MINI.lenet.config))
+    for stored, written_by, difference in (
+        (same | {"seed": 1}, __version__, "seed is 1 there and 0 here"),
+        (same | {"lookahead": 3}, __version__, "lookahead is 3 there and absent here"),
+        (same, "0.0.7", "it was written by imp_jax 0.0.7"),
+    ):
+        (workdir / "config.json").write_text(json.dumps(stored))
+        version.write_text(json.dumps({"imp_jax": written_by}))
+        with pytest.raises(SystemExit) as exit:
+            call(action, "fig18", "--scale=mini", f"--root={tmp_path}")
+        assert (
+            f"holds a run of another config or version (this is imp_jax {__version__}): {difference}; give"
+            in (str(exit.value))
+        )
+
+
+def test_a_figure_says_what_it_lacks(tmp_path, capsys):
+    plain, repelled = FIGURES["fig14"].runs(MINI)
+    workdir = tmp_path / plain.name
+    workdir.mkdir()
+    (workdir / "config.json").write_text(configs.to_json(plain.config))
+    tables(plain, rounds=9).results.to_csv(workdir / "results.csv", index=False)
+    (workdir / "divergences.csv").write_text("replicate,arm,round,step,what\n2,reinit,7,40,loss is nan\n")
+    with pytest.raises(SystemExit, match="error: nothing of fig17 at scale mini has been run"):
+        call("figure", "fig14", "fig17", "table1", "--scale=mini", f"--root={tmp_path}")
+    out = capsys.readouterr().out
+    assert f"fig14: {tmp_path / 'figures' / 'fig14.png'}" in out
+    assert f"lacks {plain.name}: missing, 9 of 25 rounds" in out
+    assert f"without reinit 2 from round 7 of {plain.name}, which diverged" in out
+    assert f"lacks {repelled.name}: missing, 0 of 25 rounds" in out
+    assert "266,610" in out
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"fig14.png", "fig14.pdf", "table1.md"}
+
+
+def test_a_failing_run_is_tried_twice_and_reported(tmp_path, monkeypatch, capsys, data_dir):
+    failing = [sys.executable, "-c", "print('error: no such luck'); raise SystemExit(3)"]
+    monkeypatch.setattr(Run, "command", lambda *_: failing)
+    arguments = ("fig18", "--scale=smoke", f"--root={tmp_path}", f"--data_dir={data_dir}")
+    with pytest.raises(SystemExit, match="error: 1 runs failed; what they printed is in"):
+        call("run", *arguments)
+    out = capsys.readouterr().out
+    assert out.count("exit status 3: no such luck") == 2
+    assert out.count("trying again") == 1
+    (state,) = Sweep(tmp_path).states([SMOKE.lenet]).values()
+    assert state == ("failed", 0, "exit status 3: no such luck")
+    call("status", *arguments)
+    assert "1 failed" in capsys.readouterr().out
+
+
+def test_the_reason_of_a_failure_is_of_the_last_attempt(tmp_path):
+    sweep = Sweep(tmp_path)
+    sweep.logs.mkdir()
+    sweep.log(SMOKE.lenet).write_text("$ train\nerror: no such luck\n$ train\ngoing on\n")
+    assert launchers.note_failure(sweep, SMOKE.lenet, -9) == "killed by SIGKILL: going on"
+    with open(sweep.log(SMOKE.lenet), "a") as log:
+        log.write("$ train\n")
+    assert launchers.note_failure(sweep, SMOKE.lenet, 1) == "exit status 1: it said nothing"
+
+
+def test_a_job_that_is_gone_has_failed(tmp_path, monkeypatch, capsys):
+    sweep = Sweep(tmp_path)
+    sweep.logs.mkdir()
+    sweep.log(SMOKE.lenet, "job").write_text("12_3")
+    squeue = tmp_path / "squeue"
+    squeue.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    squeue.write_text("#!/bin/sh\necho 12_2 12_3")
+    assert sweep.states([SMOKE.lenet])[SMOKE.lenet].status == "queued"
+    squeue.write_text("#!/bin/sh\necho 12_2")
+    assert sweep.states([SMOKE.lenet])[SMOKE.lenet].status == "failed"
+    call("status", "fig18", "--scale=smoke", f"--root={tmp_path}")
+    assert "failed: job 12_3 is gone; its log is in" in capsys.readouterr().out
+    squeue.write_text("#!/bin/sh\necho '[timed out]' >&2; exit 1")
+    with pytest.raises(SystemExit, match=r"which jobs are in Slurm's queue: \[timed out\]"):
+        call("run", "fig18", "--scale=smoke", f"--root={tmp_path}")
+
+
+def test_what_another_process_trains_is_waited_for(tmp_path, monkeypatch, capsys, data_dir):
+    monkeypatch.setattr(Run, "command", lambda *_: [sys.executable, "-c", "raise SystemExit('left to us')"])
+    workdir = tmp_path / SMOKE.lenet.name
+    workdir.mkdir()
+    (workdir / ".holder").write_text("process 1 on elsewhere")
+    lock = FileLock(workdir / ".lock", thread_local=False)
+    lock.acquire()
+    threading.Timer(3, lock.release).start()
+    begun = time.monotonic()
+    with pytest.raises(SystemExit, match="1 runs failed"):
+        call("run", "fig18", "--scale=smoke", f"--root={tmp_path}", f"--data_dir={data_dir}")
+    assert time.monotonic() - begun > 2
+    out = capsys.readouterr().out
+    assert "0 runs to train, 1 running" in out
+    assert f"waiting for another process, which trains {SMOKE.lenet.name}" in out
+    assert "left to us; trying again" in out  # and then it is ours
+
+
+def test_no_training_goes_on_without_its_launcher(tmp_path, monkeypatch):
+    sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(Run, "command", lambda *_: sleeps)
+
+    def say(_):
+        raise BrokenPipeError
+
+    begun = time.monotonic()
+    with pytest.raises(BrokenPipeError):
+        launchers.local(Sweep(tmp_path), [SMOKE.lenet], None, say)
+    assert time.monotonic() - begun < 30
+
+
+def test_a_worker_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    shows = [
+        sys.executable,
+        "-c",
+        "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(0.5)",
+    ]
+    monkeypatch.setattr(Run, "command", lambda *_: shows)
+    sweep, runs, said = Sweep(tmp_path), runs_of(FIGURES.values(), SMOKE)[:3], []
+    assert launchers.local(sweep, runs, None, said.append) == 0
+    assert [line.split()[0] for line in said[:3]] == ["started", "started", "done"]  # two at a time
+    seen = [sweep.log(run).read_text().splitlines()[-1] for run in runs]
+    assert set(seen[:2]) == {"3", "5"}
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert visible_gpus(os.environ) == []
+
+
+def test_a_sweep_that_is_stopped_goes_on(tmp_path, data_dir):
+    """Ctrl-C in the midst of the first of two runs; the same command ends with the figures."""
+    sweep, (plain, repelled) = Sweep(tmp_path), FIGURES["fig14"].runs(SMOKE)
+    names = ("fig14", "fig18", "fig20")
+    command = [sys.executable, "-m", "experiments.run", "run", *names, "--scale=smoke"]
+    command += [f"--root={tmp_path}", f"--data_dir={data_dir}"]
+    pipes = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        end = time.monotonic() + 120
+        while sweep.states([plain])[plain].rounds < 2:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    assert process.returncode == 128 + signal.SIGINT
+    assert "stopped by SIGINT; the same command goes on" in err
+    assert f"started {plain.name}" in out
+    assert f"started {repelled.name}" not in out
+    before = sweep.states([plain])[plain]
+    assert before.status == "missing"
+    assert before.rounds >= 2
+    rows = (sweep.workdir(plain) / "results.csv").read_text()
+
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {state.status for state in sweep.states([plain, repelled]).values()} == {"done"}
+    assert (sweep.workdir(plain) / "results.csv").read_text().startswith(rows)
+    for name in names:
+        assert f"{name}: {tmp_path / 'figures' / name}.png" in done.stdout
+        assert (tmp_path / "figures" / f"{name}.pdf").stat().st_size > 1000
+    assert "lacks" not in done.stdout
+    assert not sweep.log(plain, "failed").exists()
+    assert versions(sweep.workdir(plain)) == {__version__}

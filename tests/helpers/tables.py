@@ -1,0 +1,84 @@
+"""Tables of a run that was never trained, made of formulas, for figures and claims to be taken of them."""
+
+from itertools import product
+from pathlib import Path
+
+import pandas as pd
+
+from experiments.sweeps.runs import Run
+from imp_jax import analysis
+
+ARMS = ("imp", "reinit")
+
+
+def tables(
+    run: Run,
+    accuracy=lambda arm, replicate, number: 0.9 + 0.01 * replicate,
+    threshold=lambda arm, replicate, number: 0.1,
+    angle=lambda arm, one, other: 0.5,
+    barrier=lambda number: 0.01,
+    instability=lambda number: 0.03,
+    counts=lambda arm: (1, 2, 1, 2, 1),
+    rounds: int | None = None,
+) -> analysis.Run:
+    """What `analysis.load` would give of `run`, or of its first `rounds`.
+
+    The formulas take the arm, the replicate and the round. An angle is between two rounds. A barrier is that on
+    test images of the path to a round; on training images it is 0. `counts` are of the weights around
+    −2, −1, 0, 1 and 2, in replicate r times r + 1.
+    """
+    config = run.config
+    numbers = range(rounds or config.rounds)
+    replicates = range(config.replicates)
+    arms = [arm for arm in ARMS if arm in config.arms]
+    results = pd.DataFrame(
+        {
+            "replicate": r,
+            "arm": arm,
+            "round": n,
+            "density": (1 - config.pruning.fraction) ** n,
+            "threshold": threshold(arm, r, n),
+            "test_accuracy": accuracy(arm, r, n),
+        }
+        for n, arm, r in product(numbers, arms, replicates)
+    )
+    distances = pd.DataFrame(
+        {
+            "replicate": r,
+            "arm": arm,
+            "metric": metric,
+            "round_a": a,
+            "round_b": b,
+            "distance": angle(arm, a, b) if a != b else 0.0,
+        }
+        for r, arm, metric in product(replicates, arms, ("angular", "cosine", "euclidean"))
+        for a, b in product([-1, *numbers], repeat=2)
+    )
+    twins = [n for n in config.instability.rounds if n in numbers]
+    ends = [("successive", n, barrier) for n in numbers if n] + [("instability", n, instability) for n in twins]
+    barriers = pd.DataFrame(
+        {"replicate": r, "kind": kind, "round": n, "split": split, "barrier": of(n) if split == "test" else 0.0}
+        for (kind, n, of), r, split in product(ends, replicates, ("train", "test"))
+    )
+    paths = pd.DataFrame(
+        {
+            "replicate": r,
+            "kind": kind,
+            "round": n,
+            "split": split,
+            "alpha": alpha,
+            "error": 0.1 + alpha * (1 - alpha),
+        }
+        for (kind, n, _), r, split, alpha in product(ends, replicates, ("train", "test"), (0, 0.5, 1))
+    )
+    histograms = pd.DataFrame(
+        {"replicate": r, "arm": arm, "round": n, "left": i - 2.5, "right": i - 1.5, "count": (1 + r) * count}
+        for r, arm, n in product(replicates, arms, numbers)
+        for i, count in enumerate(counts(arm))
+    )
+    there = dict(distances=distances, paths=paths, barriers=barriers, histograms=histograms)
+    whole = {
+        name: there.get(name, pd.DataFrame()).reindex(columns=columns)
+        for name, columns in analysis.TABLES.items()
+    }
+    return analysis.Run(Path(run.name), config, results, **whole)
