@@ -67,10 +67,8 @@ def show_list(exhibits: Sequence[PaperFigure], scale: Scale) -> None:
     row("together", "each run once", catalogue.runs_of(exhibits, scale))
     wide_console().print(table)
     print(
-        "Costs follow from images/s measured on such a device (experiments/benchmarks/throughput.json); for LeNet"
-    )
-    print(
-        "also from what repulsion and all besides training add on mnist5k, which is unknown for other networks."
+        "Costs follow from images/s measured on such a device (experiments/benchmarks/throughput.json).\n"
+        "Those of LeNet also include repulsion and everything besides training, as measured on mnist5k."
     )
 
 

@@ -11,7 +11,6 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from imp_jax import cli
-from imp_jax.runtime import compilation
 
 _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string(
@@ -73,7 +72,7 @@ def _run(interruption):
     from imp_jax import analysis, imp
     from imp_jax.divergence import DivergedError
     from imp_jax.errors import UserError
-    from imp_jax.runtime import distributed
+    from imp_jax.runtime import compilation, distributed
 
     workdir = cli.find_workdir(_WORKDIR.value, _CONFIG.value, flags.FLAGS["config"])
     compilation.enable_compilation_cache()

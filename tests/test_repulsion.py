@@ -372,7 +372,7 @@ def test_repulsion_drives_rounds_apart_and_attraction_together(tiny_experiment):
 
 
 def test_without_strength_there_is_nothing_of_it(tiny_experiment, monkeypatch):
-    for name in ("remember", "add_gradient", "summary"):
+    for name in ("add_optimum", "add_gradient", "summary"):
         monkeypatch.setattr(repulsion, name, None)
     experiment = tiny_experiment(rounds=2)
     for networks, optima in train_rounds(experiment, 2):

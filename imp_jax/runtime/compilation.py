@@ -102,6 +102,6 @@ def _compiler_options():
 
 
 @functools.cache
-def _xla_keeps_optimization_barriers():
+def xla_keeps_optimization_barriers():
     program = jit_with_backend_options(lambda x: jax.lax.optimization_barrier(2 * x) + 1).program()
     return "opt-barrier" in program.lower(1.0).compile().as_text()

@@ -250,7 +250,7 @@ def raise_on_all_processes() -> Iterator[None]:
     """A step that all processes take or none does: a UserError in one of them ends it in all.
 
     Raises:
-      SaidElsewhereError: another process, of a lower number if this one too, raises what went wrong.
+      RemoteUserError: another process, of a lower number if this one too, raises what went wrong.
     """
     error = None
     try:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from imp_jax import models
 from imp_jax.errors import lookup
 from imp_jax.models.fast_cpu import convolution
-from imp_jax.runtime.compilation import _xla_keeps_optimization_barriers
+from imp_jax.runtime import compilation
 from imp_jax.runtime.devices import MEMBER
 
 
@@ -57,7 +57,7 @@ def choose_execution(config: ConfigDict, model: nn.Module, image_shape: tuple[in
     on_cpu = jax.default_backend() == "cpu"
     plain, others = count_convolutions(model, image_shape)
     auto = "scan_unroll" if plain or others else "scan_vmap"
-    if on_cpu and (others or (plain and not _xla_keeps_optimization_barriers())):
+    if on_cpu and (others or (plain and not compilation.xla_keeps_optimization_barriers())):
         auto = "step_unroll"
     execution = lookup({"auto": EXECUTION_MODES[auto], **EXECUTION_MODES}, "execution", config.execution)
     if on_cpu and plain:

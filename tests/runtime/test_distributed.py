@@ -40,8 +40,8 @@ def found(folder):
 def test_all_hear_of_an_error_and_one_says_it(found):
     assert [of["most"] for of in found] == [10, 10]
     assert [of["same"] for of in found] == [[True, False, True]] * 2
-    assert found[0]["errors"] == ["", "SaidElsewhereError: process 1: not here, 1", "UserError: not here, 0"]
-    assert found[1]["errors"] == ["", "UserError: not here, 1", "SaidElsewhereError: process 0: not here, 0"]
+    assert found[0]["errors"] == ["", "RemoteUserError: process 1: not here, 1", "UserError: not here, 0"]
+    assert found[1]["errors"] == ["", "UserError: not here, 1", "RemoteUserError: process 0: not here, 0"]
 
 
 def test_nobody_waits_in_the_shutdown_of_jax(folder):

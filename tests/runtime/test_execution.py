@@ -50,13 +50,13 @@ def chosen(model, execution="auto", dtype="float32"):
 
 def test_the_execution_suits_the_convolutions_of_a_model(monkeypatch):
     monkeypatch.setattr(convolution, "has_onednn", lambda dtype: dtype == "float32")
-    monkeypatch.setattr(compilation, "_xla_keeps_optimization_barriers", lambda: True)
+    monkeypatch.setattr(compilation, "xla_keeps_optimization_barriers", lambda: True)
     assert chosen("lenet") == (True, False, "flax")  # scan, vmap
     assert chosen("conv4") == chosen(Network()) == (True, True, "onednn")
     assert chosen(Network(groups=2)) == (False, True, "onednn")  # the grouped one is slow in a loop
     assert chosen("conv4", "step_vmap") == (False, False, "onednn")
     assert chosen("conv4", dtype="bfloat16") == (True, True, "xla")
-    monkeypatch.setattr(compilation, "_xla_keeps_optimization_barriers", lambda: False)
+    monkeypatch.setattr(compilation, "xla_keeps_optimization_barriers", lambda: False)
     assert chosen("lenet") == (True, False, "flax")
     assert chosen(Network()) == (False, True, "onednn")  # a program a step
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -150,7 +150,7 @@ def test_what_a_barrier_keeps_is_computed_once():
         return program.lower(jnp.ones((8, 9))).compile().as_text().count("sine(")
 
     assert (
-        compilation._xla_keeps_optimization_barriers()
+        compilation.xla_keeps_optimization_barriers()
     )  # or trainings with convolutions are slow: see choose_execution
     assert sines(compilation.jit_with_backend_options(function).program()) == 1
     assert sines(jax.jit(function)) >= 1

@@ -14,7 +14,7 @@ WAIT = "hashlib.pbkdf2_hmac('sha512', b'', b'', 10**9)"  # it does not come back
 
 def start(code):
     """A process with an `Interruption`, once it is ready."""
-    head = "import hashlib\nfrom imp_jax.interruption import Interruption\n"
+    head = "import hashlib\nfrom imp_jax.runtime.signals import GracefulStop\n"
     process = subprocess.Popen(
         [sys.executable, "-c", head + code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -25,7 +25,7 @@ def start(code):
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_ends_at_once_what_can_be_done_again(number):
-    process = start(f"with Interruption():\n    {READY}    {WAIT}")
+    process = start(f"with GracefulStop():\n    {READY}    {WAIT}")
     process.send_signal(number)
     assert process.wait(timeout=10) == 128 + number
     said = process.stderr.read()
@@ -67,7 +67,7 @@ def test_what_is_ignored_stays_ignored():
 
 def test_a_second_signal_ends_the_process_even_while_python_waits():
     """In a call that does not come back to the interpreter, as a compilation does not."""
-    process = start(f"with Interruption() as i, i.defer_signals():\n    {READY}    {WAIT}")
+    process = start(f"with GracefulStop() as i, i.defer_signals():\n    {READY}    {WAIT}")
     process.send_signal(signal.SIGTERM)
     assert "SIGTERM: stopping where the run can be taken up again" in process.stderr.readline()
     time.sleep(0.3)

@@ -239,7 +239,11 @@ def test_what_is_no_damage_is_raised_and_moves_nothing(
     again = reopened()
     with monkeypatch.context() as patch:
         patch.setattr("orbax.checkpoint.CheckpointManager.restore", fail)
-        for read in (again.mend, lambda: again.restore(1), lambda: again.progress(2, progress(0), STEPS)):
+        for read in (
+            again.quarantine_damaged_rounds,
+            lambda: again.restore(1),
+            lambda: again.progress(2, progress(0), STEPS),
+        ):
             with pytest.raises(raised, match=words) as caught:
                 read()
             assert not isinstance(caught.value, DamagedError)
@@ -265,7 +269,11 @@ def test_a_folder_that_cannot_be_read_now_is_no_damage(checkpoints, tmp_path, re
         raise FileNotFoundError(errno.ENOENT, "No such file", "d/manifest.ocdbt")
 
     again = reopened()
-    read = again.mend if "checkpoints" in place else lambda: again.progress(2, progress(0), STEPS)
+    read = (
+        again.quarantine_damaged_rounds
+        if "checkpoints" in place
+        else lambda: again.progress(2, progress(0), STEPS)
+    )
     with monkeypatch.context() as patch:
         patch.setattr("orbax.checkpoint.CheckpointManager.restore", fail)
         patch.setattr(os, "scandir", denied)

@@ -119,7 +119,7 @@ def test_only_errors_of_the_file_system_are_the_users(tiny_experiment, tmp_path,
     def record():
         with Recorder(tiny_experiment(), tmp_path) as opened:
             opened.begin(1, 0)
-            opened._later(1, fail)
+            opened._submit(1, fail)
             opened._thread.shutdown()
             opened.chunk(opened._experiment, 1, None, 8, 0.1)
 
@@ -167,7 +167,7 @@ def test_the_workdir_is_held_while_anything_is_written(tiny_experiment, tmp_path
     def fail_on_a_device():
         with Recorder(tiny_experiment(), tmp_path) as opened:
             opened.begin(0, 0)
-            opened._later(0, write)
+            opened._submit(0, write)
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
     with pytest.raises(jax.errors.JaxRuntimeError):

@@ -136,7 +136,7 @@ def test_a_workdir_has_one_writer(tmp_path):
 
 def test_the_lock_of_a_dead_process_does_not_block(tmp_path):
     hold = (
-        "import os, signal; from imp_jax import config, records\n"
+        "import os, signal; from imp_jax import config; from imp_jax.workdir.lock import open_workdir\n"
         f"with open_workdir({str(tmp_path)!r}, config.default()):\n"
         "    os.kill(os.getpid(), signal.SIGKILL)"
     )
