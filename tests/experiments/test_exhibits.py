@@ -5,7 +5,8 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiments import run as cli
-from experiments.paper.catalogue import FIGURES, runs_of
+from experiments.paper import catalogue
+from experiments.paper.catalogue import runs_of
 from experiments.paper.panels import NOT_RUN
 from experiments.paper.scales import MINI, PAPER, SCALES, SMOKE
 from imp_jax import figures
@@ -25,7 +26,7 @@ FIGURES = [name for name in FIGURES if name.startswith("fig")]
 @pytest.fixture(scope="module")
 def finished():
     """Every run of the paper's and the mini scale."""
-    return {run: tables(run) for scale in (PAPER, MINI) for run in runs_of(FIGURES.values(), scale)}
+    return {run: tables(run) for scale in (PAPER, MINI) for run in runs_of(catalogue.FIGURES.values(), scale)}
 
 
 def panels(figure):
@@ -38,7 +39,7 @@ def words(figure):
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_figure_is_drawn_in_full(name, finished):
-    figure = FIGURES[name].draw(PAPER, finished)
+    figure = catalogue.FIGURES[name].draw(PAPER, finished)
     assert isinstance(figure, Figure)
     assert len(panels(figure)) == PANELS[name]
     assert NOT_RUN not in words(figure)
@@ -47,7 +48,7 @@ def test_every_figure_is_drawn_in_full(name, finished):
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_figure_of_which_runs_are_lacking_says_so_in_their_panels(name, finished):
-    exhibit = FIGURES[name]
+    exhibit = catalogue.FIGURES[name]
     assert words(exhibit.draw(MINI, {})) == [NOT_RUN] * len(panels(exhibit.draw(MINI, finished)))
     first = exhibit.runs(MINI)[0]
     begun = {first: tables(first, rounds=1)}  # not yet analysed, or of one round
@@ -58,8 +59,8 @@ def test_the_lines_of_figure_1_are_means_and_ranges_of_the_replicates():
     def accuracy(arm, replicate, number):
         return 0.5 + 0.1 * replicate**2 - 0.02 * number - 0.3 * (arm == "reinit")
 
-    runs = FIGURES["fig1"].runs(PAPER)
-    figure = FIGURES["fig1"].draw(PAPER, {run: tables(run, accuracy=accuracy) for run in runs})
+    runs = catalogue.FIGURES["fig1"].runs(PAPER)
+    figure = catalogue.FIGURES["fig1"].draw(PAPER, {run: tables(run, accuracy=accuracy) for run in runs})
     assert [axes.get_title() for axes in panels(figure)] == [f"batch size {n}" for n in PAPER.batch_sizes]
     for axes in panels(figure):
         imp, reinit, warm_imp, _ = axes.containers
@@ -75,27 +76,27 @@ def test_the_lines_of_figure_1_are_means_and_ranges_of_the_replicates():
 
 
 def test_accuracy_far_below_the_best_leaves_the_panel():
-    plain, repelled = FIGURES["fig14"].runs(PAPER)
+    plain, repelled = catalogue.FIGURES["fig14"].runs(PAPER)
     fails = tables(repelled, accuracy=lambda arm, r, n: 0.9 - 0.03 * n)
-    (axes,) = FIGURES["fig14"].draw(PAPER, {plain: tables(plain), repelled: fails}).axes
+    (axes,) = catalogue.FIGURES["fig14"].draw(PAPER, {plain: tables(plain), repelled: fails}).axes
     assert axes.get_ylim() == pytest.approx((92 - 15 - 1, 92 + 1))
-    (axes,) = FIGURES["fig14"].draw(PAPER, {plain: tables(plain)}).axes
+    (axes,) = catalogue.FIGURES["fig14"].draw(PAPER, {plain: tables(plain)}).axes
     assert axes.get_ylim() == pytest.approx((90 - 1, 92 + 1))
 
 
 def test_a_panel_that_was_not_run_leaves_the_others_their_axes():
-    runs = FIGURES["fig12"].runs(PAPER)
-    first, second = FIGURES["fig12"].draw(PAPER, {runs[0]: tables(runs[0])}).axes
+    runs = catalogue.FIGURES["fig12"].runs(PAPER)
+    first, second = catalogue.FIGURES["fig12"].draw(PAPER, {runs[0]: tables(runs[0])}).axes
     assert words(second.figure) == [NOT_RUN]
     assert len(first.get_yticks()) > 2
 
 
 def test_figure_2_has_a_line_a_round_over_batch_sizes():
-    runs = FIGURES["fig2"].runs(PAPER)
+    runs = catalogue.FIGURES["fig2"].runs(PAPER)
     finished = {
         run: tables(run, instability=lambda n, run=run: 1e-5 * n * run.config.batch_size) for run in runs[1:]
     }
-    (axes,) = FIGURES["fig2"].draw(PAPER, finished).axes
+    (axes,) = catalogue.FIGURES["fig2"].draw(PAPER, finished).axes
     for number, bars in zip((5, 10, 15), axes.containers, strict=True):
         sizes, points = bars[0].get_data(orig=False)
         np.testing.assert_allclose(sizes, PAPER.batch_sizes[1:])  # those that have been run
@@ -104,8 +105,10 @@ def test_figure_2_has_a_line_a_round_over_batch_sizes():
 
 
 def test_matrices_have_the_rounds_in_order_and_the_initialisation_last():
-    (run,) = FIGURES["fig18"].runs(PAPER)
-    figure = FIGURES["fig18"].draw(PAPER, {run: tables(run, angle=lambda arm, a, b: 0.01 * abs(a - b))})
+    (run,) = catalogue.FIGURES["fig18"].runs(PAPER)
+    figure = catalogue.FIGURES["fig18"].draw(
+        PAPER, {run: tables(run, angle=lambda arm, a, b: 0.01 * abs(a - b))}
+    )
     for axes in panels(figure):
         matrix = axes.images[0].get_array()
         assert matrix.shape == (26, 26)
@@ -115,15 +118,15 @@ def test_matrices_have_the_rounds_in_order_and_the_initialisation_last():
 
 
 def test_matrices_of_several_runs_share_their_colours():
-    runs = FIGURES["fig11"].runs(PAPER)
+    runs = catalogue.FIGURES["fig11"].runs(PAPER)
     finished = {run: tables(run, angle=lambda *_, run=run: float(run.config.batch_size)) for run in runs}
-    figure = FIGURES["fig11"].draw(PAPER, finished)
+    figure = catalogue.FIGURES["fig11"].draw(PAPER, finished)
     assert {axes.images[0].get_clim() for axes in panels(figure)} == {(0, 4096)}
 
 
 def test_figure_8_has_the_barrier_at_every_density():
-    (run,) = FIGURES["fig8"].runs(PAPER)
-    left, right = FIGURES["fig8"].draw(PAPER, {run: tables(run, barrier=lambda n: 0.001 * n)}).axes
+    (run,) = catalogue.FIGURES["fig8"].runs(PAPER)
+    left, right = catalogue.FIGURES["fig8"].draw(PAPER, {run: tables(run, barrier=lambda n: 0.001 * n)}).axes
     assert [text.get_text() for text in left.get_legend().get_texts()] == [
         *("100 → 80 %", "13 → 11 %", "1.8 → 1.4 %"),
     ]
@@ -132,7 +135,7 @@ def test_figure_8_has_the_barrier_at_every_density():
 
 
 def test_table_1_counts_the_parameters():
-    lines = FIGURES["table1"].draw(PAPER, {}).splitlines()
+    lines = catalogue.FIGURES["table1"].draw(PAPER, {}).splitlines()
     assert lines[2].startswith("| LeNet-300-100 | mnist | 266,610 | 25 | 60 | adam | 0.0012 | constant |")
     assert lines[3].startswith("| ResNet-20 | cifar10 | 268,346 | 85 | 128 | momentum | 0.1 | ÷10 at 56, 71 |")
     assert lines[4].startswith("| Conv-4 | cifar10 | 2,425,930 | 75 | 128 | momentum | 0.01 | cosine |")
@@ -140,17 +143,17 @@ def test_table_1_counts_the_parameters():
 
 
 def test_the_table_of_appendix_c_has_what_one_cut_costs():
-    first, _ = FIGURES["tablec"].runs(MINI)
+    first, _ = catalogue.FIGURES["tablec"].runs(MINI)
     one = tables(first, accuracy=lambda arm, r, n: 0.7 + 0.01 * r - 0.02 * n * (1 + r))
-    lines = FIGURES["tablec"].draw(MINI, {first: one}).splitlines()
+    lines = catalogue.FIGURES["tablec"].draw(MINI, {first: one}).splitlines()
     assert lines[2] == "| 0.02 | 71.0 (70.0 to 72.0) % | -4.0 (-6.0 to -2.0) points |"
     assert lines[3] == f"| 0.005 | {NOT_RUN} | {NOT_RUN} |"
-    lines = FIGURES["tablec"].draw(MINI, {first: tables(first, rounds=1)}).splitlines()
+    lines = catalogue.FIGURES["tablec"].draw(MINI, {first: tables(first, rounds=1)}).splitlines()
     assert lines[2].endswith(f"% | {NOT_RUN} |")
 
 
 def test_a_figure_says_what_it_is():
-    exhibit = FIGURES["fig14"]
+    exhibit = catalogue.FIGURES["fig14"]
     plain, _ = exhibit.runs(MINI)
     said = cli.describe(exhibit, MINI, [plain])
     assert said.startswith("mini scale: LeNet-300-100 on mnist5k, 20 epochs, 3 replicates; in the paper LeNet")
