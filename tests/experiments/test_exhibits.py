@@ -20,7 +20,7 @@ PANELS = {  # of the paper's scale
     "fig4": 6,
     **{f"fig{n}": 12 for n in (9, 10, 11)},
 }
-FIGURES = [name for name in FIGURES if name.startswith("fig")]
+FIGURES = [name for name in catalogue.FIGURES if name.startswith("fig")]
 
 
 @pytest.fixture(scope="module")
