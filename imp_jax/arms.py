@@ -1,9 +1,12 @@
-"""Members: the (arm, replicate) pairs that a round trains side by side, and their random keys.
+"""Arms: what is trained on the mask of a round, such as the ticket itself and its control.
 
-Members lead every batched tree, arm by arm, the twins of a round last: they share imp's ticket and mask (and
-its earlier optima), and no later round knows of them.
+A member is one arm of one replicate. In every round the members are the leading axis of all batched trees, arm
+by arm. Starting weights and mask of an arm are functions of imp's ticket and mask. To add an arm, `register`
+one.
 """
 
+import dataclasses
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,11 +14,80 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Key, PyTree
-from ml_collections import ConfigDict
 
-# What an arm's keys fold in; the numbers are part of a run's randomness, so they never change.
-ARMS = {"imp": 0, "reinit": 1, "twin": 2}
-_RNG_STREAMS = {"init": 0, "reinit": 1, "data": 2, "score": 3}
+from imp_jax import masking
+from imp_jax.errors import UserError
+from imp_jax.masking import Mask
+from imp_jax.training import Variables
+
+FIRST_USER_NUMBER = 100  # numbers below are of the arms of this package
+_RNG_STREAMS = {"init": 0, "reinit": 1, "data": 2, "score": 3, "arm": 4, "rngs": 5}  # these never change
+
+
+class ArmInputs(NamedTuple):
+    """What an arm's functions are given, of one replicate and without a member axis."""
+
+    ticket: Variables  # imp's starting variables of the round, not yet masked
+    mask: Mask  # imp's mask of the round
+    key: Key[Array, ""]  # of this arm, replicate and round
+    initialize: Callable[[str], Variables]  # a random initialisation of a named stream, the same in every round
+
+
+def _imp_mask(inputs: ArmInputs) -> Mask:
+    return inputs.mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way of training on a round's mask.
+
+    Attributes:
+      number: folded into the arm's random keys, so it never changes; from 100 on for arms of users.
+      weights: returns the starting variables, a tree like `ArmInputs.ticket`; they are masked afterwards.
+      mask: returns the mask, a tree like `ArmInputs.mask`.
+      rewinds: with `rewind_step=k`, whether the arm starts at step k of the training, as imp does. An arm that
+        starts from a random initialisation trains all steps.
+    """
+
+    number: int
+    weights: Callable[[ArmInputs], Variables]
+    mask: Callable[[ArmInputs], Mask] = _imp_mask
+    rewinds: bool = True
+
+
+ARMS: dict[str, Arm] = {
+    # the ticket itself; its masks are those that all arms start from
+    "imp": Arm(0, lambda inputs: inputs.ticket),
+    # the control: another random initialisation, the same in all rounds (ours)
+    "reinit": Arm(1, lambda inputs: inputs.initialize("reinit"), rewinds=False),
+    # the ticket with other data order and augmentation, in the rounds of `instability.rounds` (section 2.1)
+    "twin": Arm(2, lambda inputs: inputs.ticket),
+}
+
+
+def register(name: str, arm: Arm) -> None:
+    """Make `config.arms = ("imp", name)` train `arm` in every round.
+
+    Raises:
+      UserError: not an `Arm`; a number below 100, or one of another arm; a name of this package.
+    """
+    if not isinstance(arm, Arm):
+        raise UserError(f"the arm {name!r} is a {type(arm).__name__}; it should be an imp_jax.arms.Arm")
+    if name in ARMS and ARMS[name].number < FIRST_USER_NUMBER:
+        raise UserError(f"the arm {name!r} is one of imp_jax; it should have another name")
+    if not name.isidentifier():
+        raise UserError(f"the arm {name!r} should have a name of letters, digits and underscores")
+    if type(arm.number) is not int or arm.number < FIRST_USER_NUMBER:
+        raise UserError(
+            f"the arm {name!r} has the number {arm.number}; it should be an integer from {FIRST_USER_NUMBER} on"
+        )
+    taken = {other.number: known for known, other in ARMS.items() if known != name}
+    if arm.number in taken:
+        raise UserError(
+            f"the arm {name!r} has the number {arm.number}, which is that of {taken[arm.number]!r}; it should "
+            f"have one of its own"
+        )
+    ARMS[name] = arm
 
 
 class Member(NamedTuple):
@@ -23,64 +95,100 @@ class Member(NamedTuple):
     replicate: int
 
 
-def members_of(config: ConfigDict) -> tuple[Member, ...]:
-    """The members that a run starts with; twins are of single rounds."""
-    return tuple(Member(arm, replicate) for arm in config.arms for replicate in range(config.replicates))
-
-
-def with_twins(members: Sequence[Member], config: ConfigDict, number: int) -> tuple[Member, ...]:
-    """`members` in round `number`: last among them, where the config asks, a twin of each imp."""
-    asked = number in config.instability.rounds
-    return (*members, *(Member("twin", m.replicate) for m in members if asked and m.arm == "imp"))
-
-
 def members_of_rows(rows: Iterable[dict[str, Any]], number: int) -> tuple[Member, ...]:
-    """The members whose networks round `number` left, of rows of results.csv."""
+    """Return the members whose networks round `number` left, from rows of results.csv."""
     return tuple(Member(row["arm"], row["replicate"]) for row in rows if row["round"] == number)
 
 
-def members_for_next_round(members: Sequence[Member]) -> tuple[Member, ...]:
-    """Those of a round's members that the next one trains: with an imp, whose mask they use, and no twins."""
-    return tuple(m for m in members if m.arm != "twin" and Member("imp", m.replicate) in members)
+def members_for_next_round(members: Sequence[Member], arms: Sequence[str]) -> tuple[Member, ...]:
+    """Return the members that train in the next round too: of `arms`, and with an imp, whose mask they use."""
+    return tuple(m for m in members if m.arm in arms and Member("imp", m.replicate) in members)
+
+
+def add_scheduled_members(
+    members: Sequence[Member], rounds_by_arm: dict[str, frozenset[int]], number: int
+) -> tuple[Member, ...]:
+    """Append the members of the arms that train in single rounds, such as `twin`, one for each imp."""
+    scheduled = (arm for arm, rounds in rounds_by_arm.items() if number in rounds)
+    return (*members, *(Member(arm, m.replicate) for arm in scheduled for m in members if m.arm == "imp"))
 
 
 def take_members(tree: PyTree[Array], members: Sequence[Member], wanted: Sequence[Member]) -> PyTree[Array]:
-    """`tree`, whose leaves lead with `members`, with the leaves of those `wanted` only."""
+    """Take the leaves of the members `wanted` from a tree of all `members`."""
     if tuple(members) == tuple(wanted):
         return tree
     source = np.array([members.index(member) for member in wanted])
     return jax.tree.map(lambda leaf: leaf[source], tree)
 
 
+def imp_of_each(members: Sequence[Member]) -> np.ndarray:
+    """Return, for each member, the index of its replicate's imp."""
+    return np.array([members.index(Member("imp", member.replicate)) for member in members])
+
+
 def member_keys(
     members: Sequence[Member], seed: int, path: Callable[[Member], list[Any]]
 ) -> Key[Array, " members"]:
-    """One key a member, folded from seed → replicate → a named draw → numbers, whatever the other members."""
+    """Make one PRNG key per member: fold_in(seed, replicate, stream, *numbers), whatever the other members.
 
-    def key(member):
-        draw, *numbers = path(member)
-        key = jax.random.key(seed)
-        for number in (member.replicate, _RNG_STREAMS[draw], *numbers):
+    Args:
+      path: returns the name of a stream and the numbers of a member.
+    """
+
+    def fold(member):
+        stream, *numbers = path(member)
+        key = _replicate_key(seed, member.replicate)
+        for number in (stream_number(stream), *numbers):
             key = jax.random.fold_in(key, number)
         return key
 
-    return jnp.stack([key(member) for member in members])
+    return jnp.stack([fold(member) for member in members])
 
 
-@jax.jit
+def replicate_keys(members: Sequence[Member], seed: int) -> Key[Array, " members"]:
+    """Make the PRNG keys of the members' replicates, fold_in(seed, replicate)."""
+    return jnp.stack([_replicate_key(seed, member.replicate) for member in members])
+
+
+def _replicate_key(seed, replicate):
+    return jax.random.fold_in(jax.random.key(seed), replicate)
+
+
+def stream_number(stream: str) -> int:
+    """Return the number that stands for a stream in keys; that of a user's stream is a checksum of its name."""
+    return _RNG_STREAMS.get(stream, zlib.crc32(stream.encode()))
+
+
+def start_arm(
+    arm: Arm,
+    tickets: Variables,
+    masks: Mask,
+    keys: Key[Array, " replicates"],
+    replicate_keys: Key[Array, " replicates"],
+    init: Callable[[Key[Array, ""]], Variables],
+) -> tuple[Variables, Mask]:
+    """Compute starting weights and masks of an arm; all trees have a leading axis of replicates.
+
+    Args:
+      init: the initialisation of the model by a key.
+
+    Raises:
+      ValueError: a tree of another structure or shape than the ticket or the mask.
+    """
+
+    def start(ticket, mask, key, replicate_key):
+        def initialize(stream):
+            return init(jax.random.fold_in(replicate_key, stream_number(stream)))
+
+        inputs = ArmInputs(ticket, mask, key, initialize)
+        weights, arm_mask = arm.weights(inputs), arm.mask(inputs)
+        masking.require_same_shapes(ticket, weights)
+        masking.require_same_shapes(mask, arm_mask)
+        return weights, jax.tree.map(lambda leaf: leaf.astype(bool), arm_mask)
+
+    return jax.vmap(start)(tickets, masks, keys, replicate_keys)
+
+
 def where_members(chosen: Bool[Array, " members"], one: PyTree[Array], other: PyTree[Array]) -> PyTree[Array]:
-    """`one` for the chosen members, `other` for the rest."""
+    """Return the leaves of `one` for the chosen members and those of `other` for the rest."""
     return jax.tree.map(lambda a, b: jnp.where(chosen.reshape(-1, *[1] * (a.ndim - 1)), a, b), one, other)
-
-
-def repeat_imp_for_twins(members: Sequence[Member], tree: PyTree[Array]) -> PyTree[Array]:
-    """`tree`, of all members or of all but twins, with imp's leaves for the twins."""
-    if "twin" not in {member.arm for member in members}:
-        return tree
-    source = [members.index(m if m.arm != "twin" else Member("imp", m.replicate)) for m in members]
-    return jax.tree.map(lambda leaf: leaf[np.array(source)], tree)
-
-
-def without_twins(members: Sequence[Member], tree: PyTree[Array]) -> PyTree[Array]:
-    """`tree`, of all members, without the leaves of the twins."""
-    return take_members(tree, members, [member for member in members if member.arm != "twin"])

@@ -75,6 +75,7 @@ def default() -> ConfigDict:
 
     config.pruning = ConfigDict()
     config.pruning.score = "magnitude"  # or random; the lowest scores go
+    config.pruning.images = 256  # training images of the batch that scores with gradients are computed on
     config.pruning.fraction = 0.2  # of the survivors, removed after each round; one-shot to 30 %: rounds=2, 0.7
     config.pruning.exclude = ()  # layers never pruned, by name, such as ("projection_*",) of ResNet-50
 
@@ -159,6 +160,7 @@ _CONSTRAINTS = {
     "analysis.baseline": (lambda v: v in ("mean", "linear", "max"), "mean, linear or max"),
     "model.norm_momentum": (lambda v: 0 <= v < 1, "in [0, 1)"),
     "model.width": (lambda v: 0 < v < float("inf"), "above 0 and finite"),
+    "pruning.images": (lambda v: v >= 1, "at least 1"),
     "pruning.fraction": (lambda v: 0 < v < 1, "between 0 and 1, both excluded"),
     "pruning.exclude": (lambda v: all(isinstance(n, str) for n in v), "names of layers, such as ('Dense_2',)"),
 }
@@ -260,6 +262,12 @@ def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = value
     return flat
+
+
+def describe_for_processes(config: ConfigDict) -> str:
+    """Return the fields that have to be equal on all processes that train together."""
+    may_differ = ("dataset.data_dir", "dataset.workers")
+    return str({name: value for name, value in flatten(config).items() if name not in may_differ})
 
 
 def run_name(name: str, base: ConfigDict, config: ConfigDict) -> str:

@@ -10,7 +10,6 @@ from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
 from imp_jax import data, masking
-from imp_jax.data import InMemory, Streamed
 from imp_jax.masking import Params
 from imp_jax.models.fast_cpu.convolution import conv_general_dilated_by, use_convolutions
 from imp_jax.training import TrainSpec, Variables, example_sums, sum_over_batches
@@ -72,12 +71,12 @@ def error_barrier(errors: Float[Array, "*paths points"], baseline: str = "mean")
 def path_metrics(
     variables_a: Variables,
     variables_b: Variables,
-    split: InMemory | Streamed,
+    split: data.Split,
     *,
     spec: TrainSpec,
     num_points: int = 20,
     batch_norm: str = "interpolate",
-    train: InMemory | Streamed | None = None,
+    train: data.Split | None = None,
 ) -> tuple[Float[np.ndarray, " points"], Float[np.ndarray, " points"]]:
     """Mean cross-entropy (nats) and error, in [0, 1], of the networks at the points of `linear_path`.
 
@@ -115,11 +114,10 @@ def _split_params(variables):
 def _over_chunks(function, path, split, spec, batch_size=None):
     """`sum_over_batches` of a function of a path, a few of its points at a time."""
     params_a, params_b, alphas, states = path
-    batch_size = batch_size or min(1000, split.examples)
+    batch_size = min(batch_size or split.examples, split.evaluation_batch_size, split.examples)
     chunk = len(alphas)
-    if isinstance(split, Streamed):  # it would be decoded again for every chunk
-        batch_size = min(250, batch_size)
-    elif not spec.execution.unroll:  # or they follow each other
+    # a streamed split would be decoded again for every chunk; unrolled points follow each other in any case
+    if split.in_memory and not spec.execution.unroll:
         chunk = _max_points_per_pass(params_a, states, split, batch_size, spec)
     sums = []
     for first in range(0, len(alphas), chunk):
@@ -188,13 +186,8 @@ def _reestimated(path, train, spec):
         )
     batch_size = min(250, train.examples)
     batches = min(ESTIMATION_IMAGES, train.examples) // batch_size
-    examples = range(batches * batch_size)
-    if isinstance(train, Streamed):
-        parts = zip(*train.evaluation_batches(batch_size, examples), strict=True)
-        images, labels = map(jnp.concatenate, parts)
-    else:
-        images, labels = train.images[: len(examples)], train.labels[: len(examples)]
-    sums = _over_chunks(_batch_statistics, path, InMemory(images, labels), spec, batch_size)
+    examples = train.take(np.arange(batches * batch_size))
+    sums = _over_chunks(_batch_statistics, path, examples, spec, batch_size)
     return jax.tree.map(lambda leaf: leaf / batches, sums)
 
 

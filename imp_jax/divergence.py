@@ -1,8 +1,8 @@
 """Divergence: a loss that is not finite, or an accuracy back at chance in a training that had learnt (ours)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isfinite
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -14,6 +14,11 @@ LEARNED_FACTOR, CHANCE_FACTOR = 2.5, 1.25  # accuracies, as multiples of 1/class
 
 class DivergedError(UserError):
     """A run that ended because a training diverged; the rounds before are kept."""
+
+    def __init__(self, message: str, round: int = 0, diverged: Mapping[Any, tuple[int, str]] | None = None):
+        super().__init__(message)
+        self.round = round
+        self.diverged = dict(diverged or {})  # by member: step and description
 
 
 class TrainingHistory(NamedTuple):
@@ -30,13 +35,13 @@ def init_history(members: int) -> TrainingHistory:
 
 
 def update_history(
-    seen: TrainingHistory,
+    history: TrainingHistory,
     losses: Float[np.ndarray, "steps members"],
     accuracies: Float[np.ndarray, "steps members"],
     first_step: int,
     steps_per_epoch: int,
 ) -> TrainingHistory:
-    """`seen`, and the steps of one epoch that follow from `first_step` of the training on."""
+    """`history`, and the steps of one epoch that follow from `first_step` of the training on."""
     before = first_step % steps_per_epoch
     after = before + len(losses)
 
@@ -45,26 +50,26 @@ def update_history(
             return (so_far * before + values.sum(0, dtype=np.float64)) / after
 
     broken = ~np.isfinite(losses)
-    newly = (seen.broken_at < 0) & broken.any(0)
-    accuracy = mean(seen.accuracy, accuracies)
+    newly = (history.broken_at < 0) & broken.any(0)
+    accuracy = mean(history.accuracy, accuracies)
     return TrainingHistory(
-        broken_at=np.where(newly, first_step + broken.argmax(0), seen.broken_at),
-        loss=mean(seen.loss, losses),
+        broken_at=np.where(newly, first_step + broken.argmax(0), history.broken_at),
+        loss=mean(history.loss, losses),
         accuracy=accuracy,
-        best_accuracy=np.maximum(seen.best_accuracy, accuracy)
+        best_accuracy=np.maximum(history.best_accuracy, accuracy)
         if after == steps_per_epoch
-        else seen.best_accuracy,
+        else history.best_accuracy,
     )
 
 
-def non_finite_members(seen: TrainingHistory) -> dict[int, tuple[int, str]]:
-    """The members whose loss has been nan or infinite, each with the step, and what was seen in words."""
-    steps = seen.broken_at.tolist()
+def non_finite_members(history: TrainingHistory) -> dict[int, tuple[int, str]]:
+    """The members whose loss has been nan or infinite, each with the step, and what was history in words."""
+    steps = history.broken_at.tolist()
     return {i: (step, "the loss became nan or infinite") for i, step in enumerate(steps) if step >= 0}
 
 
 def diverged_members(
-    seen: TrainingHistory, train_losses: Sequence[float], classes: int, steps: int
+    history: TrainingHistory, train_losses: Sequence[float], classes: int, steps: int
 ) -> dict[int, tuple[int, str]]:
     """The members that have diverged in a training of `steps` steps that is over, like `non_finite_members`.
 
@@ -76,9 +81,11 @@ def diverged_members(
         for i, loss in enumerate(train_losses)
         if not isfinite(loss)
     }
-    collapsed = (seen.best_accuracy >= LEARNED_FACTOR / classes) & (seen.accuracy <= CHANCE_FACTOR / classes)
+    collapsed = (history.best_accuracy >= LEARNED_FACTOR / classes) & (
+        history.accuracy <= CHANCE_FACTOR / classes
+    )
     fallen = {
-        i: (steps, f"the accuracy fell to {seen.accuracy[i]:.1%} after {seen.best_accuracy[i]:.1%}")
+        i: (steps, f"the accuracy fell to {history.accuracy[i]:.1%} after {history.best_accuracy[i]:.1%}")
         for i in np.flatnonzero(collapsed).tolist()
     }
-    return {**fallen, **last, **non_finite_members(seen)}
+    return {**fallen, **last, **non_finite_members(history)}

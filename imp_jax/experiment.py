@@ -1,140 +1,175 @@
 """An experiment: what a config names, checked and loaded, before anything is trained."""
 
-import json
-import os
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
+from imp_jax import arms, data, masking, models, optimizers, scores, training
 from imp_jax import config as configs
-from imp_jax import data, masking, models, optimizers, pruning, training
-from imp_jax.arms import Member, members_of, with_twins
-from imp_jax.errors import UserError, lookup
-from imp_jax.masking import Params
-from imp_jax.runtime import devices, distributed
+from imp_jax.arms import Member
+from imp_jax.errors import UserError, lookup, one_line
+from imp_jax.runtime import devices
 from imp_jax.runtime.devices import DATA
-from imp_jax.runtime.execution import ExecutionMode, choose_execution
-from imp_jax.workdir.files import write_atomically
+from imp_jax.runtime.execution import choose_execution
 
-_CONVOLUTIONS = {  # in words; the later ones are faster on a CPU
-    "flax": "the convolutions of Flax",
-    "xla": "convolutions by XLA in forms for a CPU",
-    "onednn": "convolutions by oneDNN",
-}
+
+class Pruning(NamedTuple):
+    """How masks shrink; static under jit."""
+
+    score: scores.Score
+    fraction: float  # of the survivors, removed after each round
+    exclude: tuple[str, ...]  # patterns of layers that are never pruned
+    images: int  # of the batch that `ScoreInputs.loss` is of; 0 if the score does not use it
+
+
+class OptimaStore(NamedTuple):
+    """How earlier optima are stored for J_r, whose strength is in `TrainSpec`."""
+
+    memory: str  # all, or last
+    dtype: str
 
 
 class Experiment(NamedTuple):
-    """Everything a round needs that no round changes."""
+    """Everything that a config names, resolved; constant during a run."""
 
-    config: ConfigDict
-    members: tuple[Member, ...]  # of a round; twins last
+    name: str  # such as "lenet on mnist5k"
+    seed: int
+    rounds: int
+    arms: tuple[str, ...]  # that train in every round
+    scheduled_arms: dict[str, frozenset[int]]  # that train in single rounds
+    replicates: int
     dataset: data.Dataset  # on the device, unless it is streamed
     spec: training.TrainSpec
-    score: Callable[..., pruning.Scores]
     learning_rates: Float[np.ndarray, "epochs steps"]
+    rewind_step: int | None
+    pruning: Pruning
+    optima_store: OptimaStore
+    saved_steps: frozenset[int]  # of a training, at which its state is saved
+    on_divergence: str  # stop, or drop
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """The members that a run begins with, without those of single rounds."""
+        return tuple(Member(arm, replicate) for arm in self.arms for replicate in range(self.replicates))
 
 
-def setup(config: ConfigDict) -> Experiment:
+def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: bool = True) -> Experiment:
     """Check `config` and load what it names.
+
+    Args:
+      dataset: used in the place of `config.dataset.name`, with its own augmentation unless the config names
+        one.
+      use_mesh: train on the devices of `config.mesh`; False is one device of this process.
 
     Raises:
       UserError: see `config.validate`; an unknown name; a set that is absent or smaller than a batch; a
-        rewind step beyond the training.
+        rewind step beyond the training; devices that do not suit.
     """
     configs.validate(config)
     devices.require_usable()
-    arms = set(map(str, config.arms))
-    if not {"imp"} <= arms <= {"imp", "reinit"} or len(arms) < len(config.arms):
-        raise UserError(
-            f"arms is {config.arms}; it should hold imp, whose masks all arms use, and reinit or not, none "
-            f"twice, written as ('imp', 'reinit'); the rounds of twins are in instability.rounds"
-        )
-    score = lookup(pruning.SCORES, "pruning.score", config.pruning.score)
-    optimizer = optimizers.make_optimizer(config)
+    _check_arms(config.arms)
+    score = lookup(scores.SCORES, "pruning.score", config.pruning.score)
+    optimizer = optimizers.make_optimizer(
+        config.optimizer.name,
+        learning_rate=config.optimizer.learning_rate,
+        momentum=config.optimizer.momentum,
+        weight_decay=config.optimizer.weight_decay,
+    )
     lookup(optimizers.SCHEDULES, "optimizer.schedule", config.optimizer.schedule)
     models.find(config.model.name)
 
-    dataset = data.load(
-        config.dataset.name,
-        config.dataset.data_dir,
-        augmentation=config.dataset.augmentation,
-        image_side=config.dataset.image_side,
-        workers=config.dataset.workers,
-    )
-    if not isinstance(dataset.train, data.Streamed):
-        _require_defaults(
-            config,
-            ("dataset.image_side", "dataset.workers", "checkpoint_every_steps"),
-            f"only streamed sets read it, and {config.dataset.name} is held in memory",
+    if dataset is None:
+        dataset = data.load(
+            config.dataset.name,
+            config.dataset.data_dir,
+            augmentation=config.dataset.augmentation,
+            image_side=config.dataset.image_side,
+            workers=config.dataset.workers,
         )
-    examples = dataset.train.examples
-    if config.batch_size > examples:
-        raise UserError(
-            f"batch_size is {config.batch_size}; {config.dataset.name} has {examples} training images, "
-            f"so it should be at most {examples}"
-        )
-    learning_rates = optimizers.learning_rates(config, steps_per_epoch=examples // config.batch_size)
-    if (config.rewind_step or 0) >= learning_rates.size:
-        raise UserError(
-            f"rewind_step is {config.rewind_step}; a training has {learning_rates.size} steps, "
-            f"so it should be at most {learning_rates.size - 1}"
-        )
-    parts = config.accumulate_steps * config.model.norm_parts
-    if config.batch_size % parts:
-        near = max(config.batch_size // parts, 1) * parts
-        raise UserError(
-            f"batch_size is {config.batch_size}; with accumulate_steps {config.accumulate_steps} and "
-            f"model.norm_parts {config.model.norm_parts} it should be a multiple of {parts}, such as {near} or "
-            f"{near + parts}"
-        )
+    elif config.dataset.augmentation is not None:
+        dataset = dataset._replace(augmentation=tuple(config.dataset.augmentation))
+    _check_unused_settings(config, dataset)
+    learning_rates = _make_learning_rates(config, dataset.train.examples)
     model = models.create(config, dataset.num_classes, dataset.train.image_shape)
     params = models.shapes(model, dataset.train.image_shape)["params"]
     _require_layers(config.pruning.exclude, params)
-    return Experiment(
-        config=config,
-        members=members_of(config),
-        dataset=dataset,
-        spec=training.TrainSpec(
-            model=model,
-            optimizer=optimizer,
-            normalize=data.channel_statistics(dataset) if config.dataset.normalize else data.Normalize(),
-            augmentation=dataset.augmentation,
-            repulsion_strength=config.repulsion.strength,
-            execution=choose_execution(config, model, dataset.train.image_shape),
-            accumulate_steps=config.accumulate_steps,
-            norm_parts=config.model.norm_parts,
-        ),
-        score=score,
-        learning_rates=learning_rates,
+    spec = training.TrainSpec(
+        model=model,
+        optimizer=optimizer,
+        batch_size=config.batch_size,
+        normalize=data.channel_statistics(dataset) if config.dataset.normalize else data.Normalize(),
+        augmentation=dataset.augmentation,
+        repulsion_strength=config.repulsion.strength,
+        execution=choose_execution(config.execution, config.dtype, model, dataset.train.image_shape),
+        accumulate_steps=config.accumulate_steps,
+        norm_parts=config.model.norm_parts,
+        rng_streams=models.rng_streams(model, dataset.train.image_shape),
     )
+    uses_batch = _check_score(config.pruning.score, score, spec, dataset)
+    if not uses_batch and config.pruning.images != (usual := configs.default().pruning.images):
+        raise UserError(
+            f"pruning.images is {config.pruning.images}; the score {config.pruning.score} uses no images, so "
+            f"it should be {usual}"
+        )
+    experiment = Experiment(
+        name=f"{config.model.name} on {config.dataset.name}",
+        seed=config.seed,
+        rounds=config.rounds,
+        arms=tuple(config.arms),
+        scheduled_arms={"twin": frozenset(config.instability.rounds)},
+        replicates=config.replicates,
+        dataset=dataset,
+        spec=spec,
+        learning_rates=learning_rates,
+        rewind_step=config.rewind_step,
+        pruning=Pruning(
+            score=score,
+            fraction=config.pruning.fraction,
+            exclude=tuple(config.pruning.exclude),
+            images=min(config.pruning.images, dataset.train.examples) if uses_batch else 0,
+        ),
+        optima_store=OptimaStore(config.repulsion.memory, config.repulsion.dtype),
+        saved_steps=_saved_steps(config, dataset, learning_rates),
+        on_divergence=config.on_divergence,
+    )
+    for name in config.arms:
+        _check_arm(name, experiment)
+    if not use_mesh:
+        return experiment
+    mesh = devices.make_mesh(
+        len(experiment.members),
+        config.batch_size,
+        member=config.mesh.member,
+        data=config.mesh.data,
+        accumulate_steps=config.accumulate_steps,
+        norm_parts=config.model.norm_parts,
+    )
+    return put_on_mesh(experiment, mesh)
 
 
 def put_on_mesh(experiment: Experiment, mesh: Mesh | None) -> Experiment:
-    """The experiment with its data on every device of a mesh, where they are in memory, to be trained there.
+    """Return the experiment to be trained on a mesh, with data that are in memory on every device of it.
 
     Raises:
-      UserError: the devices divide a batch, and the network could not normalise by all of it.
+      UserError: the devices share a batch, and the network could not normalise by all of it.
     """
     if mesh is None:
         return experiment
     spec, dataset = spec_on_mesh(experiment.spec, mesh), experiment.dataset
-    with_statistics = set(models.shapes(spec.model, dataset.train.image_shape)) != {"params"}
-    if spec.data_devices > 1 and with_statistics and not hasattr(spec.model, "norm_axis"):
+    has_statistics = set(models.shapes(spec.model, dataset.train.image_shape)) != {"params"}
+    if spec.data_devices > 1 and has_statistics and not hasattr(spec.model, "norm_axis"):
         raise UserError(
-            f"mesh.data is {spec.data_devices}; {experiment.config.model.name} keeps statistics of its "
+            f"mesh.data is {spec.data_devices}; {experiment.name.partition(' on ')[0]} keeps statistics of its "
             f"batches and has no field norm_axis to take them over devices, so it should be 1"
         )
-    train, test = (
-        devices.replicate(split, mesh) if isinstance(split, data.InMemory) else split
-        for split in (dataset.train, dataset.test)
-    )
+    train, test = (split.put_on_mesh(mesh) for split in (dataset.train, dataset.test))
     return experiment._replace(spec=spec, dataset=dataset._replace(train=train, test=test))
 
 
@@ -148,96 +183,142 @@ def spec_on_mesh(spec: training.TrainSpec, mesh: Mesh | None) -> training.TrainS
 
 
 def put_on_one_device(experiment: Experiment) -> Experiment:
-    """The experiment of `put_on_mesh` for one device of this process; its data are those of the mesh."""
+    """Return the experiment of `put_on_mesh` for one device of this process; its data are those of the mesh."""
     if experiment.spec.mesh is None:
         return experiment
     spec, dataset = spec_on_mesh(experiment.spec, None), experiment.dataset
-    train, test = (
-        devices.unreplicate(split) if isinstance(split, data.InMemory) else split
-        for split in (dataset.train, dataset.test)
-    )
+    train, test = (split.put_on_one_device() for split in (dataset.train, dataset.test))
     return experiment._replace(spec=spec, dataset=dataset._replace(train=train, test=test))
 
 
-def in_round(experiment: Experiment, number: int) -> Experiment:
-    """The experiment with the members of round `number`: those that it has, and twins if there are any then."""
-    return experiment._replace(members=with_twins(experiment.members, experiment.config, number))
-
-
-def describe_experiment(experiment: Experiment, params: Params) -> str:
-    """The network and its data, for the terminal."""
-    config, members = experiment.config, len(experiment.members)
-    twins = [str(n) for n in sorted(set(config.instability.rounds)) if n < config.rounds]
+def describe_experiment(experiment: Experiment) -> str:
+    """Describe the network and its data in one line."""
+    members = len(experiment.members)
     trained = f"{members} member{'s' * (members > 1)}"
-    if twins:
-        trained += f", with {config.replicates} more in round{'s' * (len(twins) > 1)} {', '.join(twins)}"
-    count = sum(leaf.size for leaf in jax.tree.leaves(params)) // members
-    weights = masking.size(params, config.pruning.exclude) // members
-    height, width, channels = experiment.dataset.train.image_shape
+    for rounds in experiment.scheduled_arms.values():
+        if numbers := [str(n) for n in sorted(rounds) if n < experiment.rounds]:
+            more = f"with {experiment.replicates} more in round{'s' * (len(numbers) > 1)}"
+            trained += f", {more} {', '.join(numbers)}"
+    image_shape = experiment.dataset.train.image_shape
+    params = models.shapes(experiment.spec.model, image_shape)["params"]
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    weights = masking.size(params, experiment.pruning.exclude)
     return (
-        f"{config.model.name} on {config.dataset.name} ({height} × {width} × {channels}): "
+        f"{experiment.name} ({' × '.join(map(str, image_shape))}): "
         f"{count:,} parameters, {weights:,} of them weights to prune; {trained}"
     )
 
 
-def restore_execution(experiment: Experiment, workdir: str | os.PathLike) -> Experiment:
-    """Return the experiment with the execution that a workdir was begun with, if this machine has it.
-
-    Else, and in a new workdir, with the one that `setup` has chosen; a change is reported on stderr.
-    """
-    chosen = experiment.spec.execution
-    try:
-        stored = ExecutionMode(**json.loads(_execution_file(workdir).read_text()))
-    except (OSError, ValueError, TypeError):  # a new workdir, or one of an earlier version
-        stored = chosen
-    possible = ("xla", "onednn") if chosen.convolutions == "onednn" else (chosen.convolutions,)
-    if stored.convolutions not in possible:
-        if distributed.is_primary():
-            before = _CONVOLUTIONS.get(stored.convolutions, stored.convolutions)
-            why = "are slow" if stored.convolutions == "flax" else "cannot be used"
-            print(
-                f"{workdir} was begun with {before}, which {why} here: it goes on with "
-                f"{_CONVOLUTIONS[chosen.convolutions]}, and results differ by rounding",
-                file=sys.stderr,
-            )
-        stored = chosen
-    return _with_execution(experiment, stored)
+def _check_arms(names):
+    known = [name for name in arms.ARMS if name not in ("imp", "twin")]
+    if not {"imp"} <= set(map(str, names)) <= {"imp", *known} or len(set(names)) < len(names):
+        raise UserError(
+            f"arms is {names}; it should hold imp, whose masks all arms use, and any of {', '.join(known)}, "
+            f"none twice, written as ('imp', 'reinit'); the rounds of twins are in instability.rounds"
+        )
 
 
-def agree_on_execution(experiment: Experiment) -> Experiment:
-    """Return the experiment with convolutions that all processes have; all of them have to call this."""
-    execution, order = experiment.spec.execution, list(_CONVOLUTIONS)
-    common = order[-distributed.global_max(-order.index(execution.convolutions))]
-    return _with_execution(experiment, execution._replace(convolutions=common))
-
-
-def _with_execution(experiment, execution):
-    return experiment._replace(spec=experiment.spec._replace(execution=execution))
-
-
-def store_execution(experiment: Experiment, workdir: str | os.PathLike) -> None:
-    """Keep the execution in a workdir, beside config.json, for `restore_execution`."""
-    content = json.dumps(experiment.spec.execution._asdict(), indent=2) + "\n"
-    write_atomically(_execution_file(workdir), content)
-
-
-def _execution_file(workdir):
-    return Path(workdir) / "execution.json"
-
-
-def describe_execution(execution: ExecutionMode) -> str:
-    """The convolutions and the mode of a run, for the terminal; empty where Flax computes all of them."""
-    if execution.convolutions == "flax":
-        return ""
-    return f"{_CONVOLUTIONS[execution.convolutions]}; execution {execution.mode}"
-
-
-def _require_defaults(config, fields, why):
-    """Refuse fields that would do nothing."""
+def _check_unused_settings(config, dataset):
+    """Refuse settings of streamed sets for a set in memory."""
     given, usual = configs.flatten(config), configs.flatten(configs.default())
-    for field in fields:
+    for field in set(data.Streamed.settings) - set(dataset.train.settings):
         if given[field] != usual[field]:
-            raise UserError(f"{field} is {given[field]!r}; {why}, so it should be {usual[field]!r}")
+            raise UserError(
+                f"{field} is {given[field]!r}; only streamed sets read it, and {config.dataset.name} is held "
+                f"in memory, so it should be {usual[field]!r}"
+            )
+
+
+def _make_learning_rates(config, examples):
+    """Compute the learning rate of every step, once the batches are known to be possible."""
+    if config.batch_size > examples:
+        raise UserError(
+            f"batch_size is {config.batch_size}; {config.dataset.name} has {examples} training images, "
+            f"so it should be at most {examples}"
+        )
+    learning_rates = optimizers.learning_rates(
+        config.epochs,
+        examples // config.batch_size,
+        learning_rate=config.optimizer.learning_rate,
+        schedule=config.optimizer.schedule,
+        milestones=config.optimizer.milestones,
+        warmup_epochs=config.optimizer.warmup_epochs,
+    )
+    if (config.rewind_step or 0) >= learning_rates.size:
+        raise UserError(
+            f"rewind_step is {config.rewind_step}; a training has {learning_rates.size} steps, "
+            f"so it should be at most {learning_rates.size - 1}"
+        )
+    parts = config.accumulate_steps * config.model.norm_parts
+    if config.batch_size % parts:
+        near = max(config.batch_size // parts, 1) * parts
+        raise UserError(
+            f"batch_size is {config.batch_size}; with accumulate_steps {config.accumulate_steps} and "
+            f"model.norm_parts {config.model.norm_parts} it should be a multiple of {parts}, such as {near} or "
+            f"{near + parts}"
+        )
+    return learning_rates
+
+
+def _saved_steps(config, dataset, learning_rates):
+    """Return the steps of a training at which its state is saved."""
+    intervals = [config.checkpoint_every_epochs * learning_rates.shape[1]]
+    if "checkpoint_every_steps" in dataset.train.settings:
+        intervals.append(config.checkpoint_every_steps)
+    return frozenset(step for n in intervals for step in range(n, learning_rates.size, n))
+
+
+def _check_score(name, score, spec, dataset):
+    """Check by tracing that a score returns a tree like the parameters; return whether it uses `loss`."""
+    image_shape = dataset.train.image_shape
+    variables = models.shapes(spec.model, image_shape)
+    calls = []
+
+    def trace(variables, key):
+        params = variables["params"]
+        images, labels = jnp.zeros((1, *image_shape)), jnp.zeros(1, jnp.int32)
+        inputs = scores.make_inputs(
+            variables, masking.ones_like(params), key, images, labels, image_shape=image_shape, spec=spec
+        )
+        loss = inputs.loss
+        return score(inputs._replace(loss=lambda params: calls.append(1) or loss(params)))
+
+    result = jax.eval_shape(trace, variables, jax.random.key(0))
+    try:
+        masking.require_same_shapes(variables["params"], result)
+    except ValueError as error:
+        raise UserError(
+            f"pruning.score is {name!r}, which should return a tree like the parameters: {one_line(error)}"
+        ) from error
+    return bool(calls)
+
+
+def _check_arm(name, experiment):
+    """Check by tracing that an arm returns trees like the ticket and the mask."""
+    image_shape = experiment.dataset.train.image_shape
+    variables = models.shapes(experiment.spec.model, image_shape)
+
+    def trace(variables, key):
+        trees = jax.tree.map(lambda leaf: leaf[None], (variables, masking.ones_like(variables["params"])))
+        keys = key[None]
+        return arms.start_arm(arms.ARMS[name], *trees, keys, keys, init_fn(experiment.spec.model, image_shape))
+
+    try:
+        jax.eval_shape(trace, variables, jax.random.key(0))
+    except ValueError as error:
+        if arms.ARMS[name].number < arms.FIRST_USER_NUMBER:
+            raise
+        raise UserError(
+            f"arms has {name!r}, which should return trees like the ticket and the mask: {one_line(error)}"
+        ) from error
+
+
+def init_fn(
+    model: nn.Module, image_shape: tuple[int, int, int]
+) -> Callable[[Key[Array, ""]], training.Variables]:
+    """Return the initialisation of a model as a function of a key."""
+    image = jnp.zeros((1, *image_shape))
+    return lambda key: dict(model.init(key, image, train=False))
 
 
 def _require_layers(patterns, params):

@@ -78,7 +78,7 @@ def _run(interruption):
     compilation.enable_compilation_cache()
     try:
         config_file = config_flags.get_config_filename(flags.FLAGS["config"])
-        imp.run(_CONFIG.value, workdir, interruption, config_file)
+        imp.run(_CONFIG.value, workdir, interruption, config_file, analyses=analysis)
     except DivergedError:
         with contextlib.suppress(UserError):  # what is on disk is worth a look all the same
             if distributed.is_primary():

@@ -6,7 +6,7 @@ are added to the parameters. `optax.lion` and the other optimizers of optax are 
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Float
-from ml_collections import ConfigDict
 
 from imp_jax import masking
 from imp_jax.errors import UserError, lookup
@@ -68,29 +67,34 @@ def register(name: str, optimizer: Callable[..., optax.GradientTransformation]) 
     OPTIMIZERS[name] = optimizer
 
 
-# Factors of the base learning rate, by time in epochs and number of epochs.
+# factors of the base learning rate: functions of the time in epochs, the number of epochs, and the milestones
 SCHEDULES = {
-    "constant": lambda time, epochs, config: np.ones_like(time),
-    "step": lambda time, epochs, config: 0.1 ** np.searchsorted(config.milestones, time, side="right"),
-    "cosine": lambda time, epochs, config: (1 + np.cos(np.pi * time / epochs)) / 2,
+    "constant": lambda time, epochs, milestones: np.ones_like(time),
+    "step": lambda time, epochs, milestones: 0.1 ** np.searchsorted(milestones, time, side="right"),
+    "cosine": lambda time, epochs, milestones: (1 + np.cos(np.pi * time / epochs)) / 2,
 }
 
 
-def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
-    """The masked optax transform of `config.optimizer`, whose updates are added to the parameters.
+def make_optimizer(
+    name: str, *, learning_rate: float, momentum: float | None = None, weight_decay: float = 0.0
+) -> optax.GradientTransformationExtraArgs:
+    """Make the masked optax transform of a registered optimizer; its updates are added to the parameters.
 
     It is called as `update(grads, state, params, mask=mask, learning_rate=rate)`, with a traced rate. Weight
     decay is L2: added to the gradient, before Adam's moments too, on all parameters (ours).
 
+    Args:
+      learning_rate: the base rate, on which some initial states depend.
+      momentum: None is the optimizer's own.
+
     Raises:
       UserError: an unknown optimizer; a momentum for one that has none.
     """
-    name, momentum = config.optimizer.name, config.optimizer.momentum
     factory = lookup(OPTIMIZERS, "optimizer.name", name)
     _check_factory(name, factory)
     if momentum is not None and "momentum" not in inspect.signature(factory).parameters:
         raise UserError(f"optimizer.momentum is {momentum}; {name} has no momentum, so it should be None")
-    return _make_optimizer(factory, config.optimizer.learning_rate, momentum, config.optimizer.weight_decay)
+    return _make_optimizer(factory, learning_rate, momentum, weight_decay)
 
 
 @functools.cache  # jit compares static arguments: a second run in the same process must get the same object
@@ -134,21 +138,28 @@ def _check_factory(name, optimizer):
         )
 
 
-def learning_rates(config: ConfigDict, steps_per_epoch: int) -> Float[np.ndarray, "epochs steps"]:
-    """The learning rate of every step of a training (table 1), times the warm-up's linear rise from 0.
+def learning_rates(
+    epochs: int,
+    steps_per_epoch: int,
+    *,
+    learning_rate: float,
+    schedule: str = "constant",
+    milestones: Sequence[float] = (),
+    warmup_epochs: float = 0.0,
+) -> Float[np.ndarray, "epochs steps"]:
+    """Compute the learning rate of every step of a training (table 1), times the linear rise of the warm-up.
 
     Raises:
       UserError: an unknown schedule; a milestone after the last step.
     """
-    schedule = lookup(SCHEDULES, "optimizer.schedule", config.optimizer.schedule)
-    time = np.arange(config.epochs * steps_per_epoch) / steps_per_epoch
-    milestones = config.optimizer.milestones
+    factors = lookup(SCHEDULES, "optimizer.schedule", schedule)
+    time = np.arange(epochs * steps_per_epoch) / steps_per_epoch
     if milestones and milestones[-1] > time[-1]:
         raise UserError(
             f"optimizer.milestones is {milestones}; the last step of a training begins at epoch "
             f"{time[-1]:.6g}, so they should be at most that"
         )
-    rates = config.optimizer.learning_rate * schedule(time, config.epochs, config.optimizer)
-    if config.optimizer.warmup_epochs:
-        rates *= np.minimum(time / config.optimizer.warmup_epochs, 1)
-    return rates.reshape(config.epochs, steps_per_epoch).astype(np.float32)
+    rates = learning_rate * factors(time, epochs, milestones)
+    if warmup_epochs:
+        rates *= np.minimum(time / warmup_epochs, 1)
+    return rates.reshape(epochs, steps_per_epoch).astype(np.float32)

@@ -1,8 +1,7 @@
-"""Scores → threshold → next mask.
+"""Pruning: from scores to a threshold and the next mask.
 
 Pruning is global: the weights of all layers are ranked together, and exactly round(fraction · survivors) of
-those with the lowest scores go (section 2.1, appendix A.3). To add a score, write a function with the
-signature of `magnitude` and name it in `SCORES`.
+those with the lowest scores are removed (section 2.1, appendix A.3). `scores` has the functions that score.
 """
 
 from collections.abc import Sequence
@@ -10,28 +9,12 @@ from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt
 
 from imp_jax import masking
 from imp_jax.masking import Mask, Params
 
-Scores = PyTree[Float[Array, "..."]]
-
-
-def magnitude(params: Params, key: Key[Array, ""]) -> Scores:
-    """|θ|, the score of IMP; draws nothing from `key`."""
-    del key
-    return jax.tree.map(jnp.abs, params)
-
-
-def random(params: Params, key: Key[Array, ""]) -> Scores:
-    """Uniform scores: the sanity control that any informed score must beat."""
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
-    return treedef.unflatten([jax.random.uniform(k, jnp.shape(p)) for k, p in zip(keys, leaves, strict=True)])
-
-
-SCORES = {"magnitude": magnitude, "random": random}
+Scores = PyTree[Float[Array, "..."]]  # a tree like the parameters
 
 
 def prune_by_magnitude(

@@ -24,6 +24,10 @@ _STORE_SIZE_IN_P = 1.7
 _SCATTER_HINTS = {"indices_are_sorted": True, "unique_indices": True}
 
 
+class GrownMaskError(ValueError):
+    """A mask holds a weight that an earlier one had pruned: the optima stored do not have it."""
+
+
 class Optima(NamedTuple):
     """Θ, the earlier optima, on the surviving weights of a round; with several members all lead with them.
 
@@ -138,7 +142,7 @@ def add_optimum(
             if kept:
                 slots_before = np.searchsorted(before[m], there)
                 if not np.array_equal(np.take(before[m], slots_before, mode="clip"), there):
-                    raise ValueError("a mask holds a weight that the round before had pruned")
+                    raise GrownMaskError("a mask holds a weight that the round before had pruned")
                 latest = values_before[m][count - kept : count, slots_before]
                 values[m, :kept, used] = np.where(mask[m, there], latest, 0)
         all_positions.append(positions)

@@ -21,17 +21,16 @@ os.environ.setdefault(
 )
 
 # ruff: noqa: E402
+import functools
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from imp_jax import config as configs
-from imp_jax import data, imp, optimizers, training
-from imp_jax.arms import Member
+from imp_jax import data, experiment, models
 from imp_jax.models.lenet import LeNet
-from imp_jax.runtime.execution import EXECUTION_MODES, ExecutionMode
 
 # the files that take longest, longest first: each runs in one worker, and the last to end decides
 LONGEST = (
@@ -104,34 +103,26 @@ def tiny_experiment():
     return make_tiny_experiment
 
 
-def make_tiny_experiment(**overrides):
+models.register("tiny_lenet", functools.partial(LeNet, widths=(6, 5)))
+
+
+def make_tiny_experiment(dataset=None, **overrides):
     """LeNet 16 → 6 → 5 → 3 on 46 random images of 4 × 4, in batches of 8, with these fields of the config."""
+    return experiment.setup(make_tiny_config(**overrides), dataset or make_tiny_dataset())
+
+
+def make_tiny_config(**overrides):
+    """The config of `make_tiny_experiment`."""
     config = configs.default()
     with config.unlocked():
         config.update({"replicates": 2, "rounds": 3, "epochs": 2, "batch_size": 8})
-        config.update_from_flattened_dict(overrides)
-    configs.validate(config)
+        config.update_from_flattened_dict({"model.name": "tiny_lenet", **overrides})
+    return config
+
+
+def make_tiny_dataset():
+    """46 random images of 4 × 4 in three classes by their brightness; the first 13 are the test set."""
     draw = np.random.default_rng(0)
     images = draw.integers(0, 256, (46, 4, 4, 1), np.uint8)
     labels = (images.mean((1, 2, 3)) / 256 * 60).astype(np.int32) % 3
-    images, labels = jnp.asarray(images), jnp.asarray(labels)
-    dataset = data.Dataset(
-        data.InMemory(images, labels),
-        data.InMemory(images[:13], labels[:13]),
-        num_classes=3,
-        augmentation=(),
-        folder=None,
-    )
-    return imp.Experiment(
-        config=config,
-        members=tuple(Member(arm, r) for arm in config.arms for r in range(config.replicates)),
-        dataset=dataset,
-        spec=training.TrainSpec(
-            LeNet(num_classes=3, widths=(6, 5)),
-            optimizers.make_optimizer(config),
-            repulsion_strength=config.repulsion.strength,
-            execution=EXECUTION_MODES.get(config.execution, ExecutionMode()),
-        ),
-        score=imp.pruning.SCORES[config.pruning.score],
-        learning_rates=optimizers.learning_rates(config, len(images) // config.batch_size),
-    )
+    return data.from_arrays(images, labels, images[:13], labels[:13], num_classes=3)

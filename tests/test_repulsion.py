@@ -427,9 +427,9 @@ def test_one_program_serves_the_rounds_of_one_shape(tiny_experiment):
     experiment = tiny_experiment(
         rounds=12, epochs=1, **{"repulsion.strength": 2.0, "repulsion.dtype": "bfloat16"}
     )
-    training._train_epoch_jit.program().clear_cache()
+    training.programs().scan_steps.clear_cache()
     stores = [optima for _, optima in train_rounds(experiment, 12)][1:]
     assert {str(leaf.dtype) for optima in stores for leaf in jax.tree.leaves(optima.values)} == {"bfloat16"}
     shapes = {None, *(optima.shape for optima in stores)}
     assert len(shapes) <= 8
-    assert training._train_epoch_jit.program()._cache_size() == len(shapes)
+    assert training.programs().scan_steps._cache_size() == len(shapes)

@@ -34,9 +34,10 @@ from imp_jax import connectivity, errors, figures, masking, similarity, weights
 from imp_jax.analysis import report
 from imp_jax.arms import Member, members_of_rows, take_members
 from imp_jax.errors import UnknownNameError, UserError, one_line
-from imp_jax.experiment import Experiment, restore_execution, setup
+from imp_jax.experiment import Experiment, setup
 from imp_jax.training import Variables
 from imp_jax.workdir.checkpoints import Checkpoints, DamagedError, RoundNetworks, move_aside
+from imp_jax.workdir.execution import restore_execution
 from imp_jax.workdir.files import write_atomically
 from imp_jax.workdir.lock import CONFIG_COPY, open_workdir, require_same_dataset, stored_config_file
 from imp_jax.workdir.progress import make_console
@@ -241,7 +242,9 @@ def compute(
             if (kind, number) not in paths or (kind == "successive" and before is None):
                 continue
             other = tables["paths"][(tables["paths"]["round"] != number) | (tables["paths"]["kind"] != kind)]
-            tables["paths"] = _with_rows("paths", other, list(_paths(experiment(), number, kind, before, now)))
+            tables["paths"] = _with_rows(
+                "paths", other, list(_paths(experiment(), config.analysis, number, kind, before, now))
+            )
             _write(workdir, "paths", tables["paths"])  # the one that takes long
         if of_distances:
             if number == 0:
@@ -318,7 +321,7 @@ def _setup(config, workdir, config_file):
     if config_file:
         _execute_config_file(config_file)
     try:
-        experiment = setup(config)
+        experiment = setup(config, use_mesh=False)
     except UnknownNameError as error:
         kept = stored_config_file(workdir)
         if config_file or not kept:
@@ -402,13 +405,13 @@ def _incomplete_rounds(tables, members):
     }
 
 
-def _paths(experiment, number, kind, before, now):
+def _paths(experiment, settings, number, kind, before, now):
     """Rows of the paths of one kind that end in round `number`, of every replicate on both splits."""
-    config, dataset = experiment.config, experiment.dataset
+    dataset = experiment.dataset
     options = {
         "spec": experiment.spec,
-        "num_points": config.analysis.path_points,
-        "batch_norm": config.analysis.batch_norm,
+        "num_points": settings.path_points,
+        "batch_norm": settings.batch_norm,
         "train": dataset.train,
     }
     other, other_arm = (before, "imp") if kind == "successive" else (now, "twin")
@@ -460,7 +463,7 @@ def _weights(experiment, number, networks, results):
     params, masks = take_members((trained["params"], mask), networks.members, members)
     by_member = results.set_index(["arm", "replicate"])["threshold"]
     thresholds = np.array([by_member[member] for member in members], np.float32)
-    exclude = tuple(experiment.config.pruning.exclude)
+    exclude = experiment.pruning.exclude
     counts, limit, bimodality, near_zero, survivors = _weights_of_members(
         params, masks, thresholds, exclude=exclude
     )

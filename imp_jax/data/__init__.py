@@ -30,8 +30,10 @@ from filelock import FileLock, Timeout
 from imp_jax.data import classics, folder, tfrecords
 from imp_jax.data.augmentation import AUGMENTATIONS
 from imp_jax.data.dataset import (
+    Batches,
     Dataset,
     InMemory,
+    Split,
     device_memory,
     from_arrays,
     read_all,
@@ -50,9 +52,11 @@ from imp_jax.runtime.signals import run_on_exit
 __all__ = [
     "AUGMENTATIONS",
     "BUILDERS",
+    "Batches",
     "Dataset",
     "InMemory",
     "Normalize",
+    "Split",
     "Streamed",
     "channel_statistics",
     "device_memory",

@@ -1,22 +1,72 @@
-"""Data sets as the rest of the package sees them, and those made of arrays in memory."""
+"""Data sets as the rest of the package sees them, and those made of arrays in memory.
+
+Both kinds of splits, `InMemory` and `streaming.Streamed`, have the attributes and methods of `Split`.
+"""
 
 import contextlib
+import dataclasses
+import functools
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int, UInt8
+from jax.sharding import Mesh
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, UInt8
 
 from imp_jax.data import images as image_files
-from imp_jax.data.augmentation import AUGMENTATIONS
+from imp_jax.data.augmentation import AUGMENTATIONS, augment
 from imp_jax.data.folder import ImageFolder
 from imp_jax.data.source import Source
-from imp_jax.data.streaming import Streamed
 from imp_jax.errors import UserError, one_line
+from imp_jax.runtime import devices
+from imp_jax.runtime.compilation import jit_with_backend_options
+
+Images = UInt8[Array, "*batch height width channels"] | Float[Array, "*batch height width channels"]
+
+
+class Batches(Protocol):
+    """The batches of an epoch, or of an evaluation.
+
+    `load(number, …)` is traced: it gives the arrays of batch `number`. Where `scannable`, one object holds all
+    batches and can be an argument of a compiled loop; `one_by_one` gives an object for each batch in turn.
+    """
+
+    scannable: bool
+
+    def one_by_one(self) -> Iterator[Any]: ...
+
+
+class Split(Protocol):
+    """What the rest of the package needs of a split, in memory or streamed."""
+
+    examples: int
+    image_shape: tuple[int, int, int]  # height, width, channels
+    evaluation_batch_size: int  # default size of the batches of an evaluation
+    in_memory: bool  # a pass over the split costs no decoding
+    steps_per_call: int | None  # steps after which the host looks at a training; None is an epoch
+    settings: tuple[str, ...]  # fields of the config that only this kind of split reads
+
+    def training_epochs(
+        self, keys: Key[Array, " members"], epochs: int, batch_size: int, first_step: int, mesh: Mesh | None
+    ) -> Any:
+        """Return an object whose method `epoch(number)` gives the `Batches` of an epoch for all members."""
+
+    def evaluation(self, batch_size: int, mesh: Mesh | None) -> Batches:
+        """Return the whole split in batches; the last one is filled up with examples that do not count."""
+
+    def take(self, examples: Int[np.ndarray, " count"]) -> "InMemory":
+        """Return some examples, as they are in an evaluation."""
+
+    def put_on_mesh(self, mesh: Mesh) -> "Split":
+        """Return the split with the arrays that it holds, if any, on every device of the mesh."""
+
+    def put_on_one_device(self) -> "Split":
+        """Return the split of `put_on_mesh` with its arrays on one device of this process."""
 
 
 class InMemory(NamedTuple):
@@ -24,6 +74,12 @@ class InMemory(NamedTuple):
 
     images: UInt8[Array, "examples height width channels"] | Float[Array, "examples height width channels"]
     labels: Int[Array, " examples"]  # int32, 0 to num_classes − 1
+
+    # of `Split`; without annotations, which would make them fields
+    evaluation_batch_size = 1000
+    in_memory = True
+    steps_per_call = None
+    settings = ()
 
     @property
     def examples(self) -> int:
@@ -33,10 +89,102 @@ class InMemory(NamedTuple):
     def image_shape(self) -> tuple[int, int, int]:
         return self.images.shape[1:]
 
+    def training_epochs(
+        self,
+        keys: Key[Array, " members"],
+        epochs: int,
+        batch_size: int,
+        first_step: int = 0,
+        mesh: Mesh | None = None,
+    ) -> "_InMemoryEpochs":
+        """Return the epochs of a training; each member has an order and augmentations drawn from its key."""
+        del epochs, batch_size, first_step, mesh  # drawn epoch by epoch, for all batches together
+        return _InMemoryEpochs(self, keys)
+
+    def evaluation(self, batch_size: int, mesh: Mesh | None = None) -> "_InMemoryEvaluation":
+        del mesh  # the arrays are on every device
+        return _InMemoryEvaluation(self, batch_size)
+
+    def take(self, examples: Int[np.ndarray, " count"]) -> "InMemory":
+        return InMemory(self.images[examples], self.labels[examples])
+
+    def put_on_mesh(self, mesh: Mesh) -> "InMemory":
+        return devices.replicate(self, mesh)
+
+    def put_on_one_device(self) -> "InMemory":
+        return devices.unreplicate(self)
+
+
+class _InMemoryEpochs(NamedTuple):
+    split: InMemory
+    keys: Key[Array, " members"]
+
+    def epoch(self, number: int) -> "EpochInMemory":
+        draws = _draw_epoch_program()(self.keys, number, examples=self.split.examples)
+        return EpochInMemory(self.split, *draws)
+
+
+class EpochInMemory(NamedTuple):
+    """An epoch of all members: a pytree, to be an argument of the compiled epoch."""
+
+    split: InMemory
+    orders: Int[Array, "members examples"]
+    augmentation_keys: Key[Array, " members"]
+
+    scannable = True
+
+    def one_by_one(self) -> Iterator["EpochInMemory"]:
+        return itertools.repeat(self)
+
+    def load(
+        self, number: Int[Array, ""], batch_size: int, augmentation: tuple[str, ...]
+    ) -> tuple[Images, Int[Array, "members batch"]]:
+        """Return the augmented images and the labels of batch `number`, for each member its own."""
+
+        def load_member(order, key):
+            batch = jax.lax.dynamic_slice_in_dim(order, number * batch_size, batch_size)
+            images = augment(jax.random.fold_in(key, number), self.split.images[batch], augmentation)
+            return images, self.split.labels[batch]
+
+        return jax.vmap(load_member)(self.orders, self.augmentation_keys)
+
+
+def _draw_epoch(keys, epoch, examples):
+    """Draw for each member the order of the examples in an epoch, and the key of its augmentations."""
+
+    def draw(key):
+        order_key, augmentation_key = jax.random.split(jax.random.fold_in(key, epoch))
+        return jax.random.permutation(order_key, examples), augmentation_key
+
+    return jax.vmap(draw)(keys)
+
+
+@functools.cache
+def _draw_epoch_program():
+    return jit_with_backend_options(_draw_epoch, static_argnames="examples")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _InMemoryEvaluation:
+    split: InMemory
+    batch_size: int = dataclasses.field(metadata={"static": True})
+
+    scannable: ClassVar = True
+
+    def one_by_one(self) -> Iterator["_InMemoryEvaluation"]:
+        return itertools.repeat(self)
+
+    def load(self, number: Int[Array, ""]) -> tuple[Images, Int[Array, " batch"], Bool[Array, " batch"]]:
+        """Return images and labels of batch `number`, and which of them are examples and not padding."""
+        batch = number * self.batch_size + jnp.arange(self.batch_size)
+        indices = batch % self.split.examples
+        return self.split.images[indices], self.split.labels[indices], batch < self.split.examples
+
 
 class Dataset(NamedTuple):
-    train: InMemory | Streamed
-    test: InMemory | Streamed
+    train: Split
+    test: Split
     num_classes: int
     augmentation: tuple[str, ...]  # of training images
     folder: Path | None  # in which statistics.json is kept; None does not keep it

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from imp_jax.data.dataset import Dataset, InMemory
+from imp_jax.data.dataset import Dataset
 
 STATISTICS_IMAGES = 10_000  # of a stream, that its mean and deviation are taken from
 
@@ -49,13 +49,13 @@ def channel_statistics(dataset: Dataset) -> Normalize:
     train, path = dataset.train, dataset.folder and dataset.folder / "statistics.json"
     if path and (kept := _read_kept(path, train.image_shape)):
         return kept
-    if isinstance(train, InMemory):
+    if train.in_memory:
         images = np.asarray(train.images)
         batches = np.array_split(images, -(-train.examples // 1000))
     else:
         examples = np.unique(np.linspace(0, train.examples - 1, STATISTICS_IMAGES, dtype=int))
         batches = (np.asarray(images) for images, _ in train.evaluation_batches(100, examples.tolist()))
-    if isinstance(train, InMemory) and images.dtype != np.uint8:
+    if train.in_memory and images.dtype != np.uint8:
         mean, std = _float_statistics(batches)
     else:
         mean, std = _uint8_statistics(batches, train.image_shape[-1])

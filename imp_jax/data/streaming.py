@@ -6,27 +6,31 @@ the same with any number of workers.
 
 import functools
 import io
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Int, UInt8, UInt32
+from jaxtyping import Bool, Int, Key, UInt8, UInt32
 from PIL import Image
 
+from imp_jax.data.dataset import InMemory
 from imp_jax.data.folder import ImageFolder
 from imp_jax.data.images import convert_to_8_bits
 from imp_jax.data.source import Source
 from imp_jax.errors import UserError, one_line
+from imp_jax.runtime import devices
 from imp_jax.runtime.devices import DATA, MEMBER
 from imp_jax.runtime.signals import SIGNALS
 
@@ -43,7 +47,12 @@ class Streamed:
     augmentation: tuple[str, ...]  # of training images
     workers: int  # processes that decode; 0 decodes in threads of this one
 
-    augmentations: ClassVar = ("crop", "flip")  # there are: to a random part of the image, and left to right
+    augmentations: ClassVar = ("crop", "flip")  # that exist: a random part of the image, mirrored or not
+    # of `dataset.Split`
+    evaluation_batch_size: ClassVar = 250
+    in_memory: ClassVar = False
+    steps_per_call: ClassVar = 50
+    settings: ClassVar = ("dataset.image_side", "dataset.workers", "checkpoint_every_steps")
 
     @property
     def examples(self) -> int:
@@ -52,6 +61,35 @@ class Streamed:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return (self.side, self.side, 3)
+
+    def training_epochs(
+        self,
+        keys: Key[jax.Array, " members"],
+        epochs: int,
+        batch_size: int,
+        first_step: int = 0,
+        mesh: Mesh | None = None,
+    ) -> "_StreamedEpochs":
+        """Return the epochs of a training from step `first_step` on; see `training_batches`."""
+        seeds = devices.gather_members(jax.random.key_data(keys), None)
+        return _StreamedEpochs(self.training_batches(seeds, epochs, batch_size, first_step, mesh))
+
+    def evaluation(self, batch_size: int, mesh: Mesh | None = None) -> "_StreamedEvaluation":
+        count = -(-self.examples // batch_size) * batch_size  # full batches, so that one program serves all
+        examples = np.arange(count)
+        batches = self.evaluation_batches(batch_size, examples % self.examples, mesh)
+        return _StreamedEvaluation(batches, (examples < self.examples).reshape(-1, batch_size))
+
+    def take(self, examples: Int[np.ndarray, " count"]) -> InMemory:
+        batches = self.evaluation_batches(min(self.evaluation_batch_size, len(examples)), examples)
+        return InMemory(*map(jnp.concatenate, zip(*batches, strict=True)))
+
+    def put_on_mesh(self, mesh: Mesh) -> "Streamed":
+        del mesh  # batches are put there one by one
+        return self
+
+    def put_on_one_device(self) -> "Streamed":
+        return self
 
     def training_batches(
         self,
@@ -114,6 +152,49 @@ def _begin_worker(*_):
         signal.signal(number, signal.SIG_IGN)
     trainer = multiprocessing.parent_process()
     threading.Thread(target=lambda: (trainer.join(), os._exit(1)), daemon=True).start()
+
+
+class _StreamedEpochs(NamedTuple):
+    batches: Iterator[tuple[jax.Array, jax.Array]]
+
+    scannable = False
+
+    def epoch(self, number: int) -> "_StreamedEpochs":
+        del number  # batches come in the order of the training
+        return self
+
+    def one_by_one(self) -> Iterator["_StreamedBatch"]:
+        return itertools.starmap(_StreamedBatch, self.batches)
+
+
+class _StreamedBatch(NamedTuple):
+    images: UInt8[jax.Array, "members batch side side 3"]
+    labels: Int[jax.Array, "members batch"]
+
+    def load(self, number: int, batch_size: int, augmentation: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
+        del number, batch_size, augmentation  # cropped and flipped when they were decoded
+        return self.images, self.labels
+
+
+class _StreamedEvaluation(NamedTuple):
+    batches: Iterator[tuple[jax.Array, jax.Array]]
+    valid: Bool[np.ndarray, "batches batch"]
+
+    scannable = False
+
+    def one_by_one(self) -> Iterator["_StreamedEvaluationBatch"]:
+        for (images, labels), valid in zip(self.batches, self.valid, strict=True):
+            yield _StreamedEvaluationBatch(images, labels, valid)
+
+
+class _StreamedEvaluationBatch(NamedTuple):
+    images: UInt8[jax.Array, "batch side side 3"]
+    labels: Int[jax.Array, " batch"]
+    valid: Bool[np.ndarray, " batch"]
+
+    def load(self, number: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        del number
+        return self.images, self.labels, self.valid
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,14 @@ def shapes(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, PyT
     return dict(jax.eval_shape(lambda image: model.init(jax.random.key(0), image, train=False), image))
 
 
+def register(name, model):
+    MODELS[name] = model
+
+
+def rng_streams(model, image_shape):
+    return ()
+
+
 def _require_suitable(name, model, image_shape):
     smallest, largest = getattr(model, "image_sides", (1, None))
     if min(image_shape[:2]) < smallest or (largest and max(image_shape[:2]) > largest):

@@ -45,17 +45,8 @@ def enable_compilation_cache() -> None:
 
 
 def jit_with_backend_options(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """`function` as a program of its own; its `program()` is what `jax.jit` makes of it."""
-
-    @functools.cache
-    def program():  # not before its first call: the options depend on the device
-        return jax.jit(function, compiler_options=_compiler_options(), **options)
-
-    def call(*args, **kwargs):
-        return program()(*args, **kwargs)
-
-    call.program = program
-    return call
+    """`jax.jit(function, **options)` with this backend's compiler options. Initialises the backend."""
+    return jax.jit(function, compiler_options=_compiler_options(), **options)
 
 
 class _CompileSpans(threading.local):
@@ -103,5 +94,5 @@ def _compiler_options():
 
 @functools.cache
 def xla_keeps_optimization_barriers():
-    program = jit_with_backend_options(lambda x: jax.lax.optimization_barrier(2 * x) + 1).program()
+    program = jit_with_backend_options(lambda x: jax.lax.optimization_barrier(2 * x) + 1)
     return "opt-barrier" in program.lower(1.0).compile().as_text()

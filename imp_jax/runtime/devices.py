@@ -17,7 +17,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, PyTree
-from ml_collections import ConfigDict
 
 from imp_jax.errors import UserError, one_line
 
@@ -60,26 +59,31 @@ def require_usable() -> None:
         raise UserError("JAX_ENABLE_X64 is set; training is in single precision, so it should be unset")
 
 
-def make_mesh(config: ConfigDict, members: int) -> Mesh | None:
-    """The mesh of `config.mesh` for a run that begins with `members`; None is one device.
+def make_mesh(
+    members: int,
+    batch_size: int,
+    *,
+    member: int = -1,
+    data: int = 1,
+    accumulate_steps: int = 1,
+    norm_parts: int = 1,
+) -> Mesh | None:
+    """Make the mesh of a run that begins with `members`; None is one device.
 
     A −1 is filled: `member` first, with as many devices as shorten the training, then `data`, with as many of
-    the rest as divide the batch. Where members do not fill their places, as with twins, or once one has
-    diverged, the places left compute in vain.
+    the rest as divide the batch. If the members do not divide evenly over the devices, as with twins or once
+    one has diverged, the remaining slots compute copies whose results are dropped.
 
     Raises:
       UserError: there are fewer devices; or, of several processes, one has none, or parts of many rows; the
         batch cannot be divided. The sentence has the sizes that fit.
     """
     there, processes, local = jax.device_count(), jax.process_count(), jax.local_device_count()
-    member, data = config.mesh.member, config.mesh.data
-    parts, norm_parts = config.accumulate_steps, config.model.norm_parts
+    parts = accumulate_steps
 
     def fits(data):
         in_rows = local % data == 0 or data % local == 0 or processes == 1
-        return (
-            in_rows and config.batch_size % (data * parts) == 0 and (norm_parts % data == 0 or norm_parts == 1)
-        )
+        return in_rows and batch_size % (data * parts) == 0 and (norm_parts % data == 0 or norm_parts == 1)
 
     sizes = ", ".join(f"{there // n} × {n}" for n in range(1, there + 1) if there % n == 0 and fits(n))
     if max(member, 1) * max(data, 1) > there:
@@ -93,10 +97,10 @@ def make_mesh(config: ConfigDict, members: int) -> Mesh | None:
         member = places if processes > 1 and data != -1 else -(-members // -(-members // places))
     if data == -1:
         data = max(filter(fits, range(1, there // member + 1)), default=1)
-    if config.batch_size % (share := data * parts):
-        near = max(config.batch_size // share, 1) * share
+    if batch_size % (share := data * parts):
+        near = max(batch_size // share, 1) * share
         raise UserError(
-            f"batch_size is {config.batch_size}; with mesh.data {data} and accumulate_steps {parts} it should "
+            f"batch_size is {batch_size}; with mesh.data {data} and accumulate_steps {parts} it should "
             f"be a multiple of {share}, such as {near} or {near + share}"
         )
     if norm_parts > 1 and norm_parts % data:
@@ -145,6 +149,18 @@ def shard_members(tree: PyTree[Array], mesh: Mesh | None) -> PyTree[Array]:
         return _put_sharded(np.asarray(leaf)[np.arange(places) % members], sharding)
 
     return jax.tree.map(of_leaf, tree)
+
+
+def constrain_members(tree: PyTree[Array], mesh: Mesh | None) -> PyTree[Array]:
+    """Lay out a traced tree of all members as `shard_members` does; `mesh` None changes nothing."""
+    if mesh is None:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P(MEMBER)))
+
+
+def count_places(members: int, mesh: Mesh | None) -> int:
+    """Return the number of slots for so many members on a mesh: the next multiple of its member axis."""
+    return members if mesh is None else -(-members // mesh.shape[MEMBER]) * mesh.shape[MEMBER]
 
 
 def gather_members(tree: PyTree[Array], members: int | None, axis: int = 0) -> PyTree[np.ndarray]:

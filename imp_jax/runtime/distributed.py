@@ -22,10 +22,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
 import imp_jax
-from imp_jax import config as configs
 from imp_jax.errors import UserError, one_line
 
 _HEARTBEAT_TIMEOUT_S = 30  # seconds without a word, after which a process counts as dead
@@ -188,20 +186,18 @@ def local_gpus(environment: Mapping[str, str]) -> list[int] | None:
     return list(range(len(visible_gpus(environment)))) or None if alone else None
 
 
-def check_same_config_everywhere(config: ConfigDict) -> None:
-    """Check `config`, and that all processes would train the same.
+def check_same_everywhere(description: str) -> None:
+    """Check that all processes would train the same.
+
+    Args:
+      description: of what is trained; equal on all processes.
 
     Raises:
-      UserError: see `config.validate`; another config here than elsewhere, but for where data lie and who
-        decodes them, or other versions, or another number of devices.
+      UserError: another description here than elsewhere, other versions, or another number of devices.
     """
     with raise_on_all_processes():
-        configs.validate(config)
-    may_differ = ("dataset.data_dir", "dataset.workers")
-    fields = {name: value for name, value in configs.flatten(config).items() if name not in may_differ}
-    versions = f"imp_jax {imp_jax.__version__}, jax {jax.__version__}"
-    with raise_on_all_processes():
-        if not all_processes_equal(f"{fields}, {versions}, {jax.local_device_count()} devices"):
+        versions = f"imp_jax {imp_jax.__version__}, jax {jax.__version__}"
+        if not all_processes_equal(f"{description}, {versions}, {jax.local_device_count()} devices"):
             raise UserError(
                 "the processes differ in their configs, in the versions of imp_jax or JAX, or in how many "
                 "devices they have; they should have the same command and environment"

@@ -10,7 +10,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
-from ml_collections import ConfigDict
 
 from imp_jax import models
 from imp_jax.errors import lookup
@@ -40,8 +39,10 @@ EXECUTION_MODES = {
 }
 
 
-def choose_execution(config: ConfigDict, model: nn.Module, image_shape: tuple[int, int, int]) -> ExecutionMode:
-    """Choose how a model's steps run on this machine, by `config.execution` and by the convolutions it has.
+def choose_execution(
+    name: str, dtype: str, model: nn.Module, image_shape: tuple[int, int, int]
+) -> ExecutionMode:
+    """Choose how a model's steps run on this machine, by the name of a mode and by the convolutions it has.
 
     `auto` scans over steps and vmaps members. Members with convolutions are unrolled: vmap over kernels makes
     grouped convolutions, whose gradients are slow (measured on a CPU, assumed on a GPU). On a CPU each step is
@@ -59,9 +60,9 @@ def choose_execution(config: ConfigDict, model: nn.Module, image_shape: tuple[in
     auto = "scan_unroll" if plain or others else "scan_vmap"
     if on_cpu and (others or (plain and not compilation.xla_keeps_optimization_barriers())):
         auto = "step_unroll"
-    execution = lookup({"auto": EXECUTION_MODES[auto], **EXECUTION_MODES}, "execution", config.execution)
+    execution = lookup({"auto": EXECUTION_MODES[auto], **EXECUTION_MODES}, "execution", name)
     if on_cpu and plain:
-        implementation = "onednn" if convolution.has_onednn(config.dtype) else "xla"
+        implementation = "onednn" if convolution.has_onednn(dtype) else "xla"
         execution = execution._replace(convolutions=implementation)
     if execution.convolutions == "onednn":
         convolution.disable_compilation_cache_writes()

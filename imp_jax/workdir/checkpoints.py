@@ -45,7 +45,7 @@ class MidRoundState(NamedTuple):
     step: int  # of the training, the first one not done yet
     tickets: Variables  # they change once, at the rewind step of round 0
     states: TrainState
-    seen: TrainingHistory
+    history: TrainingHistory
     seconds: float  # trained so far
 
 
@@ -102,15 +102,23 @@ class Checkpoints:
         return sorted(self._rounds.all_steps())
 
     def save(
-        self, number: int, networks: RoundNetworks, rows: list[dict[str, Any]], optima: Optima | None = None
+        self,
+        number: int,
+        networks: RoundNetworks,
+        rows: list[dict[str, Any]],
+        next_masks: Mask | None = None,
+        optima: Optima | None = None,
     ) -> None:
         """Write round `number`; when this returns, it is on disk under its final name.
 
         Args:
           rows: all of results.csv up to this round.
+          next_masks: imp's masks of the next round, so that resuming does not prune again.
           optima: those of the next round, if the rounds that they came from will not be kept.
         """
         items = {"networks": networks._asdict(), "rows": rows}
+        if next_masks is not None and jax.tree.leaves(next_masks)[0].size:
+            items["next_masks"] = next_masks
         if optima is not None:
             items["optima"] = optima._asdict()
         _save(self._collective_rounds_manager, number, items)
@@ -131,6 +139,10 @@ class Checkpoints:
     def rows(self, number: int) -> list[dict[str, Any]]:
         """The rows of results.csv up to round `number`. Raises as `restore`."""
         return _restore(self._rounds, number, "rows")
+
+    def next_masks(self, number: int) -> Mask | None:
+        """Return imp's masks of the round after `number`, on the host, or None. Raises as `restore`."""
+        return _restore(self._rounds, number, "next_masks")
 
     def optima(self, number: int) -> Optima | None:
         """What was saved with round `number` of the optima of the next, on the host. Raises as `restore`.
@@ -171,8 +183,10 @@ class Checkpoints:
         latest = self._progress.latest_step()
         if latest is None or latest // (steps + 1) != number:
             return None
-        progress = MidRoundState(**_restore(self._progress, latest, "progress", _as_arrays(like)))
-        return progress._replace(step=int(progress.step), seconds=float(progress.seconds))
+        arrays = _restore(self._progress, latest, "progress", _as_arrays(like))
+        arrays["history"] = arrays.pop("seen")
+        arrays |= {"step": int(arrays["step"]), "seconds": float(arrays["seconds"])}
+        return MidRoundState(**arrays)
 
     def quarantine_damaged_rounds(self) -> list[str]:
         """Make a workdir fit to go on; call it with the workdir's lock. Returns a sentence for each move.
@@ -195,7 +209,7 @@ class Checkpoints:
         damaged = []
         for number in reversed(self.rounds()):
             try:
-                for item in ("networks", "rows", "optima"):
+                for item in ("networks", "rows", "next_masks", "optima"):
                     _restore(self._rounds, number, item)
                 break
             except DamagedError as error:
@@ -238,6 +252,7 @@ def _all_processes():
 def _rounds_manager(workdir, processes):
     handlers = {
         "networks": ocp.PyTreeCheckpointHandler(),
+        "next_masks": ocp.PyTreeCheckpointHandler(),
         "optima": ocp.PyTreeCheckpointHandler(),
         "rows": ocp.JsonCheckpointHandler(),
     }
@@ -270,7 +285,9 @@ def move_aside(path: Path, workdir: Path) -> Path:
 
 
 def _as_arrays(progress):
-    return {**progress._asdict(), "step": np.asarray(progress.step), "seconds": np.asarray(progress.seconds)}
+    arrays = progress._asdict()
+    arrays["seen"] = arrays.pop("history")  # its name on disk
+    return {**arrays, "step": np.asarray(progress.step), "seconds": np.asarray(progress.seconds)}
 
 
 def _save(manager, step, items):

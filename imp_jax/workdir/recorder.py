@@ -1,4 +1,4 @@
-"""What keeps a run on disk and tells of it, in a thread of its own while the training goes on."""
+"""The recorder: writes a run to its workdir, on a background thread while the training goes on."""
 
 import contextlib
 import os
@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pandas as pd
+from ml_collections import ConfigDict
 
-from imp_jax import analysis, figures
-from imp_jax.arms import Member, members_of_rows
+from imp_jax import figures
+from imp_jax.arms import Member
+from imp_jax.divergence import DivergedError
 from imp_jax.errors import UserError, one_line
 from imp_jax.experiment import Experiment, put_on_one_device
-from imp_jax.repulsion import Optima
 from imp_jax.runtime import devices, distributed
-from imp_jax.workdir.checkpoints import Checkpoints, DamagedError, MidRoundState, RoundNetworks, is_os_error
+from imp_jax.workdir.checkpoints import Checkpoints, DamagedError, MidRoundState, is_os_error
 from imp_jax.workdir.files import write_atomically
 from imp_jax.workdir.lock import (
     lock_owner,
@@ -37,35 +39,48 @@ _RECORDING_TIMEOUT_S = 300.0  # for what is being written when a device fails, a
 
 
 class Recorder(contextlib.AbstractContextManager):
-    """Holds a workdir, takes in what a run comes to, and writes it in the order in which it came.
+    """Owns a workdir and writes results to it in order, on a background thread.
 
-    Once something could not be written nothing else is: each call after it, and leaving, raise the UserError
-    that says so, or the exception of a bug as it is. Figures, event files and the terminal are not needed to go
-    on: what of them cannot be written is missing, with one sentence on stderr.
+    `on_epoch`, `save_progress_if_due` and `on_round` are callbacks of `imp.rounds`. After a failed write every
+    later call, and leaving the context, raise the same UserError, or the exception of a bug as it is. Figures,
+    event files and the terminal are optional: a failure to write them is reported once on stderr.
 
-    Of several processes that train together all call the same, and save checkpoints together; all else is
-    written and said by the first.
+    With several processes all make the same calls and save checkpoints together; the primary process writes and
+    prints everything else.
     """
 
-    def __init__(self, experiment: Experiment, workdir: str | os.PathLike, config_file: str | None = None):
-        """Open the workdir, and mend what a crash has left there.
+    def __init__(
+        self,
+        experiment: Experiment,
+        config: ConfigDict,
+        workdir: str | os.PathLike,
+        config_file: str | None = None,
+        analyses: Any = None,
+    ):
+        """Open the workdir and repair what a crash has left there.
 
         Args:
-          config_file: see `keep_config_file`.
+          config: that `experiment` was made of.
+          config_file: see `store_config_file`.
+          analyses: an object with the functions `compute` and `drop_rounds_from` of `imp_jax.analysis`, which
+            are called before rounds are deleted and trained again; None deletes no round.
 
         Raises:
           UserError: see `open_workdir` and `Checkpoints.quarantine_damaged_rounds`.
         """
+        self._config, self._analyses = config, analyses
+        self._deletes_rounds = config.keep_checkpoints == "ends" and analyses is not None
         self._experiment = experiment
         self._failure: BaseException | None = None
-        self._without: set[str] = set()  # what could not be written and is not needed, said once
+        self._missing: set[str] = set()  # optional parts that could not be written, each reported once
         self._saving: Future | None = None
+        self._recording: Future | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._first, self.workdir = distributed.is_primary(), Path(workdir)
         with contextlib.ExitStack() as stack:
             with distributed.raise_on_all_processes(), _reporting_write_errors(workdir):
                 if self._first:
-                    stack.enter_context(open_workdir(workdir, experiment.config))
+                    stack.enter_context(open_workdir(workdir, config))
                     require_same_dataset(self.workdir, experiment.dataset.identity())
                     store_dataset(self.workdir, experiment.dataset.identity())
                     if config_file:
@@ -87,7 +102,7 @@ class Recorder(contextlib.AbstractContextManager):
             self._stack = stack.pop_all()
 
     def _refuse_or_tell_missing_rounds(self):
-        """Compare results.csv with the rounds on disk, before it is written anew from them."""
+        """Compare results.csv with the rounds on disk, before it is rewritten from them."""
         recorded = recorded_rounds(self.workdir)
         missing = sorted(recorded - set(self.finished) - self.checkpoints.moved_rounds())
         if missing and not self.finished:
@@ -96,7 +111,7 @@ class Recorder(contextlib.AbstractContextManager):
                 f"remove results.csv to train all rounds again, or give another --workdir"
             )
         last = max(self.finished, default=-1)
-        if self._experiment.config.keep_checkpoints == "ends":
+        if self._config.keep_checkpoints == "ends":
             missing = [number for number in missing if not 0 < number < last - 1]
         if lost := [str(number) for number in missing if number < last]:
             print(
@@ -116,11 +131,11 @@ class Recorder(contextlib.AbstractContextManager):
         listed = [sorted(path.name for path in folder.glob("*")) for folder in folders]
         return f"{lock_owner(self.workdir)}, {listed}"
 
-    def _require_same(self, seen: Callable[[], str]):
-        """Refuse a workdir in which the processes do not all see the same, in the end."""
+    def _require_same(self, describe: Callable[[], str]):
+        """Refuse a workdir in which the processes do not see the same files, after some patience."""
         with distributed.raise_on_all_processes():
             for _ in range(_MAX_POLLS):
-                if distributed.all_processes_equal(seen()):
+                if distributed.all_processes_equal(describe()):
                     return
                 time.sleep(2)
             raise UserError(
@@ -128,9 +143,14 @@ class Recorder(contextlib.AbstractContextManager):
             )
 
     def saved_progress(self, number: int, like: MidRoundState) -> MidRoundState | None:
-        """Where round `number` stood when the run was stopped; None if nothing was saved of it."""
+        """Return where round `number` stood when the run was stopped; None if nothing was saved of it."""
         progress, damage = None, None
         with distributed.raise_on_all_processes():
+            members = len(like.history.loss)
+            like = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct((members, *leaf.shape[1:]), leaf.dtype),
+                like._replace(step=np.zeros(()), seconds=np.zeros(())),
+            )
             try:
                 progress = self.checkpoints.progress(number, like, self._experiment.learning_rates.size)
             except DamagedError as error:
@@ -141,35 +161,38 @@ class Recorder(contextlib.AbstractContextManager):
         with distributed.raise_on_all_processes(), _reporting_write_errors(self.workdir):
             if self._first and damage:
                 aside = self.checkpoints.set_progress_aside()
-                print(f"{damage}; it is moved to {aside}, and round {number} begins anew", file=sys.stderr)
+                print(f"{damage}; it is moved to {aside}, and round {number} starts again", file=sys.stderr)
             elif self._first:
                 self.checkpoints.discard_progress()  # of a finished round, or one that followed a damaged one
         return None
 
     def begin(self, number: int, step: int) -> None:
-        """Be ready for a training that goes on with `step` of round `number`."""
-        self._thread, self._analyses = (ThreadPoolExecutor(max_workers=1) for _ in range(2))
+        """Prepare for a training that goes on with `step` of round `number`."""
+        self._thread, self._analysis_thread = (ThreadPoolExecutor(max_workers=1) for _ in range(2))
         if not self._first:
             return
-        with _reporting_write_errors(self.workdir):
-            analysis.drop_rounds_from(self.workdir, number)
+        if self._analyses:
+            with _reporting_write_errors(self.workdir):
+                self._analyses.drop_rounds_from(self.workdir, number)
         epochs, steps = self._experiment.learning_rates.shape
         total = epochs * steps
         self._events = TensorBoardWriter(self.workdir, first_epoch=number * epochs + step // steps + 1)
         self._stack.enter_context(contextlib.closing(self._events))
-        display = ProgressDisplay(self._experiment.config.rounds, total, first_step=number * total + step)
+        display = ProgressDisplay(self._experiment.rounds, total, first_step=number * total + step)
         self._display = self._stack.enter_context(display)
 
     def finish_cleanup(self) -> None:
-        """Do what a run that died after its last round had left to do."""
+        """Finish what a run that died after its last round had left to do."""
         if not self._first:
             return
         with _reporting_write_errors(self.workdir):
             self.checkpoints.discard_progress()
-            if self._experiment.config.keep_checkpoints == "ends":
-                self._analyse(self.finished[-1], self._results.table())
+            if self._deletes_rounds:
+                self._analyse_and_delete(self.finished[-1], self._results.table())
 
     def __exit__(self, *raised):
+        if isinstance(raised[1], DivergedError):
+            self._record_diverged(raised[1].round, raised[1].diverged)
         device_failed = isinstance(raised[1], jax.errors.JaxRuntimeError)
         process_lost = jax.process_count() > 1 and distributed.is_failed_collective(raised[1])
         stopped = isinstance(raised[1], KeyboardInterrupt)  # the next process analyses what is left
@@ -180,7 +203,7 @@ class Recorder(contextlib.AbstractContextManager):
                 self._thread.shutdown()
             recorded.set()
             if self._thread:
-                self._analyses.shutdown(cancel_futures=stopped)
+                self._analysis_thread.shutdown(cancel_futures=stopped)
             self._stack.close()
 
         # the lock is released after the last write, even if nobody waits for it below
@@ -194,89 +217,100 @@ class Recorder(contextlib.AbstractContextManager):
         else:
             releasing.join(_RECORDING_TIMEOUT_S if device_failed else None)
         if raised[1] is None or isinstance(raised[1], UserError):
-            self._raise_failure()  # the graver news
+            self._raise_failure()  # a failed write takes precedence over the error being raised
 
-    def chunk(
-        self,
-        experiment: Experiment,
-        number: int,
-        progress: MidRoundState,
-        images: int,
-        seconds: float,
-        compile_seconds: float = 0.0,
-    ) -> None:
-        """Round `number`, of the members of `experiment`, has come to `progress` by `images` in `seconds`."""
+    def on_epoch(self, end: Any) -> None:
+        """Report an `imp.EpochEnd` on the terminal and in the event files, and record new divergences."""
         self._raise_failure()
+        self._record_diverged(end.round, end.diverged)
         if not self._first:
             return
-        epochs, steps = experiment.learning_rates.shape
-        self._display.chunk(number, progress.step, images, seconds, compile_seconds)
-        if progress.step % steps == 0:
-            scalars = {"epoch_loss": progress.seen.loss, "epoch_accuracy": progress.seen.accuracy}
-            epoch = number * epochs + progress.step // steps
-            self._write_events(epoch, experiment.members, scalars)
+        epochs, steps = self._experiment.learning_rates.shape
+        step, history = end.progress.step, end.progress.history
+        images = end.metrics.loss.size * self._experiment.spec.batch_size
+        self._display.chunk(end.round, step, images, end.seconds, end.compile_seconds)
+        if step % steps == 0:
+            scalars = {"epoch_loss": history.loss, "epoch_accuracy": history.accuracy}
+            self._write_events(end.round * epochs + step // steps, end.members, scalars)
 
-    def progress(self, number: int, progress: MidRoundState, at_once: bool = False) -> None:
-        """Save where round `number` stands; not if the one before is still being saved, unless `at_once`.
+    def save_progress_if_due(self, end: Any) -> None:
+        """Save where a round stands, at the steps that the experiment names."""
+        if end.progress.step in self._experiment.saved_steps:
+            self.save_progress(end.round, end.progress)
 
-        With `at_once` it is on disk when this returns.
+    def save_progress(self, number: int, progress: MidRoundState, wait: bool = False) -> None:
+        """Save where round `number` stands.
+
+        Args:
+          wait: return once it is on disk. Without it nothing is saved while an earlier save is under way.
         """
         self._raise_failure()
         saving = self._saving is not None and not self._saving.done()
-        if distributed.global_max(saving) and not at_once:
+        if distributed.global_max(saving) and not wait:
             return
-        members = len(progress.seen.loss)
-        progress = progress._replace(
-            states=devices.gather_members(progress.states, members)
-        )  # the next donates them
+        members = len(progress.history.loss)
+        # copies: the next step donates the states
+        tickets, states = devices.gather_members((progress.tickets, progress.states), members)
+        progress = progress._replace(tickets=tickets, states=states)
         steps = self._experiment.learning_rates.size
         self._saving = self._submit(number, self.checkpoints.save_progress, number, progress, steps)
-        if at_once:
+        if wait:
             self._saving.result()
 
-    def round(self, number: int, networks: RoundNetworks, rows: list[Row], optima: Optima | None) -> Future:
-        """Record round `number`, and the `optima` of the next; the result is `rows`, once all is on disk."""
-        return self._submit(number, self._round, number, networks, rows, optima)
+    def on_round(self, end: Any) -> None:
+        """Record an `imp.RoundEnd` while the next round trains."""
+        self.wait()
+        self._recording = self._submit(end.round, self._record_round, end)
 
-    def divergence(self, number: int, member: Member, step: int, what: str) -> None:
-        """Add a line to divergences.csv, unless it is there already."""
-        row = {"replicate": member.replicate, "arm": member.arm, "round": number, "step": step, "what": what}
-        if self._first:
-            self._run_guarded(number, self._divergence, pd.DataFrame([row]))
+    def wait(self) -> None:
+        """Return once the last round is on disk; raises what its recording raised."""
+        if self._recording is not None:
+            self._recording.result()
 
-    def _round(self, number, networks, rows, optima):
-        config, here = self._experiment.config, members_of_rows(rows, number)
-        ends = config.keep_checkpoints == "ends"
-        # what a later process could not recall from the rounds before goes with this one
-        dropped = not set(self._experiment.members) <= set(here)
+    def _record_diverged(self, number: int, diverged: dict[Member, tuple[int, str]]) -> None:
+        """Add a line to divergences.csv for each member, unless it is there already."""
+        rows = [
+            {"replicate": member.replicate, "arm": member.arm, "round": number, "step": step, "what": words}
+            for member, (step, words) in diverged.items()
+        ]
+        if rows and self._first and self._failure is None:
+            self._run_guarded(number, self._append_divergences, pd.DataFrame(rows))
+
+    def _record_round(self, end):
+        # what a later process could not rebuild from earlier rounds is saved with this one
+        dropped = not set(end.next_members) <= set(end.members) or len(end.diverged) > 0
         gap = self.finished != list(range(len(self.finished)))
-        self.rows = [*self.rows, *rows]
-        self.checkpoints.save(number, networks, self.rows, optima if ends or dropped or gap else None)
+        keep_optima = self._config.keep_checkpoints == "ends" or dropped or gap
+        self.rows = [*self.rows, *end.rows]
+        optima = end.next_optima if keep_optima else None
+        self.checkpoints.save(end.round, end.networks, self.rows, end.next_masks, optima)
         if not self._first:
-            return rows
-        self._results.append(rows)
+            return
+        self._record_diverged(end.round, end.diverged)
+        self._results.append(end.rows)
         self._refresh_figure()
-        names = [name for name in rows[0] if name not in ("replicate", "arm", "round")]
-        scalars = {name: [row[name] for row in rows] for name in names}
-        self._write_events((number + 1) * config.epochs, here, scalars)
-        if ends:
-            self._analyses.submit(self._run_guarded, number, self._analyse, number, self._results.table())
-        if number + 1 == config.rounds:
+        names = [name for name in end.rows[0] if name not in ("replicate", "arm", "round")]
+        scalars = {name: [row[name] for row in end.rows] for name in names}
+        epochs, steps = self._experiment.learning_rates.shape
+        self._write_events((end.round + 1) * epochs, end.members, scalars)
+        if self._deletes_rounds:
+            arguments = (end.round, self._analyse_and_delete, end.round, self._results.table())
+            self._analysis_thread.submit(self._run_guarded, *arguments)
+        if end.round + 1 == self._experiment.rounds:
             self.checkpoints.discard_progress()
-        images = len(rows) * self._experiment.learning_rates.size * config.batch_size
-        self._display.round(number, rows, images)
-        return rows
+        images = len(end.rows) * epochs * steps * self._experiment.spec.batch_size
+        self._display.round(end.round, end.rows, images)
 
-    def _analyse(self, number, results):
-        """What the analyses need of rounds that go; in a thread of its own, as it may take long."""
-        config = self._experiment.config
-        # the other thread saves with its own
+    def _analyse_and_delete(self, number, results):
+        """Compute what analyses need, then delete rounds; on a thread of its own, as it may take long."""
+        # checkpoints of its own: the other thread saves with those of this object
         with contextlib.closing(Checkpoints(self.workdir)) as checkpoints:
-            analysis.compute(
-                checkpoints, config, lambda: put_on_one_device(self._experiment), self.workdir, results
+            self._analyses.compute(
+                checkpoints, self._config, lambda: put_on_one_device(self._experiment), self.workdir, results
             )
-            # a round that has no optima would lead nowhere without those before it
-            if not config.repulsion.strength or (number and checkpoints.optima(number - 1)):
+            # with repulsion a round without its optima needs all earlier rounds
+            repels = self._experiment.spec.repulsion_strength
+            if not repels or (number and checkpoints.optima(number - 1)):
                 checkpoints.delete_intermediate_rounds(number)
 
     def _refresh_figure(self):
@@ -285,7 +319,7 @@ class Recorder(contextlib.AbstractContextManager):
             write_atomically(self.workdir / "figures" / "accuracy.png", figure)
 
     def _write_events(self, epoch, members, scalars):
-        if "event files" not in self._without:  # a record that is cut off hides those after it
+        if "event files" not in self._missing:  # a record that is cut off hides those after it
             with self._optional("event files"):
                 self._events.write(epoch, members, scalars)
                 self._events.flush()
@@ -296,15 +330,15 @@ class Recorder(contextlib.AbstractContextManager):
         try:
             yield
         except Exception as error:
-            if what not in self._without:
+            if what not in self._missing:
                 cause = one_line(error)
                 print(f"{self.workdir} is without {what}, which cannot be written: {cause}", file=sys.stderr)
-            self._without.add(what)
+            self._missing.add(what)
 
-    def _divergence(self, line):
+    def _append_divergences(self, lines):
         path = self.workdir / "divergences.csv"
-        before = pd.read_csv(path) if path.exists() else line[:0]
-        after = pd.concat([before, line]).drop_duplicates(["replicate", "arm", "round"])
+        before = pd.read_csv(path) if path.exists() else lines[:0]
+        after = pd.concat([before, lines]).drop_duplicates(["replicate", "arm", "round"])
         if len(after) > len(before):
             write_atomically(path, after.to_csv(index=False))
 

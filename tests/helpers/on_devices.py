@@ -122,9 +122,9 @@ def collectives(experiment):
 
 def compiled(experiment):
     """How often the program of an epoch is compiled in a run of all rounds."""
-    training._train_epoch_jit.program().clear_cache()
+    training.programs().scan_steps.clear_cache()
     run(experiment)
-    return training._train_epoch_jit.program()._cache_size()
+    return training.programs().scan_steps._cache_size()
 
 
 def one_step(experiment, images, labels):

@@ -152,7 +152,7 @@ def test_what_a_barrier_keeps_is_computed_once():
     assert (
         compilation.xla_keeps_optimization_barriers()
     )  # or trainings with convolutions are slow: see choose_execution
-    assert sines(compilation.jit_with_backend_options(function).program()) == 1
+    assert sines(compilation.jit_with_backend_options(function)) == 1
     assert sines(jax.jit(function)) >= 1
 
 

@@ -1,0 +1,156 @@
+"""What a round begins with and what it leaves; the start of all members from imp's ticket and mask."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from imp_jax import arms, repulsion
+from imp_jax.arms import (
+    Member,
+    add_scheduled_members,
+    member_keys,
+    replicate_keys,
+    start_arm,
+    take_members,
+)
+from imp_jax.errors import UserError
+from imp_jax.experiment import Experiment, init_fn
+from imp_jax.masking import Mask
+from imp_jax.repulsion import Optima
+from imp_jax.runtime import devices
+from imp_jax.training import Metrics, Variables
+from imp_jax.workdir.checkpoints import MidRoundState, RoundNetworks
+from imp_jax.workdir.results import Row
+
+
+class RoundState(NamedTuple):
+    """What a round begins with. Trees have a leading axis of `members`; all but `optima` lie on the mesh."""
+
+    members: tuple[Member, ...]
+    tickets: Variables  # starting weights, not yet masked
+    masks: Mask
+    optima: Optima | None = None  # earlier optima of J_r, on the host; None without repulsion, and in round 0
+
+
+class EpochEnd(NamedTuple):
+    """What `on_epoch` is called with after every epoch, and within one wherever the host takes part."""
+
+    round: int
+    members: tuple[Member, ...]
+    progress: MidRoundState  # its states are on the mesh and are donated to the next step: copy what you keep
+    metrics: Metrics  # of the steps since the last call, as NumPy arrays [steps, members]
+    seconds: float  # of training since the last call
+    compile_seconds: float
+    diverged: dict[Member, tuple[int, str]]  # members with a non-finite loss: step and description
+
+
+class RoundEnd(NamedTuple):
+    """What `on_round` is called with after every round, and `rounds` yields."""
+
+    round: int
+    members: tuple[Member, ...]  # that have not diverged
+    networks: RoundNetworks  # of these members, on the host
+    rows: list[Row]  # of results.csv
+    next_masks: Mask  # of imp in the next round, of each replicate that trains then; on the host
+    next_members: tuple[Member, ...]  # without those of single rounds
+    next_optima: Optima | None  # of these members
+    diverged: dict[Member, tuple[int, str]]  # members that were dropped: step and description
+
+
+Callbacks = Sequence[Callable[[Any], None]]
+
+
+def start_round(
+    experiment: Experiment,
+    number: int,
+    members: Sequence[Member],
+    tickets: Variables,
+    masks: Mask,
+    ticket_of: Sequence[int] | None = None,
+    mask_of: Sequence[int] | None = None,
+) -> RoundState:
+    """Compute what the members of round `number` begin with, from imp's tickets and masks.
+
+    Args:
+      members: that train in every round; those of single rounds, such as twins, are added.
+      tickets, masks: of the imps of `members`, or of more networks, of which `ticket_of` and `mask_of` give
+        the index of each imp.
+    """
+    imps = [member for member in members if member.arm == "imp"]
+    members = add_scheduled_members(members, experiment.scheduled_arms, number)
+    names = tuple(dict.fromkeys(member.arm for member in members))
+    start_of_member = [
+        names.index(arm) * len(imps) + imps.index(Member("imp", replicate)) for arm, replicate in members
+    ]
+    places = devices.count_places(len(members), experiment.spec.mesh)
+
+    def arm_keys(arm):
+        return member_keys(imps, experiment.seed, lambda member: ["arm", arms.ARMS[arm].number, number])
+
+    tickets, masks = _start_members(
+        tickets,
+        masks,
+        np.arange(len(imps)) if ticket_of is None else np.array(ticket_of),
+        np.arange(len(imps)) if mask_of is None else np.array(mask_of),
+        replicate_keys(imps, experiment.seed),
+        [arm_keys(name) for name in names],
+        np.resize(start_of_member, places),
+        arms=tuple(arms.ARMS[name] for name in names),
+        image_shape=experiment.dataset.train.image_shape,
+        spec=experiment.spec,
+    )
+    return RoundState(members, tickets, masks)
+
+
+@functools.partial(jax.jit, static_argnames=("arms", "image_shape", "spec"))
+def _start_members(
+    tickets, masks, ticket_of, mask_of, replicate_keys, keys, start_of_place, *, arms, image_shape, spec
+):
+    """Apply all arms to imp's tickets and masks of all replicates; then take the start of each place."""
+    tickets = jax.tree.map(lambda leaf: leaf[ticket_of], tickets)
+    masks = jax.tree.map(lambda leaf: leaf[mask_of], masks)
+    init = init_fn(spec.model, image_shape)
+    starts = [
+        start_arm(arm, tickets, masks, arm_keys, replicate_keys, init)
+        for arm, arm_keys in zip(arms, keys, strict=True)
+    ]
+    starts = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[start_of_place], *starts)
+    return devices.constrain_members(starts, spec.mesh)
+
+
+def repeat_optima(optima, members, next_members):
+    """Give the members of single rounds the earlier optima of their imp."""
+    source = [m if m in members else Member("imp", m.replicate) for m in next_members]
+    return take_members(optima, members, source)
+
+
+def add_optimum(
+    experiment: Experiment, optima: Optima | None, networks: RoundNetworks, masks: Mask
+) -> Optima | None:
+    """Add the networks of the last round to the earlier optima, for the round that trains under `masks`.
+
+    All trees have a leading axis of the members that train in every round. Each arm has its own optima (ours
+    for the control). None without repulsion.
+
+    Raises:
+      UserError: the mask of an arm holds a weight that it did not hold before.
+    """
+    if not experiment.spec.repulsion_strength:
+        return None
+    known = 0 if optima is None else int(np.max(optima.count))
+    # those of the last round are for a run that grows
+    last_only = experiment.optima_store.memory == "last"
+    max_optima = 1 if last_only else max(experiment.rounds - 1, known + 1)
+    options = {"dtype": experiment.optima_store.dtype, "exclude": experiment.pruning.exclude}
+    try:
+        return repulsion.add_optimum(
+            optima, networks.trained["params"], masks, max_optima=max_optima, **options
+        )
+    except repulsion.GrownMaskError as error:
+        raise UserError(
+            f"{error}; repulsion needs arms whose masks only shrink, so repulsion.strength should be 0"
+        ) from error

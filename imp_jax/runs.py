@@ -1,0 +1,198 @@
+"""Runs: iterative magnitude pruning into a workdir, where a stopped run goes on."""
+
+import contextlib
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import pandas as pd
+from ml_collections import ConfigDict
+
+from imp_jax import config as configs
+from imp_jax import data, similarity
+from imp_jax.arms import Member, members_for_next_round, members_of_rows, take_members
+from imp_jax.errors import UserError, user_path
+from imp_jax.experiment import Experiment, describe_experiment, setup
+from imp_jax.imp import (
+    Callbacks,
+    EpochEnd,
+    RoundState,
+    add_optimum,
+    begin_training,
+    finished_rounds_text,
+    init_state,
+    prune,
+    repeat_optima,
+    rounds,
+    start_round,
+)
+from imp_jax.masking import Mask
+from imp_jax.repulsion import Optima
+from imp_jax.runtime import devices, distributed
+from imp_jax.runtime.signals import GracefulStop
+from imp_jax.workdir.checkpoints import Checkpoints, DamagedError, RoundNetworks
+from imp_jax.workdir.execution import agree_on_execution, describe_execution, restore_execution, store_execution
+from imp_jax.workdir.progress import print_summary
+from imp_jax.workdir.recorder import Recorder
+from imp_jax.workdir.results import Row
+
+
+def rebuild_optima(
+    experiment: Experiment,
+    members: Sequence[Member],
+    finished: Iterable[tuple[Sequence[Member], RoundNetworks]],
+    masks: Mask,
+) -> Optima | None:
+    """Rebuild the earlier optima of `members` under `masks` from the checkpoints of all finished rounds.
+
+    Args:
+      finished: the rounds from the first on, each with the members of its networks.
+    """
+    optima, before = None, None
+    for round_members, networks in finished:
+        networks = take_members(networks, round_members, members)
+        if before:
+            optima = add_optimum(experiment, optima, before, networks.mask)
+        before = networks
+    return add_optimum(experiment, optima, before, masks)
+
+
+def resume(experiment: Experiment, checkpoints: Checkpoints, rows: Sequence[Row]) -> RoundState:
+    """Compute what the round after the last one of `checkpoints` begins with.
+
+    Args:
+      rows: of results.csv, up to that last round.
+    """
+    last = checkpoints.rounds()[-1]
+    round_members = members_of_rows(rows, last)
+    members = members_for_next_round(round_members, experiment.arms)
+    imps = [member for member in members if member.arm == "imp"]
+    networks = jax.tree.map(np.asarray, checkpoints.restore(last))
+    masks = checkpoints.next_masks(last)
+    if masks is None:  # of an earlier version
+        masks, _ = prune(experiment, last, round_members, networks.trained, networks.mask)
+        all_imps = [member for member in round_members if member.arm == "imp"]
+        masks = take_members(devices.gather_members(masks, None), all_imps, imps)
+    if experiment.rewind_step is None:
+        tickets = take_members(networks.trained, round_members, imps)
+    else:
+        tickets = _dense_tickets(checkpoints, rows, imps)
+        # the weights that survive are the only ones that this package's arms use
+        tickets = tickets or take_members(networks.initial, round_members, imps)
+    state = start_round(experiment, last + 1, members, tickets, masks)
+    if not experiment.spec.repulsion_strength:
+        return state
+    if last and checkpoints.similarity_definition(last) != similarity.DEFINITION:
+        raise UserError(
+            "the rounds so far were trained by an earlier version, whose J_r counted biases too, and a run "
+            "should not mix the two; train it in another --workdir, or go on with that version"
+        )
+    optima = checkpoints.optima(last)
+    if optima is None:
+        finished = ((members_of_rows(rows, n), checkpoints.restore(n)) for n in range(last + 1))
+        next_masks = devices.gather_members(state.masks, len(state.members))
+        try:
+            optima = rebuild_optima(
+                experiment, members, finished, take_members(next_masks, state.members, members)
+            )
+        except DamagedError as error:
+            raise UserError(
+                f"{error}; repulsion needs all earlier rounds: once it and those after it are moved "
+                f"elsewhere, the same command trains them again"
+            ) from error
+    return state._replace(optima=repeat_optima(optima, members, state.members))
+
+
+def _dense_tickets(checkpoints, rows, imps):
+    """Return the tickets as round 0 has them, before any pruning; None if its checkpoint is not there."""
+    if 0 in checkpoints.rounds():
+        with contextlib.suppress(DamagedError):
+            initial = jax.tree.map(np.asarray, checkpoints.restore(0).initial)
+            return take_members(initial, members_of_rows(rows, 0), imps)
+    return None
+
+
+def run(
+    config: ConfigDict,
+    workdir: str | os.PathLike,
+    stop: GracefulStop | None = None,
+    config_file: str | None = None,
+    *,
+    dataset: data.Dataset | None = None,
+    on_epoch: Callbacks = (),
+    on_round: Callbacks = (),
+    analyses: Any = None,
+) -> None:
+    """Train the rounds of `config` that `workdir` lacks, record them there, and print a summary.
+
+    Args:
+      stop: signals to stop at; None handles none.
+      config_file: the file that `config` comes from, which the workdir keeps for `imp_jax.analysis`.
+      dataset: see `setup`.
+      on_epoch, on_round: functions of an `EpochEnd` and of a `RoundEnd`, called after those of the recorder.
+      analyses: the module `imp_jax.analysis`, whose functions compute what analyses need of rounds that
+        `keep_checkpoints=ends` deletes. None deletes no round.
+
+    Raises:
+      UserError: anything wrong with the config, the data or the workdir, before any training and with nothing
+        overwritten; a round that cannot be recorded, or diverges, with all earlier rounds kept.
+      Stopped: a signal arrived; the state of the current round has been saved.
+    """
+    workdir, stop = user_path(workdir, "the workdir"), stop or GracefulStop()
+    with distributed.raise_on_all_processes():
+        configs.validate(config)
+    distributed.check_same_everywhere(configs.describe_for_processes(config))
+    with distributed.raise_on_all_processes():
+        experiment = setup(config, dataset)
+    experiment = agree_on_execution(restore_execution(experiment, workdir))
+    steps = experiment.learning_rates.size
+    with Recorder(experiment, config, workdir, config_file, analyses) as recorder:
+        first = recorder.finished[-1] + 1 if recorder.finished else 0
+        if first == experiment.rounds:
+            recorder.finish_cleanup()
+            print(f"{workdir} is finished: all {first} rounds are trained, nothing to do")
+        else:
+            with distributed.raise_on_all_processes():
+                state = resume(experiment, recorder.checkpoints, recorder.rows) if first else None
+            state = state or init_state(experiment)
+            progress = recorder.saved_progress(first, like=begin_training(experiment, state))
+            _print_start(experiment, workdir, first, progress.step if progress else 0)
+            if distributed.is_primary():
+                store_execution(experiment, workdir)
+            recorder.begin(first, progress.step if progress else 0)
+
+            def stop_on_signal(end: EpochEnd) -> None:
+                if stop.signal_on_any_process(distributed.global_max):
+                    recorder.save_progress(end.round, end.progress, wait=True)
+                    raise stop.stopped(f"in round {end.round} at step {end.progress.step} of {steps}")
+
+            callbacks = {
+                "on_epoch": (recorder.on_epoch, stop_on_signal, recorder.save_progress_if_due, *on_epoch),
+                "on_round": (recorder.on_round, *on_round),
+            }
+            with stop.defer_signals():
+                for _ in rounds(experiment, state, first, progress, **callbacks):
+                    pass
+                recorder.wait()
+                stop.signal_on_any_process(distributed.global_max)
+    if distributed.is_primary():
+        print_summary(pd.read_csv(workdir / "results.csv"))
+        print(f"results: {workdir / 'results.csv'}")
+
+
+def _print_start(experiment, workdir, first, step):
+    steps = experiment.learning_rates.size
+    if first or step:
+        finished = finished_rounds_text(first)
+        print(f"{workdir} has {finished}; going on with round {first} at step {step} of {steps}")
+    else:
+        print(f"workdir: {workdir}")
+    print(describe_experiment(experiment))
+    for line in (
+        describe_execution(experiment.spec.execution),
+        devices.describe_mesh(experiment.spec.mesh, len(experiment.members)),
+    ):
+        if line:
+            print(line)

@@ -1,0 +1,92 @@
+"""Scores: by what weights are pruned. The lowest go. To add a score, `register` a function of `ScoreInputs`."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from imp_jax import training
+from imp_jax.errors import UserError
+from imp_jax.masking import Mask, Params
+
+Scores = PyTree[Float[Array, "..."]]
+
+
+class ScoreInputs(NamedTuple):
+    """What a score is given, of one network and without a member axis.
+
+    `loss` and `flow` are functions of parameters like `params`, in float32, which `jax.grad`, `jax.jvp` and
+    `jax.hessian` differentiate, also twice.
+    """
+
+    params: Params  # trained, zero where `mask` is False
+    mask: Mask
+    key: Key[Array, ""]  # of this replicate and round
+    loss: Callable[[Params], Float[Array, ""]]  # mean cross-entropy (nats) of `pruning.images` training images
+    flow: Callable[[Params], Float[Array, ""]]  # sum of the logits of an image of ones (SynFlow)
+
+
+Score = Callable[[ScoreInputs], Scores]
+
+
+def make_inputs(
+    variables: training.Variables,
+    mask: Mask,
+    key: Key[Array, ""],
+    images: training.Images | None,
+    labels: Int[Array, " batch"] | None,
+    *,
+    image_shape: tuple[int, int, int],
+    spec: training.TrainSpec,
+) -> ScoreInputs:
+    """Make the inputs of a score from the variables of one network and a batch of training images.
+
+    `images` and `labels` may be None where the score does not use `loss`.
+    """
+    model_state = {name: leaves for name, leaves in variables.items() if name != "params"}
+    # Flax's own kernels, on this device alone: those for a CPU can be differentiated in reverse mode only
+    execution = spec.execution._replace(convolutions="flax")
+    spec = spec._replace(execution=execution, norm_parts=1, mesh=None)
+
+    def loss(params):
+        return training.loss_fn(params, model_state, images, labels, key, spec=spec)[0]
+
+    def flow(params):
+        image = jnp.ones((1, *image_shape))
+        return spec.model.apply({"params": params, **model_state}, image, train=False).astype(jnp.float32).sum()
+
+    return ScoreInputs(variables["params"], mask, key, loss, flow)
+
+
+def magnitude(inputs: ScoreInputs) -> Scores:
+    """Return |θ|, the score of IMP."""
+    return jax.tree.map(jnp.abs, inputs.params)
+
+
+def random(inputs: ScoreInputs) -> Scores:
+    """Return uniform scores: the sanity control that any informed score must beat."""
+    leaves, treedef = jax.tree.flatten(inputs.params)
+    keys = jax.random.split(inputs.key, len(leaves))
+    return treedef.unflatten([jax.random.uniform(k, jnp.shape(p)) for k, p in zip(keys, leaves, strict=True)])
+
+
+SCORES: dict[str, Score] = {"magnitude": magnitude, "random": random}
+
+
+def register(name: str, score: Score) -> None:
+    """Make `config.pruning.score = name` prune by `score`, a function of `ScoreInputs`.
+
+    It returns a tree like `params` of floating-point leaves; the lowest scores go, negative ones first, nan
+    last. It is traced, and vmapped over members.
+
+    Raises:
+      UserError: `score` is not callable.
+    """
+    if not callable(score):
+        raise UserError(
+            f"the score {name!r} is a {type(score).__name__}; it should be a function of "
+            f"imp_jax.scores.ScoreInputs"
+        )
+    SCORES[name] = score
