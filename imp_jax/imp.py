@@ -365,7 +365,8 @@ def raise_if_diverged(
         raise divergence.DivergedError(
             f"{words} in round {number}, arm {member.arm}, replicate {member.replicate}, at step {step} "
             f"of the training; {finished_rounds_text(number)} on disk; a lower optimizer.learning_rate "
-            f"({rate:.6g}) or a warm-up may help, and --config.on_divergence=drop goes on with the other members",
+            f"({rate:.6g}) or a warm-up may help, and --config.on_divergence=drop goes on with the other "
+            f"members",
             number,
             diverged,
         )
