@@ -69,7 +69,7 @@ def main(argv):
 
 
 def _run(interruption):
-    from imp_jax import analysis, imp
+    from imp_jax import analysis, runs
     from imp_jax.divergence import DivergedError
     from imp_jax.errors import UserError
     from imp_jax.runtime import compilation, distributed
@@ -78,7 +78,7 @@ def _run(interruption):
     compilation.enable_compilation_cache()
     try:
         config_file = config_flags.get_config_filename(flags.FLAGS["config"])
-        imp.run(_CONFIG.value, workdir, interruption, config_file, analyses=analysis)
+        runs.run(_CONFIG.value, workdir, interruption, config_file, analyses=analysis)
     except DivergedError:
         with contextlib.suppress(UserError):  # what is on disk is worth a look all the same
             if distributed.is_primary():

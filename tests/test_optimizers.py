@@ -12,6 +12,17 @@ from imp_jax import masking, optimizers
 from imp_jax.errors import UserError
 
 
+def rates_of(config, steps_per_epoch):
+    fields = ("learning_rate", "schedule", "milestones", "warmup_epochs")
+    options = {field: config.optimizer[field] for field in fields}
+    return optimizers.learning_rates(config.epochs, steps_per_epoch, **options)
+
+
+def optimizer_of(config):
+    fields = ("learning_rate", "momentum", "weight_decay")
+    return optimizers.make_optimizer(config.optimizer.name, **{f: config.optimizer[f] for f in fields})
+
+
 def settings(**overrides):
     config = configs.default()
     config.update_from_flattened_dict(overrides)
@@ -20,7 +31,7 @@ def settings(**overrides):
 
 
 def test_constant_schedule():
-    rates = optimizers.learning_rates(settings(epochs=3, **{"optimizer.learning_rate": 12e-4}), 4)
+    rates = rates_of(settings(epochs=3, **{"optimizer.learning_rate": 12e-4}), 4)
     np.testing.assert_allclose(rates, np.full((3, 4), 12e-4), rtol=1e-6)
 
 
@@ -29,7 +40,7 @@ def test_step_schedule_divides_by_ten_from_each_milestone_on():
         epochs=85,
         **{"optimizer.learning_rate": 0.1, "optimizer.schedule": "step", "optimizer.milestones": (56, 71)},
     )
-    rates = optimizers.learning_rates(config, 390)
+    rates = rates_of(config, 390)
     np.testing.assert_allclose(rates[:56], 0.1, rtol=1e-6)
     np.testing.assert_allclose(rates[56:71], 0.01, rtol=1e-6)
     np.testing.assert_allclose(rates[71:], 0.001, rtol=1e-6)
@@ -37,7 +48,7 @@ def test_step_schedule_divides_by_ten_from_each_milestone_on():
 
 def test_cosine_schedule_falls_from_the_base_rate_to_zero():
     config = settings(epochs=75, **{"optimizer.learning_rate": 0.01, "optimizer.schedule": "cosine"})
-    rates = optimizers.learning_rates(config, 10).ravel()
+    rates = rates_of(config, 10).ravel()
     t = np.arange(750)
     np.testing.assert_allclose(rates, 0.01 * np.cos(np.pi * t / 1500) ** 2, rtol=1e-5, atol=1e-9)
 
@@ -46,16 +57,16 @@ def test_cosine_schedule_falls_from_the_base_rate_to_zero():
 def test_warm_up_multiplies_by_a_line_from_zero(schedule):
     without = settings(epochs=20, **{"optimizer.schedule": schedule})
     warm = settings(epochs=20, **{"optimizer.schedule": schedule, "optimizer.warmup_epochs": 10.0})
-    ratio = optimizers.learning_rates(warm, 5) / optimizers.learning_rates(without, 5)
+    ratio = rates_of(warm, 5) / rates_of(without, 5)
     np.testing.assert_allclose(ratio.ravel()[:50], np.arange(50) / 50, rtol=1e-5)
     np.testing.assert_allclose(ratio[10:], 1)
 
 
 def test_unknown_schedule_and_optimizer():
     with pytest.raises(UserError, match=r"optimizer.schedule is 'stepp'.*did you mean step"):
-        optimizers.learning_rates(settings(**{"optimizer.schedule": "stepp"}), 5)
+        rates_of(settings(**{"optimizer.schedule": "stepp"}), 5)
     with pytest.raises(UserError, match=r"optimizer.name is 'adamw'.*adam, momentum, sgd"):
-        optimizers.make_optimizer(settings(**{"optimizer.name": "adamw"}))
+        optimizer_of(settings(**{"optimizer.name": "adamw"}))
 
 
 def draw_tree(step, scale=1.0):
@@ -100,7 +111,7 @@ def test_optimizers_step_as_those_of_optax(monkeypatch, fields, expected):
     optimizers.register("injected", optax.inject_hyperparams(injected))
     optimizers.register("rprop", optax.rprop)
     fields["learning_rate"] = 0.1
-    optimizer = optimizers.make_optimizer(settings(**{f"optimizer.{k}": v for k, v in fields.items()}))
+    optimizer = optimizer_of(settings(**{f"optimizer.{k}": v for k, v in fields.items()}))
     params = draw_tree(99)
     mask = masking.ones_like(params)
     state, expected_params = optimizer.init(params), params
@@ -116,7 +127,7 @@ def test_optimizers_step_as_those_of_optax(monkeypatch, fields, expected):
 
 
 def test_weight_decay_is_added_to_the_gradient():
-    optimizer = optimizers.make_optimizer(settings(**{"optimizer.name": "sgd", "optimizer.weight_decay": 0.5}))
+    optimizer = optimizer_of(settings(**{"optimizer.name": "sgd", "optimizer.weight_decay": 0.5}))
     params, gradients = draw_tree(0), draw_tree(1)
     mask = masking.ones_like(params)
     updates, _ = optimizer.update(gradients, optimizer.init(params), params, mask=mask, learning_rate=0.1)
@@ -128,7 +139,7 @@ def test_momentum_is_refused_where_there_is_none():
     with pytest.raises(
         UserError, match=r"optimizer.momentum is 0.5; adam has no momentum, so it should be None"
     ):
-        optimizers.make_optimizer(settings(**{"optimizer.momentum": 0.5}))
+        optimizer_of(settings(**{"optimizer.momentum": 0.5}))
 
 
 def test_a_rate_by_another_name_is_refused():
@@ -139,8 +150,8 @@ def test_a_rate_by_another_name_is_refused():
 def test_a_milestone_after_the_last_step_is_refused():
     config = settings(epochs=1, **{"optimizer.schedule": "step", "optimizer.milestones": (0.99,)})
     with pytest.raises(UserError, match=r"last step of a training begins at epoch 0.875, so they should be"):
-        optimizers.learning_rates(config, 8)
-    assert optimizers.learning_rates(config, 100).ravel()[-1] == np.float32(1.2e-4)
+        rates_of(config, 8)
+    assert rates_of(config, 100).ravel()[-1] == np.float32(1.2e-4)
 
 
 def test_a_finished_transform_is_refused():

@@ -11,8 +11,11 @@ import pytest
 from imp_jax import masking, repulsion, training
 from imp_jax.data import Normalize
 from imp_jax.data.augmentation import augment
+from imp_jax.experiment import setup
 from imp_jax.models.lenet import LeNet
 from imp_jax.runtime.execution import EXECUTION_MODES
+from tests.conftest import make_tiny_config, make_tiny_dataset
+from tests.helpers.epochs import train_epoch
 
 # --- a network, its gradient and its optimizers in NumPy ---
 
@@ -92,7 +95,7 @@ def order(key, epoch):
 )
 def test_two_epochs_against_numpy(tiny_experiment, name, rate, decay, execution):
     """Optimizer, schedule with warm-up, masks and data order, for every member of the batched program."""
-    experiment = tiny_experiment(
+    config = make_tiny_config(
         execution=execution,
         **{
             "optimizer.name": name,
@@ -104,18 +107,19 @@ def test_two_epochs_against_numpy(tiny_experiment, name, rate, decay, execution)
             "optimizer.warmup_epochs": 0.5,
         },
     )
-    config, model, dataset = experiment.config, experiment.spec.model, experiment.dataset
+    experiment = setup(config, make_tiny_dataset())
+    model, dataset = experiment.spec.model, experiment.dataset
     members = 3
     keys = jax.random.split(jax.random.key(3), members)
     variables = jax.vmap(lambda key: model.init(key, jnp.zeros((1, 4, 4, 1))))(keys)
     mask = masking.ones_like(variables["params"])
     for layer, key in zip(LAYERS, jax.random.split(jax.random.key(4), 3), strict=True):
         mask[layer]["kernel"] = jax.random.bernoulli(key, 0.6, mask[layer]["kernel"].shape)
-    states = training.init_states(variables, mask, optimizer=experiment.spec.optimizer)
+    states = training.init_states(variables, mask, spec=experiment.spec)
     losses = []
     for epoch in range(2):
         rates = experiment.learning_rates[epoch]
-        states, metrics = training.train_steps_in_memory(
+        states, metrics = train_epoch(
             states, mask, dataset.train, keys, epoch, 0, rates, batch_size=8, spec=experiment.spec
         )
         losses.append(metrics.loss)
@@ -145,7 +149,7 @@ def test_pruned_weights_are_zero_after_every_step(tiny_experiment, name):
     mask = masking.ones_like(variables["params"])
     mask["Dense_0"]["kernel"] = jax.random.bernoulli(jax.random.key(1), 0.5, (16, 6))
     pruned = ~np.asarray(mask["Dense_0"]["kernel"])
-    states = training.init_states(*add_member_axis((variables, mask)), optimizer=experiment.spec.optimizer)
+    states = training.init_states(*add_member_axis((variables, mask)), spec=experiment.spec)
     state = jax.tree.map(lambda x: x[0], states)
     step = jax.jit(functools.partial(training.train_step, spec=experiment.spec))
     for i in range(5):
@@ -177,7 +181,7 @@ def test_every_program_equals_the_step_of_each_member(tiny_experiment, execution
     keys = jax.random.split(jax.random.key(0), 3)
     variables = jax.vmap(lambda key: dict(spec.model.init(key, jnp.zeros((1, 4, 4, 1)))))(keys)
     masks = jax.tree.map(lambda p: jax.random.bernoulli(keys[0], 0.8, p.shape), variables["params"])
-    states = training.init_states(variables, masks, optimizer=spec.optimizer)
+    states = training.init_states(variables, masks, spec=spec)
     singles = [jax.tree.map(lambda x, i=i: jnp.copy(x[i]), states) for i in range(3)]
     rates = experiment.learning_rates[0]
     split = experiment.dataset.train
@@ -186,9 +190,7 @@ def test_every_program_equals_the_step_of_each_member(tiny_experiment, execution
         if repelled
         else None
     )
-    states, metrics = training.train_steps_in_memory(
-        states, masks, split, keys, 0, 0, rates, optima, batch_size=8, spec=spec
-    )
+    states, metrics = train_epoch(states, masks, split, keys, 0, 0, rates, optima, batch_size=8, spec=spec)
     assert metrics.loss.shape == (5, 3)
     step = jax.jit(functools.partial(training.train_step, spec=spec))
     for i, state in enumerate(singles):
@@ -213,12 +215,10 @@ def test_an_epoch_in_two_pieces_is_the_epoch(tiny_experiment, execution):
     masks = masking.ones_like(variables["params"])
 
     def run(*pieces):
-        states = training.init_states(variables, masks, optimizer=experiment.spec.optimizer)
+        states = training.init_states(variables, masks, spec=experiment.spec)
         for first, last in pieces:
             split, rates = experiment.dataset.train, experiment.learning_rates[1, first:last]
-            states, _ = training.train_steps_in_memory(
-                states, masks, split, keys, 1, first, rates, batch_size=8, spec=spec
-            )
+            states, _ = train_epoch(states, masks, split, keys, 1, first, rates, batch_size=8, spec=spec)
         return states.params
 
     jax.tree.map(np.testing.assert_array_equal, run((0, 5)), run((0, 2), (2, 5)))
@@ -238,13 +238,13 @@ def test_running_statistics_are_carried_and_never_masked(tiny_experiment):
     model = Normalised()
     variables = add_member_axis(dict(model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))))
     masks = masking.ones_like(variables["params"])
-    states = training.init_states(variables, masks, optimizer=experiment.spec.optimizer)
+    states = training.init_states(variables, masks, spec=experiment.spec)
     split, rates = experiment.dataset.train, experiment.learning_rates[0, :1]
     spec = experiment.spec._replace(model=model)
     key = jax.random.split(jax.random.key(0), 1)
     kernel = np.asarray(variables["params"]["Dense_0"]["kernel"][0])
     x = np.asarray(split.images)[order(key[0], 0)[:8]].reshape(8, -1) / 255 @ kernel
-    states, _ = training.train_steps_in_memory(states, masks, split, key, 0, 0, rates, batch_size=8, spec=spec)
+    states, _ = train_epoch(states, masks, split, key, 0, 0, rates, batch_size=8, spec=spec)
     np.testing.assert_allclose(
         states.model_state["batch_stats"]["BatchNorm_0"]["mean"][0], 0.1 * x.mean(0), rtol=1e-4
     )
@@ -274,8 +274,8 @@ def test_bfloat16_keeps_float32_state(tiny_experiment):
     model = LeNet(num_classes=3, widths=(6, 5), dtype=jnp.bfloat16)
     variables = add_member_axis(model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1))))
     masks = masking.ones_like(variables["params"])
-    states, metrics = training.train_steps_in_memory(
-        training.init_states(variables, masks, optimizer=experiment.spec.optimizer),
+    states, metrics = train_epoch(
+        training.init_states(variables, masks, spec=experiment.spec),
         masks,
         experiment.dataset.train,
         jax.random.split(jax.random.key(0), 1),

@@ -10,8 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from imp_jax import config as configs
-from imp_jax import data, divergence, imp
+from imp_jax import data, divergence, runs
 from imp_jax.data import streaming
 from imp_jax.errors import UserError
 from imp_jax.runtime import devices, distributed
@@ -59,7 +58,7 @@ def differ(given):
     """Be refused, as the seeds differ; then process 0 dies, and the other waits for it."""
     config = quick_config(given.data_dir, seed=given.process)
     try:
-        list(imp.rounds(config, given.folder / "run"))
+        runs.run(config, given.folder / "run")
     except distributed.RemoteUserError:
         pass
     except UserError as error:
@@ -97,10 +96,7 @@ def stream(folder):
     found = {}
     dataset = data.load("imagenet2012", folder, image_side=8, workers=0)
     for name, sizes in (("members", (2, 1)), ("data", (1, 2))):
-        config = configs.default()
-        config.batch_size = 4
-        config.mesh.member, config.mesh.data = sizes
-        mesh = devices.make_mesh(config, 2)
+        mesh = devices.make_mesh(2, 4, member=sizes[0], data=sizes[1])
         decoded.clear()
         batches = list(dataset.train.training_batches(SEEDS, 1, 4, mesh=mesh))
         images, labels = zip(*(devices.gather_members(batch, None) for batch in batches), strict=True)

@@ -19,9 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imp_jax import data, imp, masking, models, training
-from imp_jax.arms import take_members
-from imp_jax.experiment import put_on_mesh
+from imp_jax import data, imp, masking, training
+from imp_jax.data import dataset
 from imp_jax.runtime import devices
 from tests.conftest import make_tiny_experiment
 
@@ -29,7 +28,7 @@ MESHES = ((1, 1), (4, 1), (2, 2), (1, 4))
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 
 
-def lenet(**overrides):
+def lenet(mesh=(1, 1), **overrides):
     """Four members, with two twins in round 1; all that a round may hold."""
     fields = {
         "rounds": 3,
@@ -38,10 +37,10 @@ def lenet(**overrides):
         "repulsion.strength": 2.0,
         "optimizer.weight_decay": 1e-3,
     }
-    return make_tiny_experiment(**fields, **overrides)
+    return make_tiny_experiment(**fields, **mesh_fields(mesh), **overrides)
 
 
-def resnet(**overrides):
+def resnet(mesh=(1, 1), **overrides):
     """A ResNet-20 of a quarter of the channels, on images of 8 × 8 that are shifted and mirrored."""
     fields = {
         "batch_size": 16,
@@ -52,68 +51,49 @@ def resnet(**overrides):
         "model.width": 0.25,
         "optimizer.name": "momentum",
         "optimizer.learning_rate": 0.02,
+        "execution": "scan_vmap",
     }
-    experiment = make_tiny_experiment(**fields | overrides)
     draw = np.random.default_rng(1)
-    images = jnp.asarray(draw.integers(0, 256, (38, 8, 8, 3), np.uint8))
-    labels = jnp.asarray(np.arange(38, dtype=np.int32) % 3)
-    dataset = data.Dataset(
-        data.InMemory(images, labels), data.InMemory(images[::-1], labels[::-1]), 3, ("crop", "flip"), None
-    )
-    spec = experiment.spec._replace(
-        execution=experiment.spec.execution._replace(convolutions="xla"),
-        model=models.create(experiment.config, 3, (8, 8, 3)),
-        augmentation=dataset.augmentation,
-        accumulate_steps=experiment.config.accumulate_steps,
-        norm_parts=experiment.config.model.norm_parts,
-    )
-    return experiment._replace(dataset=dataset, spec=spec)
+    images = draw.integers(0, 256, (38, 8, 8, 3), np.uint8)
+    labels = np.arange(38, dtype=np.int32) % 3
+    arrays = (images, labels, images[::-1], labels[::-1])
+    dataset = data.from_arrays(*arrays, augmentation=("crop", "flip"))
+    experiment = make_tiny_experiment(dataset, **fields | mesh_fields(mesh) | overrides)
+    execution = experiment.spec.execution._replace(convolutions="xla")
+    return experiment._replace(spec=experiment.spec._replace(execution=execution))
 
 
-def placed(experiment, mesh):
-    """The experiment on a mesh of the sizes `mesh`."""
-    config = experiment.config
-    config.mesh.member, config.mesh.data = mesh
-    return put_on_mesh(experiment, devices.make_mesh(config, len(experiment.members)))
+def mesh_fields(mesh):
+    return {"mesh.member": mesh[0], "mesh.data": mesh[1]}
 
 
 def run(experiment):
-    """All rounds: of each the networks, and the rows of results.csv."""
-    tickets = imp.initialize(experiment)
-    masks, optima, rounds = masking.ones_like(tickets["params"]), None, []
-    for number in range(experiment.config.rounds):
-        of_round = imp.in_round(experiment, number)
-        networks, end = imp.train(of_round, number, tickets, masks, optima)
-        masks, thresholds = imp.prune(of_round, number, networks)
-        tickets = imp.reset(of_round, end.tickets, networks)
-        rows = imp.measure(of_round, number, networks, thresholds, 0.0, optima)
-        last = take_members(networks, of_round.members, experiment.members)
-        optima = imp.add_optimum(experiment, optima, last, masks)
-        rounds.append((jax.tree.map(np.asarray, networks), rows, end.seen))
-    return rounds
+    """All rounds: of each the networks, the rows of results.csv, and the history of the training."""
+    histories = []
+    ends = imp.rounds(experiment, on_epoch=[lambda end: histories.append((end.round, end.progress.history))])
+    return [
+        (end.networks, [row | {"seconds": 0} for row in end.rows], dict(histories)[end.round]) for end in ends
+    ]
 
 
 def collectives(experiment):
     """How many there are in the programs of an epoch and of an evaluation."""
-    spec, members = experiment.spec, len(experiment.members)
-    tickets = imp.initialize(experiment)
-    masks = masking.ones_like(tickets["params"])
-    states = training.init_states(tickets, masks, optimizer=spec.optimizer)
-    keys = jax.random.split(jax.random.key(0), members)
-    states, masks, keys = devices.shard_members((states, masks, keys), spec.mesh)
-    split, options = experiment.dataset.train, {"batch_size": experiment.config.batch_size, "spec": spec}
-    draws = jax.vmap(lambda key: (jax.random.permutation(key, split.examples), key))
-    rates = jnp.ones(2)
+    spec, state = experiment.spec, imp.init_state(experiment)
+    states = imp.begin_training(experiment, state).states
+    keys = devices.shard_members(jax.random.split(jax.random.key(0), len(state.members)), spec.mesh)
+    split, rates = experiment.dataset.train, jnp.ones(2)
 
     def epoch(states, masks, split, keys):
-        return training._scan_steps(states, masks, split, draws(keys), 0, rates, None, **options)
+        orders = jax.vmap(lambda key: jax.random.permutation(key, split.examples))(keys)
+        batches = dataset.EpochInMemory(split, orders, keys)
+        return training.scan_steps(states, masks, batches, 0, rates, None, None, spec=spec)
 
     def evaluation(variables, split):
-        numbers = np.arange(2)
-        return training._scan_sums(training._member_sums, variables, split, numbers, batch_size=20, spec=spec)
+        batches = split.evaluation(20)
+        return training._map_batches(training._sum_examples, variables, batches, np.arange(2), spec=spec)
 
     programs = (
-        jax.jit(epoch).lower(states, masks, split, keys),
+        jax.jit(epoch).lower(states, state.masks, split, keys),
         jax.jit(evaluation).lower(states.variables, split),
     )
     texts = [program.compile().as_text() for program in programs]
@@ -130,8 +110,7 @@ def compiled(experiment):
 def one_step(experiment, images, labels):
     """The first member after a step of SGD at the rate 1, and its metrics."""
     spec = experiment.spec
-    tickets = imp.initialize(experiment)
-    states = training.init_states(tickets, masking.ones_like(tickets["params"]), optimizer=spec.optimizer)
+    states = imp.begin_training(experiment, imp.init_state(experiment)).states
     state = jax.tree.map(lambda leaf: leaf[0], states)
     step = jax.jit(functools.partial(training.train_step, spec=spec))
     return step(state, masking.ones_like(state.params), images, labels, 1.0)
@@ -159,13 +138,13 @@ def copies():
 def main():
     options = {"accumulate_steps": 2, "model.norm_parts": 2}
     tasks = {
-        "lenet": lambda: {mesh: run(placed(lenet(), mesh)) for mesh in MESHES},
-        "lenet accumulated": lambda: run(placed(lenet(accumulate_steps=2), (2, 2))),
-        "resnet": lambda: {mesh: run(placed(resnet(), mesh)) for mesh in MESHES},
-        "resnet in parts": lambda: {mesh: run(placed(resnet(**options), mesh)) for mesh in ((1, 1), (2, 2))},
-        "collectives": lambda: {mesh: collectives(placed(resnet(), mesh)) for mesh in ((4, 1), (2, 2))},
+        "lenet": lambda: {mesh: run(lenet(mesh)) for mesh in MESHES},
+        "lenet accumulated": lambda: run(lenet((2, 2), accumulate_steps=2)),
+        "resnet": lambda: {mesh: run(resnet(mesh)) for mesh in MESHES},
+        "resnet in parts": lambda: {mesh: run(resnet(mesh, **options)) for mesh in ((1, 1), (2, 2))},
+        "collectives": lambda: {mesh: collectives(resnet(mesh)) for mesh in ((4, 1), (2, 2))},
         "memory": copies,
-        "programs": lambda: compiled(placed(make_tiny_experiment(), (2, 2))),
+        "programs": lambda: compiled(make_tiny_experiment(**mesh_fields((2, 2)))),
         "accumulated": lambda: of_parts(accumulate_steps=2),
         "in parts": lambda: of_parts(**{"model.norm_parts": 2}),
     }

@@ -18,6 +18,7 @@ from imp_jax.models.layers import kaiming_normal
 from imp_jax.models.lenet import LeNet
 from imp_jax.models.resnet import CifarResNet, ResNet50
 from imp_jax.runtime.execution import EXECUTION_MODES
+from tests.helpers.epochs import train_epoch
 
 CIFAR = (32, 32, 3)
 
@@ -378,9 +379,7 @@ def test_a_network_trains_alike_in_a_loop_and_step_by_step(implementation):
     draw = np.random.default_rng(0)
     images, labels = draw.integers(0, 256, (24, 8, 8, 3), np.uint8), draw.integers(0, 10, 24)
     split = data.InMemory(jnp.asarray(images), jnp.asarray(labels))
-    config = configs.default()
-    config.optimizer.name = "momentum"
-    optimizer = optimizers.make_optimizer(config)
+    optimizer = optimizers.make_optimizer("momentum", learning_rate=0.05)
 
     def trained(execution, convolutions):
         model = CifarResNet(depth=8, width=0.25)
@@ -389,9 +388,9 @@ def test_a_network_trains_alike_in_a_loop_and_step_by_step(implementation):
         keys = jax.random.split(jax.random.key(0), 2)
         variables = jax.vmap(lambda key: dict(model.init(key, jnp.zeros((1, 8, 8, 3)), train=False)))(keys)
         masks = masking.ones_like(variables["params"])
-        states = training.init_states(variables, masks, optimizer=optimizer)
+        states = training.init_states(variables, masks, spec=spec)
         rates = np.full(3, 0.05, np.float32)
-        return training.train_steps_in_memory(states, masks, split, keys, 0, 0, rates, batch_size=8, spec=spec)
+        return train_epoch(states, masks, split, keys, 0, 0, rates, batch_size=8, spec=spec)
 
     expected = jax.tree.leaves(trained("step_unroll", "flax"))
     for a, b in zip(jax.tree.leaves(trained("scan_unroll", implementation)), expected, strict=True):

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 
-from imp_jax import config as configs
 from imp_jax.errors import UserError
 from imp_jax.runtime import devices
 from tests.helpers import ROOT
@@ -100,10 +99,7 @@ def mesh_of(monkeypatch):
         monkeypatch.setattr(jax, "process_count", lambda: processes)
         monkeypatch.setattr(jax, "local_device_count", lambda: there // processes)
         monkeypatch.setattr(devices, "Mesh", lambda grid, axes: grid)
-        config = configs.default()
-        config.mesh.member, config.mesh.data = member, data
-        config.update_from_flattened_dict(fields)
-        mesh = devices.make_mesh(config, members)
+        mesh = devices.make_mesh(members, **{"batch_size": 60} | fields, member=member, data=data)
         return (1, 1) if mesh is None else mesh.shape
 
     return sizes
@@ -148,8 +144,8 @@ def test_no_process_is_left_out(mesh_of):
         ({"data": 2, "batch_size": 61}, r"batch_size is 61; with mesh\.data 2 .* such as 60 or 62"),
         ({"data": 2, "batch_size": 6, "accumulate_steps": 2}, r"multiple of 4, such as 4 or 8"),
         ({"data": 2, "batch_size": 1}, r"multiple of 2, such as 2 or 4"),
-        ({"data": 2, "batch_size": 63, "model.norm_parts": 3, "accumulate_steps": 1}, "batch_size is 63"),
-        ({"data": 2, "model.norm_parts": 3}, r"model\.norm_parts is 3 and mesh\.data 2; .* multiple"),
+        ({"data": 2, "batch_size": 63, "norm_parts": 3, "accumulate_steps": 1}, "batch_size is 63"),
+        ({"data": 2, "norm_parts": 3}, r"model\.norm_parts is 3 and mesh\.data 2; .* multiple"),
     ],
 )
 def test_what_does_not_fit_is_one_sentence(mesh_of, fields, sentence):

@@ -13,10 +13,8 @@ import pytest
 from filelock import FileLock
 from jax.experimental.compilation_cache import compilation_cache
 
-from imp_jax import config as configs
 from imp_jax import models
 from imp_jax.errors import UserError
-from imp_jax.experiment import describe_execution, restore_execution, store_execution
 from imp_jax.models.fast_cpu import convolution
 from imp_jax.runtime import compilation
 from imp_jax.runtime.compilation import compile_seconds, enable_compilation_cache
@@ -28,6 +26,7 @@ from imp_jax.runtime.execution import (
     stack_step_outputs,
     vmap_or_unroll_members,
 )
+from imp_jax.workdir.execution import describe_execution, restore_execution, store_execution
 
 
 class Network(nn.Module):
@@ -43,9 +42,8 @@ class Network(nn.Module):
 
 
 def chosen(model, execution="auto", dtype="float32"):
-    config = configs.default()
-    config.execution, config.dtype = execution, dtype
-    return choose_execution(config, models.find(model)() if isinstance(model, str) else model, (16, 16, 3))
+    model = models.find(model)() if isinstance(model, str) else model
+    return choose_execution(execution, dtype, model, (16, 16, 3))
 
 
 def test_the_execution_suits_the_convolutions_of_a_model(monkeypatch):
