@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from imp_jax import data, divergence, imp
+from imp_jax import data, divergence, runs
 from imp_jax.errors import UserError
 from imp_jax.runtime import distributed
 from imp_jax.workdir.checkpoints import Checkpoints, MidRoundState
@@ -175,8 +175,8 @@ def test_two_processes_train_die_stop_go_on_and_match_one(data_dir, tmp_path):
     assert "round" not in ended[1][1]
 
     config.mesh.data = -1  # on one device now, from within the round
-    imp.run(config, workdir)
-    imp.run(config, tmp_path / "alone")
+    runs.run(config, workdir)
+    runs.run(config, tmp_path / "alone")
     together, alone = (pd.read_csv(path / "results.csv") for path in (workdir, tmp_path / "alone"))
     assert together[["round", "arm", "density"]].equals(alone[["round", "arm", "density"]])
     # the order of sums differs, which in later rounds decides between weights of nearly equal magnitude
