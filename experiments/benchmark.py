@@ -258,12 +258,12 @@ def benchmark_analysis(rounds: int, repeats: int) -> None:
     """Time the analyses of a run of 3 replicates, and its paths, and print the table."""
     import jax
 
-    from imp_jax import analysis, connectivity, imp, training
+    from imp_jax import analysis, connectivity, runs, training
 
     config = importlib.import_module("configs.mnist5k").get_config()
     config.rounds, config.epochs = rounds, 1
     with tempfile.TemporaryDirectory() as workdir, contextlib.redirect_stdout(io.StringIO()):
-        imp.run(config, workdir)
+        runs.run(config, workdir)
         analyses = []
         for _ in range(1 + repeats):
             shutil.rmtree(f"{workdir}/analysis", ignore_errors=True)

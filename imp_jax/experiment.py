@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
@@ -76,12 +77,7 @@ def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: 
     devices.require_usable()
     _check_arms(config.arms)
     score = lookup(scores.SCORES, "pruning.score", config.pruning.score)
-    optimizer = optimizers.make_optimizer(
-        config.optimizer.name,
-        learning_rate=config.optimizer.learning_rate,
-        momentum=config.optimizer.momentum,
-        weight_decay=config.optimizer.weight_decay,
-    )
+    optimizer = make_optimizer(config)
     lookup(optimizers.SCHEDULES, "optimizer.schedule", config.optimizer.schedule)
     models.find(config.model.name)
 
@@ -152,6 +148,16 @@ def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: 
         norm_parts=config.model.norm_parts,
     )
     return put_on_mesh(experiment, mesh)
+
+
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
+    """Make the masked optax transform of `config.optimizer`. Raises as `optimizers.make_optimizer`."""
+    return optimizers.make_optimizer(
+        config.optimizer.name,
+        learning_rate=config.optimizer.learning_rate,
+        momentum=config.optimizer.momentum,
+        weight_decay=config.optimizer.weight_decay,
+    )
 
 
 def put_on_mesh(experiment: Experiment, mesh: Mesh | None) -> Experiment:

@@ -97,7 +97,7 @@ def main() -> None:
 
     import importlib
 
-    from experiments.benchmarks.steps import make_train_fn
+    from experiments.benchmarks.train_fn import make_train_fn
 
     config = importlib.import_module(f"configs.{arguments.network}").get_config()
     members, config.batch_size = arguments.members, arguments.batch_size
@@ -193,12 +193,13 @@ def sizes_of(name: str) -> tuple[int, int, int]:
     import jax
 
     from experiments.paper.networks import SETS
-    from imp_jax import models, optimizers
+    from imp_jax import experiment, models
 
     config = importlib.import_module(f"configs.{name}").get_config()
     _, image_shape, classes = SETS[config.dataset.name]
     shapes = models.shapes(models.create(config, classes, image_shape), image_shape)
-    moments = jax.eval_shape(optimizers.make_optimizer(config).init, shapes["params"])
+    optimizer = experiment.make_optimizer(config)
+    moments = jax.eval_shape(optimizer.init, shapes["params"])
 
     def size(tree):
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -7,7 +7,6 @@ a large matrix product and of a copy, are measured in the same process.
 
 import argparse
 import datetime
-import functools
 import importlib
 import itertools
 import json
@@ -25,6 +24,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from experiments.benchmarks.train_fn import make_train_fn
 from experiments.paper import networks
 from experiments.sweeps.runs import REPOSITORY
 from imp_jax.errors import UserError
@@ -231,7 +231,9 @@ def time_row(arguments: argparse.Namespace) -> dict:
     of_config = config.replicates * len(config.arms)
     members = arguments.members or (on_cpu and row.members_on_cpu) or of_config
     steps = arguments.steps or row.steps
-    ours, execution = make_train_fn(config, members, steps, earlier=REPULSION_ROUND if row.strength else 0)
+    ours, execution = make_train_fn(
+        config, members, steps, earlier_rounds=REPULSION_ROUND if row.strength else 0
+    )
 
     def seconds(train):
         start = time.perf_counter()
@@ -252,7 +254,7 @@ def time_row(arguments: argparse.Namespace) -> dict:
         for name, train in contenders.items():
             theirs[name].append(seconds(train))
     work = work_of(config)
-    mesh = devices.make_mesh(config, members)
+    mesh = devices.make_mesh(members, config.batch_size, member=config.mesh.member, data=config.mesh.data)
     places = mesh.size if mesh and not on_cpu else 1  # the devices of a CPU share its cores
     peak_flops, peak_bytes = (places * peak for peak in peaks(config.dtype))
     return {
@@ -274,77 +276,6 @@ def time_row(arguments: argparse.Namespace) -> dict:
             for name, of_theirs in theirs.items()
         },
     }
-
-
-def make_train_fn(
-    config: ConfigDict, members: int, steps: int, earlier: int = 0
-) -> tuple[Callable[[], None], str]:
-    """A call that trains `members` networks of a config by `steps` on random images; its execution's name.
-
-    Args:
-      earlier: of so many rounds' optima, pruned as the config says, repulsion keeps them away.
-    """
-    import jax
-    from jax.sharding import NamedSharding
-    from jax.sharding import PartitionSpec as P
-
-    from imp_jax import config as configs
-    from imp_jax import data, experiment, masking, models, optimizers, pruning, repulsion, training
-    from imp_jax.runtime import devices, execution
-
-    configs.validate(config)
-    batch_size = config.batch_size
-    streamed = config.dataset.name == "imagenet2012"
-    _, image_shape, num_classes = networks.SETS[config.dataset.name]
-
-    model = models.create(config, num_classes, image_shape)
-    spec = training.TrainSpec(
-        model,
-        optimizers.make_optimizer(config),
-        normalize=data.Normalize((0.5,), (0.25,)),
-        augmentation=data.DEFAULT_AUGMENTATION.get(config.dataset.name, ()) if not streamed else (),
-        repulsion_strength=config.repulsion.strength,
-        execution=execution.choose_execution(config, model, image_shape),
-    )
-    key = jax.random.key(0)
-    keys = jax.random.split(key, members)
-    image = jax.numpy.zeros((1, *image_shape))
-    initialize = jax.jit(jax.vmap(lambda key: dict(model.init(key, image, train=False))))
-    variables = initialize(keys)
-    masks, optima = masking.ones_like(variables["params"]), None
-    for number in range(earlier):
-        optimum = initialize(jax.random.split(jax.random.fold_in(key, number), members))["params"]
-        optimum = masking.apply(optimum, masks)
-        prune = functools.partial(pruning.prune_by_magnitude, fraction=config.pruning.fraction)
-        masks, _ = jax.vmap(prune)(optimum, masks)
-        optima = repulsion.add_optimum(optima, optimum, masks, max_optima=config.rounds - 1)
-    states = training.init_states(variables, masks, optimizer=spec.optimizer)
-    mesh = devices.make_mesh(config, members)
-    spec = experiment.spec_on_mesh(spec, mesh)
-    states, masks, keys, optima = devices.shard_members((states, masks, keys, optima), mesh)
-    rates = optimizers.learning_rates(config, steps)[0]
-    leading = (members, batch_size) if streamed else (steps * batch_size,)
-    images = jax.random.bits(key, (*leading, *image_shape), "uint8")
-    labels = jax.random.randint(key, leading, 0, num_classes)
-    if mesh is not None:
-        where = P(devices.MEMBER, devices.DATA) if streamed else P()
-        images, labels = jax.device_put((images, labels), NamedSharding(mesh, where))
-
-    def train():
-        nonlocal states
-        if streamed:
-            batches = itertools.repeat((images, labels))
-            states, _ = training.train_steps_on_stream(states, masks, batches, rates, optima, spec=spec)
-        else:
-            split = data.InMemory(images, labels)
-            options = {"batch_size": batch_size, "spec": spec}
-            states, _ = training.train_steps_in_memory(
-                states, masks, split, keys, 0, 0, rates, optima, **options
-            )
-        jax.block_until_ready(states)
-
-    taken = spec.execution._replace(scan=spec.execution.scan and not streamed)
-    return train, taken.mode
 
 
 def by_patches(images, kernel, strides, padding, **_):
@@ -395,7 +326,7 @@ def work_of(config: ConfigDict) -> Work:
     import jax
     from flax import traverse_util
 
-    from imp_jax import models, optimizers
+    from imp_jax import experiment, models
 
     _, image_shape, classes = networks.SETS[config.dataset.name]
     model = models.create(config, classes, image_shape)
@@ -425,7 +356,7 @@ def work_of(config: ConfigDict) -> Work:
     params = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     moments = sum(
         leaf.size
-        for leaf in jax.tree.leaves(jax.eval_shape(optimizers.make_optimizer(config).init, variables["params"]))
+        for leaf in jax.tree.leaves(jax.eval_shape(experiment.make_optimizer(config).init, variables["params"]))
     )
     return Work(
         flops=3 * sum(products.values()) - products[first],

@@ -31,7 +31,7 @@ from imp_jax.data.images import convert_to_8_bits
 from imp_jax.data.source import Source
 from imp_jax.errors import UserError, one_line
 from imp_jax.runtime import devices
-from imp_jax.runtime.devices import DATA, MEMBER
+from imp_jax.runtime.devices import DATA
 from imp_jax.runtime.signals import SIGNALS
 
 Crop = UInt8[np.ndarray, "side side 3"]
@@ -108,7 +108,7 @@ class Streamed:
         Raises:
           UserError: an example that cannot be read.
         """
-        sharding = mesh and NamedSharding(mesh, P(MEMBER, DATA))
+        sharding = devices.batch_sharding(mesh)
         members, places = _local_indices(sharding, (len(seeds), batch_size))
         seeds = tuple(tuple(map(int, seed)) for seed in seeds[members.start : members.stop])
         visits = grain.MapDataset.source(_TrainingExamples(self, seeds, epochs, batch_size, places))
@@ -163,11 +163,13 @@ class _StreamedEpochs(NamedTuple):
         del number  # batches come in the order of the training
         return self
 
-    def one_by_one(self) -> Iterator["_StreamedBatch"]:
-        return itertools.starmap(_StreamedBatch, self.batches)
+    def one_by_one(self) -> Iterator["StreamedBatch"]:
+        return itertools.starmap(StreamedBatch, self.batches)
 
 
-class _StreamedBatch(NamedTuple):
+class StreamedBatch(NamedTuple):
+    """A decoded batch of all members."""
+
     images: UInt8[jax.Array, "members batch side side 3"]
     labels: Int[jax.Array, "members batch"]
 

@@ -158,6 +158,11 @@ def constrain_members(tree: PyTree[Array], mesh: Mesh | None) -> PyTree[Array]:
     return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P(MEMBER)))
 
 
+def batch_sharding(mesh: Mesh | None) -> NamedSharding | None:
+    """Return the layout of batches with axes of members and of images; None is the default device."""
+    return mesh and NamedSharding(mesh, P(MEMBER, DATA))
+
+
 def count_places(members: int, mesh: Mesh | None) -> int:
     """Return the number of slots for so many members on a mesh: the next multiple of its member axis."""
     return members if mesh is None else -(-members // mesh.shape[MEMBER]) * mesh.shape[MEMBER]
