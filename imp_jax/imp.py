@@ -31,6 +31,7 @@ from imp_jax.round_state import (
     RoundEnd,
     RoundState,
     add_optimum,
+    copy_networks,
     repeat_optima,
     start_round,
 )
@@ -204,17 +205,6 @@ def _note_tickets(rewinds, imps, tickets, states, noted, masks, *, spec):
     started = training.init_states(noted, masks, spec=spec)._replace(opt_state=of_imp.opt_state)
     chosen = where_members(rewinds, (noted, started), (tickets, states))
     return devices.constrain_members(chosen, spec.mesh)
-
-
-def copy_networks(state: RoundState, progress: MidRoundState) -> RoundNetworks:
-    """Copy the networks of a trained round to the host: the one copy of a round, for its checkpoint."""
-    params = _apply_masks(progress.tickets["params"], state.masks)
-    initial = {**progress.tickets, "params": params}
-    networks = (initial, progress.states.variables, state.masks)
-    return RoundNetworks(*devices.gather_members(networks, len(state.members)))
-
-
-_apply_masks = jax.jit(masking.apply)
 
 
 def prune(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imp_jax import arms, repulsion
+from imp_jax import arms, masking, repulsion
 from imp_jax.arms import (
     Member,
     add_scheduled_members,
@@ -120,6 +120,17 @@ def _start_members(
     ]
     starts = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[start_of_place], *starts)
     return devices.constrain_members(starts, spec.mesh)
+
+
+def copy_networks(state: RoundState, progress: MidRoundState) -> RoundNetworks:
+    """Copy the networks of a trained round to the host: the one copy of a round, for its checkpoint."""
+    params = _apply_masks(progress.tickets["params"], state.masks)
+    initial = {**progress.tickets, "params": params}
+    networks = (initial, progress.states.variables, state.masks)
+    return RoundNetworks(*devices.gather_members(networks, len(state.members)))
+
+
+_apply_masks = jax.jit(masking.apply)
 
 
 def repeat_optima(optima, members, next_members):

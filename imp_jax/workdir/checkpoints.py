@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -22,10 +21,10 @@ from imp_jax.masking import Mask
 from imp_jax.repulsion import Optima
 from imp_jax.runtime import devices, distributed
 from imp_jax.training import TrainState, Variables
+from imp_jax.workdir.checksums import MANIFEST, compute_checksums, digest_tree, find_damage, is_os_error
 from imp_jax.workdir.files import check_workdir_path, write_atomically
 
 _JSON = ("rows", "version")  # items that hold no arrays
-_MANIFEST = "files.json"  # in a checkpoint: size and SHA-256 of each of its files, by path
 # of a checkpoint. A workdir should stay usable, so raise it only if what earlier versions wrote can no longer
 # be read; more items, files and keys of the version need no other format
 FORMAT = 2
@@ -295,9 +294,9 @@ def _save(manager, step, items):
         "format": FORMAT,
         "imp_jax": imp_jax.__version__,
         "similarity": similarity.DEFINITION,
-        "sha256": {name: _digest(item) for name, item in items.items()},
+        "sha256": {name: digest_tree(item) for name, item in items.items()},
     }
-    version["digest"] = _digest(version)
+    version["digest"] = digest_tree(version)
     arguments = {
         name: ocp.args.JsonSave(item)
         if name in _JSON
@@ -309,7 +308,7 @@ def _save(manager, step, items):
     if distributed.is_primary():
         # a process that dies before this leaves a checkpoint without a manifest, which is read all the same
         folder = _folder(manager, step)
-        write_atomically(folder / _MANIFEST, json.dumps(_checksums(folder)))
+        write_atomically(folder / MANIFEST, json.dumps(compute_checksums(folder)))
 
 
 def _restore(manager, step, name, like=None):
@@ -326,7 +325,7 @@ def _restore(manager, step, name, like=None):
     except Exception as error:
         # Orbax raises the same types for a damaged file, a passing error of the file system and a bug
         try:
-            damage = _find_damage(folder, error)
+            damage = find_damage(folder, error)
         except OSError as reading_error:
             error, damage = reading_error, ""
         if damage:
@@ -343,7 +342,7 @@ def _read(manager, step, name, like):
     folder = _folder(manager, step)
     version = _read_json(folder, "version")
     digest = version.pop("digest", None)
-    intact = digest == _digest(version)
+    intact = digest == digest_tree(version)
     if version.get("format") != FORMAT and (intact or digest is None):
         raise UserError(
             f"the checkpoint {folder} has format {version.get('format')}, of imp_jax {version.get('imp_jax')}; "
@@ -363,7 +362,7 @@ def _read(manager, step, name, like):
         tree = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), tree)
         arguments = ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
         item = manager.restore(step, args=ocp.args.Composite(**{name: arguments}))[name]
-    if version["sha256"][name] != _digest(item):
+    if version["sha256"][name] != digest_tree(item):
         raise DamagedError(f"the checkpoint {folder} is damaged: {name} are other bits than were written")
     return item
 
@@ -374,73 +373,3 @@ def _folder(manager, step):
 
 def _read_json(folder, name):
     return json.loads((folder / name / "metadata").read_text())
-
-
-def _checksums(folder):
-    """Size and SHA-256 of each file of a checkpoint, by its path in there.
-
-    Raises:
-      OSError: a file or folder cannot be read now.
-    """
-
-    def fail(error):  # by itself os.walk leaves out what it cannot read, which would pass for missing
-        raise error
-
-    checksums = {}
-    for directory, _, names in os.walk(folder, onerror=fail):
-        for path in (Path(directory) / name for name in names if name != _MANIFEST):
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            checksums[str(path.relative_to(folder))] = [path.stat().st_size, digest]
-    return dict(sorted(checksums.items()))
-
-
-def _find_damage(folder, error):
-    """Say which file of a checkpoint, whose reading raised `error`, is damaged; empty if none is.
-
-    Raises:
-      OSError: the files cannot be read now.
-    """
-    if not folder.is_dir():
-        return "it is missing"
-    try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
-    except FileNotFoundError:  # of an earlier version, or its process died just before it was written
-        return one_line(error) if _means_damage(error) else ""
-    except ValueError:
-        return f"{_MANIFEST} is not what was written"
-    found = _checksums(folder)
-    for name, (size, digest) in manifest.items():
-        if name not in found:
-            return f"{name} is missing"
-        if found[name][0] != size:
-            return f"{name} has {found[name][0]} bytes, not {size}"
-        if found[name][1] != digest:
-            return f"{name} holds other bits than were written"
-    return ""
-
-
-def _means_damage(error):
-    """Whether an exception of reading tells of a missing or damaged file, where no manifest can."""
-    if isinstance(error, FileNotFoundError | json.JSONDecodeError | UnicodeDecodeError):
-        return True
-    codes = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "Invalid JSON")  # of TensorStore
-    return isinstance(error, ValueError) and not is_os_error(error) and any(c in str(error) for c in codes)
-
-
-def is_os_error(error: BaseException | None) -> bool:
-    """Whether an exception comes from the file system; of Orbax and TensorStore it may have another type."""
-    while error is not None:
-        if isinstance(error, OSError) or "os_error_code='" in str(error):
-            return True
-        error = error.__cause__
-    return False
-
-
-def _digest(item):
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(item):
-        leaf = np.ascontiguousarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
-        digest.update(leaf.reshape(-1).view(np.uint8))
-    return digest.hexdigest()

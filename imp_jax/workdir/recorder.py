@@ -21,7 +21,8 @@ from imp_jax.divergence import DivergedError
 from imp_jax.errors import UserError, one_line
 from imp_jax.experiment import Experiment, put_on_one_device
 from imp_jax.runtime import devices, distributed
-from imp_jax.workdir.checkpoints import Checkpoints, DamagedError, MidRoundState, is_os_error
+from imp_jax.workdir.checkpoints import Checkpoints, DamagedError, MidRoundState
+from imp_jax.workdir.checksums import is_os_error
 from imp_jax.workdir.files import write_atomically
 from imp_jax.workdir.lock import (
     lock_owner,

@@ -15,7 +15,8 @@ import pytest
 from imp_jax import divergence, repulsion
 from imp_jax.errors import UserError
 from imp_jax.training import TrainState
-from imp_jax.workdir.checkpoints import Checkpoints, DamagedError, MidRoundState, RoundNetworks, _digest
+from imp_jax.workdir.checkpoints import Checkpoints, DamagedError, MidRoundState, RoundNetworks
+from imp_jax.workdir.checksums import digest_tree
 
 ROWS = [{"replicate": 0, "arm": "imp", "round": 0, "threshold": 0.1234567, "cosine": float("nan")}]
 STEPS = 10  # of a training
@@ -66,7 +67,7 @@ def forget_definition(folder):
     path = folder / "version" / "metadata"
     version = json.loads(path.read_text())
     del version["digest"], version["similarity"]
-    path.write_text(json.dumps({**version, "digest": _digest(version)}))
+    path.write_text(json.dumps({**version, "digest": digest_tree(version)}))
 
 
 def assert_same(got, expected):

@@ -1,0 +1,83 @@
+"""Checksums of checkpoints: which file is damaged, and which exceptions come from the file system."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from imp_jax.errors import one_line
+
+MANIFEST = "files.json"  # in a checkpoint: size and SHA-256 of each of its files, by path
+
+
+def compute_checksums(folder):
+    """Size and SHA-256 of each file of a checkpoint, by its path in there.
+
+    Raises:
+      OSError: a file or folder cannot be read now.
+    """
+
+    def fail(error):  # by itself os.walk leaves out what it cannot read, which would pass for missing
+        raise error
+
+    checksums = {}
+    for directory, _, names in os.walk(folder, onerror=fail):
+        for path in (Path(directory) / name for name in names if name != MANIFEST):
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            checksums[str(path.relative_to(folder))] = [path.stat().st_size, digest]
+    return dict(sorted(checksums.items()))
+
+
+def find_damage(folder, error):
+    """Say which file of a checkpoint, whose reading raised `error`, is damaged; empty if none is.
+
+    Raises:
+      OSError: the files cannot be read now.
+    """
+    if not folder.is_dir():
+        return "it is missing"
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:  # of an earlier version, or its process died just before it was written
+        return one_line(error) if _indicates_damage(error) else ""
+    except ValueError:
+        return f"{MANIFEST} is not what was written"
+    found = compute_checksums(folder)
+    for name, (size, digest) in manifest.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name][0] != size:
+            return f"{name} has {found[name][0]} bytes, not {size}"
+        if found[name][1] != digest:
+            return f"{name} holds other bits than were written"
+    return ""
+
+
+def _indicates_damage(error):
+    """Whether an exception of reading tells of a missing or damaged file, where no manifest can."""
+    if isinstance(error, FileNotFoundError | json.JSONDecodeError | UnicodeDecodeError):
+        return True
+    codes = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "Invalid JSON")  # of TensorStore
+    return isinstance(error, ValueError) and not is_os_error(error) and any(c in str(error) for c in codes)
+
+
+def is_os_error(error: BaseException | None) -> bool:
+    """Whether an exception comes from the file system; of Orbax and TensorStore it may have another type."""
+    while error is not None:
+        if isinstance(error, OSError) or "os_error_code='" in str(error):
+            return True
+        error = error.__cause__
+    return False
+
+
+def digest_tree(item):
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(item):
+        leaf = np.ascontiguousarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        digest.update(leaf.reshape(-1).view(np.uint8))
+    return digest.hexdigest()

@@ -1,0 +1,88 @@
+"""Imports go downwards only, and no module is too long to be one idea."""
+
+import ast
+
+import pytest
+
+from tests.helpers import ROOT
+
+# from the bottom to the top; a package stands for its modules, and a module may import those beside it
+LAYERS = (
+    ("errors",),
+    ("config", "config_files", "runtime", "figures"),
+    ("masking", "similarity", "data", "models"),
+    ("pruning", "weights", "repulsion", "optimizers", "divergence"),
+    ("training",),
+    ("scores", "arms", "connectivity"),
+    ("experiment",),
+    ("workdir",),
+    ("round_state", "imp"),
+    ("runs", "branch", "analysis"),
+    ("cli",),
+    ("command",),
+    ("main",),
+)
+EXCEPTIONS = {
+    ("runtime", "models"),  # the execution mode depends on the convolutions of a model
+    ("data", "cli"),  # its command line
+    ("data", "workdir"),
+    ("analysis", "cli"),
+}
+PACKAGE = ROOT / "imp_jax"
+
+
+def layer(name):
+    return next(number for number, names in enumerate(LAYERS) if name in names)
+
+
+def imports(path):
+    """The top-level modules of imp_jax that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            package, _, rest = node.module.partition(".")
+            if package == "imp_jax":
+                yield from [rest.split(".")[0]] if rest else [alias.name for alias in node.names]
+        if isinstance(node, ast.Import):
+            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("imp_jax."))
+
+
+MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_imports_nothing_above_it(path):
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for name in set(imports(path)) - {own, "__version__"}:
+        assert layer(name) <= layer(own) or (own, name) in EXCEPTIONS, f"{own} imports {name}"
+
+
+def test_training_imports_neither_analyses_nor_reports():
+    for path in MODULES:
+        if path.relative_to(PACKAGE).parts[0] in (
+            "training.py",
+            "imp.py",
+            "round_state.py",
+            "runs.py",
+            "workdir",
+        ):
+            assert "analysis" not in imports(path), path
+
+
+def test_ml_collections_is_imported_by_the_ends_only():
+    """A config ends in `setup`; below it are resolved parts."""
+    importing = {
+        str(path.relative_to(PACKAGE))
+        for path in MODULES
+        if any(
+            isinstance(node, ast.ImportFrom | ast.Import) and "ml_collections" in ast.unparse(node)
+            for node in ast.walk(ast.parse(path.read_text()))
+        )
+    }
+    allowed = {"config.py", "config_files.py", "cli.py", "command.py", "main.py", "experiment.py", "runs.py"}
+    assert {name for name in importing if not name.startswith(("workdir/", "analysis/"))} <= allowed
+
+
+@pytest.mark.parametrize("folder", ["imp_jax", "experiments"])
+def test_no_module_has_more_than_420_lines(folder):
+    lengths = {str(p): len(p.read_text().splitlines()) for p in (ROOT / folder).rglob("*.py")}
+    assert not {path: length for path, length in lengths.items() if length > 420}
