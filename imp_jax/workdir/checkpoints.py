@@ -105,15 +105,15 @@ class Checkpoints:
         number: int,
         networks: RoundNetworks,
         rows: list[dict[str, Any]],
-        next_masks: Mask | None = None,
         optima: Optima | None = None,
+        next_masks: Mask | None = None,
     ) -> None:
         """Write round `number`; when this returns, it is on disk under its final name.
 
         Args:
           rows: all of results.csv up to this round.
-          next_masks: imp's masks of the next round, so that resuming does not prune again.
           optima: those of the next round, if the rounds that they came from will not be kept.
+          next_masks: imp's masks of the next round, so that resuming does not prune again.
         """
         items = {"networks": networks._asdict(), "rows": rows}
         if next_masks is not None and jax.tree.leaves(next_masks)[0].size:

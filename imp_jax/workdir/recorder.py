@@ -284,7 +284,7 @@ class Recorder(contextlib.AbstractContextManager):
         keep_optima = self._config.keep_checkpoints == "ends" or dropped or gap
         self.rows = [*self.rows, *end.rows]
         optima = end.next_optima if keep_optima else None
-        self.checkpoints.save(end.round, end.networks, self.rows, end.next_masks, optima)
+        self.checkpoints.save(end.round, end.networks, self.rows, optima, end.next_masks)
         if not self._first:
             return
         self._record_diverged(end.round, end.diverged)
