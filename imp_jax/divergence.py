@@ -1,4 +1,8 @@
-"""Divergence: a loss that is not finite, or an accuracy back at chance in a training that had learnt (ours)."""
+"""Detection of diverged trainings.
+
+A training has diverged if its loss became non-finite, or if its last epoch is at chance (accuracy ≤ 1.25 /
+classes) after an epoch clearly above it (≥ 2.5 / classes). The thresholds are ours.
+"""
 
 from collections.abc import Mapping, Sequence
 from math import isfinite
@@ -22,15 +26,16 @@ class DivergedError(UserError):
 
 
 class TrainingHistory(NamedTuple):
-    """What a training has shown so far of each member."""
+    """Loss and accuracy of a training so far, of each member."""
 
-    broken_at: Int[np.ndarray, " members"]  # the first step whose loss is nan or infinite; −1 if there is none
+    broken_at: Int[np.ndarray, " members"]  # first step with a loss that is nan or infinite; −1 if none
     loss: Float[np.ndarray, " members"]  # mean over the steps of the latest epoch so far, in nats
     accuracy: Float[np.ndarray, " members"]  # the same, in [0, 1]
-    best_accuracy: Float[np.ndarray, " members"]  # of the epochs that are over
+    best_accuracy: Float[np.ndarray, " members"]  # of the finished epochs
 
 
 def init_history(members: int) -> TrainingHistory:
+    """Return the history of a training that has not begun."""
     return TrainingHistory(np.full(members, -1), np.zeros(members), np.zeros(members), np.zeros(members))
 
 
@@ -41,7 +46,7 @@ def update_history(
     first_step: int,
     steps_per_epoch: int,
 ) -> TrainingHistory:
-    """`history`, and the steps of one epoch that follow from `first_step` of the training on."""
+    """Add the steps of one epoch, from `first_step` of the training on, to a history."""
     before = first_step % steps_per_epoch
     after = before + len(losses)
 
@@ -63,7 +68,7 @@ def update_history(
 
 
 def non_finite_members(history: TrainingHistory) -> dict[int, tuple[int, str]]:
-    """The members whose loss has been nan or infinite, each with the step, and what was history in words."""
+    """Return the members with a non-finite loss so far, each with the step and a description."""
     steps = history.broken_at.tolist()
     return {i: (step, "the loss became nan or infinite") for i, step in enumerate(steps) if step >= 0}
 
@@ -71,7 +76,7 @@ def non_finite_members(history: TrainingHistory) -> dict[int, tuple[int, str]]:
 def diverged_members(
     history: TrainingHistory, train_losses: Sequence[float], classes: int, steps: int
 ) -> dict[int, tuple[int, str]]:
-    """The members that have diverged in a training of `steps` steps that is over, like `non_finite_members`.
+    """Return the members that diverged in a finished training of `steps` steps, like `non_finite_members`.
 
     Args:
       train_losses: of the trained networks.

@@ -1,11 +1,11 @@
 """Masks of parameter trees, and the optax transform that keeps pruned weights at zero.
 
-A mask is a tree shaped like `params` with boolean leaves: True survives, False is pruned. Only weights
-(the leaves called "kernel") may be pruned, appendix A.3; every other leaf of a mask is all True.
-Params may be dicts, FrozenDicts, lists, an `nnx.State`, or hold boxed leaves such as `nn.Partitioned`.
-All functions are pure and may be jitted, and vmapped over a leading axis of members. Where they take `exclude`,
-it names layers that are not to be pruned either, as patterns such as "projection_*"; a string is one pattern.
-Trees whose structures or shapes differ raise a ValueError, here and in the modules that build on this one.
+A mask is a tree shaped like `params` with boolean leaves: True survives, False is pruned. Only weights (the
+leaves called "kernel") may be pruned (appendix A.3); every other leaf of a mask is all True. Parameters may be
+dicts, FrozenDicts, lists or an `nnx.State`, and may hold boxed leaves such as `nn.Partitioned`. All functions
+are pure, and may be jitted and vmapped over a leading member axis. `exclude` names further layers that are
+never pruned, as patterns such as "projection_*"; a string is one pattern. Trees whose structures or shapes
+differ raise a ValueError, here and in the modules that build on this one.
 """
 
 import fnmatch
@@ -23,10 +23,10 @@ Mask = PyTree[Bool[Array, "..."]]
 
 
 def prunable(params: PyTree, exclude: str | Sequence[str] = ()) -> PyTree[bool]:
-    """Which leaves of `params` (or of a mask) may be pruned: the kernels, the output layer's included.
+    """Return which leaves of `params` (or of a mask) may be pruned: all kernels, also of the output layer.
 
-    Decided by the names on a leaf's path, so it works on any Flax parameters; biases and the parameters of
-    normalisation layers never count (appendix A.3), nor does what lies in a layer that `exclude` names.
+    The names on the path of a leaf decide, so it works on any Flax parameters. Biases and the parameters of
+    normalisation layers are never pruned (appendix A.3), nor are layers that `exclude` names.
 
     Raises:
       ValueError: a kernel is a container of an unknown kind, such as a quantised array.
@@ -42,7 +42,7 @@ def prunable(params: PyTree, exclude: str | Sequence[str] = ()) -> PyTree[bool]:
 
 
 def prunable_by_name(tree: PyTree[Array], exclude: str | Sequence[str] = ()) -> dict[str, Array]:
-    """The prunable leaves of `tree` in tree order, by their names such as "Dense_0/kernel".
+    """Return the prunable leaves of `tree` in tree order, by names such as "Dense_0/kernel".
 
     Raises:
       ValueError: `tree` has no leaf called "kernel", or `exclude` names them all: there is nothing to prune.
@@ -58,12 +58,12 @@ def prunable_by_name(tree: PyTree[Array], exclude: str | Sequence[str] = ()) -> 
 
 
 def prunable_leaves(tree: PyTree[Array], exclude: str | Sequence[str] = ()) -> list[Array]:
-    """The prunable leaves of `tree`, in tree order. Raises as `prunable_by_name`."""
+    """Return the prunable leaves of `tree` in tree order. Raises like `prunable_by_name`."""
     return list(prunable_by_name(tree, exclude).values())
 
 
 def require_same_shapes(tree: PyTree, *others: PyTree) -> None:
-    """Compare trees leaf by leaf; JAX would broadcast leaves of different shapes without an error.
+    """Check that trees have the same structure and shapes; JAX would broadcast different shapes silently.
 
     Raises:
       ValueError: two trees differ in structure, or two leaves in shape.
@@ -81,12 +81,12 @@ def require_same_shapes(tree: PyTree, *others: PyTree) -> None:
 
 
 def name(path: tuple[Any, ...]) -> str:
-    """The name of the leaf at a path of JAX's, such as "Dense_0/kernel"."""
+    """Return the name of the leaf at a path of `jax.tree_util`, such as "Dense_0/kernel"."""
     return "/".join(_names(path))
 
 
 def _names(path):
-    """The names on the path to a leaf, without the `value` of the box that Flax may keep it in."""
+    """Return the names on the path to a leaf, without the `value` of a Flax box."""
     names = [jax.tree_util.keystr((key,), simple=True) for key in path] or [""]
     if names[-2:-1] == ["kernel"] and not isinstance(path[-1], jax.tree_util.DictKey):
         if path[-1] != jax.tree_util.GetAttrKey("value"):
@@ -99,18 +99,18 @@ def _names(path):
 
 
 def ones_like(params: Params) -> Mask:
-    """The dense mask: nothing pruned."""
+    """Make the dense mask, with nothing pruned."""
     return jax.tree.map(lambda p: jnp.ones(jnp.shape(p), bool), params)
 
 
 def apply(params: Params, mask: Mask) -> Params:
-    """θ⊙m: the parameters with exact zeros where they are pruned, also where they were nan."""
+    """Compute θ⊙m: the parameters with exact zeros where they are pruned, even where they are nan."""
     require_same_shapes(params, mask)
     return jax.tree.map(lambda p, m: jnp.where(m, p, jnp.zeros_like(p)), params, mask)
 
 
 def survivors(mask: Mask, exclude: str | Sequence[str] = ()) -> Int[Array, ""]:
-    """The number of prunable weights that survive.
+    """Count the prunable weights that survive.
 
     Raises:
       ValueError: no leaf is prunable.
@@ -119,7 +119,7 @@ def survivors(mask: Mask, exclude: str | Sequence[str] = ()) -> Int[Array, ""]:
 
 
 def size(tree: PyTree[Array], exclude: str | Sequence[str] = ()) -> int:
-    """The number of prunable weights, pruned or not.
+    """Count the prunable weights, pruned or not.
 
     Raises:
       ValueError: no leaf is prunable.
@@ -128,7 +128,7 @@ def size(tree: PyTree[Array], exclude: str | Sequence[str] = ()) -> int:
 
 
 def density(mask: Mask, exclude: str | Sequence[str] = ()) -> Float[Array, ""]:
-    """The surviving fraction of the prunable weights, in [0, 1]; sparsity is 1 − density.
+    """Compute the surviving fraction of the prunable weights, in [0, 1]; sparsity is 1 − density.
 
     Raises:
       ValueError: no leaf is prunable.
@@ -137,12 +137,12 @@ def density(mask: Mask, exclude: str | Sequence[str] = ()) -> Float[Array, ""]:
 
 
 def masked(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """The transform `inner`, blind to pruned weights: `update(grads, state, params, mask=mask)`.
+    """Wrap an optax transform to ignore pruned weights: `update(grads, state, params, mask=mask)`.
 
-    Gradients are masked before `inner` sees them, so its moments and norms hold surviving weights only,
-    and its updates are masked after it, so a weight that starts a round at zero stays exactly zero whatever
-    `inner` adds (momentum, moments left from before, weight decay). The mask is an argument of `update`, not
-    part of the state: one compiled step serves every round.
+    Gradients are masked before `inner`, so its moments and norms include surviving weights only. Updates are
+    masked after it, so a weight that starts a round at zero stays exactly zero whatever `inner` adds (momentum,
+    old moments, weight decay). The mask is an argument of `update` and not part of the state, so one compiled
+    step serves all rounds.
     """
     inner = optax.with_extra_args_support(inner)
 

@@ -20,20 +20,20 @@ Scores = PyTree[Float[Array, "..."]]  # a tree like the parameters
 def prune_by_magnitude(
     params: Params, mask: Mask, fraction: float = 0.2, exclude: str | Sequence[str] = ()
 ) -> tuple[Mask, Float[Array, ""]]:
-    """One cut of IMP: remove the `fraction` of the survivors that is smallest in magnitude, over all layers.
+    """Prune once: remove the `fraction` of the survivors with the smallest magnitudes, over all layers.
 
     Args:
-      params: any Flax parameters; leaves called "kernel" are ranked together, the others left alone.
-      mask: what survives so far, shaped like `params`.
-      fraction: share of the survivors to remove in [0, 1], a static Python number under `jit`; the decimal is
-        taken exactly, so 0.7 of 45 is 31.5 and rounds to 32.
-      exclude: layers that are left alone too, as patterns of their names such as "projection_*"; a string is
-        one pattern.
+      params: any Flax parameters; leaves called "kernel" are ranked together, others are never pruned.
+      mask: the present mask, shaped like `params`.
+      fraction: share of the survivors to remove in [0, 1], a static Python number under `jit`. The decimal is
+        taken exactly: 0.7 of 45 is 31.5 and rounds to 32.
+      exclude: layers that are never pruned, as patterns of their names such as "projection_*"; a string is one
+        pattern.
 
     Returns:
-      The next mask, a subset of `mask` with exactly round(fraction · survivors) fewer weights (ties in
-      magnitude fall by position, earlier first), and the pruning threshold of figures 6 and 7: the largest
-      magnitude removed, 0 if none was.
+      The next mask, a subset of `mask` with exactly round(fraction · survivors) fewer weights (of equal
+      magnitudes the first are removed), and the pruning threshold of figures 6 and 7: the largest magnitude
+      removed, 0 if none was.
 
     Raises:
       ValueError: `fraction` outside [0, 1], trees of different structures or shapes, or no leaf of `params` is
@@ -45,9 +45,9 @@ def prune_by_magnitude(
 def prune_by_score(
     scores: Scores, params: Params, mask: Mask, fraction: float, exclude: str | Sequence[str] = ()
 ) -> tuple[Mask, Float[Array, ""]]:
-    """`prune_by_magnitude` by any scores, a tree like `params`: the lowest go, negative ones first, nan last.
+    """Prune like `prune_by_magnitude`, by any scores: the lowest are removed, negative ones first, nan last.
 
-    The threshold is of |θ|, whatever the score.
+    The threshold is always one of |θ|.
 
     Raises:
       ValueError: as `prune_by_magnitude`; scores that are not floating-point.
@@ -61,7 +61,7 @@ def prune_by_score(
     alive = _concatenate(mask, exclude)
     count = _rounded_share(jnp.sum(alive, dtype=jnp.int32), fraction)
     rank = _ordered_integers(_concatenate(scores, exclude))
-    cut = _kth_smallest(rank, alive, count)  # the best score that falls
+    cut = _kth_smallest(rank, alive, count)  # the highest score that is removed
     below, tied = alive & (rank < cut), alive & (rank == cut)
     places = count - jnp.sum(below, dtype=jnp.int32)
     removed = below | (tied & (jnp.cumsum(tied, dtype=jnp.int32) <= places))
@@ -70,7 +70,7 @@ def prune_by_score(
 
 
 def _ordered_integers(values: Float[Array, " n"]) -> UInt[Array, " n"]:
-    """Unsigned integers in the order of `values`: the bits of a float, with the negative ones turned round.
+    """Map floats to unsigned integers in the same order: their bits, inverted for negative ones.
 
     nan comes last, whatever its bits: arithmetic on x86 gives it a sign.
     """
@@ -82,9 +82,10 @@ def _ordered_integers(values: Float[Array, " n"]) -> UInt[Array, " n"]:
 
 
 def _kth_smallest(values: UInt[Array, " n"], where: Bool[Array, " n"], k: Int[Array, ""]) -> UInt[Array, ""]:
-    """The k-th smallest of the values `where` True, k from 1.
+    """Return the k-th smallest of the values `where` True, k from 1.
 
-    Built from its highest bit down, counting what is smaller: exact as a sort, in a tenth of its time on a CPU.
+    Sets its bits from the highest one down, counting smaller values: exact like a sort, in a tenth of the time
+    on a CPU.
     """
     bits = 8 * values.dtype.itemsize
 
@@ -97,12 +98,15 @@ def _kth_smallest(values: UInt[Array, " n"], where: Bool[Array, " n"], k: Int[Ar
 
 
 def _rounded_share(total: Int[Array, ""], fraction: float) -> Int[Array, ""]:
-    """round(fraction · total), half to even, in integers: float32 is off by one from 2²⁴ weights on."""
+    """Compute round-half-even(fraction · total) in exact integer arithmetic; jit-able.
+
+    float32 is off by one from 2²⁴ weights on.
+    """
     ratio = Fraction(float(fraction)).limit_denominator(10**9)  # the decimal as it was written, 0.2 = 1/5
     numerator, denominator = jnp.uint32(ratio.numerator), jnp.uint32(ratio.denominator)
 
     def append_bit(i, parts):
-        """From fraction · (the first i bits of total) = whole + rest / denominator to i + 1 bits."""
+        """Extend fraction · (the first i bits of total) = whole + rest / denominator by one bit."""
         whole, rest = parts
         bit = (total >> (30 - i)).astype(jnp.uint32) & 1
         rest = 2 * rest + bit * numerator  # below 3 · 10⁹, so it fits
@@ -118,7 +122,7 @@ def _concatenate(tree: PyTree[Array], exclude) -> Array:
 
 
 def _split(flat: Array, mask: Mask, exclude) -> Mask:
-    """`flat` in the places of the prunable leaves of `mask`; the inverse of `_concatenate`."""
+    """Put `flat` into the prunable leaves of `mask`; the inverse of `_concatenate`."""
     leaves, treedef = jax.tree.flatten(mask)
     start = 0
     for i, keep in enumerate(jax.tree.leaves(masking.prunable(mask, exclude))):

@@ -1,9 +1,9 @@
 """J_r, the loss that repels a network from earlier optima or attracts it to them (section 3).
 
-It compares connections, the prunable weights on a mask: biases and the parameters of normalisation layers do
+J_r compares connections, the prunable weights on a mask: biases and the parameters of normalisation layers do
 not count, nor do layers that `exclude` names, as in `masking`. Every earlier optimum enters J_r masked by the
-mask of the round in training, so only its numbers on surviving weights are kept. If a fifth of P weights goes
-each round these are n · 0.8ⁿ · P in round n, at most 1.64 P, where copies would need n · P.
+mask of the current round, so only its values on surviving weights are stored. If a fifth of P weights is
+removed in each round, these are n · 0.8ⁿ · P values in round n, at most 1.64 P, where copies would need n · P.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ from imp_jax import masking
 from imp_jax.masking import Mask, Params
 from imp_jax.similarity import inner_product, scale_of, widen
 
-# Numbers of the store over weights of the network, if the round does not need more: room for optima to come.
+# Size of a new store in units of P, if the round does not need more: room for future optima.
 _STORE_SIZE_IN_P = 1.7
-# Positions rise and never repeat, those of unused slots included: a GPU needs no atomic additions.
+# `positions` are strictly increasing, padding included: scatter and gather may assume sorted, unique indices.
 _SCATTER_HINTS = {"indices_are_sorted": True, "unique_indices": True}
 
 
@@ -29,20 +29,20 @@ class GrownMaskError(ValueError):
 
 
 class Optima(NamedTuple):
-    """Θ, the earlier optima, on the surviving weights of a round; with several members all lead with them.
+    """Θ, the earlier optima, on the surviving weights of a round; with an optional leading member axis.
 
-    Slots and rows beyond those in use are there so that one compiled program serves several rounds.
+    Slots and rows are padded so that one compiled program serves several rounds.
     """
 
     # both by the name of a prunable leaf, such as "Dense_0/kernel"
-    positions: dict[str, Int[Array, " slots"]]  # of the survivors in the flattened leaf; past its end if unused
-    values: dict[str, Float[Array, "rows slots"]]  # each optimum's numbers there; 0 if unused
-    inverse_norms: Float[Array, " rows"]  # 1/‖θ_r⊙m‖; 0 for an optimum that is zero there, or a row unused
+    positions: dict[str, Int[Array, " slots"]]  # of survivors in the flattened leaf; beyond its end if unused
+    values: dict[str, Float[Array, "rows slots"]]  # of each optimum at these positions; 0 if unused
+    inverse_norms: Float[Array, " rows"]  # 1/‖θ_r⊙m‖; 0 for an optimum that is zero there, or an unused row
     count: Int[Array, ""]  # |Θ|
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The number of rows, then of slots of every leaf by its name."""
+        """The number of rows, followed by the number of slots of each leaf in the order of their names."""
         return self.inverse_norms.shape[-1], *(leaf.shape[-1] for leaf in jax.tree.leaves(self.positions))
 
 
@@ -96,15 +96,16 @@ def add_optimum(
     dtype: str = "float32",
     exclude: str | Sequence[str] = (),
 ) -> Optima:
-    """Θ for the round that trains under `masks`: the optima of the round before it, and `params`, its result.
+    """Add `params`, the result of a round, to the earlier optima, for the next round under `masks`.
 
-    Runs on the host, once a round, and returns NumPy arrays: the number of slots depends on the masks. Rows and
-    slots stay as they are while they suffice and are not wasteful, as each new shape is compiled anew.
+    Runs on the host once per round and returns NumPy arrays: the number of slots depends on the masks. The
+    store keeps its padded shape as long as it is large enough and not mostly empty, because every new shape
+    recompiles the step.
 
     Args:
-      optima: Θ of the round before; None where there was none. Its masks must hold all of `masks`.
-      params, masks: every leaf leads with the members, whose masks may differ.
-      max_optima: how many optima are remembered, the latest ones.
+      optima: Θ of that round; None if it is empty. Its masks must contain `masks`.
+      params, masks: with a leading member axis; masks of members may differ.
+      max_optima: number of optima to keep, the latest ones.
       dtype: of the stored values, float32 or bfloat16: half their memory, and in a repelled run of mnist5k an
         error of at most 4e-4 in a cosine and 0.4 % in the gradient.
       exclude: layers that are not prunable.
@@ -157,16 +158,16 @@ def add_optimum(
 def next_store_shape(
     before: Sequence[int] | None, count: int, max_optima: int, needed: Sequence[int], weights: int
 ) -> tuple[int, ...]:
-    """The shape of a store: as before, if that suffices and is not mostly empty.
+    """Compute the shape of a store: the present one, if it is large enough and not mostly empty.
 
-    A new one has rows for optima to come, up to 1.7 P numbers; where those that are there need more, as under
+    A new shape has rows for future optima, up to 1.7 P values in all. If the present optima need more, as with
     slower pruning, it has a quarter more rows than they need.
 
     Args:
       before: the shape of the round before.
-      count, max_optima: how many optima there are, and how many there may ever be.
-      needed: how many weights survive in each leaf.
-      weights: how many there are in the network, pruned or not.
+      count, max_optima: number of optima now, and at most.
+      needed: surviving weights of each leaf.
+      weights: weights of the network, pruned or not.
 
     Returns: the number of rows, then of slots of each leaf.
     """
@@ -181,7 +182,7 @@ def next_store_shape(
 
 
 def add_gradient(gradients: Params, params: Params, optima: Optima, strength: float) -> Params:
-    """`gradients` plus that of J_r at θ⊙m = `params`, which is zero on pruned weights."""
+    """Add the gradient of J_r at θ⊙m = `params` to `gradients`; it is zero on pruned weights."""
     of_survivors = jax.grad(survivor_loss)(gather_survivors(params, optima), optima, strength)
 
     def add(path, gradient):
@@ -199,11 +200,11 @@ def add_gradient(gradients: Params, params: Params, optima: Optima, strength: fl
 
 
 def gather_survivors(params: Params, optima: Optima) -> dict[str, Float[Array, " slots"]]:
-    """The surviving weights of θ⊙m, leaf by leaf as in `optima`; 0 in unused slots."""
+    """Gather the surviving weights of θ⊙m, leaf by leaf as in `optima`; 0 in unused slots."""
 
     def take(name, leaf):
         flat, positions = leaf.reshape(-1), optima.positions[name]
-        if positions.size == flat.size:  # a slot a weight: as it is
+        if positions.size == flat.size:  # one slot per weight: no gather
             return flat
         return flat.at[positions].get(mode="fill", fill_value=0, **_SCATTER_HINTS)
 
@@ -213,15 +214,15 @@ def gather_survivors(params: Params, optima: Optima) -> dict[str, Float[Array, "
 def survivor_loss(
     survivors: dict[str, Float[Array, " slots"]], optima: Optima, strength: float
 ) -> Float[Array, ""]:
-    """J_r of the surviving weights, as `repulsion_loss`."""
+    """Compute J_r of the surviving weights, like `repulsion_loss`."""
     return strength / optima.count * (cosines(survivors, optima) ** 2).sum()
 
 
 def cosines(survivors: dict[str, Float[Array, " slots"]], optima: Optima) -> Float[Array, " rows"]:
-    """cos(θ⊙m, θ_r⊙m) with every earlier optimum; 0 where one has no direction, and in unused rows.
+    """Compute cos(θ⊙m, θ_r⊙m) with every earlier optimum; 0 where one is zero, and in unused rows.
 
-    In float32 or better, for norms from 1e-18 to 1e18: a scale of their own would be a pass over all weights.
-    Operators alone, to serve traced arrays and those of NumPy.
+    In float32 or better, for norms from 1e-18 to 1e18: rescaling would take another pass over all weights. Uses
+    operators only, so that traced and NumPy arrays both work.
     """
     pairs = [(optima.values[name], widen(x)) for name, x in survivors.items()]
     with jax.default_matmul_precision("highest"):  # a GPU would round to TF32
@@ -232,9 +233,9 @@ def cosines(survivors: dict[str, Float[Array, " slots"]], optima: Optima) -> Flo
 
 
 def summary(params: Params, optima: Optima, strength: float) -> tuple[Float[np.ndarray, " members"], ...]:
-    """J_r at θ⊙m = `params`, and the mean cosine with the earlier optima, of members that lead every leaf.
+    """Compute J_r at θ⊙m = `params` and the mean cosine with the earlier optima, for all members.
 
-    On the host, where no program has to be compiled for it.
+    Runs on the host, so that no program is compiled.
     """
 
     def of_member(m):
@@ -251,6 +252,6 @@ def summary(params: Params, optima: Optima, strength: float) -> tuple[Float[np.n
 
 
 def _stored_leaves(optima, params):
-    """The leaves of `params` that `optima` holds, by name."""
+    """Return the leaves of `params` that `optima` stores, by name."""
     leaves = masking.prunable_by_name(params)
     return {name: leaves[name] for name in optima.positions}

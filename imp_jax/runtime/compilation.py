@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 from filelock import FileLock, Timeout
 
-_LOCK_TIMEOUT_S = 10  # that JAX waits for it too
+_LOCK_TIMEOUT_S = 10  # as JAX waits for it
 
 
 def enable_compilation_cache() -> None:
     """Turn on JAX's persistent compilation cache, of at most 1 GiB, unless the user has configured one.
 
-    The folder is one in ~/.cache for processors like this, as nodes that share a home may differ.
+    The folder in ~/.cache depends on the processor, as nodes that share a home directory may differ.
     """
     if jax.config.jax_compilation_cache_dir is not None:
         return
@@ -29,18 +29,18 @@ def enable_compilation_cache() -> None:
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor += next(line for line in lines if line.startswith(("flags", "Features")))
-    with contextlib.suppress(OSError, RuntimeError):  # no home, or one that cannot be written to
+    with contextlib.suppress(OSError, RuntimeError):  # no home directory, or a read-only one
         home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         folder = home / "imp_jax" / hashlib.sha256(processor.encode()).hexdigest()[:8]
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-        # JAX writes no more where a process has died between the two files of a program; the lock is its own
+        # JAX stops writing if a process died between the two files of a program; this is JAX's own lock
         with contextlib.suppress(Timeout), FileLock(folder / ".lockfile", timeout=_LOCK_TIMEOUT_S):
             for program in folder.glob("*-cache"):
                 if not program.with_name(program.name.removesuffix("cache") + "atime").exists():
                     program.unlink()
         jax.config.update("jax_compilation_cache_max_size", 2**30)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # of small programs there are many
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # there are many small programs
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
@@ -50,7 +50,7 @@ def jit_with_backend_options(function: Callable[..., Any], **options: Any) -> Ca
 
 
 class _CompileSpans(threading.local):
-    """When this thread traced and compiled, as pairs of start and end, in s, that do not overlap."""
+    """When this thread traced and compiled: pairs of start and end in s, without overlaps."""
 
     def __init__(self):
         self.spans = []
@@ -73,21 +73,22 @@ def compile_seconds() -> float:
 
 @functools.cache
 def _compiler_options():
-    """What XLA on a CPU would do worse by itself.
+    """Return compiler options that speed up CPU programs; {} elsewhere.
 
-    It hands convolutions to YNNPACK, whose weight gradients take twice the time. And it drops barriers before
-    it fuses: what is read twice is computed twice, a network's residual stream again and again.
+    XLA's defaults (1) send convolutions to YNNPACK, whose weight gradients take twice as long, and (2) remove
+    `optimization_barrier`s before fusion, so that a value with two consumers, such as the residual stream, is
+    recomputed.
     """
     if jax.default_backend() != "cpu":
         return {}
-    kinds = ("INDIVIDUAL_DOT", "REDUCE")  # what YNNPACK is left: by default INDIVIDUAL_CONVOLUTION too
+    kinds = ("INDIVIDUAL_DOT", "REDUCE")  # left to YNNPACK; the default has INDIVIDUAL_CONVOLUTION too
     options = {
         "xla_cpu_experimental_ynn_fusion_type": ",".join(f"LIBRARY_FUSION_TYPE_{kind}" for kind in kinds),
         "xla_disable_hlo_passes": "cse_barrier_expander",
     }
     try:
         jax.jit(jnp.negative, compiler_options=options)(0.0)
-    except jax.errors.JaxRuntimeError:  # an experimental option: this XLA does not know it
+    except jax.errors.JaxRuntimeError:  # an experimental option that this XLA does not know
         return {}
     return options
 

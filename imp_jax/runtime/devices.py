@@ -1,10 +1,8 @@
-"""Devices: the mesh that a training is spread over, and what lies where on it.
+"""Devices: the mesh of a training, and the placement of arrays on it.
 
-The mesh has two axes. Members lie beside each other along "member": they never talk. A member's batch is
-divided along "data": the devices there agree on gradients, and on normalisation statistics, in every step.
-Networks, masks and earlier optima lie with their members and are the same along "data".
-
-Between trainings every process has all networks in its own memory, as NumPy arrays.
+The mesh has two axes. Members are sharded along "member" and never communicate. The batch of a member is
+sharded along "data": the devices of this axis average gradients and normalisation statistics in every step.
+Networks, masks and earlier optima are sharded along "member" and replicated along "data".
 """
 
 import contextlib
@@ -24,19 +22,19 @@ MEMBER, DATA = "member", "data"
 
 
 def available_cores() -> int:
-    """How many cores this process may use: those that Slurm gives to a task, where the system tells."""
+    """Return how many CPU cores this process may use, such as those that Slurm gives to a task."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def use_one_device_per_cpu_core() -> None:
-    """Have a CPU count as a device a core, for members that train beside each other; before JAX computes.
+    """Expose each CPU core as a JAX device, so that members run in parallel.
 
-    They share its threads, and where one waits another goes on: LeNet trains in 0.8 of the time on two cores.
-    What the user has set stays, and one of several processes remains one device.
+    Call it before the first JAX computation. LeNet trains in 0.8 of the time on two cores. A setting of the
+    user takes precedence, and one of several processes remains one device.
     """
     asked = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not asked and jax.config.jax_num_cpu_devices < 0 and not jax.distributed.is_initialized():
-        with contextlib.suppress(RuntimeError):  # JAX has computed, as in a notebook
+        with contextlib.suppress(RuntimeError):  # JAX has already been used, as in a notebook
             jax.config.update("jax_num_cpu_devices", available_cores())
 
 
@@ -75,8 +73,8 @@ def make_mesh(
     one has diverged, the remaining slots compute copies whose results are dropped.
 
     Raises:
-      UserError: there are fewer devices; or, of several processes, one has none, or parts of many rows; the
-        batch cannot be divided. The sentence has the sizes that fit.
+      UserError: there are fewer devices; or a process would have none of the mesh, or parts of several rows;
+        or the batch cannot be divided. The message lists sizes that fit.
     """
     there, processes, local = jax.device_count(), jax.process_count(), jax.local_device_count()
     parts = accumulate_steps
@@ -93,7 +91,7 @@ def make_mesh(
         )
     if member == -1:
         places = there // max(data, 1)
-        # the fewest devices that are as fast; of several processes none may be left out
+        # the fewest devices that are as fast; with several processes all take part
         member = places if processes > 1 and data != -1 else -(-members // -(-members // places))
     if data == -1:
         data = max(filter(fits, range(1, there // member + 1)), default=1)
@@ -115,12 +113,12 @@ def make_mesh(
         )
     if member * data == 1:
         return None
-    # a process's devices follow each other: they hold whole rows of the mesh, or a part of one
+    # the devices of a process are consecutive: they form whole rows of the mesh, or a part of one
     return Mesh(np.array(jax.devices()[: member * data]).reshape(member, data), (MEMBER, DATA))
 
 
 def describe_mesh(mesh: Mesh | None, members: int) -> str:
-    """The mesh and who lies on it, for the terminal; empty where there is one device."""
+    """Describe the mesh in one line; empty if there is one device."""
     there, processes = jax.device_count(), jax.process_count()
     if there == 1:
         return ""
@@ -135,7 +133,7 @@ def describe_mesh(mesh: Mesh | None, members: int) -> str:
 
 
 def shard_members(tree: PyTree[Array], mesh: Mesh | None) -> PyTree[Array]:
-    """A tree that leads with members, the same in every process, on the mesh; copies fill places left over."""
+    """Put a tree of all members, equal on every process, on the mesh; remaining slots hold copies."""
     if mesh is None:
         return jax.tree.map(jnp.asarray, tree)
     sharding, member = NamedSharding(mesh, P(MEMBER)), mesh.shape[MEMBER]
@@ -169,7 +167,7 @@ def count_places(members: int, mesh: Mesh | None) -> int:
 
 
 def gather_members(tree: PyTree[Array], members: int | None, axis: int = 0) -> PyTree[np.ndarray]:
-    """The first `members` (None: all) along `axis` of a tree on a mesh: copies of its own, in every process."""
+    """Copy the first `members` (None: all) along `axis` of a tree to the host, on every process."""
 
     def of_leaf(leaf):
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
@@ -180,17 +178,20 @@ def gather_members(tree: PyTree[Array], members: int | None, axis: int = 0) -> P
 
 
 def replicate(tree: PyTree[Array], mesh: Mesh) -> PyTree[Array]:
-    """A tree, the same in every process, whole on every device of the mesh."""
+    """Put a whole tree, equal on every process, on every device of the mesh."""
     return jax.tree.map(lambda leaf: _put_sharded(np.asarray(leaf), NamedSharding(mesh, P())), tree)
 
 
 def unreplicate(tree: PyTree[Array]) -> PyTree[Array]:
-    """A tree that is whole on every device, as this process's first one has it."""
+    """Return the first local copy of a replicated tree."""
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
 
 def shard_over_processes(tree: PyTree[np.ndarray]) -> PyTree[Array]:
-    """A tree that every process has, divided among them where an axis can be: for each to write its part."""
+    """Shard a tree, equal on every process, over the processes where an axis allows it.
+
+    Each process then writes its part of a checkpoint.
+    """
     processes = jax.process_count()
     if processes == 1:
         return tree
@@ -200,7 +201,7 @@ def shard_over_processes(tree: PyTree[np.ndarray]) -> PyTree[Array]:
     def of_leaf(leaf):
         leaf = np.asarray(leaf)
         axes = [axis for axis, size in enumerate(leaf.shape) if size % processes == 0 and size]
-        if not axes or leaf.dtype.itemsize > 4:  # JAX would make 64 bits 32
+        if not axes or leaf.dtype.itemsize > 4:  # JAX would convert 64 bits to 32
             return leaf
         return _put_sharded(leaf, NamedSharding(mesh, P(*[None] * axes[0], "process")))
 

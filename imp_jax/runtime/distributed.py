@@ -1,7 +1,8 @@
-"""Several processes that train together: how they find each other, agree, and end.
+"""Several processes that train together: initialisation, collective checks and shutdown.
 
-All do the same, each with its devices; the first alone writes what is not a checkpoint, and speaks. What
-they ask each other goes over the devices, as the training does, so all have to ask it in the same order.
+All processes run the same program, each with its own devices. Only the primary process prints and writes files
+other than checkpoints. Values are exchanged over the devices, like gradients, so all processes must call the
+collective functions of this module in the same order.
 """
 
 import contextlib
@@ -26,32 +27,31 @@ from jax.experimental import multihost_utils
 import imp_jax
 from imp_jax.errors import UserError, one_line
 
-_HEARTBEAT_TIMEOUT_S = 30  # seconds without a word, after which a process counts as dead
-_SHUTDOWN_TIMEOUT_S = (
-    7 * 24 * 3600
-)  # seconds that the others wait, at the end, for the one that analyses the run
-_INIT_TIMEOUT_S = 300  # seconds, for the others to begin
-ABORT_TIMEOUT_S = 10  # seconds, for the others to end too: if process 0 is gone they would die of that
+_HEARTBEAT_TIMEOUT_S = 30  # without a heartbeat, after which a process counts as dead
+_SHUTDOWN_TIMEOUT_S = 7 * 24 * 3600  # the others wait this long for the process that analyses the run
+_INIT_TIMEOUT_S = 300  # for the other processes to start
+ABORT_TIMEOUT_S = 10  # for the others to end; without process 0 JAX would abort them
 _DISK_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-_MAX_MESSAGE_BYTES = 4000  # bytes of an error that one process tells the others
+_MAX_MESSAGE_BYTES = 4000  # of an error that one process sends to the others
 _FLAGS_HINT = "give each --coordinator=HOST:PORT of process 0, --processes=NUMBER and --process=0, 1, …"
 
 
 class RemoteUserError(UserError):
-    """What another process cannot do; it says so itself."""
+    """A UserError of another process, which reports it itself."""
 
 
 def initialize(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None
 ) -> None:
-    """Make this process one of several that train together, if it was started as one; before JAX computes.
+    """Connect this process to the others that train with it, if it was started as one of several.
 
-    With srun and mpirun JAX finds the others by itself: what is given comes before what it finds.
+    Call it before the first JAX computation. Under srun and mpirun JAX finds the other processes; arguments
+    take precedence over what it finds.
 
     Args:
-      coordinator: host:port of process 0, that all others reach.
-      processes: their number.
-      process: which of them this is, from 0.
+      coordinator: host:port of process 0, reachable from all others.
+      processes: number of processes.
+      process: index of this process, from 0.
 
     Raises:
       UserError: the processes cannot find each other.
@@ -63,7 +63,7 @@ def initialize(
     if coordinator:
         _require_reachable(coordinator, seconds=_INIT_TIMEOUT_S if process else 0)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update("jax_enable_preemption_service", False)  # it would keep SIGTERM from us
+    jax.config.update("jax_enable_preemption_service", False)  # it would intercept SIGTERM
     waiting = "waiting for the other processes, to begin with all of them"
     told = threading.Timer(10, print, [waiting], {"file": sys.stderr, "flush": True})
     told.start()
@@ -83,10 +83,10 @@ def initialize(
 
 
 def shutdown(seconds: float = _SHUTDOWN_TIMEOUT_S) -> None:
-    """Part from the other processes, once all of them leave or so much time has gone by."""
+    """Disconnect from the other processes, once all of them do or `seconds` have passed."""
 
     def part():
-        # JAX's shutdown ends a process that waits in it for 5 minutes: none enters it before all can
+        # JAX's shutdown aborts a process that waits in it for 5 minutes: no process enters it before all can
         everyone = ocp.multihost.get_barrier_sync_fn(processes=set(range(jax.process_count())))
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another has died
             everyone(key="leave", timeout_ms=int(1000 * seconds))
@@ -100,7 +100,7 @@ def shutdown(seconds: float = _SHUTDOWN_TIMEOUT_S) -> None:
 
 @contextlib.contextmanager
 def silence_other_processes() -> Iterator[None]:
-    """Of several processes, only the first one's stdout is seen."""
+    """Discard stdout of all processes but the primary one."""
     with contextlib.ExitStack() as stack:
         if not is_primary():
             nowhere = stack.enter_context(open(os.devnull, "w"))
@@ -110,7 +110,9 @@ def silence_other_processes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_on_failure(debug: bool = False) -> Iterator[None]:
-    """Of several processes one that fails ends, and does not wait for those that wait for it.
+    """If this process fails, report the error and exit at once.
+
+    The others may be blocked in a collective operation that this process will never join.
 
     Args:
       debug: show the traceback of a UserError too.
@@ -145,25 +147,25 @@ def exit_on_failure(debug: bool = False) -> Iterator[None]:
 
 
 def is_failed_collective(error: BaseException | None) -> bool:
-    """Whether a computation over the processes failed; JAX raises some failures of Gloo as ValueErrors."""
+    """Return whether a collective operation failed; JAX raises some failures of Gloo as ValueErrors."""
     if isinstance(error, jax.errors.JaxRuntimeError):
         return "RESOURCE_EXHAUSTED" not in str(error)
     return isinstance(error, ValueError) and "Gloo" in str(error)
 
 
 def is_disk_failure(error: Exception) -> bool:
-    """Whether an exception tells of a full, failing or read-only disk; other OSErrors may well be bugs."""
+    """Return whether an exception reports a full, failing or read-only disk; other OSErrors may be bugs."""
     return isinstance(error, OSError) and error.errno in _DISK_FAILURES
 
 
 def count_tasks(environment: Mapping[str, str]) -> int:
-    """How many processes srun or mpirun has started as one program; 1 if neither has."""
+    """Return how many processes srun or mpirun started as one program; 1 if neither did."""
     names = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
     return max(int(environment.get(name, 1)) for name in names)
 
 
 def visible_gpus(environment: Mapping[str, str]) -> list[str]:
-    """The GPUs of this machine that JAX may use, without waking them."""
+    """Return the indices of the visible GPUs, without initialising CUDA."""
     if not {"cuda", "gpu"} & set(environment.get("JAX_PLATFORMS", "cuda").split(",")):
         return []
     if (visible := environment.get("CUDA_VISIBLE_DEVICES")) is not None:
@@ -175,10 +177,10 @@ def visible_gpus(environment: Mapping[str, str]) -> list[str]:
 
 
 def local_gpus(environment: Mapping[str, str]) -> list[int] | None:
-    """Those of the visible GPUs that are this process's, where JAX would take one of them and should take all.
+    """Return the visible GPUs if this process should use all of them; None leaves the choice to JAX.
 
-    JAX expects a process a GPU under srun and mpirun. A task that is alone on its node, or was given GPUs of
-    its own by --gpus-per-task, has all that it sees.
+    Under srun and mpirun JAX expects one process per GPU. A task that is alone on its node, or that was given
+    GPUs of its own by --gpus-per-task, uses all GPUs that it sees.
     """
     of_slurm = [environment.get(f"SLURM_STEP_NUM_{name}") for name in ("NODES", "TASKS")]
     alone = None not in of_slurm and of_slurm[0] == of_slurm[1]
@@ -205,7 +207,7 @@ def check_same_everywhere(description: str) -> None:
 
 
 def _require_reachable(coordinator, seconds):
-    """Refuse what is no HOST:PORT, or does not answer within so many seconds; 0 does not ask."""
+    """Check that `coordinator` is a HOST:PORT that answers within `seconds`; 0 does not connect."""
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(f"--coordinator is {coordinator!r}; it should be HOST:PORT, such as node1:12345")
@@ -223,30 +225,30 @@ def _require_reachable(coordinator, seconds):
 
 
 def is_primary() -> bool:
-    """Whether this is the process that writes and speaks; it is where there is only one."""
+    """Return whether this is the process that prints and writes files; True if there is only one."""
     return jax.process_index() == 0
 
 
 def global_max(value: int) -> int:
-    """The largest of the processes' values. All have to ask, in the same order."""
+    """Return the largest value of all processes. Collective."""
     if jax.process_count() == 1:
         return int(value)
     return int(multihost_utils.process_allgather(np.int32(value)).max())
 
 
 def all_processes_equal(value: str) -> bool:
-    """Whether all processes have the same value. All have to ask, in the same order."""
+    """Return whether all processes have the same value. Collective."""
     number = zlib.crc32(value.encode()) >> 1  # fits into an int32
-    highest, lowest = global_max(number), -global_max(-number)  # both, whatever the first is
+    highest, lowest = global_max(number), -global_max(-number)  # both calls are made on every process
     return highest == lowest
 
 
 @contextlib.contextmanager
 def raise_on_all_processes() -> Iterator[None]:
-    """A step that all processes take or none does: a UserError in one of them ends it in all.
+    """Raise a UserError of one process in all of them, at the end of the context. Collective.
 
     Raises:
-      RemoteUserError: another process, of a lower number if this one too, raises what went wrong.
+      RemoteUserError: another process failed; if this one did too, one with a lower index.
     """
     error = None
     try:

@@ -1,4 +1,7 @@
-"""How steps, members and devices become programs: many steps in one or a program each, one copy or several."""
+"""How training steps are compiled.
+
+One program per epoch (`lax.scan`) or per step; members vmapped or unrolled; sharded over a mesh.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -19,15 +22,15 @@ from imp_jax.runtime.devices import MEMBER
 
 
 class ExecutionMode(NamedTuple):
-    """How members and steps become programs; results differ by rounding only."""
+    """How steps and members are compiled; results of all modes differ by rounding only."""
 
-    scan: bool = True  # all steps of an epoch in one program, or a program a step
-    unroll: bool = False  # members one after the other in a program, or vmapped
-    convolutions: str = "flax"  # the implementation of a model's, see `models.convolution.use_convolutions`
+    scan: bool = True  # all steps of an epoch in one program; False: one program per step
+    unroll: bool = False  # members one after the other in a program; False: vmapped
+    convolutions: str = "flax"  # the kernels of the model, see `models.fast_cpu`
 
     @property
     def mode(self) -> str:
-        """The name in `EXECUTION_MODES` of how steps and members run."""
+        """The name of this mode in `EXECUTION_MODES`."""
         return f"{'scan' if self.scan else 'step'}_{'unroll' if self.unroll else 'vmap'}"
 
 
@@ -44,13 +47,13 @@ def choose_execution(
 ) -> ExecutionMode:
     """Choose how a model's steps run on this machine, by the name of a mode and by the convolutions it has.
 
-    `auto` scans over steps and vmaps members. Members with convolutions are unrolled: vmap over kernels makes
-    grouped convolutions, whose gradients are slow (measured on a CPU, assumed on a GPU). On a CPU each step is
-    a program of its own if some convolution would be slow in a loop: one that is not a plain `nn.Conv`, or any
-    where XLA does not keep the barriers of `models.convolution`.
+    `auto` scans over steps and vmaps members. For convolutional networks it unrolls members: vmap over kernels
+    makes grouped convolutions, whose gradients are slow (measured on a CPU, assumed on a GPU). On a CPU each
+    step is a program of its own if a convolution would be slow in a loop: one that is not a plain `nn.Conv`, or
+    any if XLA removes the optimisation barriers of `models.fast_cpu`.
 
     On a CPU every plain `nn.Conv` is computed by oneDNN if this XLA has it, else by XLA in forms that are fast
-    there. With oneDNN, what this process compiles is no longer written to JAX's compilation cache.
+    there. With oneDNN, this process no longer writes programs to JAX's compilation cache.
 
     Raises:
       UserError: an unknown name.
@@ -70,7 +73,7 @@ def choose_execution(
 
 
 def count_convolutions(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int]:
-    """Count the convolutions of a model that `convolutions_by` takes over, and its others."""
+    """Count the convolutions of a model that have fast CPU kernels, and the others."""
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     with convolution.use_convolutions("xla"):
         traced = jax.make_jaxpr(lambda variables, image: model.apply(variables, image, train=False))(
@@ -83,7 +86,7 @@ def count_convolutions(model: nn.Module, image_shape: tuple[int, int, int]) -> t
 def python_loop(
     step: Callable[..., tuple[PyTree, PyTree]], states: PyTree, inputs: Iterable[tuple]
 ) -> tuple[PyTree, PyTree]:
-    """`step(states, *inputs)` again and again, a program each; the metrics are stacked as by a scan."""
+    """Call `step(states, *inputs)` for all inputs; like `lax.scan`, but one program per step."""
 
     def all_metrics():
         nonlocal states
@@ -96,11 +99,11 @@ def python_loop(
 
 
 def stack_step_outputs(outputs: Iterable[PyTree]) -> PyTree:
-    """The outputs of programs started one after the other, stacked; two at most are under way."""
+    """Stack the outputs of successive dispatches. Blocks so that at most two are in flight."""
     collected = []
     for output in outputs:
         collected.append(output)
-        if len(collected) > 1:  # or the host would run ahead, and batches pile up on the device
+        if len(collected) > 1:  # otherwise the host runs ahead and batches pile up on the device
             jax.block_until_ready(collected[-2])
     stack = np.stack if jax.process_count() == 1 else jnp.stack
     return jax.tree.map(lambda *parts: stack(parts), *collected)
@@ -109,18 +112,22 @@ def stack_step_outputs(outputs: Iterable[PyTree]) -> PyTree:
 def shard_over_mesh(
     function: Callable[..., PyTree], in_specs: tuple[P, ...], mesh: Mesh | None
 ) -> Callable[..., PyTree]:
-    """`function` on each device's part of its arguments; the outputs lead with members."""
+    """Apply `jax.shard_map`; all outputs are sharded along "member". Without a mesh return `function`."""
     if mesh is None:
         return function
     options = {"in_specs": in_specs, "out_specs": P(MEMBER)}
-    # unchecked: gradients stay those of a device's own images until the step takes their mean
+    # unchecked: gradients are those of a device's own images until the step averages them
     return jax.shard_map(function, mesh=mesh, check_vma=False, **options)
 
 
 def vmap_or_unroll_members(
     function: Callable[..., PyTree], in_axes: tuple[int | None, ...], execution: ExecutionMode
 ) -> Callable[..., PyTree]:
-    """`function` of one member as a function of all, which lead the arguments whose axis is 0."""
+    """Map a function of one member over all members: by `jax.vmap`, or unrolled as `execution` says.
+
+    Args:
+      in_axes: 0 for arguments with a member axis, None for others.
+    """
     if not execution.unroll:
         return jax.vmap(function, in_axes)
 

@@ -1,4 +1,4 @@
-"""Signals: the first asks a training to stop where it can go on later, a second ends the process at once."""
+"""Signals: the first stops a training where it can be resumed, a second one exits the process at once."""
 
 import contextlib
 import os
@@ -10,9 +10,7 @@ from collections.abc import Callable, Iterator
 
 # Ctrl-C; what Slurm sends at preemption, and what it is told to send ahead (--signal=USR1@60; submitit: USR2)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-_DEBOUNCE_S = (
-    0.2  # seconds in which the same signal is one: `timeout` and `srun` send it to the process and its group
-)
+_DEBOUNCE_S = 0.2  # `timeout` and `srun` send a signal to the process and to its group: it counts once
 
 
 _cleanups: list[Callable[[], None]] = []
@@ -30,7 +28,7 @@ def run_on_exit(function: Callable[[], None]) -> Iterator[None]:
 
 
 class Stopped(KeyboardInterrupt):
-    """A run was stopped by signal `number`; whatever is said of it says what was kept."""
+    """A run was stopped by signal `number`; the message says where it can be resumed."""
 
     def __init__(self, number: int, message: str):
         super().__init__(message)
@@ -52,7 +50,7 @@ class GracefulStop:
     def __enter__(self):
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
-        caught = [s for s in SIGNALS if signal.getsignal(s) != signal.SIG_IGN]  # nohup and `&` mean it
+        caught = [s for s in SIGNALS if signal.getsignal(s) != signal.SIG_IGN]  # as set by nohup and `&`
         # handlers wait for the main thread, which may be compiling for minutes; this pipe does not
         self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._before = {number: signal.signal(number, lambda *_: None) for number in caught}
@@ -65,19 +63,19 @@ class GracefulStop:
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._writer)
 
-    def signal_on_any_process(self, most: Callable[[int], int]) -> int:
-        """The number of a signal that this process, or another that trains with it, has got; 0 if none has.
+    def signal_on_any_process(self, global_max: Callable[[int], int]) -> int:
+        """Return the number of a signal that this process, or another that trains with it, received; 0 if none.
 
         Args:
-          most: gives all processes the largest of their numbers.
+          global_max: returns the largest number of all processes.
         """
-        heard = most(self.requested)
-        self.requested = self.requested or heard
-        return heard
+        received = global_max(self.requested)
+        self.requested = self.requested or received
+        return received
 
     @contextlib.contextmanager
     def defer_signals(self) -> Iterator[None]:
-        """For a training that looks at `requested` where it can stop; else `Stopped` comes at the end."""
+        """Let a training poll `requested` and stop where it can; otherwise raise `Stopped` at the end."""
         self._deferred = True
         try:
             yield
@@ -88,7 +86,7 @@ class GracefulStop:
             raise self.stopped("between two rounds")
 
     def stopped(self, where: str) -> Stopped:
-        """The exception that ends a run which has saved all up to `where`."""
+        """Return the exception that ends a run whose state is saved up to `where`."""
         name = signal.Signals(self.requested).name
         return Stopped(self.requested, f"stopped by {name} {where}; the same command goes on from there")
 
