@@ -14,13 +14,13 @@ from imp_jax.masking import Params
 from imp_jax.models.fast_cpu.convolution import conv_general_dilated_by, use_convolutions
 from imp_jax.training import TrainSpec, Variables, example_sums, sum_over_batches
 
-ESTIMATION_IMAGES = 5000  # of the training set, that normalisation statistics are re-estimated from (ours)
+ESTIMATION_IMAGES = 5000  # training images for re-estimating normalisation statistics (ours)
 
 
 def linear_path(params_a: Params, params_b: Params, num_points: int = 20) -> Params:
-    """θ(α) = (1 − α)·θ_a + α·θ_b at `num_points` equidistant α in [0, 1], ends included and exact.
+    """Compute θ(α) = (1 − α)·θ_a + α·θ_b at `num_points` equidistant α in [0, 1]; both ends are exact.
 
-    Returns: a tree like `params_a` whose leaves lead with an axis of `num_points`; vmap an evaluation over it.
+    Returns: a tree like `params_a` with a leading axis of `num_points`; vmap an evaluation over it.
 
     Raises:
       ValueError: `num_points` below 2; ends of different structures or shapes.
@@ -33,7 +33,7 @@ def linear_path(params_a: Params, params_b: Params, num_points: int = 20) -> Par
 
 
 def _point(tree_a, tree_b, alpha):
-    """(1 − α)·a + α·b, leaf by leaf in the type of a; the ends themselves also where they are not finite."""
+    """Compute (1 − α)·a + α·b, leaf by leaf in the type of a; the ends are exact even if not finite."""
 
     def between(a, b):
         inside = ((1 - alpha) * a + alpha * b).astype(a.dtype)
@@ -43,7 +43,7 @@ def _point(tree_a, tree_b, alpha):
 
 
 def error_barrier(errors: Float[Array, "*paths points"], baseline: str = "mean") -> Float[Array, "*paths"]:
-    """The largest increase of the error on a path over its `baseline` (figures 2, 8, 20 and 23).
+    """Compute the largest increase of the error on a path over its `baseline` (figures 2, 8, 20 and 23).
 
     Args:
       errors: error (or loss) at equidistant points of one or many paths, ends included, in any unit.
@@ -78,18 +78,18 @@ def path_metrics(
     batch_norm: str = "interpolate",
     train: data.Split | None = None,
 ) -> tuple[Float[np.ndarray, " points"], Float[np.ndarray, " points"]]:
-    """Mean cross-entropy (nats) and error, in [0, 1], of the networks at the points of `linear_path`.
+    """Compute mean cross-entropy (nats) and error, in [0, 1], of the networks at the points of `linear_path`.
 
-    Points are vmapped, as many at once as the device's memory holds with their activations. They are taken one
-    by one where `spec` unrolls its members, and all in one pass where the split is streamed. A first layer
-    that is Flax's own dense layer or convolution sees the same images at every point and is affine in its
-    weights: it is computed for the two ends only, and a path of LeNet costs five evaluations and not twenty.
+    Evaluates as many points per pass as fit in a quarter of the device memory (vmap); convolutional networks
+    one point at a time (`lax.map`); a streamed split in a single pass over the data. If the first layer is
+    Flax's own dense layer or convolution, its output is affine in its weights and is computed for the two ends
+    only: a path of LeNet costs five evaluations instead of twenty.
 
     Args:
-      variables_a, variables_b: what `model.init` returns, of one network each.
-      split: what the networks are evaluated on, whole.
-      batch_norm: "interpolate" takes normalisation statistics to lie on the path like the weights (ours);
-        "reestimate" takes them from 5,000 images of `train`, anew at every point.
+      variables_a, variables_b: variables of one network each, as `model.init` returns them.
+      split: the whole split to evaluate on.
+      batch_norm: "interpolate" interpolates normalisation statistics like the weights (ours); "reestimate"
+        computes them at every point from 5,000 images of `train`.
 
     Raises:
       ValueError: `num_points` below 2; an unknown `batch_norm`, or "reestimate" without `train` or with a model
@@ -112,7 +112,7 @@ def _split_params(variables):
 
 
 def _over_chunks(function, path, split, spec, batch_size=None):
-    """`sum_over_batches` of a function of a path, a few of its points at a time."""
+    """Call `sum_over_batches` for a function of a path, a few points at a time."""
     params_a, params_b, alphas, states = path
     batch_size = min(batch_size or split.examples, split.evaluation_batch_size, split.examples)
     chunk = len(alphas)
@@ -128,7 +128,7 @@ def _over_chunks(function, path, split, spec, batch_size=None):
 
 
 def _max_points_per_pass(params, states, split, batch_size, spec):
-    """How many networks, with the outputs of all their layers on a batch, fit into a quarter of the device."""
+    """Return how many networks, with all layer outputs for a batch, fit in a quarter of the device memory."""
     state = jax.tree.map(lambda leaf: leaf[0], states)
     images = jax.ShapeDtypeStruct((batch_size, *split.image_shape), jnp.float32)
 
@@ -142,14 +142,14 @@ def _max_points_per_pass(params, states, split, batch_size, spec):
 
 
 def _over_points(function, alphas, states, spec):
-    """`function(alpha, state)` at each point, stacked."""
+    """Compute `function(alpha, state)` at each point, stacked."""
     if spec.execution.unroll:
         return jax.lax.map(lambda point: function(*point), (alphas, states))
     return jax.vmap(function)(alphas, states)
 
 
 def _path_sums(path, images, labels, counted, *, spec):
-    """The sums of `example_sums` at each point."""
+    """Compute `example_sums` at each point."""
     params_a, params_b, alphas, states = path
     images = spec.normalize(images)
 
@@ -161,11 +161,11 @@ def _path_sums(path, images, labels, counted, *, spec):
 
 
 def _batch_statistics(path, images, labels, counted, *, spec):
-    """The normalisation statistics of one batch, at each point."""
+    """Compute the normalisation statistics of one batch at each point."""
     del labels, counted
     params_a, params_b, alphas, states = path
     images = spec.normalize(images)
-    # keeps nothing of the statistics before
+    # momentum 0: the result depends on this batch only
     spec = spec._replace(model=spec.model.copy(norm_momentum=0.0))
 
     def at(alpha, state):
@@ -176,7 +176,7 @@ def _batch_statistics(path, images, labels, counted, *, spec):
 
 
 def _reestimated(path, train, spec):
-    """The mean of the statistics of some batches of training images, at each point."""
+    """Average the normalisation statistics of batches of training images, at each point."""
     states = path[3]
     if not states:
         return states
@@ -192,7 +192,7 @@ def _reestimated(path, train, spec):
 
 
 def _apply_interpolated(spec, params_a, params_b, alpha, state, images, **options):
-    """`model.apply` at θ(α); the output of a first layer that is affine in its weights comes from the ends."""
+    """Apply the model at θ(α); the output of an affine first layer is interpolated from the two ends."""
     params = _point(params_a, params_b, alpha)
     first = True
 
@@ -215,10 +215,10 @@ def _apply_interpolated(spec, params_a, params_b, alpha, state, images, **option
 
 
 def _is_affine(module, params, implementation):
-    """Whether the output of a dense layer or convolution is certainly affine in its leaves of `params`.
+    """Return whether the output of a dense layer or convolution is certainly affine in its leaves of `params`.
 
-    Not of a subclass, a part replaced by the user's, or weights that a wrapper makes from others; nor where
-    rounding in fewer than 32 bits would depend on where it is done.
+    False for a subclass, for a replaced dot product or convolution, for weights that a wrapper computes from
+    others, and for computation in fewer than 32 bits, where rounding would depend on the order.
     """
     own = {
         nn.Dense: {"dot_general": (None,), "dot_general_cls": (None,)},
@@ -238,7 +238,7 @@ def _is_affine(module, params, implementation):
 
 
 def _at(params, path):
-    """The part of `params` at the path of a module, None if there is none."""
+    """Return the part of `params` at the path of a module; None if there is none."""
     for name in path:
         params = params.get(name) if isinstance(params, Mapping) else None
     return params

@@ -23,9 +23,9 @@ _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
 
 def scale_by_adam() -> optax.GradientTransformation:
-    """`optax.scale_by_adam()`, to rounding, with bias corrections as factors of a step (Kingma & Ba 2015, 2).
+    """Make `optax.scale_by_adam()` with fewer divisions; equal up to rounding (Kingma & Ba 2015, section 2).
 
-    m̂ / (√v̂ + ε) = m √c₂ / c₁ / (√v + ε √c₂), where cᵢ = 1 − βᵢᵗ: one division per weight instead of three.
+    m̂ / (√v̂ + ε) = m √c₂ / c₁ / (√v + ε √c₂) with cᵢ = 1 − βᵢᵗ takes one division per weight instead of three.
     """
 
     def update(gradients, state, params=None):
@@ -41,7 +41,7 @@ def scale_by_adam() -> optax.GradientTransformation:
 
 
 def adam(learning_rate: Rate) -> optax.GradientTransformation:
-    """`optax.adam(learning_rate)`, to rounding."""
+    """Make `optax.adam(learning_rate)`; equal up to rounding."""
     return optax.chain(scale_by_adam(), optax.scale_by_learning_rate(learning_rate))
 
 
@@ -97,7 +97,7 @@ def make_optimizer(
     return _make_optimizer(factory, learning_rate, momentum, weight_decay)
 
 
-@functools.cache  # jit compares static arguments: a second run in the same process must get the same object
+@functools.cache  # a static argument of jit: a second run in this process must get the same object
 def _make_optimizer(factory, base_rate, momentum, weight_decay):
     options = {} if momentum is None else {"momentum": momentum}
 
@@ -109,12 +109,12 @@ def _make_optimizer(factory, base_rate, momentum, weight_decay):
         optimizer = optax.with_extra_args_support(transform(learning_rate))
         return optimizer.update(updates, _inject_rate(state, learning_rate), params, **extra_args)
 
-    # some states depend on the base rate, as that of optax.rprop
+    # some initial states depend on the base rate, such as that of optax.rprop
     return masking.masked(optax.GradientTransformationExtraArgs(transform(base_rate).init, update))
 
 
 def _inject_rate(state, learning_rate):
-    """The state with the rate where `optax.inject_hyperparams` reads it; other states as they are."""
+    """Set the learning rate in states of `optax.inject_hyperparams`; other states are unchanged."""
 
     def inject(part):
         if not isinstance(part, _INJECTED) or "learning_rate" not in part.hyperparams:

@@ -1,11 +1,11 @@
 """Distances between masked trees (section 4.1, appendix B).
 
 Two networks are compared by their connections, the prunable weights, on the intersection m = m₁⊙m₂ of their
-masks: d(θ₁⊙m, θ₂⊙m). Biases and the parameters of normalisation layers do not count.
-All functions are pure and may be jitted and vmapped; `exclude` is that of `masking`: layers left out as well.
-They take weights of any scale and sum in float32 or better.
+masks: d(θ₁⊙m, θ₂⊙m). Biases and the parameters of normalisation layers do not count. All functions are pure
+and may be jitted and vmapped; `exclude` names further layers that do not count, as in `masking`. Weights may
+have any scale; sums are in float32 or better.
 
-All raise a ValueError for trees whose structures or shapes differ, and for one without a prunable leaf.
+All functions raise a ValueError for trees whose structures or shapes differ, or without a prunable leaf.
 """
 
 import functools
@@ -18,11 +18,11 @@ from jaxtyping import Array, Float, PyTree
 from imp_jax import masking
 from imp_jax.masking import Mask, Params
 
-DEFINITION = 2  # of what is compared, here and in J_r: 1 counted biases and normalisation parameters too
+DEFINITION = 2  # version of what is compared, also in J_r; version 1 included biases and normalisation
 
 
 def inner_product(params_a: PyTree[Array], params_b: PyTree[Array]) -> Float[Array, ""]:
-    """⟨a, b⟩ over all leaves, multiplied and summed in float32 or better."""
+    """Compute ⟨a, b⟩ over all leaves, multiplied and summed in float32 or better."""
     masking.require_same_shapes(params_a, params_b)
     products = jax.tree.map(lambda a, b: jnp.sum(widen(a) * widen(b)), params_a, params_b)
     return sum(jax.tree.leaves(products))
@@ -31,9 +31,9 @@ def inner_product(params_a: PyTree[Array], params_b: PyTree[Array]) -> Float[Arr
 def angular_distance(
     params_a: Params, mask_a: Mask, params_b: Params, mask_b: Mask, exclude: str | Sequence[str] = ()
 ) -> Float[Array, ""]:
-    """2·∠(a, b)/π on the shared weights (section 4.1): 0 the same direction, 1 orthogonal, 2 opposite.
+    """Compute 2·∠(a, b)/π on the shared weights (section 4.1): 0 same direction, 1 orthogonal, 2 opposite.
 
-    nan where a direction is missing: an empty intersection, or a network that is zero on it.
+    nan if a direction is undefined: the intersection is empty, or a network is zero on it.
     """
     a, b = map(_unit, _on_intersection(params_a, mask_a, params_b, mask_b, exclude))
     # Kahan's form: arccos(a·b) loses half its digits near 0 and leaves its domain by rounding
@@ -45,7 +45,7 @@ def angular_distance(
 def cosine_distance(
     params_a: Params, mask_a: Mask, params_b: Params, mask_b: Mask, exclude: str | Sequence[str] = ()
 ) -> Float[Array, ""]:
-    """1 − cos(a, b) on the shared weights (appendix B), in [0, 2]; nan as in `angular_distance`."""
+    """Compute 1 − cos(a, b) on the shared weights (appendix B), in [0, 2]; nan as in `angular_distance`."""
     a, b = map(_unit, _on_intersection(params_a, mask_a, params_b, mask_b, exclude))
     difference = jax.tree.map(jnp.subtract, a, b)
     return inner_product(difference, difference) / 2  # = 1 − cos, without its cancellation near 0
@@ -54,7 +54,7 @@ def cosine_distance(
 def euclidean_distance(
     params_a: Params, mask_a: Mask, params_b: Params, mask_b: Mask, exclude: str | Sequence[str] = ()
 ) -> Float[Array, ""]:
-    """‖a − b‖₂ on the shared weights (appendix B); 0 on an empty intersection."""
+    """Compute ‖a − b‖₂ on the shared weights (appendix B); 0 on an empty intersection."""
     a, b = _on_intersection(params_a, mask_a, params_b, mask_b, exclude)
     return _norm(jax.tree.map(jnp.subtract, a, b))
 
@@ -65,12 +65,12 @@ def distance_matrix(
     distance: Callable[[Params, Mask, Params, Mask], Float[Array, ""]] = angular_distance,
     exclude: str | Sequence[str] = (),
 ) -> Float[Array, "networks networks"]:
-    """Distances between all pairs of networks (figures 4, 9 to 11), each pair on its own intersection.
+    """Compute the distances between all pairs of networks (figures 4, 9 to 11), each on its own intersection.
 
-    The three distances of this module come from Gram products of all networks at once, right to float32 in the
-    cosines, where an angular distance below 1e-3 is not told from 0, and in the squared distances from the mean
-    network. Any other function is called pair by pair, without `exclude`. nan as in `distance`; the diagonal is
-    0 elsewhere.
+    The three distances of this module are computed from Gram products of all networks at once. They are exact
+    to float32 in the cosines, which does not resolve angular distances below 1e-3, and in the squared
+    distances from the mean network. Any other function is called pair by pair, without `exclude`. Entries are
+    nan as in `distance`; the rest of the diagonal is 0.
     """
     masking.require_same_shapes(*params, *masks)
     params, masks = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) for trees in (params, masks))
@@ -80,36 +80,36 @@ def distance_matrix(
     def row(network):
         return jax.vmap(lambda p, m: distance(*network, p, m))(params, masks)
 
-    return jax.lax.map(row, (params, masks))  # a row at a time: all pairs at once would need networks² trees
+    return jax.lax.map(row, (params, masks))  # row by row: all pairs at once would need networks² trees
 
 
 def distance_matrices(
     params: Params, masks: Mask, exclude: str | Sequence[str] = ()
 ) -> dict[str, Float[Array, "networks networks"]]:
-    """The angular, cosine and Euclidean `distance_matrix` of stacked networks, which lead every leaf."""
+    """Compute the angular, cosine and Euclidean `distance_matrix` of networks stacked along axis 0."""
     return {metric: _BY_GRAM[distance](params, masks, exclude) for metric, distance in METRICS.items()}
 
 
 def gram_products(
     params: Params, masks: Mask, exclude: str | Sequence[str] = ()
 ) -> tuple[Float[Array, "networks networks"], Float[Array, "networks networks"]]:
-    """⟨θ_i, θ_j⟩ and ‖θ_i‖² at [i, j], both on m_i⊙m_j, of stacked networks, which lead every leaf.
+    """Compute ⟨θ_i, θ_j⟩ and ‖θ_i‖² at [i, j], both on m_i⊙m_j, of networks stacked along axis 0.
 
-    Two matrix products per leaf: θ⊙m with itself, and its square with the masks. The squares of weights below
-    1e-19 or above 1e19 leave float32.
+    Takes two matrix products per leaf: θ⊙m with itself, and its square with the masks. The squares of weights
+    below 1e-19 or above 1e19 leave the range of float32.
     """
     return _gram_products(*_weights_and_masks(params, masks, exclude))
 
 
 def widen(leaf: Array) -> Array:
-    """`leaf` in float32, or in its own type if that is better."""
+    """Convert a leaf to float32, unless its type is wider."""
     return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
 
 def scale_of(leaves: Sequence[Array], axis: int | tuple[int, ...] | None = None) -> Array:
-    """The largest magnitude in `leaves`, 1 if all are 0: divided by it, weights can be squared and summed.
+    """Return the largest magnitude in `leaves`, or 1 if all are 0; divided by it, weights can be squared.
 
-    A constant to gradients, as what it scales does not depend on it.
+    It is a constant to gradients, as the scaled result does not depend on it.
     """
     largest = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(leaf), axis, initial=0) for leaf in leaves))
     return jax.lax.stop_gradient(jnp.where(largest == 0, 1, largest))
@@ -123,7 +123,7 @@ def _gram_products(weights, masks):
 
 
 def _weights_and_masks(params, masks, exclude):
-    """θ⊙m and m of the prunable leaves of stacked networks, each [networks, weights]."""
+    """Return θ⊙m and m of the prunable leaves of stacked networks, each [networks, weights]."""
     masking.require_same_shapes(params, masks)
     params, masks = (masking.prunable_leaves(tree, exclude) for tree in (params, masks))
     pairs = [(jnp.where(m, widen(p), 0), m) for p, m in zip(params, masks, strict=True)]
@@ -147,7 +147,7 @@ def _euclidean(params, masks, exclude):
 
 
 def _from_mean(weights, masks):
-    """Networks far from 0 and near each other would cancel."""
+    """Subtract the mean network: differences of networks far from 0 and near each other would cancel."""
     mean = weights.sum(0) / jnp.maximum(masks.sum(0), 1)
     return jnp.where(masks, weights - mean, 0)
 
@@ -160,17 +160,17 @@ def _cosines(params, masks, exclude):
     weights, masks = _weights_and_masks(params, masks, exclude)
     scale = scale_of(weights, axis=1)[:, None]
     products, squares = _gram_products([leaf / scale for leaf in weights], masks)
-    # roots apart, for squares far from each other; rounding may leave [−1, 1]
+    # separate roots for squares of different scales; rounding may leave [−1, 1]
     return jnp.clip(products / (jnp.sqrt(squares) * jnp.sqrt(squares.T)), -1, 1)
 
 
 def _zero_diagonal(matrix):
-    """Exact zeros where a network meets itself, but for nan."""
+    """Set the diagonal to exact zeros, except for nan."""
     return jnp.where(jnp.eye(len(matrix), dtype=bool) & ~jnp.isnan(matrix), 0, matrix)
 
 
 def _on_intersection(params_a, mask_a, params_b, mask_b, exclude):
-    """The prunable leaves of both networks, in float32 or better, where both masks keep them; 0 elsewhere."""
+    """Return the prunable leaves of both networks, in float32 or better, zero outside of the intersection."""
     masking.require_same_shapes(params_a, mask_a, params_b, mask_b)
     a, keep_a, b, keep_b = (
         masking.prunable_leaves(tree, exclude) for tree in (params_a, mask_a, params_b, mask_b)
@@ -189,6 +189,6 @@ def _norm(leaves):
 
 def _unit(leaves):
     scale = scale_of(leaves)
-    leaves = [leaf / scale for leaf in leaves]  # apart from the norm, which may leave float32
+    leaves = [leaf / scale for leaf in leaves]  # scaled first: the norm may leave the range of float32
     norm = jnp.sqrt(inner_product(leaves, leaves))
     return [leaf / norm for leaf in leaves]

@@ -1,4 +1,4 @@
-"""What the surviving weights of a network look like: how they are distributed (figure 5), and where they lie.
+"""Statistics of the surviving weights: their distribution (figure 5), and the units that they connect.
 
 All functions are pure and may be jitted and vmapped; `exclude` is that of `masking`.
 """
@@ -23,9 +23,9 @@ from imp_jax.similarity import widen
 def histogram(
     params: Params, mask: Mask, limit: Float[Array, ""], bins: int = 101, exclude: str | Sequence[str] = ()
 ) -> Int[Array, " bins"]:
-    """How many surviving weights lie in each of `bins` equal intervals of [−limit, limit] (figure 5).
+    """Count the surviving weights in each of `bins` equal intervals of [−limit, limit] (figure 5).
 
-    An odd number of bins has one that is centred on 0. A weight beyond the limits counts in the outermost.
+    An odd number of bins has one centred on 0. A weight beyond the limits counts in the outermost bin.
     """
     counts = jnp.zeros(bins, jnp.int32)
     for values, survives in _leaves(params, mask, exclude):
@@ -36,15 +36,15 @@ def histogram(
 
 
 def bimodality(params: Params, mask: Mask, exclude: str | Sequence[str] = ()) -> Float[Array, ""]:
-    """Sarle's coefficient (skewness² + 1) / kurtosis of the surviving weights.
+    """Compute Sarle's coefficient (skewness² + 1) / kurtosis of the surviving weights.
 
-    1/3 for a normal distribution, 5/9 for a uniform one, 1 for two points; nan where all survivors are equal.
+    1/3 for a normal distribution, 5/9 for a uniform one, 1 for two points; nan if all survivors are equal.
     """
     leaves = _leaves(params, mask, exclude)
     count = sum(jnp.sum(survives) for _, survives in leaves)
     low = functools.reduce(jnp.minimum, [jnp.min(v, where=m, initial=jnp.inf) for v, m in leaves])
     high = functools.reduce(jnp.maximum, [jnp.max(v, where=m, initial=-jnp.inf) for v, m in leaves])
-    # in [0, 1], where no power leaves float32
+    # scaled to [0, 1], where no power leaves the range of float32
     leaves = [((values - low) / (high - low), survives) for values, survives in leaves]
 
     def mean(function):
@@ -58,21 +58,21 @@ def bimodality(params: Params, mask: Mask, exclude: str | Sequence[str] = ()) ->
 def share_near_zero(
     params: Params, mask: Mask, threshold: Float[Array, ""], exclude: str | Sequence[str] = ()
 ) -> Float[Array, ""]:
-    """The share of the survivors with a magnitude below half of `threshold`, such as the pruning threshold."""
+    """Compute the share of survivors with a magnitude below half of `threshold`."""
     leaves = _leaves(params, mask, exclude)
     near = sum(jnp.sum(survives & (jnp.abs(values) < threshold / 2)) for values, survives in leaves)
     return near / sum(jnp.sum(survives) for _, survives in leaves)
 
 
 def survivors_by_layer(mask: Mask) -> dict[str, Int[Array, ""]]:
-    """The number of surviving weights of each layer that has weights, by its name; pruned or not."""
+    """Count the surviving weights of each layer with weights, by its name."""
     return {name: jnp.sum(kernel, dtype=jnp.int32) for name, kernel in kernels(mask).items()}
 
 
 def dead_units(
     model: nn.Module, variables: dict[str, Any], mask: Mask, image_shape: tuple[int, int, int]
 ) -> dict[str, Int[Array, ""]]:
-    """The number of units (or channels) of each layer that `connectivity_of_units` finds no path through."""
+    """Count the units (or channels) of each layer without a path, see `connectivity_of_units`."""
     alive = connectivity_of_units(model, variables, mask, image_shape)
     return {name: jnp.sum(~units, dtype=jnp.int32) for name, units in alive.items()}
 
@@ -80,20 +80,21 @@ def dead_units(
 def connectivity_of_units(
     model: nn.Module, variables: dict[str, Any], mask: Mask, image_shape: tuple[int, int, int]
 ) -> dict[str, Bool[Array, "..."]]:
-    """Whether a path of surviving weights leads through each unit (or channel) of each layer.
+    """Return whether each unit (or channel) of each layer is on a path of surviving weights.
 
-    A path goes from the image to the output: a unit without a way in, or without a way out, is dead. In a
-    residual network the shortcut passes by a unit, and does not keep it alive. Values do not count: a ReLU that
-    never opens is no obstacle, and a statistic of a normalisation layer of Flax is no path.
+    A path connects the image with the output: a unit without an incoming or without an outgoing path is dead.
+    In a residual network the shortcut bypasses a unit and does not keep it alive. Purely structural: a unit
+    that is connected but never active (dead ReLU) is not counted as dead, and the statistics of Flax's
+    normalisation layers are no paths.
 
-    Paths are followed through the operations that JAX traces. Layers that are not evaluated, and all layers of
-    a model with an operation whose paths are not known, such as the products of attention, are left out.
+    Paths are propagated through the operations that JAX traces. Layers that are not evaluated are omitted, and
+    so are all layers of a model with an operation whose paths are unknown, such as the products of attention.
     """
     masking.require_same_shapes(variables["params"], mask)
     mask = meta.unbox(mask)
     masks = {name: leaf.astype(jnp.float32) for name, leaf in masking.prunable_by_name(mask).items()}
 
-    def constant(leaf):  # a value that arithmetic does not make zero by chance, as it might 1
+    def constant(leaf):  # not 1, which arithmetic may turn into zero
         return jnp.full(leaf.shape, 0.7, leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
 
     state = {name: leaves for name, leaves in variables.items() if name != "params"}
@@ -126,20 +127,20 @@ def connectivity_of_units(
 
 
 class _Weight(NamedTuple):
-    """The mask of a kernel, as numbers."""
+    """The mask of a kernel, as floats."""
 
     name: str
     mask: Float[Array, "..."]
 
 
 class _Reached(NamedTuple):
-    """1 where a path leads from the image to an element of an array, 0 elsewhere."""
+    """1 for elements of an array that a path from the image reaches, 0 for others."""
 
     there: Float[Array, "..."]
 
 
 class _UnknownError(Exception):
-    """An operation whose paths are not known."""
+    """An operation whose paths are unknown."""
 
 
 _NORMALISATIONS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm)
@@ -161,7 +162,7 @@ _ELEMENTWISE = {
 
 
 def _without_statistics(layer, args, kwargs, context):
-    """Normalisation layers give back their input; convolutions are those of `lax`, whose paths are known."""
+    """Replace normalisation layers by the identity, and convolutions by those of `lax`."""
     module = context.module
     method = getattr(context.orig_method, "func", context.orig_method)  # Flax's own also under a subclass
     of_flax = method.__module__ == nn.LayerNorm.__module__ and context.method_name == "__call__"
@@ -174,7 +175,7 @@ def _without_statistics(layer, args, kwargs, context):
 
 
 def _propagate(closed, inputs, unit_axes):
-    """The outputs of a jaxpr, of arrays, weights and reached arrays, noting the axes of each weight's units."""
+    """Evaluate a jaxpr on arrays, weights and reached arrays; record the unit axes of each weight."""
     known = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     known |= zip(closed.jaxpr.invars, inputs, strict=True)
 
@@ -188,7 +189,7 @@ def _propagate(closed, inputs, unit_axes):
 
 
 def _outputs(equation, inputs, unit_axes):
-    """What comes out of one operation."""
+    """Evaluate one operation."""
     primitive, params = equation.primitive, equation.params
     if primitive.name in _CALLS:
         inner = next(params[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in params)
@@ -208,7 +209,7 @@ def _outputs(equation, inputs, unit_axes):
 
 
 def _contract(primitive, params, inputs, unit_axes):
-    """Dense layers and convolutions, and products with constants."""
+    """Count the paths through a dense layer, a convolution or a product with a constant."""
     if sum(isinstance(value, _Reached) for value in inputs) != 1:
         raise _UnknownError
     operands = []
@@ -217,7 +218,7 @@ def _contract(primitive, params, inputs, unit_axes):
             operands.append(value.there)
         elif isinstance(value, _Weight):
             axes = _unit_axes(params, side, value.mask.ndim)
-            if unit_axes.setdefault(value.name, axes) != axes:  # shared by layers of other kinds
+            if unit_axes.setdefault(value.name, axes) != axes:  # shared by layers of different kinds
                 raise _UnknownError
             operands.append(value.mask)
         else:
@@ -226,7 +227,7 @@ def _contract(primitive, params, inputs, unit_axes):
 
 
 def _unit_axes(params, side, rank):
-    """The axes of the kernel on one side of a product that are the units of its layer."""
+    """Return the axes of a kernel, on one side of a product, that are the units of its layer."""
     dimensions = params["dimension_numbers"]
     if isinstance(dimensions, lax.ConvDimensionNumbers):
         batched = side == 0 or params["batch_group_count"] != 1
@@ -274,14 +275,14 @@ _binary.defvjp(lambda counts: (_binary(counts), None), lambda _, paths: ((paths 
 
 
 def _leaves(params, mask, exclude):
-    """Weights, in float32 or better, and whether they survive, leaf by leaf."""
+    """Return the weights, in float32 or better, and their masks, leaf by leaf."""
     masking.require_same_shapes(params, mask)
     values, masks = (masking.prunable_leaves(tree, exclude) for tree in (params, mask))
     return list(zip(map(widen, values), masks, strict=True))
 
 
 def kernels(tree: PyTree[Array]) -> dict[str, Array]:
-    """The leaves called kernel, by the name of their layer."""
+    """Return the leaves called kernel, by the name of their layer."""
     return {_layer(name): leaf for name, leaf in masking.prunable_by_name(tree).items()}
 
 

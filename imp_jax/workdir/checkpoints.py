@@ -1,4 +1,4 @@
-"""Orbax checkpoints, one per round and the state of the round under way: each on disk whole, or not at all."""
+"""Orbax checkpoints: one per round, and the state of the current round; each is written whole or not at all."""
 
 import contextlib
 import functools
@@ -25,35 +25,35 @@ from imp_jax.workdir.checksums import MANIFEST, compute_checksums, digest_tree, 
 from imp_jax.workdir.files import check_workdir_path, write_atomically
 
 _JSON = ("rows", "version")  # items that hold no arrays
-# of a checkpoint. A workdir should stay usable, so raise it only if what earlier versions wrote can no longer
-# be read; more items, files and keys of the version need no other format
+# of a checkpoint. Workdirs should stay usable: raise it only if earlier checkpoints can no longer be read.
+# Additional items, files and keys need no new format.
 FORMAT = 2
 
 
 class RoundNetworks(NamedTuple):
-    """What a round leaves behind; every leaf leads with the members, arm by arm as in `config.arms`."""
+    """The networks of a round; every leaf has a leading member axis, arm by arm as in `config.arms`."""
 
-    initial: Variables  # θ⊙m the training started from; with rewind_step=k, the dense network's at step k
+    initial: Variables  # θ⊙m at the start of training; with rewind_step=k, of the dense network at step k
     trained: Variables
     mask: Mask
 
 
 class MidRoundState(NamedTuple):
-    """Where the training of a round stands: all that is needed to go on from there to the same bits."""
+    """The state of a training: all that is needed to continue to the same bits."""
 
-    step: int  # of the training, the first one not done yet
-    tickets: Variables  # they change once, at the rewind step of round 0
+    step: int  # the next step of the training
+    tickets: Variables  # replaced once, at the rewind step of round 0
     states: TrainState
     history: TrainingHistory
     seconds: float  # trained so far
 
 
 class DamagedError(UserError):
-    """A checkpoint of which a file is missing or short, or holds other bits than were written."""
+    """A checkpoint with a missing or truncated file, or with other bits than were written."""
 
 
 def versions(workdir: str | os.PathLike) -> set[str]:
-    """The versions of this package that wrote the rounds of a workdir, as far as they can be read."""
+    """Return the versions of this package that wrote the rounds of a workdir, as far as they can be read."""
     found = set()
     for path in Path(workdir).glob("checkpoints/*/version/metadata"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -68,12 +68,12 @@ class Checkpoints:
     that died between the two loses neither. `progress` holds the latest `MidRoundState`. All carry checksums of
     their content, the number of the format and the version of the package that wrote them.
 
-    Of several processes that train together each reads by itself, and all save together, each a part. What
-    else changes the folders is for one of them, while the others leave them alone.
+    With several processes: each reads on its own; `save*` is collective and every process must call it;
+    deleting and moving rounds is done by the primary process only.
     """
 
     def __init__(self, workdir: str | os.PathLike):
-        """Open the checkpoints of `workdir`; makes no folder.
+        """Open the checkpoints of `workdir`; creates no folder.
 
         Raises:
           UserError: Orbax cannot read back what it writes at such a path.
@@ -83,7 +83,7 @@ class Checkpoints:
         self._rounds = _rounds_manager(self._workdir, {jax.process_index()})
 
     @functools.cached_property
-    def _progress(self):  # not opened by who only reads rounds, while another process replaces it
+    def _progress(self):  # opened lazily: another process may be replacing it while this one reads rounds
         return _progress_manager(self._workdir, {jax.process_index()})
 
     @functools.cached_property
@@ -97,7 +97,7 @@ class Checkpoints:
         return _progress_manager(self._workdir, _all_processes())
 
     def rounds(self) -> list[int]:
-        """The rounds that are on disk, in order."""
+        """Return the rounds on disk, in order."""
         return sorted(self._rounds.all_steps())
 
     def save(
@@ -112,7 +112,7 @@ class Checkpoints:
 
         Args:
           rows: all of results.csv up to this round.
-          optima: those of the next round, if the rounds that they came from will not be kept.
+          optima: of the next round, if the rounds that they come from will be deleted.
           next_masks: imp's masks of the next round, so that resuming does not prune again.
         """
         items = {"networks": networks._asdict(), "rows": rows}
@@ -125,7 +125,7 @@ class Checkpoints:
             self._rounds.reload()
 
     def restore(self, number: int) -> RoundNetworks:
-        """The networks of round `number`, on the default device whatever devices wrote them.
+        """Return the networks of round `number`, on the default device.
 
         Raises:
           DamagedError: a file is missing or short, or a checksum fails.
@@ -136,7 +136,7 @@ class Checkpoints:
         return RoundNetworks(**jax.tree.map(jax.numpy.asarray, networks))
 
     def rows(self, number: int) -> list[dict[str, Any]]:
-        """The rows of results.csv up to round `number`. Raises as `restore`."""
+        """Return the rows of results.csv up to round `number`. Raises as `restore`."""
         return _restore(self._rounds, number, "rows")
 
     def next_masks(self, number: int) -> Mask | None:
@@ -144,29 +144,29 @@ class Checkpoints:
         return _restore(self._rounds, number, "next_masks")
 
     def optima(self, number: int) -> Optima | None:
-        """What was saved with round `number` of the optima of the next, on the host. Raises as `restore`.
+        """Return the optima saved for the round after `number`, on the host. Raises as `restore`.
 
-        None too where they were saved under an older definition of J_r.
+        None if not saved, or saved under an older definition of J_r.
         """
         optima = _restore(self._rounds, number, "optima")
         known = optima and self.similarity_definition(number) == similarity.DEFINITION
         return Optima(**optima) if known else None
 
     def similarity_definition(self, number: int) -> int:
-        """The `similarity.DEFINITION` under which round `number` was trained; the first one was not saved."""
+        """Return the `similarity.DEFINITION` of round `number`; version 1 was not stored."""
         return _read_json(_folder(self._rounds, number), "version").get("similarity", 1)
 
     def delete_intermediate_rounds(self, last: int) -> None:
-        """Remove the rounds between the first and the two up to `last`, of which one may be damaged."""
+        """Delete all rounds except the first and the last two, one of which may turn out damaged."""
         for number in self.rounds()[1:]:
             if number < last - 1:
                 folder = self._workdir / "checkpoints" / str(number)
-                aside = folder.rename(f"{folder}.dropped")  # it is there whole, or not at all
+                aside = folder.rename(f"{folder}.dropped")  # a rename is atomic; deleting is not
                 shutil.rmtree(aside)
         self._rounds.reload()
 
     def save_progress(self, number: int, progress: MidRoundState, steps: int) -> None:
-        """Write where round `number`, of `steps` steps, stands, in place of what `progress` held before."""
+        """Write the state of round `number`, of `steps` steps; replaces the last state saved."""
         (self._workdir / "progress").mkdir(exist_ok=True)
         _save(
             self._collective_progress_manager,
@@ -175,7 +175,7 @@ class Checkpoints:
         )
 
     def progress(self, number: int, like: MidRoundState, steps: int) -> MidRoundState | None:
-        """What was saved of round `number`, of `steps` steps, in the structure of `like`; None if nothing was.
+        """Return the state saved of round `number`, of `steps` steps, structured like `like`, or None.
 
         Raises as `restore`.
         """
@@ -188,10 +188,10 @@ class Checkpoints:
         return MidRoundState(**arrays)
 
     def quarantine_damaged_rounds(self) -> list[str]:
-        """Make a workdir fit to go on; call it with the workdir's lock. Returns a sentence for each move.
+        """Prepare a workdir for resuming; the caller must hold its lock. Returns a sentence per moved round.
 
-        Moves the damaged rounds after the last intact one into the folder `set-aside`, and removes whatever was
-        being written or dropped when a run died. An exception that does not mean damage moves nothing.
+        Moves damaged rounds after the last intact one to the folder `set-aside`, and removes partial files of a
+        run that died. Nothing is moved after an exception that does not indicate damage.
 
         Raises:
           UserError: all of several rounds are damaged; the newest has an unknown format, or the file system
@@ -219,23 +219,23 @@ class Checkpoints:
         return [f"{error}; it is moved to {self._set_aside(self._rounds, n)}" for n, error in damaged]
 
     def moved_rounds(self) -> set[int]:
-        """The rounds of which a damaged checkpoint was moved into the folder `set-aside`."""
+        """Return the rounds of which a damaged checkpoint was moved to the folder `set-aside`."""
         names = (path.name.split("-") for path in self._workdir.glob("set-aside/checkpoints-*"))
         return {int(number) for _, number, *_ in names if number.isdigit()}
 
     def set_progress_aside(self) -> Path:
-        """Move what `progress` holds into the folder `set-aside`; returns its new place."""
+        """Move the saved state of a round to the folder `set-aside`; returns its new path."""
         return self._set_aside(self._progress, self._progress.latest_step())
 
     def discard_progress(self) -> None:
-        """Remove what `progress` holds."""
+        """Delete the saved state of a round."""
         self._progress.reload()
         for step in self._progress.all_steps():
             self._progress.delete(step)
 
     def close(self) -> None:
         for name in ("_rounds", "_progress", "_collective_rounds_manager", "_collective_progress_manager"):
-            with contextlib.suppress(Exception):  # a failed save, which has said so, is raised again
+            with contextlib.suppress(Exception):  # a failed save has been reported and is raised again
                 self.__dict__[name].close()
 
     def _set_aside(self, manager, step):
@@ -259,14 +259,14 @@ def _rounds_manager(workdir, processes):
 
 
 def _progress_manager(workdir, processes):
-    handler = ocp.PyTreeCheckpointHandler(use_compression=False)  # it is written often
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False)  # written often
     return _manager(workdir / "progress", {"progress": handler}, processes, max_to_keep=1)
 
 
 def _manager(folder, handlers, processes, **options):
-    # to read must not make folders, and who writes has a thread for it
+    # reading must not create folders; writing has a thread of its own
     options |= {"create": False, "save_root_metadata": False, "enable_async_checkpointing": False}
-    # processes that are named wait for each other without the devices, which the training has
+    # processes that are named synchronise without the devices, which the training uses
     options["multiprocessing_options"] = ocp.options.MultiprocessingOptions(
         primary_host=min(processes), active_processes=processes
     )
@@ -276,7 +276,7 @@ def _manager(folder, handlers, processes, **options):
 
 
 def move_aside(path: Path, workdir: Path) -> Path:
-    """Move something out of a run's way, into the folder `set-aside` of its workdir; returns its new place."""
+    """Move a file or folder to the folder `set-aside` of a workdir; returns its new path."""
     kept = workdir / "set-aside"
     kept.mkdir(exist_ok=True)
     names = (f"{path.parent.name}-{path.name}{f'-{n}' * (n > 1)}" for n in itertools.count(1))
@@ -306,16 +306,16 @@ def _save(manager, step, items):
     manager.save(step, args=ocp.args.Composite(**arguments))
     manager.wait_until_finished()
     if distributed.is_primary():
-        # a process that dies before this leaves a checkpoint without a manifest, which is read all the same
+        # a checkpoint without a manifest, of a process that died here, can be read all the same
         folder = _folder(manager, step)
         write_atomically(folder / MANIFEST, json.dumps(compute_checksums(folder)))
 
 
 def _restore(manager, step, name, like=None):
-    """An item of a step, its arrays as NumPy's; None where it was saved without.
+    """Read an item of a step, with NumPy arrays; None if it was not saved.
 
     Args:
-      like: a tree whose structure a tree is to have, if not dicts.
+      like: a tree with the structure of the item; None makes dicts.
     """
     folder = _folder(manager, step)
     try:
@@ -323,7 +323,7 @@ def _restore(manager, step, name, like=None):
     except UserError:
         raise
     except Exception as error:
-        # Orbax raises the same types for a damaged file, a passing error of the file system and a bug
+        # Orbax raises the same types for a damaged file, a temporary file system error and a bug
         try:
             damage = find_damage(folder, error)
         except OSError as reading_error:

@@ -14,13 +14,13 @@ MANIFEST = "files.json"  # in a checkpoint: size and SHA-256 of each of its file
 
 
 def compute_checksums(folder):
-    """Size and SHA-256 of each file of a checkpoint, by its path in there.
+    """Compute size and SHA-256 of each file of a checkpoint, by its relative path.
 
     Raises:
       OSError: a file or folder cannot be read now.
     """
 
-    def fail(error):  # by itself os.walk leaves out what it cannot read, which would pass for missing
+    def fail(error):  # os.walk would skip folders that it cannot read, which would look like missing files
         raise error
 
     checksums = {}
@@ -33,7 +33,7 @@ def compute_checksums(folder):
 
 
 def find_damage(folder, error):
-    """Say which file of a checkpoint, whose reading raised `error`, is damaged; empty if none is.
+    """Describe which file of a checkpoint is damaged, after reading raised `error`; empty if none is.
 
     Raises:
       OSError: the files cannot be read now.
@@ -42,7 +42,7 @@ def find_damage(folder, error):
         return "it is missing"
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError:  # of an earlier version, or its process died just before it was written
+    except FileNotFoundError:  # of an earlier version, or the process died just before writing it
         return one_line(error) if _indicates_damage(error) else ""
     except ValueError:
         return f"{MANIFEST} is not what was written"
@@ -58,7 +58,7 @@ def find_damage(folder, error):
 
 
 def _indicates_damage(error):
-    """Whether an exception of reading tells of a missing or damaged file, where no manifest can."""
+    """Return whether an exception indicates a missing or damaged file; for checkpoints without a manifest."""
     if isinstance(error, FileNotFoundError | json.JSONDecodeError | UnicodeDecodeError):
         return True
     codes = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "Invalid JSON")  # of TensorStore
@@ -66,7 +66,7 @@ def _indicates_damage(error):
 
 
 def is_os_error(error: BaseException | None) -> bool:
-    """Whether an exception comes from the file system; of Orbax and TensorStore it may have another type."""
+    """Return whether an exception comes from the file system; Orbax and TensorStore raise other types."""
     while error is not None:
         if isinstance(error, OSError) or "os_error_code='" in str(error):
             return True

@@ -7,10 +7,10 @@ from imp_jax.errors import UserError
 
 
 def check_workdir_path(workdir: str | os.PathLike) -> None:
-    """Refuse a workdir whose checkpoints could not be read back, as Orbax takes its path for another one.
+    """Refuse a workdir whose checkpoints Orbax could not read back, because it misinterprets the path.
 
     Raises:
-      UserError: the absolute path has a sign of glob patterns, a backslash or gs:/, or is not UTF-8.
+      UserError: the absolute path contains a glob character, a backslash or gs:/, or is not UTF-8.
     """
     path = str(Path(workdir).absolute())
     wrong = [part for part in ("*", "?", "[", "\\", "gs:/") if part in path]
@@ -30,7 +30,7 @@ def _is_utf8(path):
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write aside, then rename: a reader, or a crash, finds the old file or the new one."""
+    """Write to a temporary file, then rename it: a reader, or a crash, sees the old file or the new one."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(aside, "wb") as file:

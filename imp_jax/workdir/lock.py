@@ -26,12 +26,12 @@ _LOCK_TIMEOUT_S = 1.0  # `experiments.run status` takes the lock for an instant,
 
 @contextlib.contextmanager
 def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Iterator[Path]:
-    """Hold `path` as this config's workdir, made now or found to be so; the hold ends with the process.
+    """Lock `path` as the workdir of this config, creating it if needed. The lock ends with the process.
 
     Raises:
-      UserError: it cannot be written, or not be read back; it holds a run of another config (the sentence has
-        the difference) or results without a config, or another process holds it. Nothing that was there is
-        changed then.
+      UserError: it cannot be written or read back; it holds a run of another config (the message has the
+        differences) or results without a config; or another process has locked it. Existing files are then
+        unchanged.
     """
     workdir = Path(path)
     check_workdir_path(workdir)
@@ -39,7 +39,7 @@ def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Iterator[Path]:
     try:
         for folder in ("figures", "checkpoints"):
             (workdir / folder).mkdir(parents=True, exist_ok=True)
-        # the operating system's: it ends with the process, however that ends
+        # a lock of the operating system: released however the process ends
         lock = FileLock(workdir / ".lock", thread_local=False)  # another thread may release it
         lock.acquire(timeout=_LOCK_TIMEOUT_S)
     except Timeout as error:
@@ -60,7 +60,7 @@ def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Iterator[Path]:
 
 
 def require_same_dataset(workdir: Path, identity: dict[str, Any]) -> None:
-    """Refuse a data set that is not the one a workdir was begun with, as far as `Dataset.identity` tells.
+    """Refuse a data set that differs, by `Dataset.identity`, from the one that a workdir was begun with.
 
     Raises:
       UserError: another number of images or other classes.
@@ -84,15 +84,15 @@ def require_same_dataset(workdir: Path, identity: dict[str, Any]) -> None:
 
 
 def store_dataset(workdir: Path, identity: dict[str, Any]) -> None:
-    """Keep `Dataset.identity` in a workdir, for `require_same_dataset`."""
+    """Store `Dataset.identity` in a workdir, for `require_same_dataset`."""
     _write_to_workdir(workdir / _DATASET_FILE, json.dumps(identity, indent=2) + "\n")
 
 
 def store_config_file(workdir: Path, config_file: str) -> None:
-    """Keep the absolute path of the config file, as it was given by --config, and a copy of its text.
+    """Store the absolute path of the config file, as given by --config, and a copy of its text.
 
-    `imp_jax.analysis` executes the file at that path, never the copy, which is for a reader. Once rounds are
-    recorded the copy stays as it is; a file with another text is reported on stderr.
+    `imp_jax.analysis` executes the file at that path, never the copy, which is for readers. Once rounds are
+    recorded the copy no longer changes; a config file with a different text is reported on stderr.
     """
     path, colon, argument = config_file.partition(":")
     _write_to_workdir(workdir / _CONFIG_PATH, f"{Path(path).absolute()}{colon}{argument}\n")
@@ -121,10 +121,10 @@ def stored_config_file(workdir: Path, existing: bool = False) -> str | None:
 
 
 def lock_owner(workdir: Path) -> str:
-    """The process that holds a workdir, in words."""
+    """Describe the process that has locked a workdir."""
     try:
         return (workdir / ".holder").read_text()
-    except OSError:  # it has only just come, or is about to leave
+    except OSError:  # it is about to write its name, or to exit
         return "another process"
 
 

@@ -17,7 +17,7 @@ from imp_jax.workdir.results import Row
 def make_console() -> Console:
     """Make a console for stdout: with colours and bars on a terminal, plain lines elsewhere.
 
-    FORCE_COLOR does not count, and a notebook is no terminal: rich would show each line twice there.
+    FORCE_COLOR is ignored, and a notebook is not a terminal: rich would show each line twice there.
     """
     try:
         terminal = sys.stdout.isatty()
@@ -27,13 +27,13 @@ def make_console() -> Console:
 
 
 class ProgressDisplay:
-    """Progress: a line for each round, and on a terminal a bar below them. Use as a context manager.
+    """Prints a line for each round and, on a terminal, a progress bar. A context manager.
 
-    What it cannot print it drops: the results are on disk.
+    Errors of printing are ignored: the results are on disk.
     """
 
     def __init__(self, rounds: int, steps: int, first_step: int):
-        """`steps` a round; the run goes on from `first_step`, counted from its beginning."""
+        """Set up a display for `rounds` of `steps` each; the run is at `first_step` of all rounds."""
         self._console = make_console()
         self._rounds, self._steps, self._first_step = rounds, steps, first_step
         self._accuracies = ""
@@ -67,12 +67,14 @@ class ProgressDisplay:
             self._progress.stop()
 
     def chunk(self, number: int, step: int, images: int, seconds: float, compile_seconds: float = 0.0) -> None:
-        """Round `number` has come to `step`, the last `images` images, of all members, in `seconds`.
+        """Show that round `number` has reached `step`.
 
-        Programs were compiled for `compile_seconds` before.
+        Args:
+          images: trained on since the last call, by all members, in `seconds`.
+          compile_seconds: of compilation since the last call, not in `seconds`.
         """
         self._compile_seconds[number] = self._compile_seconds.get(number, 0.0) + compile_seconds
-        self._start += compile_seconds  # or the time left would contain it again and again
+        self._start += compile_seconds  # otherwise every estimate of the time left would include it
         with _suppress_print_errors():
             self._progress.update(
                 self._task,
@@ -84,7 +86,7 @@ class ProgressDisplay:
             )
 
     def round(self, number: int, rows: Sequence[Row], images: int) -> None:
-        """Round `number`, which trained on `images` images of all members, is on disk with `rows`."""
+        """Print the line of round `number`, which is on disk with `rows`; `images` is that of all members."""
         means = pd.DataFrame(rows).query("arm != 'twin'").groupby("arm", sort=False)["test_accuracy"].mean()
         self._accuracies = " ".join(f"{arm} {mean:.2%}" for arm, mean in means.items())
         compiled = self._compile_seconds.pop(number, 0.0)
@@ -112,9 +114,10 @@ def _suppress_print_errors():
 
 @contextlib.contextmanager
 def ignore_print_errors() -> Iterator[None]:
-    """Drop what is printed once stdout or stderr is closed or full, as after `| head -1`.
+    """Ignore errors of printing once stdout or stderr is closed or full, as after `| head -1`.
 
-    The results are on disk. A full stdout is mentioned on stderr; a closed pipe is not: its reader has ended.
+    The results are on disk. A full stdout is reported on stderr; a closed pipe is not, as its reader has
+    exited.
     """
     with contextlib.ExitStack() as stack:
         for name, redirect in (("stdout", contextlib.redirect_stdout), ("stderr", contextlib.redirect_stderr)):
@@ -126,7 +129,7 @@ def ignore_print_errors() -> Iterator[None]:
 
 
 class _LossyStream:
-    """A text stream that drops what the stream below it cannot write."""
+    """A text stream that ignores write errors of the stream that it wraps."""
 
     def __init__(self, stream, name):
         self._stream, self._name, self._failed = stream, name, False
@@ -155,12 +158,12 @@ class _LossyStream:
         if self._name == "stdout" and not isinstance(error, BrokenPipeError) and not self._failed:
             print(f"stdout cannot be written: {error}; the run goes on without it", file=sys.stderr)
         self._failed = True
-        with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:  # for what is buffered, too
+        with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:  # also for what is buffered
             os.dup2(nowhere.fileno(), self._stream.fileno())
 
 
 def print_summary(results: pd.DataFrame) -> None:
-    """The result on the terminal: test accuracy over density, a column an arm, mean (min to max)."""
+    """Print test accuracy over density, one column per arm, as mean (min to max) of the replicates."""
     results = results[results["arm"] != "twin"]
     replicates = results["replicate"].nunique()
     title = "Test accuracy in %" + (f", mean (min to max) of {replicates} replicates" if replicates > 1 else "")

@@ -35,8 +35,8 @@ from imp_jax.workdir.progress import ProgressDisplay
 from imp_jax.workdir.results import Results, Row, recorded_rounds
 from imp_jax.workdir.tensorboard import TensorBoardWriter
 
-_MAX_POLLS = 30  # at what the processes see of a workdir, 2 s apart: a file system on a network may be behind
-_RECORDING_TIMEOUT_S = 300.0  # for what is being written when a device fails, as when it is out of memory
+_MAX_POLLS = 30  # of a workdir, 2 s apart: a network file system may be behind on some processes
+_RECORDING_TIMEOUT_S = 300.0  # for pending writes after a device failed, for example out of memory
 
 
 class Recorder(contextlib.AbstractContextManager):
@@ -99,7 +99,7 @@ class Recorder(contextlib.AbstractContextManager):
                     self._refuse_or_tell_missing_rounds()
                     self._results = Results(self.workdir, rows)
                     if self.finished:
-                        self._refresh_figure()  # a run that died may not have come to it
+                        self._refresh_figure()  # a run that died may not have drawn it
             self._stack = stack.pop_all()
 
     def _refuse_or_tell_missing_rounds(self):
@@ -196,7 +196,7 @@ class Recorder(contextlib.AbstractContextManager):
             self._record_diverged(raised[1].round, raised[1].diverged)
         device_failed = isinstance(raised[1], jax.errors.JaxRuntimeError)
         process_lost = jax.process_count() > 1 and distributed.is_failed_collective(raised[1])
-        stopped = isinstance(raised[1], KeyboardInterrupt)  # the next process analyses what is left
+        stopped = isinstance(raised[1], KeyboardInterrupt)  # the next process computes the remaining analyses
         recorded = threading.Event()
 
         def release():
@@ -207,14 +207,14 @@ class Recorder(contextlib.AbstractContextManager):
                 self._analysis_thread.shutdown(cancel_futures=stopped)
             self._stack.close()
 
-        # the lock is released after the last write, even if nobody waits for it below
+        # the lock is released after the last write, even if nothing waits for it below
         releasing = threading.Thread(target=release, daemon=True)
         releasing.start()
         if stopped:
             recorded.wait()
-            releasing.join(1)  # an analysis may take longer
+            releasing.join(1)  # analyses may take longer
         elif process_lost:
-            pass  # to save with a process that has died would never end
+            pass  # a collective save would wait forever for a process that has died
         else:
             releasing.join(_RECORDING_TIMEOUT_S if device_failed else None)
         if raised[1] is None or isinstance(raised[1], UserError):
@@ -320,14 +320,14 @@ class Recorder(contextlib.AbstractContextManager):
             write_atomically(self.workdir / "figures" / "accuracy.png", figure)
 
     def _write_events(self, epoch, members, scalars):
-        if "event files" not in self._missing:  # a record that is cut off hides those after it
+        if "event files" not in self._missing:  # a truncated record would hide all later ones
             with self._optional("event files"):
                 self._events.write(epoch, members, scalars)
                 self._events.flush()
 
     @contextlib.contextmanager
     def _optional(self, what):
-        """Go on without `what` if it cannot be written."""
+        """Continue without `what` if it cannot be written."""
         try:
             yield
         except Exception as error:
@@ -350,7 +350,7 @@ class Recorder(contextlib.AbstractContextManager):
         self._raise_failure()
         try:
             return task(*arguments)
-        except (Exception, SystemExit) as error:  # SystemExit would end the main thread without a word
+        except (Exception, SystemExit) as error:  # SystemExit would end the main thread silently
             cause, kept = one_line(error), "the rounds before it are kept"
             if is_os_error(error) and not _concerns_other_files(error, self.workdir):
                 self._failure = UserError(
@@ -368,7 +368,7 @@ class Recorder(contextlib.AbstractContextManager):
 
 
 def _concerns_other_files(error, workdir):
-    """Whether an OSError names a file outside of the workdir, as a bug's does."""
+    """Return whether an OSError names a file outside of the workdir, which indicates a bug."""
     if not isinstance(error, OSError) or error.filename is None or distributed.is_disk_failure(error):
         return False
     return not Path(os.fsdecode(error.filename)).absolute().is_relative_to(workdir.absolute())

@@ -33,10 +33,10 @@ Row = dict[str, Any]
 
 
 class Results:
-    """results.csv: appended to once a round, after the round's checkpoint is on disk."""
+    """results.csv: appended to once per round, after the checkpoint of the round is on disk."""
 
     def __init__(self, workdir: Path, rows: Iterable[Row]):
-        """Start from `rows`, those of the rounds on disk, mending a file that was cut off short of them."""
+        """Start from `rows`, those of the rounds on disk; rewrites a file that lacks some of them."""
         self._path = workdir / "results.csv"
         self.rows = _with_unknown_columns(rows, self._path)
         self._columns = list(dict.fromkeys([*FIELDS, *(name for row in self.rows for name in row)]))
@@ -45,6 +45,7 @@ class Results:
             write_atomically(self._path, content)
 
     def append(self, rows: Sequence[Row]) -> None:
+        """Append the rows of a round; they are on disk when this returns."""
         self.rows += rows
         with open(self._path, "a", newline="") as file:
             file.write(self._to_csv(rows))
@@ -52,6 +53,7 @@ class Results:
             os.fsync(file.fileno())
 
     def table(self) -> pd.DataFrame:
+        """Return all rows as a table."""
         return pd.DataFrame(self.rows, columns=self._columns)
 
     def _to_csv(self, rows, header=False):
@@ -59,13 +61,13 @@ class Results:
         writer = csv.DictWriter(text, self._columns, lineterminator="\n")
         if header:
             writer.writeheader()
-        for row in rows:  # nine digits tell any two float32 apart
+        for row in rows:  # nine digits distinguish any two float32
             writer.writerow({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()})
         return text.getvalue()
 
 
 def recorded_rounds(workdir: Path) -> set[int]:
-    """The rounds in results.csv, as far as it can be read."""
+    """Return the rounds in results.csv, as far as it can be read."""
     try:
         return set(pd.read_csv(workdir / "results.csv")["round"].dropna().astype(int))
     except (FileNotFoundError, ValueError, KeyError):  # there is none, or it is torn
@@ -73,10 +75,10 @@ def recorded_rounds(workdir: Path) -> set[int]:
 
 
 def read_results(workdir: Path) -> pd.DataFrame:
-    """results.csv of a workdir, empty where there is none.
+    """Read results.csv of a workdir; empty if there is none.
 
-    A column of `FIELDS` that it lacks, as a file of an earlier version does, is NaN, with a warning. Columns
-    that are not in `FIELDS` come last.
+    A missing column of `FIELDS`, as in a file of an earlier version, is filled with NaN, with a warning.
+    Columns that are not in `FIELDS` come last.
     """
     path = workdir / "results.csv"
     if not path.exists():
@@ -85,14 +87,14 @@ def read_results(workdir: Path) -> pd.DataFrame:
 
 
 def with_columns(table: pd.DataFrame, columns: Sequence[str], path: Path) -> pd.DataFrame:
-    """`table`, read from `path`, with `columns` first: those that it lacks as NaN, with a warning."""
+    """Put `columns` first in a table read from `path`; missing ones are NaN, with a warning."""
     if missing := [name for name in columns if name not in table]:
         warnings.warn(f"{path} has no column {', '.join(missing)}; NaN stands there", stacklevel=4)
     return table.reindex(columns=[*columns, *(name for name in table if name not in columns)])
 
 
 def _with_unknown_columns(rows, path):
-    """Copies of `rows` with the values of columns that only the file has, as one added by hand."""
+    """Copy `rows`, with the values of columns that only the file has, such as one added by hand."""
     rows = [dict(row) for row in rows]
     try:
         table = pd.read_csv(path).set_index(list(KEYS))

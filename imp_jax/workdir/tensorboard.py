@@ -11,13 +11,14 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 
 class TensorBoardWriter:
-    """TensorBoard event files, a folder a member under `events`; the step is the epoch since the run began.
+    """Writes TensorBoard event files, one folder per member in `events`; the step is the epoch of the run.
 
-    Written where it is called: tensorboardX's own thread dies of a full disk, and its queue then blocks.
+    Writes in the calling thread: the thread of tensorboardX dies if the disk is full, and its queue then
+    blocks.
     """
 
     def __init__(self, workdir: Path, first_epoch: int):
-        """`first_epoch`: TensorBoard forgets what a run that was cut off had written from there on."""
+        """Open the writer; TensorBoard discards earlier events from `first_epoch` on."""
         self._folder, self._first_epoch = workdir / "events", first_epoch
         self._writers: dict[tuple[str, int], EventsWriter] = {}
 
@@ -37,7 +38,7 @@ class TensorBoardWriter:
 
     def close(self) -> None:
         for writer in self._writers.values():
-            with contextlib.suppress(OSError):  # of a full disk the run has said already
+            with contextlib.suppress(OSError):  # a full disk has been reported
                 writer.close()
 
     def _writer(self, *member):
