@@ -22,7 +22,7 @@ from imp_jax import masking, repulsion
 from imp_jax.data import InMemory, Normalize, Streamed
 from imp_jax.data.augmentation import augment
 from imp_jax.masking import Mask, Params
-from imp_jax.models.fast_cpu.convolution import use_convolutions
+from imp_jax.models.fast_cpu import use_kernels
 from imp_jax.repulsion import Optima
 from imp_jax.runtime.compilation import jit_with_backend_options
 from imp_jax.runtime.devices import DATA, MEMBER
@@ -58,8 +58,8 @@ class TrainSpec(NamedTuple):
     def apply(
         self, variables: "Variables", images: UInt8[Array, "batch height width channels"], **options: Any
     ) -> Any:
-        """Apply the model to images as they are in a data set, with the convolutions of `execution`."""
-        with use_convolutions(self.execution.convolutions):
+        """Apply the model to images as they are in a data set, with the kernels of `execution`."""
+        with use_kernels(self.execution.convolutions):
             return self.model.apply(variables, self.normalize(images), **options)
 
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from imp_jax import models
 from imp_jax.errors import lookup
-from imp_jax.models.fast_cpu import convolution
+from imp_jax.models.fast_cpu import convolution, use_kernels
 from imp_jax.runtime import compilation
 from imp_jax.runtime.devices import MEMBER
 
@@ -24,7 +24,7 @@ class ExecutionMode(NamedTuple):
 
     scan: bool = True  # all steps of an epoch in one program, or a program a step
     unroll: bool = False  # members one after the other in a program, or vmapped
-    convolutions: str = "flax"  # the implementation of a model's, see `models.convolution.use_convolutions`
+    convolutions: str = "flax"  # implementation of the kernels of a model, see `models.fast_cpu.use_kernels`
 
     @property
     def mode(self) -> str:
@@ -46,7 +46,7 @@ def choose_execution(config: ConfigDict, model: nn.Module, image_shape: tuple[in
     `auto` scans over steps and vmaps members. Members with convolutions are unrolled: vmap over kernels makes
     grouped convolutions, whose gradients are slow (measured on a CPU, assumed on a GPU). On a CPU each step is
     a program of its own if some convolution would be slow in a loop: one that is not a plain `nn.Conv`, or any
-    where XLA does not keep the barriers of `models.convolution`.
+    where XLA does not keep the barriers of `models.fast_cpu.convolution`.
 
     On a CPU every plain `nn.Conv` is computed by oneDNN if this XLA has it, else by XLA in forms that are fast
     there. With oneDNN, what this process compiles is no longer written to JAX's compilation cache.
@@ -69,9 +69,9 @@ def choose_execution(config: ConfigDict, model: nn.Module, image_shape: tuple[in
 
 
 def count_convolutions(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int]:
-    """Count the convolutions of a model that `convolutions_by` takes over, and its others."""
+    """Count the convolutions of a model that `use_kernels` replaces, and its others."""
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    with convolution.use_convolutions("xla"):
+    with use_kernels("xla"):
         traced = jax.make_jaxpr(lambda variables, image: model.apply(variables, image, train=False))(
             models.shapes(model, image_shape), image
         )
