@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -94,7 +95,7 @@ def setup(config: ConfigDict) -> Experiment:
             f"model.norm_parts {config.model.norm_parts} it should be a multiple of {parts}, such as {near} or "
             f"{near + parts}"
         )
-    model = models.create(config, dataset.num_classes, dataset.train.image_shape)
+    model = create_model(config, dataset.num_classes, dataset.train.image_shape)
     params = models.shapes(model, dataset.train.image_shape)["params"]
     _require_layers(config.pruning.exclude, params)
     return Experiment(
@@ -114,6 +115,26 @@ def setup(config: ConfigDict) -> Experiment:
         score=score,
         learning_rates=learning_rates,
     )
+
+
+def create_model(config: ConfigDict, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    """Create the model of `config.model`, and check it against the settings for normalization.
+
+    Raises:
+      UserError: see `models.create` and `models.check_normalization`.
+    """
+    fields = config.model
+    model = models.create(
+        fields.name,
+        num_classes,
+        image_shape,
+        dtype=config.dtype,
+        width=fields.width,
+        norm_affine=fields.norm_affine,
+        norm_momentum=fields.norm_momentum,
+    )
+    models.check_normalization(fields.name, model, image_shape, fields.norm_parts, config.analysis.batch_norm)
+    return model
 
 
 def put_on_mesh(experiment: Experiment, mesh: Mesh | None) -> Experiment:

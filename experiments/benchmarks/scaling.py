@@ -194,10 +194,11 @@ def sizes_of(name: str) -> tuple[int, int, int]:
 
     from experiments.paper.networks import SETS
     from imp_jax import models, optimizers
+    from imp_jax.experiment import create_model
 
     config = importlib.import_module(f"configs.{name}").get_config()
     _, image_shape, classes = SETS[config.dataset.name]
-    shapes = models.shapes(models.create(config, classes, image_shape), image_shape)
+    shapes = models.shapes(create_model(config, classes, image_shape), image_shape)
     moments = jax.eval_shape(optimizers.make_optimizer(config).init, shapes["params"])
 
     def size(tree):

@@ -6,6 +6,7 @@ a large matrix product and of a copy, are measured in the same process.
 """
 
 import argparse
+import contextlib
 import datetime
 import functools
 import importlib
@@ -19,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -212,12 +213,11 @@ def time_row(arguments: argparse.Namespace) -> dict:
     import jax
 
     from imp_jax import training
-    from imp_jax.models.fast_cpu import convolution
     from imp_jax.runtime import devices
 
     devices.use_one_device_per_cpu_core()
     if arguments.form == "patches":
-        training.convolutions_by = lambda _: convolution.replace_convolutions(by_patches)
+        training.use_kernels = use_patches
     row, on_cpu = ROWS[arguments.name], jax.default_backend() == "cpu"
     config = importlib.import_module(f"configs.{row.config}").get_config()
     config.repulsion.strength = row.strength
@@ -289,7 +289,7 @@ def make_train_fn(
     from jax.sharding import PartitionSpec as P
 
     from imp_jax import config as configs
-    from imp_jax import data, experiment, masking, models, optimizers, pruning, repulsion, training
+    from imp_jax import data, experiment, masking, optimizers, pruning, repulsion, training
     from imp_jax.runtime import devices, execution
 
     configs.validate(config)
@@ -297,7 +297,7 @@ def make_train_fn(
     streamed = config.dataset.name == "imagenet2012"
     _, image_shape, num_classes = networks.SETS[config.dataset.name]
 
-    model = models.create(config, num_classes, image_shape)
+    model = experiment.create_model(config, num_classes, image_shape)
     spec = training.TrainSpec(
         model,
         optimizers.make_optimizer(config),
@@ -345,6 +345,16 @@ def make_train_fn(
 
     taken = spec.execution._replace(scan=spec.execution.scan and not streamed)
     return train, taken.mode
+
+
+@contextlib.contextmanager
+def use_patches(implementation: str) -> Iterator[None]:
+    """`fast_cpu.use_kernels`, with every convolution of `nn.Conv` computed by `by_patches`."""
+    from imp_jax.models import fast_cpu
+
+    patches = fast_cpu.convolution.replace_convolutions(by_patches)  # the first to see a layer
+    with patches, fast_cpu.use_kernels(implementation):
+        yield
 
 
 def by_patches(images, kernel, strides, padding, **_):
@@ -396,9 +406,10 @@ def work_of(config: ConfigDict) -> Work:
     from flax import traverse_util
 
     from imp_jax import models, optimizers
+    from imp_jax.experiment import create_model
 
     _, image_shape, classes = networks.SETS[config.dataset.name]
-    model = models.create(config, classes, image_shape)
+    model = create_model(config, classes, image_shape)
     variables = models.shapes(model, image_shape)
     image = jax.ShapeDtypeStruct((1, *image_shape), "float32")
     _, seen = jax.eval_shape(

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imp_jax import data, imp, masking, models, training
+from imp_jax import data, imp, masking, training
 from imp_jax.arms import take_members
-from imp_jax.experiment import put_on_mesh
+from imp_jax.experiment import create_model, put_on_mesh
 from imp_jax.runtime import devices
 from tests.conftest import make_tiny_experiment
 
@@ -62,7 +62,7 @@ def resnet(**overrides):
     )
     spec = experiment.spec._replace(
         execution=experiment.spec.execution._replace(convolutions="xla"),
-        model=models.create(experiment.config, 3, (8, 8, 3)),
+        model=create_model(experiment.config, 3, (8, 8, 3)),
         augmentation=dataset.augmentation,
         accumulate_steps=experiment.config.accumulate_steps,
         norm_parts=experiment.config.model.norm_parts,
