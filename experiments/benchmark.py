@@ -298,6 +298,7 @@ def benchmark_repulsion(rounds: int, repeats: int, epochs: int | None) -> None:
     """Time whole runs without and with repulsion in turn, and print the store of each round."""
 
     from imp_jax import imp, masking, models, repulsion
+    from imp_jax.experiment import create_model
     from imp_jax.workdir import checkpoints
 
     def config_of(strength):
@@ -337,7 +338,7 @@ def benchmark_repulsion(rounds: int, repeats: int, epochs: int | None) -> None:
     print_stores(f"LeNet-300-100, P = {sum(sizes):,}: store of a member, MB", sum(sizes), stores)
 
     config = importlib.import_module("configs.resnet50").get_config()
-    params = models.shapes(models.create(config, 1000, (224, 224, 3)), (224, 224, 3))["params"]
+    params = models.shapes(create_model(config, 1000, (224, 224, 3)), (224, 224, 3))["params"]
     sizes = [leaf.size for leaf in masking.prunable_leaves(params)]
     stores, shape = [], None
     for number in range(1, rounds):
@@ -378,6 +379,7 @@ def benchmark_disk(rounds: int) -> None:
     from rich.table import Table
 
     from imp_jax import divergence, masking, models, optimizers, training
+    from imp_jax.experiment import create_model
     from imp_jax.workdir.checkpoints import Checkpoints, MidRoundState, RoundNetworks
 
     shown = [number for number in (0, 5, 10, 20) if number < rounds]
@@ -392,7 +394,7 @@ def benchmark_disk(rounds: int) -> None:
     for name in ("lenet", *NETWORKS):
         config = importlib.import_module(f"configs.{name}").get_config()
         _, image_shape, classes = networks.SETS[config.dataset.name]
-        shapes = models.shapes(models.create(config, classes, image_shape), image_shape)
+        shapes = models.shapes(create_model(config, classes, image_shape), image_shape)
         members = config.replicates * len(config.arms)
 
         def of_members(make, tree, members=members):

@@ -117,7 +117,7 @@ class Patches(nn.Module):
         x = nn.relu(nn.Conv(3, (7, 7), strides=(7, 7), padding="VALID")(x))
         return nn.Dense(self.num_classes)(x.reshape(len(x), 4 * 4 * 3))  # of 28 × 28 pixels alone
 
-models.MODELS["patches"] = Patches
+models.register("patches", Patches)
 
 def get_config():
     with open("executed", "a") as file:

@@ -197,9 +197,8 @@ def sizes_of(name: str) -> tuple[int, int, int]:
 
     config = importlib.import_module(f"configs.{name}").get_config()
     _, image_shape, classes = SETS[config.dataset.name]
-    shapes = models.shapes(models.create(config, classes, image_shape), image_shape)
-    optimizer = experiment.make_optimizer(config)
-    moments = jax.eval_shape(optimizer.init, shapes["params"])
+    shapes = models.shapes(experiment.create_model(config, classes, image_shape), image_shape)
+    moments = jax.eval_shape(experiment.make_optimizer(config).init, shapes["params"])
 
     def size(tree):
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

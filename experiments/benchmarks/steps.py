@@ -6,6 +6,7 @@ a large matrix product and of a copy, are measured in the same process.
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib
 import itertools
@@ -212,12 +213,11 @@ def time_row(arguments: argparse.Namespace) -> dict:
     import jax
 
     from imp_jax import training
-    from imp_jax.models.fast_cpu import convolution
     from imp_jax.runtime import devices
 
     devices.use_one_device_per_cpu_core()
     if arguments.form == "patches":
-        training.convolutions_by = lambda _: convolution.replace_convolutions(by_patches)
+        training.use_kernels = use_patches
     row, on_cpu = ROWS[arguments.name], jax.default_backend() == "cpu"
     config = importlib.import_module(f"configs.{row.config}").get_config()
     config.repulsion.strength = row.strength
@@ -278,6 +278,16 @@ def time_row(arguments: argparse.Namespace) -> dict:
     }
 
 
+@contextlib.contextmanager
+def use_patches(implementation: str) -> Iterator[None]:
+    """Like `fast_cpu.use_kernels`, with every convolution of `nn.Conv` computed by `by_patches`."""
+    from imp_jax.models import fast_cpu
+
+    patches = fast_cpu.convolution.replace_convolutions(by_patches)  # the first to see a layer
+    with patches, fast_cpu.use_kernels(implementation):
+        yield
+
+
 def by_patches(images, kernel, strides, padding, **_):
     """`lax.conv_general_dilated` in NHWC and HWIO, as a product of patches; under vmap a batched one."""
     import jax.numpy as jnp
@@ -329,7 +339,7 @@ def work_of(config: ConfigDict) -> Work:
     from imp_jax import experiment, models
 
     _, image_shape, classes = networks.SETS[config.dataset.name]
-    model = models.create(config, classes, image_shape)
+    model = experiment.create_model(config, classes, image_shape)
     variables = models.shapes(model, image_shape)
     image = jax.ShapeDtypeStruct((1, *image_shape), "float32")
     _, seen = jax.eval_shape(

@@ -8,6 +8,7 @@ from experiments.paper.panels import Finished, PaperFigure
 from experiments.paper.scales import Scale
 from experiments.sweeps.runs import Run
 from imp_jax import models
+from imp_jax.experiment import create_model
 
 NAMES = {"lenet": "LeNet-300-100", "resnet20": "ResNet-20", "conv4": "Conv-4", "resnet50": "ResNet-50"}
 SETS = {  # training images, their shape, classes
@@ -42,7 +43,7 @@ def table_1(scale: Scale, finished: Finished) -> str:
     for run in (scale.lenet, scale.resnet20, scale.conv4, scale.one_shot):
         config = run.config
         _, image_shape, classes = SETS[config.dataset.name]
-        params = models.shapes(models.create(config, classes, image_shape), image_shape)["params"]
+        params = models.shapes(create_model(config, classes, image_shape), image_shape)["params"]
         schedule = config.optimizer.schedule
         if schedule == "step":
             schedule = f"÷10 at {', '.join(map(str, config.optimizer.milestones))}"
