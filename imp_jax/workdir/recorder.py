@@ -144,7 +144,7 @@ class Recorder(contextlib.AbstractContextManager):
             )
 
     def saved_progress(self, number: int, like: MidRoundState) -> MidRoundState | None:
-        """Return where round `number` stood when the run was stopped, on the mesh; None if nothing was saved."""
+        """Return where round `number` stood when the run was stopped, on the mesh; None if it was not saved."""
         progress, damage = None, None
         with distributed.raise_on_all_processes():
             members = len(like.history.loss)
