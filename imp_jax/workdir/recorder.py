@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import pandas as pd
 from ml_collections import ConfigDict
 
@@ -148,10 +147,12 @@ class Recorder(contextlib.AbstractContextManager):
         progress, damage = None, None
         with distributed.raise_on_all_processes():
             members = len(like.history.loss)
-            like = jax.tree.map(
+            # without the places of a mesh that no member has
+            shapes = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct((members, *leaf.shape[1:]), leaf.dtype),
-                like._replace(step=np.zeros(()), seconds=np.zeros(())),
+                (like.tickets, like.states),
             )
+            like = like._replace(tickets=shapes[0], states=shapes[1])
             try:
                 progress = self.checkpoints.progress(number, like, self._experiment.learning_rates.size)
             except DamagedError as error:
