@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m experiments.benchmark",
         description=__doc__,
@@ -79,7 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("subject", choices=SUBJECTS)
     add("--rounds", type=int, help="lenet: rounds to time (default: 8); others: rounds of a run (default: 25)")
-    add("--repeats", type=int, help="not lenet: number of timings (default: 5, or 2 or 3 where they take long)")
+    add("--repeats", type=int, help="not lenet: number of timings (default: 5, or 2 to 7 for some subjects)")
     add("--epochs", type=int, help="lenet, repulsion, checkpoints: of a training (default: the config's)")
     add("--steps", type=int, help="table, one network, forms: training steps of a timing")
     add("--members", type=int, help="table, one network, forms: number of members")
@@ -96,7 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run_subject(arguments: argparse.Namespace) -> None:
-    """Calls the benchmark of the subject with its options and their defaults."""
+    """Call the benchmark of the subject with its options and their defaults."""
     subject, run_rounds, epochs = arguments.subject, arguments.rounds or 25, arguments.epochs
     if arguments.torch and subject not in ("table", *pytorch.TORCH_NETWORKS):
         names = ", ".join(pytorch.TORCH_NETWORKS)

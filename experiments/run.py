@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
+    """Return the parser of the command line."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         "python -m experiments.run", description=__doc__, formatter_class=formatter
@@ -71,7 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run_action(arguments: argparse.Namespace) -> None:
-    """Checks the command line and calls the command."""
+    """Check the command line and call the command."""
     scale = lookup(SCALES, "--scale", arguments.scale)
     launcher = lookup({name: name for name in LAUNCHERS}, "--launcher", arguments.launcher)
     figures = catalogue.select_figures(arguments.names)
@@ -101,7 +101,7 @@ def run_action(arguments: argparse.Namespace) -> None:
 
 
 def make_slurm_options(arguments: argparse.Namespace) -> dict:
-    """Returns the flags for Slurm that are set, as parameters of submitit."""
+    """Return the flags for Slurm that are set, as parameters of submitit."""
     options = {
         "timeout_min": arguments.timeout_min,
         "cpus_per_task": arguments.cpus,

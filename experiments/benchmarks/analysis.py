@@ -1,4 +1,4 @@
-"""Times the analyses of a run: `python -m experiments.benchmark analysis`.
+"""Time the analyses of a run: `python -m experiments.benchmark analysis`.
 
 A run of configs/mnist5k.py with trainings of one epoch is analysed again and again.
 """
@@ -17,7 +17,7 @@ from imp_jax import analysis, connectivity, imp, training
 
 
 def benchmark_analysis(rounds: int, repeats: int) -> None:
-    """Times all analyses of a run of 3 replicates, and one of its paths, and prints the table."""
+    """Time all analyses of a run of 3 replicates, and one of its paths, and print the table."""
     config = load_config("mnist5k")
     config.rounds, config.epochs = rounds, 1
     with tempfile.TemporaryDirectory() as workdir, contextlib.redirect_stdout(io.StringIO()):

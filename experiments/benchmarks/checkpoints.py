@@ -1,4 +1,4 @@
-"""Times the saving of states within rounds: `python -m experiments.benchmark checkpoints`."""
+"""Time the saving of states within rounds: `python -m experiments.benchmark checkpoints`."""
 
 import tempfile
 
@@ -7,7 +7,7 @@ from experiments.benchmarks.whole_runs import make_mnist5k_config, time_run
 
 
 def benchmark_checkpoints(rounds: int, repeats: int, epochs: int | None) -> None:
-    """Times whole runs that save their state every few epochs, in turn with one that does not."""
+    """Time whole runs that save their state every few epochs, in turn with one that does not."""
     config = make_mnist5k_config(rounds, epochs)
     seconds = {every: [] for every in (config.epochs, config.checkpoint_every_epochs, 1)}
     for _ in range(1 + repeats):

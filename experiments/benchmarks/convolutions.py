@@ -1,4 +1,4 @@
-"""Times the passes of convolutions in each form on a CPU: `python -m experiments.benchmark convolutions`."""
+"""Time the passes of convolutions in each form on a CPU: `python -m experiments.benchmark convolutions`."""
 
 import functools
 import statistics
@@ -28,7 +28,7 @@ COLUMNS = (
 def benchmark_convolutions(
     batch_size: int, repeats: int, shapes: Sequence[tuple[int, int, int, int]] = SHAPES
 ) -> None:
-    """Times the forward pass, input gradient and weight gradient of each shape; prints median milliseconds."""
+    """Time the forward pass, input gradient and weight gradient of each shape; print median milliseconds."""
     if convolution.has_onednn():
         convolution.disable_compilation_cache_writes()
     table = Table("layer", *COLUMNS, title=f"ms at batch {batch_size}")
@@ -57,7 +57,7 @@ def benchmark_convolutions(
 
 
 def time_compiled(function: Callable, arrays: dict, geometry: dict, repeats: int) -> float:
-    """Compiles `function` on its own and returns the median milliseconds of a call."""
+    """Compile `function` on its own and return the median milliseconds of a call."""
     program, times = jit_with_backend_options(lambda arrays: function(**arrays, **geometry)), []
     for _ in range(1 + repeats):
         start = time.perf_counter()

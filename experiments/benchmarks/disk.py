@@ -1,4 +1,4 @@
-"""Measures the size of checkpoints: `python -m experiments.benchmark disk`.
+"""Measure the size of checkpoints: `python -m experiments.benchmark disk`.
 
 Networks of random weights are saved as the rounds of each config of table 1 would be.
 """
@@ -23,7 +23,7 @@ SHOWN_ROUNDS = (0, 5, 10, 20)
 
 
 def benchmark_disk(rounds: int) -> None:
-    """Saves checkpoints of each config, pruned by 20 % per round, and prints their sizes."""
+    """Save checkpoints of each config, pruned by 20 % per round, and print their sizes."""
     shown = [number for number in SHOWN_ROUNDS if number < rounds]
     headings = [*(f"round {number}" for number in shown), f"{rounds} rounds", "state within a round"]
     table = Table("MB", "members", *headings)
@@ -40,7 +40,7 @@ def benchmark_disk(rounds: int) -> None:
 def measure_checkpoints(
     config: ConfigDict, members: int, rounds: int, rng: np.random.Generator
 ) -> tuple[list[float], float]:
-    """Returns the MB of each round's checkpoint, and those of the state saved within a round."""
+    """Return the MB of each round's checkpoint, and those of the state saved within a round."""
     _, image_shape, classes = DATASET_SIZES[config.dataset.name]
     shapes = models.shapes(models.create(config, classes, image_shape), image_shape)
 
@@ -69,6 +69,6 @@ def measure_checkpoints(
 
 
 def folder_megabytes(folder: str) -> float:
-    """Returns the MB of all files in a folder."""
+    """Return the MB of all files in a folder."""
     files = (f"{parent}/{name}" for parent, _, names in os.walk(folder) for name in names)
     return sum(os.path.getsize(path) for path in files) / 1e6

@@ -1,4 +1,4 @@
-"""Compares the forms of the convolutions of several members: `python -m experiments.benchmark forms`.
+"""Compare the forms of the convolutions of several members: `python -m experiments.benchmark forms`.
 
 Unrolled, the members' convolutions follow one another. Vmapped, they become one grouped convolution, or one
 batched matrix product of patches. On a CPU each step is one program, on a GPU each epoch.
@@ -19,7 +19,7 @@ HEADINGS = {"unrolled": "unrolled", "grouped": "grouped convolution", "patches":
 def benchmark_forms(
     network: str, members: Sequence[int], batch_sizes: Sequence[int], options: Sequence[str]
 ) -> None:
-    """Times the training steps of a network in each form, and prints the images/s of all members.
+    """Time the training steps of a network in each form, and print the images/s of all members.
 
     Args:
       options: further command line options of `steps.main`.

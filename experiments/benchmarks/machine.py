@@ -1,4 +1,4 @@
-"""Describes this machine and measures its peaks."""
+"""Describe this machine and measure its peaks."""
 
 import platform
 import time
@@ -10,7 +10,7 @@ from imp_jax.runtime import devices
 
 
 def measure_peaks(dtype: str) -> tuple[float, float]:
-    """Returns the FLOP/s of a large matrix product, and the bytes/s of adding to a large array; best of ten."""
+    """Return the FLOP/s of a large matrix product, and the bytes/s of adding to a large array; best of ten."""
     on_cpu = jax.default_backend() == "cpu"
     side, count = (2048, 2**26) if on_cpu else (8192, 2**28)
     square = jax.random.normal(jax.random.key(0), (side, side), dtype)
@@ -31,7 +31,7 @@ def measure_peaks(dtype: str) -> tuple[float, float]:
 
 
 def describe_cpu() -> str:
-    """Returns the number of cores that this process may use and the processor's name."""
+    """Return the number of cores that this process may use and the processor's name."""
     name = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
         lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]

@@ -8,7 +8,7 @@ from imp_jax.models.fast_cpu import convolution
 
 
 def patches_convolution(images: Array, kernel: Array, strides, padding, **_) -> Array:
-    """Computes `lax.conv_general_dilated` (NHWC, HWIO) as a matrix product of patches.
+    """Compute `lax.conv_general_dilated` (NHWC, HWIO) as a matrix product of patches.
 
     Under `vmap` over the kernels it is a batched matrix product instead of a grouped convolution.
     """
@@ -35,5 +35,5 @@ def patches_convolution(images: Array, kernel: Array, strides, padding, **_) -> 
 
 
 def use_patches_convolution() -> None:
-    """Makes all training steps of this process compute their convolutions with `patches_convolution`."""
+    """Make all training steps of this process compute their convolutions with `patches_convolution`."""
     training.convolutions_by = lambda _: convolution.replace_convolutions(patches_convolution)

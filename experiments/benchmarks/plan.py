@@ -1,4 +1,4 @@
-"""Estimates how long the paper's sweeps take on many devices, and what a member costs a device."""
+"""Estimate how long the paper's sweeps take on many devices, and what a member costs a device."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -36,7 +36,7 @@ class MemberSize(NamedTuple):
 
 
 def find_fastest_plan(runs: Sequence[Run], devices: int, device: dict, max_data: int = 1) -> Plan | None:
-    """Finds the fastest way to train `runs` of one network on `devices`.
+    """Find the fastest way to train `runs` of one network on `devices`.
 
     Each run has a mesh of its own, and as many runs are concurrent as there are meshes. A round takes as long
     as the device with the most members needs. The estimate is a lower bound: it assumes that dividing a batch
@@ -71,7 +71,7 @@ def find_fastest_plan(runs: Sequence[Run], devices: int, device: dict, max_data:
 
 
 def print_plans() -> None:
-    """Prints the time of figure 1 and of the ResNet-50 table on 1, 8 and 64 devices of each measured kind."""
+    """Print the time of figure 1 and of the ResNet-50 table on 1, 8 and 64 devices of each measured kind."""
     title = "Time on 1, 8 and 64 devices (runs at once, each on member × data)"
     table = Table("sweep", "batches", "device", *map(str, DEVICE_COUNTS), title=title)
     for name, max_data, batches in (
@@ -92,7 +92,7 @@ def print_plans() -> None:
 
 
 def print_member_sizes() -> None:
-    """Prints what a member of each config costs its device."""
+    """Print what a member of each config costs its device."""
     table = Table(
         "network",
         "parameters",
@@ -108,7 +108,7 @@ def print_member_sizes() -> None:
 
 
 def compute_member_size(name: str) -> MemberSize:
-    """Computes what a member of `configs/NAME.py` costs its device."""
+    """Compute what a member of `configs/NAME.py` costs its device."""
     config = load_config(name)
     _, image_shape, classes = DATASET_SIZES[config.dataset.name]
     shapes = models.shapes(models.create(config, classes, image_shape), image_shape)

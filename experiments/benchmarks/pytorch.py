@@ -1,4 +1,4 @@
-"""Makes the eager PyTorch loops of `torch_reference` callable where PyTorch may be missing: `--torch`."""
+"""Make the eager PyTorch loops of `torch_reference` callable where PyTorch may be missing: `--torch`."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ TORCH_NETWORKS = ("lenet", "conv4", "resnet20")
 
 
 def make_torch_train_fns(network: str, steps: int, batch_size: int) -> dict[str, Callable[[], None]]:
-    """Returns functions that train one network by `steps` in eager PyTorch on all cores, by their names.
+    """Return functions that train one network by `steps` in eager PyTorch on all cores, by their names.
 
     Several networks would train one after the other, so one is enough.
 

@@ -1,4 +1,4 @@
-"""Times runs with repulsion: `python -m experiments.benchmark repulsion`.
+"""Time runs with repulsion: `python -m experiments.benchmark repulsion`.
 
 Whole runs of configs/mnist5k.py without repulsion and with λ = 2 are timed in turn. The size of the store of
 earlier optima is printed for each round: as it was for LeNet, and as it would be for ResNet-50.
@@ -21,7 +21,7 @@ Store = tuple[int, ...]  # rows, and the slots of each leaf
 
 
 def benchmark_repulsion(rounds: int, repeats: int, epochs: int | None) -> None:
-    """Times whole runs without and with repulsion in turn, and prints the store of each round."""
+    """Time whole runs without and with repulsion in turn, and print the store of each round."""
 
     def make_config(strength):
         config = make_mnist5k_config(rounds, epochs)
@@ -57,7 +57,7 @@ def benchmark_repulsion(rounds: int, repeats: int, epochs: int | None) -> None:
 
 
 def print_stores(title: str, parameters: int, stores: list[Store]) -> None:
-    """Prints the size of the store in each round from round 1, and of storing whole networks instead."""
+    """Print the size of the store in each round from round 1, and of storing whole networks instead."""
     table = Table("round", "rows × slots", "numbers / P", "float32", "bfloat16", "naive", title=title)
     for number, (rows, *slots_per_leaf) in enumerate(stores, start=1):
         slots = sum(slots_per_leaf)
@@ -72,7 +72,7 @@ def print_stores(title: str, parameters: int, stores: list[Store]) -> None:
 
 
 def _rebuild_stores(experiment, workdir, rounds):
-    """Returns the store's shape in each round of a finished run, and the sizes of its prunable leaves."""
+    """Return the store's shape in each round of a finished run, and the sizes of its prunable leaves."""
     stores, optima = [], None
     with contextlib.closing(checkpoints.Checkpoints(workdir)) as run_checkpoints:
         previous = run_checkpoints.restore(0)
@@ -85,7 +85,7 @@ def _rebuild_stores(experiment, workdir, rounds):
 
 
 def _compute_resnet50_stores(rounds):
-    """Returns the store's shape in each round if all layers were pruned by 20 %, and the number of weights."""
+    """Return the store's shape in each round if all layers were pruned by 20 %, and the number of weights."""
     _, image_shape, classes = DATASET_SIZES["imagenet2012"]
     model = models.create(load_config("resnet50"), classes, image_shape)
     params = models.shapes(model, image_shape)["params"]

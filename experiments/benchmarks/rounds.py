@@ -1,4 +1,4 @@
-"""Times whole rounds of configs/mnist5k.py: `python -m experiments.benchmark lenet`.
+"""Time whole rounds of configs/mnist5k.py: `python -m experiments.benchmark lenet`.
 
 A round is timed as a user sees it, from the end of one to the end of the next: training, evaluation, pruning,
 checkpoint, results and figure. Recording runs concurrently with the next training, so the CPU time it takes
@@ -19,7 +19,7 @@ TORCH_STEPS = 200
 
 
 def benchmark_rounds(timed_rounds: int, epochs: int | None, torch: bool) -> None:
-    """Times `timed_rounds` rounds of configs/mnist5k.py, and eager PyTorch in turn if `torch`."""
+    """Time `timed_rounds` rounds of configs/mnist5k.py, and eager PyTorch in turn if `torch`."""
     config = make_mnist5k_config(timed_rounds + 2, epochs)
     examples = data.load(config.dataset.name, config.dataset.data_dir).train.examples
     members = len(config.arms) * config.replicates

@@ -1,4 +1,4 @@
-"""Measures weak scaling over devices: `python -m experiments.benchmark scaling`.
+"""Measure weak scaling over devices: `python -m experiments.benchmark scaling`.
 
 Each device has the same work: with more devices there are more members, or larger batches. The virtual devices
 of a CPU share its cores, so there the images/s of all together should stay constant.
@@ -43,7 +43,7 @@ GPU_WORK = {
 
 
 def benchmark_scaling(repeats: int) -> None:
-    """Prints the images/s of each network over more members and larger batches, and plans for the sweeps."""
+    """Print the images/s of each network over more members and larger batches, and plans for the sweeps."""
     gpus = visible_gpus(os.environ)
     counts = [n for n in GPU_DEVICES if n <= len(gpus)] if gpus else CPU_DEVICES
     kind = "GPUs" if gpus else f"virtual devices on {os.cpu_count()} cores"
@@ -66,7 +66,7 @@ def benchmark_scaling(repeats: int) -> None:
 def time_in_subprocess(
     network: str, divided: str, devices: int, work: DeviceWork, repeats: int, gpus: Sequence[str]
 ) -> list[float]:
-    """Returns `repeats` timings of the images/s of all devices together, in a process that has `devices`.
+    """Return `repeats` timings of the images/s of all devices together, in a process that has `devices`.
 
     Args:
       divided: what is divided over the devices, "members" or "batch".
@@ -85,7 +85,7 @@ def time_in_subprocess(
 
 
 def main() -> None:
-    """Times one network and prints its images/s as JSON; started by `time_in_subprocess`."""
+    """Time one network and print its images/s as JSON; started by `time_in_subprocess`."""
     parser = argparse.ArgumentParser(prog="python -m experiments.benchmarks.scaling", description=main.__doc__)
     for name in ("network", "divided"):
         parser.add_argument(name)

@@ -1,4 +1,4 @@
-"""Times training steps: `python -m experiments.benchmark table`, or the name of one network.
+"""Time training steps: `python -m experiments.benchmark table`, or the name of one network.
 
 Each network is timed in a process of its own, on random images in the shape of its data set: in memory with
 augmentation for CIFAR-10; as batches of a stream, whose decoding is not timed, for ImageNet. The machine's
@@ -58,7 +58,7 @@ ROWS = {
 def benchmark_steps(
     names: Iterable[str], options: Sequence[str], torch: bool, out: str | None, old: str | None
 ) -> None:
-    """Times the rows `names` and prints their table.
+    """Time the rows `names` and print their table.
 
     Args:
       options: command line options of `main`, the same for all rows.
@@ -86,7 +86,7 @@ def benchmark_steps(
 
 
 def time_row_in_subprocess(name: str, options: Sequence[str]) -> dict:
-    """Returns a row of the table, timed in a process of its own. Exits if that process fails.
+    """Return a row of the table, timed in a process of its own. Exit if that process fails.
 
     Raises:
       UserError: the process was killed.
@@ -103,7 +103,7 @@ def time_row_in_subprocess(name: str, options: Sequence[str]) -> dict:
 
 
 def main() -> None:
-    """Times one row and prints it as a line of JSON; started by `time_row_in_subprocess`."""
+    """Time one row and print it as a line of JSON; started by `time_row_in_subprocess`."""
     parser = argparse.ArgumentParser(prog="python -m experiments.benchmarks.steps", description=main.__doc__)
     parser.add_argument("name", choices=ROWS)
     for name in ("repeats", "members", "batch_size", "steps"):
@@ -119,7 +119,7 @@ def main() -> None:
 
 
 def time_row(arguments: argparse.Namespace) -> dict:
-    """Times the training steps of a row, and returns all numbers of the row."""
+    """Time the training steps of a row, and return all numbers of the row."""
     devices.use_one_device_per_cpu_core()
     if arguments.form == "patches":
         use_patches_convolution()
@@ -170,7 +170,7 @@ def time_row(arguments: argparse.Namespace) -> dict:
 
 
 def make_row_config(row: Row, arguments: argparse.Namespace, on_cpu: bool):
-    """Returns the config of a row with the overrides of the command line."""
+    """Return the config of a row with the overrides of the command line."""
     config = load_config(row.config)
     config.repulsion.strength = row.strength
     config.batch_size = arguments.batch_size or (on_cpu and row.batch_on_cpu) or config.batch_size
@@ -183,14 +183,14 @@ def make_row_config(row: Row, arguments: argparse.Namespace, on_cpu: bool):
 
 
 def time_call(function: Callable[[], None]) -> float:
-    """Returns the seconds that a call takes."""
+    """Return the seconds that a call takes."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
 def measure_peak_bytes() -> int:
-    """Returns the peak memory of the device, or of this process where the device does not report it."""
+    """Return the peak memory of the device, or of this process where the device does not report it."""
     device_bytes = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     maxrss_unit = 1 if sys.platform == "darwin" else 1024
     return device_bytes or maxrss_unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""Prints, reads and compares the tables of timed training steps."""
+"""Print, read and compare the tables of timed training steps."""
 
 import json
 import statistics
@@ -14,7 +14,7 @@ WORK_FIELDS = ("machine", "members", "batch_size", "dtype", "execution")
 
 
 def read_table(path: str) -> dict:
-    """Reads a table that `benchmark_steps` wrote as JSON.
+    """Read a table that `benchmark_steps` wrote as JSON.
 
     Raises:
       UserError: the file cannot be read or is not such a table.
@@ -32,7 +32,7 @@ def read_table(path: str) -> dict:
 
 
 def print_rows(rows: dict[str, dict]) -> None:
-    """Prints one line per network: medians, with minimum and maximum of the images/s."""
+    """Print one line per network: medians, with minimum and maximum of the images/s."""
     first = next(iter(rows.values()))
     title = f"training steps on {first['machine']}, {first['versions']}"
     table = Table(
@@ -70,7 +70,7 @@ def print_rows(rows: dict[str, dict]) -> None:
 
 
 def print_ratios(old_table: dict, new_table: dict) -> None:
-    """Prints what changed between two tables, as ratios of medians."""
+    """Print what changed between two tables, as ratios of medians."""
     title = f"compared with {old_table['date']}"
     table = Table("now over then", "images/s", "compilation", "memory", title=title)
     for name in new_table["rows"].keys() & old_table["rows"].keys():

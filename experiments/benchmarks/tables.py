@@ -1,4 +1,4 @@
-"""Prints the results of a benchmark as a table."""
+"""Print the results of a benchmark as a table."""
 
 import resource
 import statistics
@@ -9,7 +9,7 @@ from rich.table import Table
 
 
 def print_quantities(title: str, quantities: dict[str, tuple[list[float], str]]) -> None:
-    """Prints the median, minimum and maximum of each quantity, and the peak memory of this process.
+    """Print the median, minimum and maximum of each quantity, and the peak memory of this process.
 
     Args:
       quantities: by name, the measured values and a format string for them.

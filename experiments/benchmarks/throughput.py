@@ -1,4 +1,4 @@
-"""Measures what the costs of runs are computed from: `python -m experiments.benchmark throughput`.
+"""Measure what the costs of runs are computed from: `python -m experiments.benchmark throughput`.
 
 The training steps of all networks are timed at the batch sizes of the figures (on a CPU, the convolutional
 networks at one batch size). Whole runs of configs/mnist5k.py, without and with repulsion, give the time that a
@@ -32,7 +32,7 @@ CPU_BATCH_SIZES = {"conv4": 128, "resnet20": 128, "resnet50": 16}  # a larger ba
 def benchmark_throughput(
     rounds: int, repeats: int, record: str | None, names: Sequence[str] = TABLE_1_CONFIGS
 ) -> None:
-    """Times all networks and whole runs, prints the table, and writes it to `throughput.json` if asked.
+    """Time all networks and whole runs, print the table, and write it to `throughput.json` if asked.
 
     Args:
       rounds: of the whole runs.
@@ -71,7 +71,7 @@ def _list_batch_sizes(name):
 
 
 def _time_steps(name, batch_size, repeats):
-    """Returns the images/s of `repeats` timings and the number of members trained."""
+    """Return the images/s of `repeats` timings and the number of members trained."""
     config = load_config(name)
     config.batch_size = batch_size
     members = config.replicates * len(config.arms)

@@ -1,4 +1,4 @@
-"""Implements the training steps of LeNet, Conv-4 and ResNet-20 in eager PyTorch, for comparison: `--torch`."""
+"""Implement the training steps of LeNet, Conv-4 and ResNet-20 in eager PyTorch, for comparison: `--torch`."""
 
 import itertools
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def make_lenet():
 
 
 def make_dense_layers(*widths):
-    """Returns dense layers of these widths with ReLUs between them."""
+    """Return dense layers of these widths with ReLUs between them."""
     layers = [layer for pair in itertools.pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
     return layers[:-1]
 
@@ -72,7 +72,7 @@ NETWORKS = {  # network, optimizer and image shape
 
 
 class Images(Dataset):
-    """Loads images as torchvision's MNIST does: each one becomes a PIL image and passes through transforms."""
+    """Load images as torchvision's MNIST does: each one becomes a PIL image and passes through transforms."""
 
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,), (0.25,))])
 
@@ -88,7 +88,7 @@ class Images(Dataset):
 
 
 def make_step_fns(network: str, batch_size: int) -> dict[str, Callable[[], float]]:
-    """Returns functions that train one masked step on random images, by the way the images are loaded.
+    """Return functions that train one masked step on random images, by the way the images are loaded.
 
     The images are normalised like ours. They are not augmented, which would only make the loop slower.
     """
@@ -126,7 +126,7 @@ def make_masked_step(
     next_batch: Callable[[], tuple[torch.Tensor, torch.Tensor]],
     memory_format: torch.memory_format,
 ) -> Callable[[], float]:
-    """Returns a function that trains one step on `next_batch()` with masked gradients."""
+    """Return a function that trains one step on `next_batch()` with masked gradients."""
     make_network, make_optimizer, _ = NETWORKS[network]
     model = make_network().to(memory_format=memory_format)
     optimizer = make_optimizer(model.parameters())

@@ -1,4 +1,4 @@
-"""Makes a function that trains the networks of a config on random images, to be timed."""
+"""Make a function that trains the networks of a config on random images, to be timed."""
 
 import functools
 import itertools
@@ -18,7 +18,7 @@ from imp_jax.runtime import devices, execution
 def make_train_fn(
     config: ConfigDict, members: int, steps: int, earlier_rounds: int = 0
 ) -> tuple[Callable[[], None], str]:
-    """Returns a function that trains `members` networks of a config by `steps`, and its execution mode.
+    """Return a function that trains `members` networks of a config by `steps`, and its execution mode.
 
     The images are random, in the shape of the config's data set. ImageNet's are one batch, as from a stream;
     those of the other data sets lie in memory.

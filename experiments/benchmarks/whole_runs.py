@@ -1,4 +1,4 @@
-"""Times whole runs of configs/mnist5k.py."""
+"""Time whole runs of configs/mnist5k.py."""
 
 import contextlib
 import io
@@ -11,14 +11,14 @@ from imp_jax import imp
 
 
 def make_mnist5k_config(rounds: int, epochs: int | None) -> ConfigDict:
-    """Returns configs/mnist5k.py without twins: rounds with twins have another shape and compile once more."""
+    """Return configs/mnist5k.py without twins: rounds with twins have another shape and compile once more."""
     config = load_config("mnist5k")
     config.rounds, config.epochs, config.instability.rounds = rounds, epochs or config.epochs, ()
     return config
 
 
 def time_run(config: ConfigDict, workdir: str) -> float:
-    """Trains all rounds of a config and returns the seconds that they took."""
+    """Train all rounds of a config and return the seconds that they took."""
     start = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
         for _ in imp.rounds(config, workdir):

@@ -1,4 +1,4 @@
-"""Counts the arithmetic and the memory traffic of a training step from the shapes of its layers."""
+"""Count the arithmetic and the memory traffic of a training step from the shapes of its layers."""
 
 import math
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class Work(NamedTuple):
 
 
 def count_work(config: ConfigDict) -> Work:
-    """Counts the work of a training step from the shapes of the layers that have kernels.
+    """Count the work of a training step from the shapes of the layers that have kernels.
 
     Each layer has three products: the forward pass, the gradient of the weights and, except in the first layer,
     the gradient of the inputs. Products with padding are counted. Weights, moments and the gradient are read

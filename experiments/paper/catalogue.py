@@ -25,7 +25,7 @@ TABLES = ("table1", "tablec", "claims")  # follow the figures, in this order
 
 
 def collect_figures(groups: Iterable[ModuleType]) -> dict[str, PaperFigure]:
-    """Collects the figures of all groups by name, in the paper's order.
+    """Collect the figures of all groups by name, in the paper's order.
 
     The order is fig1, fig2, …; then `TABLES`; then all other names, in the order of the groups.
 
@@ -42,7 +42,7 @@ def collect_figures(groups: Iterable[ModuleType]) -> dict[str, PaperFigure]:
 
 
 def _position_in_paper(name):
-    """Returns a sort key; `sorted` keeps the order of names with equal keys."""
+    """Return a sort key; `sorted` keeps the order of names with equal keys."""
     if number := re.fullmatch(r"fig(\d+)", name):
         return 0, int(number[1])
     if name in TABLES:
@@ -54,7 +54,7 @@ FIGURES = collect_figures(GROUPS)
 
 
 def select_figures(names: Sequence[str]) -> list[PaperFigure]:
-    """Returns the figures with these names, such as fig14 or Fig14, or all figures if there are no names.
+    """Return the figures with these names, such as fig14 or Fig14, or all figures if there are no names.
 
     Raises:
       UserError: a name is unknown.
@@ -63,5 +63,5 @@ def select_figures(names: Sequence[str]) -> list[PaperFigure]:
 
 
 def list_runs(figures: Iterable[PaperFigure], scale: Scale) -> list[Run]:
-    """Lists the runs that figures need, each run once."""
+    """List the runs that figures need, each run once."""
     return list(dict.fromkeys(run for figure in figures for run in figure.runs(scale)))

@@ -1,4 +1,4 @@
-"""Measures the paper's claims in finished runs, and reports them as a table."""
+"""Measure the paper's claims in finished runs, and report them as a table."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,14 +30,14 @@ class Row(NamedTuple):
 
 
 def list_claim_runs(scale: Scale) -> list[Run]:
-    """Lists all runs that the claims are measured in, each run once."""
+    """List all runs that the claims are measured in, each run once."""
     return list(
         dict.fromkeys(run for claim in CLAIMS for quantity in claim.quantities(scale) for run in quantity.runs)
     )
 
 
 def measure_claims(scale: Scale, finished: Finished) -> list[Row]:
-    """Measures every quantity of every claim, in the replicates that have all rounds it needs.
+    """Measure every quantity of every claim, in the replicates that have all rounds it needs.
 
     The verdict is `UNKNOWN` if fewer than two replicates have them.
     """
@@ -55,7 +55,7 @@ def measure_claims(scale: Scale, finished: Finished) -> list[Row]:
 
 
 def judge_claim(rows: Sequence[Row]) -> str:
-    """Returns the verdict on a claim from the rows of its quantities: it holds if all of them do."""
+    """Return the verdict on a claim from the rows of its quantities: it holds if all of them do."""
     verdicts = [row.verdict for row in rows]
     if FAILS in verdicts:
         return f"{FAILS} ({verdicts.count(HOLDS)} of {len(verdicts)} do)" if HOLDS in verdicts else FAILS
@@ -63,7 +63,7 @@ def judge_claim(rows: Sequence[Row]) -> str:
 
 
 def format_claims(scale: Scale, finished: Finished) -> str:
-    """Returns the table as Markdown, followed by a list of the runs and the letters that stand for them."""
+    """Return the table as Markdown, followed by a list of the runs and the letters that stand for them."""
     rows, letters = measure_claims(scale, finished), _assign_letters(scale)
     lines = [
         "| | measured | mean | min | max | expected | verdict | runs |",
@@ -77,7 +77,7 @@ def format_claims(scale: Scale, finished: Finished) -> str:
 
 
 def print_claims(scale: Scale, finished: Finished) -> None:
-    """Prints the table and the list of runs."""
+    """Print the table and the list of runs."""
     rows, letters = measure_claims(scale, finished), _assign_letters(scale)
     table = Table("", "measured", "mean", "min", "max", "expected", "verdict", "runs")
     for claim, claim_rows in _group_by_claim(rows):
@@ -93,7 +93,7 @@ def print_claims(scale: Scale, finished: Finished) -> None:
 
 
 def choose_scale(root: Path, name: str | None) -> Scale:
-    """Returns the scale called `name`; without a name, the only scale that has runs in `root`.
+    """Return the scale called `name`; without a name, the only scale that has runs in `root`.
 
     Raises:
       UserError: the name is unknown, or `root` has runs of no scale or of several scales.

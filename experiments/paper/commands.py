@@ -26,7 +26,7 @@ LETTERS_PER_INCH = 18  # of the note on a figure
 
 
 def print_list(figures: Sequence[PaperFigure], scale: Scale) -> None:
-    """Prints one row per figure: networks, data, trainings, and the estimated cost of its runs per device."""
+    """Print one row per figure: networks, data, trainings, and the estimated cost of its runs per device."""
     devices = cost.read_throughput()
     table = Table("figure", "shows", "network", "data", "runs", "trainings", *devices)
 
@@ -63,7 +63,7 @@ def _join_few(names):
 
 
 def print_status(figures: Sequence[PaperFigure], scale: Scale, sweep: Sweep) -> None:
-    """Prints one line per run, and the number of runs in each state."""
+    """Print one line per run, and the number of runs in each state."""
     runs_by_figure = {figure.name: figure.runs(scale) for figure in figures}
     states = sweep.read_states(catalogue.list_runs(figures, scale))
     table = Table("run", "rounds", "state", "for")
@@ -77,7 +77,7 @@ def print_status(figures: Sequence[PaperFigure], scale: Scale, sweep: Sweep) -> 
 
 
 def select_runs_to_train(figures: Sequence[PaperFigure], scale: Scale, sweep: Sweep) -> list[Run]:
-    """Returns the runs that are missing or have failed, and prints how many runs are in which state."""
+    """Return the runs that are missing or have failed, and print how many runs are in which state."""
     states = sweep.read_states(catalogue.list_runs(figures, scale))
     runs = [run for run, state in states.items() if state.status in ("missing", "failed")]
     counts = Counter(state.status for state in states.values() if state.status not in ("missing", "failed"))
@@ -86,7 +86,7 @@ def select_runs_to_train(figures: Sequence[PaperFigure], scale: Scale, sweep: Sw
 
 
 def check_data(runs: Sequence[Run], data_dir: str | None) -> None:
-    """Downloads the data sets of `runs` where that is possible.
+    """Download the data sets of `runs` where that is possible.
 
     Raises:
       UserError: a data set is not prepared.
@@ -97,9 +97,9 @@ def check_data(runs: Sequence[Run], data_dir: str | None) -> None:
 
 
 def train_locally(figures: Sequence[PaperFigure], scale: Scale, sweep: Sweep, data_dir: str | None) -> int:
-    """Trains what is missing on this machine, and returns the number of runs that failed.
+    """Train what is missing on this machine, and return the number of runs that failed.
 
-    Also waits for the runs that another process is training, and trains those that it leaves unfinished.
+    Also wait for the runs that another process is training, and train those that it leaves unfinished.
 
     Raises:
       UserError: a data set is not prepared.
@@ -119,7 +119,7 @@ def train_locally(figures: Sequence[PaperFigure], scale: Scale, sweep: Sweep, da
 def submit_to_slurm(
     figures: Sequence[PaperFigure], scale: Scale, sweep: Sweep, data_dir: str | None, options: dict
 ) -> None:
-    """Submits what is missing to Slurm.
+    """Submit what is missing to Slurm.
 
     Raises:
       UserError: a data set is not prepared; see `launchers.submit_to_slurm`.
@@ -132,7 +132,7 @@ def submit_to_slurm(
 
 
 def _wait_for_other_processes(sweep, runs):
-    """Waits until no other process trains any of `runs`, and returns those that are missing then."""
+    """Wait until no other process trains any of `runs`, and return those that are missing then."""
     announced = False
     while True:
         states = sweep.read_states(runs)
@@ -146,7 +146,7 @@ def _wait_for_other_processes(sweep, runs):
 
 
 def draw(figures: Sequence[PaperFigure], scale: Scale, sweep: Sweep) -> None:
-    """Draws each figure from the finished rounds, into `figures/` of the sweep, and prints what it lacks.
+    """Draw each figure from the finished rounds, into `figures/` of the sweep, and print what it lacks.
 
     Raises:
       UserError: some figures have no finished round at all; the others are drawn.
@@ -174,7 +174,7 @@ def draw(figures: Sequence[PaperFigure], scale: Scale, sweep: Sweep) -> None:
 
 
 def _write(drawn, note: str, folder: Path, name: str) -> Path:
-    """Writes a figure as PNG and PDF, or a table as Markdown, which it also prints; returns the path."""
+    """Write a figure as PNG and PDF, or write and print a table as Markdown; return the path."""
     if isinstance(drawn, str):
         path = folder / f"{name}.md"
         write_atomically(path, "\n\n".join(part for part in (drawn, note) if part) + "\n")
@@ -189,7 +189,7 @@ def _write(drawn, note: str, folder: Path, name: str) -> Path:
 
 
 def describe(figure: PaperFigure, scale: Scale, unfinished: Sequence[Run]) -> str:
-    """Returns the note on a figure: which trainings it shows and, at a smaller scale, which the paper shows."""
+    """Return the note on a figure: which trainings it shows and, at a smaller scale, which the paper shows."""
     if not figure.runs(scale):
         return ""
     words = networks.describe_runs(figure.runs(scale))

@@ -1,4 +1,4 @@
-"""Generates configs/README.md: `python -m experiments.paper.config_table [--write]`.
+"""Generate configs/README.md: `python -m experiments.paper.config_table [--write]`.
 
 The table is made of the configs, the status in their docstrings, and `throughput.json`. Without --write it is
 only printed.
@@ -38,12 +38,12 @@ see `python -m experiments.run list`.
 
 
 def list_config_names() -> list[str]:
-    """Lists the config files in alphabetical order, without their ending."""
+    """List the config files in alphabetical order, without their ending."""
     return sorted(path.stem for path in README.parent.glob("*.py") if path.stem != "__init__")
 
 
 def read_status(name: str) -> str:
-    """Returns the status that the docstring of a config gives.
+    """Return the status that the docstring of a config gives.
 
     Raises:
       ValueError: the docstring has no line "Status: …".
@@ -56,7 +56,7 @@ def read_status(name: str) -> str:
 
 
 def format_table() -> str:
-    """Returns the table of the configs as Markdown."""
+    """Return the table of the configs as Markdown."""
     devices = cost.read_throughput()
     headings = ["config", "network", "data", "epochs", "batch", "trainings", "images"]
     headings += [*(f"cost on {device}" for device in devices), "status"]
@@ -69,7 +69,7 @@ def format_table() -> str:
 
 
 def format_readme() -> str:
-    """Returns the text of configs/README.md."""
+    """Return the text of configs/README.md."""
     return TEXT.format(table=format_table(), command=COMMAND)
 
 

@@ -11,22 +11,22 @@ ARMS = {"imp": "IMP", "reinit": "reinitialisation"}
 
 
 def list_fig4_runs(scale: Scale) -> list[Run]:
-    """Lists the runs at the batch sizes of figure 4."""
+    """List the runs at the batch sizes of figure 4."""
     return [scale.make_resnet20_run(size) for size in scale.fig4_batch_sizes]
 
 
 def list_unstable_and_stable_runs(scale: Scale) -> list[Run]:
-    """Lists the runs at the unstable and at the stable batch size."""
+    """List the runs at the unstable and at the stable batch size."""
     return [scale.make_resnet20_run(scale.unstable), scale.make_resnet20_run(scale.stable)]
 
 
 def list_lenet_run(scale: Scale) -> list[Run]:
-    """Lists LeNet's run."""
+    """List LeNet's run."""
     return [scale.lenet]
 
 
 def lay_out_panels(runs: list[Run]) -> list[list[tuple[str, Run, str]]]:
-    """Returns rows of (title, run, arm): one row per arm and one column per run.
+    """Return rows of (title, run, arm): one row per arm and one column per run.
 
     For a single run, IMP and its control are next to each other in one row.
     """

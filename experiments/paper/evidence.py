@@ -26,9 +26,7 @@ from experiments.paper.quantities import (
 from experiments.paper.scales import Scale
 from experiments.sweeps.runs import Run
 
-CONNECTED = (
-    2.0  # points of error; two networks with a lower barrier are connected (Frankle et al. 2020a, section 3)
-)
+CONNECTED = 2.0  # points of error: below this barrier, networks are connected (Frankle et al. 2020a, section 3)
 SMALL, NEAR_ORTHOGONAL = 0.5, 0.75  # angles (ours)
 PART_OF_LEAD_PCT = 25  # a smaller part of a lead counts as no lead (ours)
 LEVEL_POINTS = 1.0  # a smaller difference in accuracy counts as none (ours)
@@ -72,17 +70,17 @@ class Claim:
 
 
 def expect_above(limit: float) -> Expected:
-    """Expects values above `limit` in every replicate."""
+    """Expect values above `limit` in every replicate."""
     return Expected(f"> {limit:g}", lambda values: (values > limit).all())
 
 
 def expect_below(limit: float) -> Expected:
-    """Expects values below `limit` in every replicate."""
+    """Expect values below `limit` in every replicate."""
     return Expected(f"< {limit:g}", lambda values: (values < limit).all())
 
 
 def quantify_c1(scale: Scale) -> list[Quantity]:
-    """Compares the stable IMP with its reinit at medium and high sparsity."""
+    """Compare the stable IMP with its reinit at medium and high sparsity."""
     stable = (scale.make_resnet20_run(scale.stable),)
     return [
         Quantity(
@@ -101,7 +99,7 @@ def quantify_c1(scale: Scale) -> list[Quantity]:
 
 
 def quantify_c2(scale: Scale) -> list[Quantity]:
-    """Compares the lead of the unstable IMP over its reinit with the stable one's."""
+    """Compare the lead of the unstable IMP over its reinit with the stable one's."""
     runs = (scale.make_resnet20_run(scale.stable), scale.make_resnet20_run(scale.unstable))
     no_lead = Expected(f"mean < {PART_OF_LEAD_PCT}", lambda values: values.mean() < PART_OF_LEAD_PCT)
 
@@ -118,7 +116,7 @@ def quantify_c2(scale: Scale) -> list[Quantity]:
 
 
 def quantify_c3(scale: Scale) -> list[Quantity]:
-    """Compares instability where IMP fails and where it wins, and across rounds."""
+    """Compare instability where IMP fails and where it wins, and across rounds."""
     unstable, stable = (scale.make_resnet20_run(scale.unstable),), (scale.make_resnet20_run(scale.stable),)
     all_sizes = tuple(stabilisation.list_batch_size_runs(scale))
     early, medium, late = scale.resnet20.config.instability.rounds
@@ -139,7 +137,7 @@ def quantify_c3(scale: Scale) -> list[Quantity]:
 
 
 def quantify_c4(scale: Scale) -> list[Quantity]:
-    """Compares repelled IMP and reinit with the plain ones, for each network."""
+    """Compare repelled IMP and reinit with the plain ones, for each network."""
     names_by_runs = {  # at a smaller scale, one network may stand for several
         tuple(repellent.list_conv4_runs(scale)): "Conv-4",
         tuple(repellent.list_lenet_runs(scale)): "LeNet",
@@ -174,7 +172,7 @@ def quantify_c4(scale: Scale) -> list[Quantity]:
 
 
 def quantify_c5(scale: Scale) -> list[Quantity]:
-    """Compares attracted IMP with plain and rewound IMP, and attracted with plain reinit."""
+    """Compare attracted IMP with plain and rewound IMP, and attracted with plain reinit."""
     unstable, attracted = repellent.list_resnet20_runs(scale)[2:]
     rewound = unstable.with_overrides(rewind_step=scale.rewind_step)
 
@@ -204,7 +202,7 @@ def quantify_c5(scale: Scale) -> list[Quantity]:
 
 
 def quantify_c6(scale: Scale) -> list[Quantity]:
-    """Compares the angles between rounds of stable and unstable IMP and of the reinits."""
+    """Compare the angles between rounds of stable and unstable IMP and of the reinits."""
     unstable, stable = (scale.make_resnet20_run(scale.unstable),), (scale.make_resnet20_run(scale.stable),)
 
     def outer_angle(run):
@@ -250,7 +248,7 @@ def quantify_c6(scale: Scale) -> list[Quantity]:
 
 
 def quantify_c7(scale: Scale) -> list[Quantity]:
-    """Looks for a valley at zero in the weights' histograms."""
+    """Look for a valley at zero in the weights' histograms."""
     stable = (scale.make_resnet20_run(scale.stable),)
     words = "histogram of round 10 at zero over its peak, stable"
     return [
@@ -268,7 +266,7 @@ def quantify_c7(scale: Scale) -> list[Quantity]:
 
 
 def quantify_c8(scale: Scale) -> list[Quantity]:
-    """Compares IMP's pruning threshold with its reinit's."""
+    """Compare IMP's pruning threshold with its reinit's."""
     stable = (scale.make_resnet20_run(scale.stable),)
     return [
         Quantity(
@@ -289,7 +287,7 @@ def quantify_c8(scale: Scale) -> list[Quantity]:
 
 
 def quantify_c9(scale: Scale) -> list[Quantity]:
-    """Compares the threshold's peak and the plateau without and with weight decay."""
+    """Compare the threshold's peak and the plateau without and with weight decay."""
     runs = tuple(weight_decay.list_weight_decay_runs(scale))
     return [
         Quantity(
@@ -308,7 +306,7 @@ def quantify_c9(scale: Scale) -> list[Quantity]:
 
 
 def quantify_c10(scale: Scale) -> list[Quantity]:
-    """Compares the barriers between successive optima across bands of sparsity."""
+    """Compare the barriers between successive optima across bands of sparsity."""
     stable = tuple(paths.list_stable_run(scale))
     return [
         Quantity(
@@ -325,7 +323,7 @@ def quantify_c10(scale: Scale) -> list[Quantity]:
 
 
 def quantify_c11(scale: Scale) -> list[Quantity]:
-    """Compares angles between neighbouring rounds and between rounds two apart."""
+    """Compare angles between neighbouring rounds and between rounds two apart."""
     runs = tuple(repellent.list_last_optimum_run(scale))
 
     def angle_apart(apart):

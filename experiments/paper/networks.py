@@ -24,7 +24,7 @@ COLUMNS += ("Initialisation", "Weight decay", "Pruning")
 
 
 def describe_runs(runs: Sequence[Run]) -> str:
-    """Describes what runs train, such as "ResNet-20 on cifar10, 85 epochs, 3 replicates"."""
+    """Describe what runs train, such as "ResNet-20 on cifar10, 85 epochs, 3 replicates"."""
     configs = [run.config for run in runs]
     trained = dict.fromkeys((c.model.name, c.dataset.name, c.epochs, c.replicates) for c in configs)
     return "; ".join(
@@ -35,12 +35,12 @@ def describe_runs(runs: Sequence[Run]) -> str:
 
 
 def list_no_runs(scale: Scale) -> list[Run]:
-    """Lists no runs: table 1 needs none."""
+    """List no runs: table 1 needs none."""
     return []
 
 
 def format_table_1(scale: Scale, finished: Finished) -> str:
-    """Returns networks, data and hyperparameters as a Markdown table; parameters are counted."""
+    """Return networks, data and hyperparameters as a Markdown table; parameters are counted."""
     rows = [COLUMNS, ["---"] * len(COLUMNS)]
     for run in (scale.lenet, scale.resnet20, scale.conv4, scale.one_shot):
         config = run.config
@@ -67,7 +67,7 @@ def format_table_1(scale: Scale, finished: Finished) -> str:
 
 
 def count_parameters(config: ConfigDict) -> int:
-    """Counts the parameters of a config's network."""
+    """Count the parameters of a config's network."""
     _, image_shape, classes = DATASET_SIZES[config.dataset.name]
     params = models.shapes(models.create(config, classes, image_shape), image_shape)["params"]
     return sum(leaf.size for leaf in jax.tree.leaves(params))

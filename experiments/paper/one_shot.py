@@ -6,12 +6,12 @@ from experiments.sweeps.runs import Run
 
 
 def list_learning_rate_runs(scale: Scale) -> list[Run]:
-    """Lists the one-shot runs: at the learning rate of table 1, and at a lower one."""
+    """List the one-shot runs: at the learning rate of table 1, and at a lower one."""
     return [scale.one_shot, scale.one_shot.with_overrides(optimizer__learning_rate=scale.low_rate)]
 
 
 def format_accuracies(scale: Scale, finished: Finished) -> str:
-    """Returns a Markdown table of the dense accuracy and of the points lost by pruning."""
+    """Return a Markdown table of the dense accuracy and of the points lost by pruning."""
     lines = ["| Learning rate | Dense accuracy | Accuracy at 30 % density |", "|---|---|---|"]
     for run in list_learning_rate_runs(scale):
         cells = [NOT_RUN, NOT_RUN]

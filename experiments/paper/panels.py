@@ -1,4 +1,4 @@
-"""Declares what a figure of the paper is, and draws the panels that figures consist of.
+"""Declare what a figure of the paper is, and draw the panels that figures consist of.
 
 A panel draws the finished rounds of a run; for a run without any, it shows the words "not run".
 """
@@ -49,7 +49,7 @@ class PaperFigure:
 def draw_curves(
     axes: Axes, finished: Finished, series: Sequence[tuple[str, str, Run]], column: str = "test_accuracy"
 ) -> None:
-    """Draws a column of results.csv over density: IMP as a solid line, its reinit as a dashed one.
+    """Draw a column of results.csv over density: IMP as a solid line, its reinit as a dashed one.
 
     The y axis of accuracy covers `Y_RANGE_POINTS` points and is the same in all panels of a figure.
 
@@ -80,7 +80,7 @@ def draw_curves(
 def draw_matrices(
     finished: Finished, rows: Sequence[Sequence[tuple[str, Run, str]]], metric: str = "angular"
 ) -> Figure:
-    """Draws matrices of distances between rounds, one panel per (title, run, arm), with one colour scale."""
+    """Draw matrices of distances between rounds, one panel per (title, run, arm), with one colour scale."""
     figure, panels = _make_panels(rows, width=2.6, height=2.95, sharey=True)
     runs = [run for row in rows for _, run, _ in row if run in finished]
     tables = {run: finished[run].distances[finished[run].distances["metric"] == metric] for run in runs}
@@ -105,7 +105,7 @@ def draw_matrices(
 def draw_histograms(
     finished: Finished, rows: Sequence[Sequence[tuple[str, Run, str]]], number: int = 10
 ) -> Figure:
-    """Draws histograms of the surviving weights, one panel per (title, run, arm), with one x axis per run.
+    """Draw histograms of the surviving weights, one panel per (title, run, arm), with one x axis per run.
 
     Args:
       number: the round after which the weights are shown, or the last one of a run that has fewer.
@@ -131,7 +131,7 @@ def draw_histograms(
 
 
 def draw_barrier(axes: Axes, finished: Finished, run: Run) -> None:
-    """Draws the error barrier between the optima of successive rounds over density, on test images."""
+    """Draw the error barrier between the optima of successive rounds over density, on test images."""
     table = finished[run].barriers if run in finished else pd.DataFrame({"kind": []})
     if not len(table := table[table["kind"] == "successive"]):
         return mark_not_run(axes)
@@ -139,7 +139,7 @@ def draw_barrier(axes: Axes, finished: Finished, run: Run) -> None:
 
 
 def mark_not_run(axes: Axes) -> None:
-    """Writes "not run" into a panel and hides its ticks."""
+    """Write "not run" into a panel and hide its ticks."""
     axes.text(0.5, 0.5, NOT_RUN, transform=axes.transAxes, ha="center", va="center", color="#999999")
     axes.tick_params(
         left=False, labelleft=False, bottom=False, labelbottom=False
@@ -147,7 +147,7 @@ def mark_not_run(axes: Axes) -> None:
 
 
 def add_common_legend(figure: Figure) -> None:
-    """Adds one legend below all panels, with each label once."""
+    """Add one legend below all panels, with each label once."""
     labels = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -159,7 +159,7 @@ def add_common_legend(figure: Figure) -> None:
 
 
 def make_wide_console() -> Console:
-    """Returns a console; if the output is not a terminal, its lines are long enough for a table."""
+    """Return a console; if the output is not a terminal, its lines are long enough for a table."""
     console = make_console()
     if not console.is_terminal:
         console.width = 180
@@ -167,7 +167,7 @@ def make_wide_console() -> Console:
 
 
 def make_grid(count: int, columns: int, width: float = 3.3, height: float = 2.6) -> tuple[Figure, list[Axes]]:
-    """Creates a figure of `count` panels in rows of `columns`, with a shared y axis."""
+    """Create a figure of `count` panels in rows of `columns`, with a shared y axis."""
     rows = -(-count // columns)
     figure = Figure(figsize=(width * columns, height * rows + 0.6), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)

@@ -12,22 +12,22 @@ from imp_jax import figures
 
 
 def list_stable_run(scale: Scale) -> list[Run]:
-    """Lists the run at the stable batch size."""
+    """List the run at the stable batch size."""
     return [scale.make_resnet20_run(scale.stable)]
 
 
 def list_lenet_run(scale: Scale) -> list[Run]:
-    """Lists LeNet's run."""
+    """List LeNet's run."""
     return [scale.lenet]
 
 
 def list_conv4_run(scale: Scale) -> list[Run]:
-    """Lists Conv-4's run."""
+    """List Conv-4's run."""
     return [scale.conv4]
 
 
 def draw_paths_and_barrier(scale: Scale, finished: Finished) -> Figure:
-    """Draws paths at a low, a medium and a high sparsity on the left, the barrier over density on the right."""
+    """Draw paths at a low, a medium and a high sparsity on the left, the barrier over density on the right."""
     (run,) = list_stable_run(scale)
     figure = Figure(figsize=(7.6, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -48,7 +48,7 @@ def draw_paths_and_barrier(scale: Scale, finished: Finished) -> Figure:
 
 
 def draw_barrier_alone(runs: Callable, scale: Scale, finished: Finished) -> Figure:
-    """Draws one panel with the barrier of the only run of `runs`."""
+    """Draw one panel with the barrier of the only run of `runs`."""
     (run,) = runs(scale)
     figure, (axes,) = make_grid(1, columns=1, width=4.6, height=3)
     draw_barrier(axes, finished, run)

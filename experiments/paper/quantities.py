@@ -15,41 +15,41 @@ Values = pd.Series  # by replicate
 
 
 def accuracy(run: analysis.Run, arm: str, *bands: tuple[float, float]) -> Values:
-    """Computes the test accuracy in %, the mean over the rounds within the bands."""
+    """Compute the test accuracy in %, the mean over the rounds within the bands."""
     return 100 * _mean_over_rounds(run, arm, "test_accuracy", bands)
 
 
 def imp_minus_reinit(run: analysis.Run, *bands: tuple[float, float]) -> Values:
-    """Computes by how many points of accuracy IMP is above its reinit."""
+    """Compute by how many points of accuracy IMP is above its reinit."""
     return accuracy(run, "imp", *bands) - accuracy(run, "reinit", *bands)
 
 
 def threshold_ratio(run: analysis.Run, *bands: tuple[float, float]) -> Values:
-    """Computes the ratio of IMP's pruning threshold to its reinit's."""
+    """Compute the ratio of IMP's pruning threshold to its reinit's."""
     return _mean_over_rounds(run, "imp", "threshold", bands) / _mean_over_rounds(
         run, "reinit", "threshold", bands
     )
 
 
 def instability(run: analysis.Run, number: int) -> Values:
-    """Computes the test error barrier in points between two trainings of round `number`'s ticket."""
+    """Compute the test error barrier in points between two trainings of round `number`'s ticket."""
     return _mean_barrier(run, "instability", [number])
 
 
 def barrier(run: analysis.Run, *bands: tuple[float, float]) -> Values:
-    """Computes the mean test error barrier in points on the paths to the rounds within the bands."""
+    """Compute the mean test error barrier in points on the paths to the rounds within the bands."""
     return _mean_barrier(run, "successive", [n for n in _rounds_in_bands(run, bands) if n > 0])
 
 
 def angle(run: analysis.Run, arm: str, *bands: tuple[float, float], apart: int = 1) -> Values:
-    """Computes the mean angle (1: orthogonal) of rounds within the bands to those `apart` rounds earlier."""
+    """Compute the mean angle (1: orthogonal) of rounds within the bands to those `apart` rounds earlier."""
     pairs = [(number - apart, number) for number in _rounds_in_bands(run, bands) if number >= apart]
     table = run.distances[(run.distances["metric"] == "angular") & (run.distances["arm"] == arm)]
     return _mean_by_replicate(table.set_index(["round_a", "round_b"])[["replicate", "distance"]], pairs, run)
 
 
 def zero_bin_over_peak(run: analysis.Run, arm: str, number: int = 10) -> Values:
-    """Computes the height at zero over the greatest height in a round's histogram of weights (ours)."""
+    """Compute the height at zero over the greatest height in a round's histogram of weights (ours)."""
     table = run.histograms[(run.histograms["arm"] == arm) & (run.histograms["round"] == number)]
     bins = table.groupby("replicate")
     at_zero = table[(table["left"] < 0) & (table["right"] > 0)].set_index("replicate")["count"]
@@ -57,12 +57,12 @@ def zero_bin_over_peak(run: analysis.Run, arm: str, number: int = 10) -> Values:
 
 
 def threshold_peak_round(run: analysis.Run) -> Values:
-    """Finds the round in which IMP's pruning threshold is highest."""
+    """Find the round in which IMP's pruning threshold is highest."""
     return _apply_by_replicate(run, lambda rows: rows["round"][rows["threshold"].idxmax()])
 
 
 def plateau_end_round(run: analysis.Run) -> Values:
-    """Finds the last round in which IMP is less than a point below the dense network (ours)."""
+    """Find the last round in which IMP is less than a point below the dense network (ours)."""
 
     def find_last(rows):
         accuracy = rows.set_index("round")["test_accuracy"]
@@ -72,14 +72,14 @@ def plateau_end_round(run: analysis.Run) -> Values:
 
 
 def _apply_by_replicate(run, measure):
-    """Applies `measure` to the rows of IMP of each replicate that has all rounds."""
+    """Apply `measure` to the rows of IMP of each replicate that has all rounds."""
     replicates = run.results[run.results["arm"] == "imp"].groupby("replicate")
     values = {r: measure(rows) for r, rows in replicates if len(rows) == run.config.rounds}
     return pd.Series(values, dtype=float).reindex(range(run.config.replicates))
 
 
 def _rounds_in_bands(run, bands):
-    """Lists the rounds of a whole run whose density is within the bands."""
+    """List the rounds of a whole run whose density is within the bands."""
     density = (1 - run.config.pruning.fraction) ** np.arange(run.config.rounds)
     return [n for n, d in enumerate(density) if any(low <= d < high for low, high in bands)]
 
@@ -97,7 +97,7 @@ def _mean_barrier(run, kind, numbers):
 
 
 def _mean_by_replicate(table, entries, run):
-    """Computes the mean of each replicate over `entries` of the index; nan if any of them is missing."""
+    """Compute the mean of each replicate over `entries` of the index; nan if any of them is missing."""
     replicate, column = table.columns
     groups = table[table.index.isin(entries)].groupby(replicate)[column].agg(["mean", "count"])
     complete = groups["mean"].where((groups["count"] == len(entries)) & bool(entries))

@@ -24,39 +24,39 @@ ARMS = (("IMP", "imp"), ("reinitialisation", "reinit"))
 
 
 def list_resnet20_runs(scale: Scale) -> list[Run]:
-    """Lists the stable run, the same with repulsion, the unstable run, and the same with attraction."""
+    """List the stable run, the same with repulsion, the unstable run, and the same with attraction."""
     stable, unstable = scale.make_resnet20_run(scale.stable), scale.make_resnet20_run(scale.unstable)
     attracted = unstable.with_overrides(repulsion__strength=ATTRACTIVE)
     return [stable, add_repulsion(stable), unstable, attracted]
 
 
 def list_conv4_runs(scale: Scale) -> list[Run]:
-    """Lists Conv-4's run and the same with repulsion."""
+    """List Conv-4's run and the same with repulsion."""
     return [scale.conv4, add_repulsion(scale.conv4)]
 
 
 def list_lenet_runs(scale: Scale) -> list[Run]:
-    """Lists LeNet's run and the same with repulsion."""
+    """List LeNet's run and the same with repulsion."""
     return [scale.lenet, add_repulsion(scale.lenet)]
 
 
 def list_repelled_resnet20_run(scale: Scale) -> list[Run]:
-    """Lists the run at the stable batch size with repulsion."""
+    """List the run at the stable batch size with repulsion."""
     return [add_repulsion(scale.make_resnet20_run(scale.stable))]
 
 
 def list_last_optimum_run(scale: Scale) -> list[Run]:
-    """Lists LeNet's run with repulsion from the last optimum only."""
+    """List LeNet's run with repulsion from the last optimum only."""
     return [add_repulsion(scale.lenet).with_overrides(repulsion__memory="last")]
 
 
 def add_repulsion(run: Run) -> Run:
-    """Returns the run with repulsion from all earlier optima."""
+    """Return the run with repulsion from all earlier optima."""
     return run.with_overrides(repulsion__strength=REPELLENT)
 
 
 def draw_repulsion_and_attraction(scale: Scale, finished: Finished) -> Figure:
-    """Draws the accuracy with repulsion on the left and with attraction on the right."""
+    """Draw the accuracy with repulsion on the left and with attraction on the right."""
     stable, repellent, unstable, attractive = list_resnet20_runs(scale)
     figure, panels = make_grid(2, columns=2)
     draw_curves(panels[0], finished, [("", BLUE, stable), ("repellent", GREEN, repellent)])
@@ -68,7 +68,7 @@ def draw_repulsion_and_attraction(scale: Scale, finished: Finished) -> Figure:
 
 
 def draw_accuracy(runs: Callable, scale: Scale, finished: Finished) -> Figure:
-    """Draws the accuracy of the two `runs`, without and with repulsion."""
+    """Draw the accuracy of the two `runs`, without and with repulsion."""
     plain, repellent = runs(scale)
     figure, (axes,) = make_grid(1, columns=1, width=4.6, height=3.4)
     draw_curves(axes, finished, [("", BLUE, plain), ("repellent", GREEN, repellent)])
@@ -77,20 +77,20 @@ def draw_accuracy(runs: Callable, scale: Scale, finished: Finished) -> Figure:
 
 
 def draw_repellent_matrices(scale: Scale, finished: Finished) -> Figure:
-    """Draws the angles of the repelled run."""
+    """Draw the angles of the repelled run."""
     (run,) = list_repelled_resnet20_run(scale)
     return draw_matrices(finished, [[(f"repellent {name}", run, arm) for name, arm in ARMS]])
 
 
 def draw_plain_and_repellent_matrices(scale: Scale, finished: Finished) -> Figure:
-    """Draws the angles without repulsion on the left and with it on the right."""
+    """Draw the angles without repulsion on the left and with it on the right."""
     plain, repellent = list_conv4_runs(scale)
     rows = [[(name, plain, arm), (f"repellent {name}", repellent, arm)] for name, arm in ARMS]
     return draw_matrices(finished, rows)
 
 
 def draw_checkerboard(scale: Scale, finished: Finished) -> Figure:
-    """Draws the angles under repulsion from the last optimum only."""
+    """Draw the angles under repulsion from the last optimum only."""
     (run,) = list_last_optimum_run(scale)
     return draw_matrices(finished, [[(name, run, arm) for name, arm in ARMS]])
 

@@ -31,7 +31,7 @@ class Scale:
         return self.batch_sizes[0]
 
     def make_resnet20_run(self, batch_size: int, **fields) -> Run:
-        """Returns ResNet-20's run at a batch size, without warm-up, with other `fields`."""
+        """Return ResNet-20's run at a batch size, without warm-up, with other `fields`."""
         return self.resnet20.with_overrides(batch_size=batch_size, **fields)
 
 

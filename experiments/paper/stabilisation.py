@@ -23,12 +23,12 @@ from experiments.sweeps.runs import Run
 
 
 def list_batch_size_runs(scale: Scale) -> list[Run]:
-    """Lists one run per batch size, without warm-up."""
+    """List one run per batch size, without warm-up."""
     return [scale.make_resnet20_run(size) for size in scale.batch_sizes]
 
 
 def list_warmup_runs(scale: Scale) -> list[Run]:
-    """Lists two runs per batch size, without and with warm-up."""
+    """List two runs per batch size, without and with warm-up."""
     warmups = (0.0, scale.warmup_epochs)
     return [
         scale.make_resnet20_run(size, optimizer__warmup_epochs=epochs)
@@ -37,22 +37,22 @@ def list_warmup_runs(scale: Scale) -> list[Run]:
 
 
 def list_conv4_stability_runs(scale: Scale) -> list[Run]:
-    """Lists Conv-4 destabilised by a small batch and weight decay, and stable again at a large batch."""
+    """List Conv-4 destabilised by a small batch and weight decay, and stable again at a large batch."""
     return [scale.conv4_destabilised, scale.conv4_restabilised]
 
 
 def draw_accuracy(scale: Scale, finished: Finished) -> Figure:
-    """Draws the accuracy over density, one panel per batch size."""
+    """Draw the accuracy over density, one panel per batch size."""
     return _draw_warmups(scale, finished, "test_accuracy")
 
 
 def draw_threshold(scale: Scale, finished: Finished) -> Figure:
-    """Draws the pruning threshold over density, one panel per batch size."""
+    """Draw the pruning threshold over density, one panel per batch size."""
     return _draw_warmups(scale, finished, "threshold")
 
 
 def draw_instability(scale: Scale, finished: Finished) -> Figure:
-    """Draws the error barrier between two trainings of a ticket over batch size, one line per round."""
+    """Draw the error barrier between two trainings of a ticket over batch size, one line per round."""
     figure = Figure(figsize=(4.6, 3.4), layout="constrained")
     axes = figure.add_subplot()
     for number, color in zip(scale.resnet20.config.instability.rounds, SERIES, strict=False):
@@ -76,7 +76,7 @@ def draw_instability(scale: Scale, finished: Finished) -> Figure:
 
 
 def draw_destabilised(scale: Scale, finished: Finished) -> Figure:
-    """Draws the accuracy of Conv-4: destabilised on the left, with a large batch on the right."""
+    """Draw the accuracy of Conv-4: destabilised on the left, with a large batch on the right."""
     figure, panels = make_grid(2, columns=2)
     for axes, run in zip(panels, list_conv4_stability_runs(scale), strict=True):
         draw_curves(axes, finished, [("", BLUE, run)])
@@ -86,7 +86,7 @@ def draw_destabilised(scale: Scale, finished: Finished) -> Figure:
 
 
 def _instability_by_batch_size(scale, finished, number):
-    """Returns the barriers between twins of round `number` in points, by batch size, where there are any."""
+    """Return the barriers between twins of round `number` in points, by batch size, where there are any."""
     barriers = {}
     for run in list_batch_size_runs(scale):
         if run in finished:

@@ -8,13 +8,13 @@ from experiments.sweeps.runs import Run
 
 
 def list_weight_decay_runs(scale: Scale) -> list[Run]:
-    """Lists the runs at the semistable batch size: with weight decay, and without."""
+    """List the runs at the semistable batch size: with weight decay, and without."""
     decays = (scale.weight_decay, 0.0)
     return [scale.make_resnet20_run(scale.semistable, optimizer__weight_decay=decay) for decay in decays]
 
 
 def draw_accuracy_and_threshold(scale: Scale, finished: Finished) -> Figure:
-    """Draws the accuracy on the left and the pruning threshold on the right."""
+    """Draw the accuracy on the left and the pruning threshold on the right."""
     figure = Figure(figsize=(7.6, 3.6), layout="constrained")
     labels = (f"weight decay {scale.weight_decay:g}", "no weight decay")
     series = list(zip(labels, (BLUE, ORANGE), list_weight_decay_runs(scale), strict=True))

@@ -1,4 +1,4 @@
-"""Breaks several runs by many faults each, compares them with undisturbed runs, and prints the outcomes."""
+"""Break several runs by many faults each, compare them with undisturbed runs, and print the outcomes."""
 
 import contextlib
 import random
@@ -53,7 +53,7 @@ class Outcome(NamedTuple):
 
 
 def run_chains(chains: int, short: bool, seed: int, jobs: int) -> list[Outcome]:
-    """Breaks `chains` runs, `jobs` at a time, or one run if `short`; returns the outcomes of all faults."""
+    """Break `chains` runs, `jobs` at a time, or one run if `short`; return the outcomes of all faults."""
     settings = [SHORT_FIELDS] if short else [{**FIELDS, "keep_checkpoints": keep} for keep in ("all", "ends")]
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(jobs) as pool:
         scratch = Path(scratch).resolve()
@@ -78,7 +78,7 @@ def run_chain(
     faults: list[str],
     undisturbed: dict[str, Any],
 ) -> list[Outcome]:
-    """Breaks one run by `faults`, finishes it, and compares it with the fingerprint of an undisturbed run.
+    """Break one run by `faults`, finish it, and compare it with the fingerprint of an undisturbed run.
 
     The outcomes leave out faults that came too late. If the finished run differs, all faults count as lost.
     """
@@ -102,7 +102,7 @@ def run_chain(
 
 
 def print_outcomes(outcomes: Sequence[Outcome], seed: int, seconds: float) -> bool:
-    """Prints how often the runs survived each fault, and why they did not; returns True if they always did."""
+    """Print how often the runs survived each fault, and why they did not; return True if they always did."""
     tries = Counter(outcome.fault for outcome in outcomes)
     lost = Counter(outcome.fault for outcome in outcomes if outcome.loss)
     minutes, seconds = divmod(round(seconds), 60)

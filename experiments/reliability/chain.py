@@ -46,7 +46,7 @@ class Chain:
         self.mounted = self._mount(f"size={FILE_SYSTEM_MIB}m")
 
     def start(self, *kill_at: str) -> subprocess.Popen:
-        """Starts or resumes the run in a process.
+        """Start or resume the run in a process.
 
         Args:
           kill_at: where the process kills itself, as arguments of `faulty_run`: a kind and a count.
@@ -65,14 +65,14 @@ class Chain:
         )
 
     def start_and_wait_for_training(self) -> subprocess.Popen:
-        """Starts the run, and waits until it trains or has ended."""
+        """Start the run, and wait until it trains or has ended."""
         process = self.start()
         if not any(" parameters, " in line for line in process.stdout):
             process.wait(PROCESS_TIMEOUT_S)
         return process
 
     def wait(self, process: subprocess.Popen) -> int:
-        """Waits until a process has ended, and returns its exit status."""
+        """Wait until a process has ended, and return its exit status."""
         try:
             process.communicate(timeout=PROCESS_TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -82,24 +82,24 @@ class Chain:
         return process.returncode
 
     def read_stderr(self, index: int = -1) -> str:
-        """Returns what a process wrote to stderr, by default the latest one."""
+        """Return what a process wrote to stderr, by default the latest one."""
         self._stderr_files[index].seek(0)
         return self._stderr_files[index].read()
 
     def expect(self, holds: bool, problem: str) -> None:
-        """Raises a LostError with the problem unless the condition holds."""
+        """Raise a LostError with the problem unless the condition holds."""
         if not holds:
             raise LostError(f"{problem}; it said {self.read_stderr()!r}")
 
     def expect_refusal(self, process: subprocess.Popen, *phrases: str) -> None:
-        """Expects that a process fails and prints one sentence with one of the phrases."""
+        """Expect that a process fails and prints one sentence with one of the phrases."""
         status, printed = self.wait(process), self.read_stderr()
         self.expect(status == 1, f"exit status {status} where 1 was expected")
         self.expect_one_sentence()
         self.expect(any(phrase in printed for phrase in phrases), f"none of {phrases} was said")
 
     def expect_one_sentence(self) -> None:
-        """Expects one error message, apart from notices of earlier damage and of files that were skipped."""
+        """Expect one error message, apart from notices of earlier damage and of files that were skipped."""
         lines = [
             line
             for line in self.read_stderr().splitlines()
@@ -108,15 +108,15 @@ class Chain:
         self.expect(len(lines) == 1 and lines[0].startswith("error: "), "not one sentence")
 
     def resize(self, mebibytes: float) -> None:
-        """Remounts the file system as writable, with this size."""
+        """Remount the file system as writable, with this size."""
         subprocess.run(["mount", "-o", f"remount,rw,size={int(mebibytes * 1024)}k", self.folder], check=True)
 
     def make_read_only(self) -> None:
-        """Remounts the file system as read-only."""
+        """Remount the file system as read-only."""
         subprocess.run(["mount", "-o", "remount,ro", self.folder], check=True)
 
     def finish(self) -> dict[str, Any]:
-        """Trains the run to its end, and returns its fingerprint."""
+        """Train the run to its end, and return its fingerprint."""
         self.expect(self.wait(self.start()) == 0, "the run could not be finished")
         moved = list(self.workdir.glob("set-aside/*"))
         notices = sum(self.read_stderr(i).count(MOVED_NOTICE) for i in range(len(self._stderr_files)))
@@ -124,7 +124,7 @@ class Chain:
         return compute_fingerprint(self.workdir)
 
     def close(self) -> None:
-        """Closes files and unmounts the file system."""
+        """Close files and unmount the file system."""
         for file in self._stderr_files:
             file.close()
         if self.mounted:
@@ -137,7 +137,7 @@ class Chain:
 
 
 def compute_fingerprint(workdir: Path) -> dict[str, Any]:
-    """Returns the results of a run by name, without the seconds: rows, checksums of networks, and tables."""
+    """Return the results of a run by name, without the seconds: rows, checksums of networks, and tables."""
     lines = (workdir / "results.csv").read_text().splitlines()
     fingerprint = {"results.csv": "\n".join(line.rpartition(",")[0] for line in lines)}
     for table in sorted((workdir / "analysis").glob("*.csv")):
@@ -151,14 +151,14 @@ def compute_fingerprint(workdir: Path) -> dict[str, Any]:
 
 
 def compare_fingerprints(expected: dict[str, Any], actual: dict[str, Any]) -> str:
-    """Describes in which entries two fingerprints differ; empty if in none."""
+    """Describe in which entries two fingerprints differ; empty if in none."""
     names = sorted(expected | actual)
     differences = {name: _describe_difference(expected.get(name), actual.get(name)) for name in names}
     return ", ".join(f"{name} ({difference})" for name, difference in differences.items() if difference)
 
 
 def _describe_difference(expected, actual):
-    """Describes how two entries differ, tables by more than rounding; empty if they do not."""
+    """Describe how two entries differ, tables by more than rounding; empty if they do not."""
     if not isinstance(expected, pd.DataFrame) or not isinstance(actual, pd.DataFrame):
         return "" if type(expected) is type(actual) and expected == actual else "other content"
     try:
@@ -169,7 +169,7 @@ def _describe_difference(expected, actual):
 
 
 def _make_cache_environment(scratch):
-    """Returns environment variables by which all processes share one compilation cache."""
+    """Return environment variables by which all processes share one compilation cache."""
     return {
         "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(scratch / "compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

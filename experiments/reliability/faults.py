@@ -15,7 +15,7 @@ STOP_LIMIT_S = 30  # a run that takes longer to stop after a signal is lost
 
 
 def kill_at_any_time(chain: Chain) -> bool:
-    """Sends SIGKILL within 1.5 s after the training has started."""
+    """Send SIGKILL within 1.5 s after the training has started."""
     process = chain.start_and_wait_for_training()
     time.sleep(chain.rng.uniform(0, 1.5))
     process.kill()
@@ -23,17 +23,17 @@ def kill_at_any_time(chain: Chain) -> bool:
 
 
 def kill_while_writing(chain: Chain) -> bool:
-    """Kills the process before one of its first 120 file operations."""
+    """Kill the process before one of its first 120 file operations."""
     return chain.wait(chain.start("write", str(chain.rng.randint(1, 120)))) != 0
 
 
 def kill_while_pruning(chain: Chain) -> bool:
-    """Kills the process after one of its first three prunings."""
+    """Kill the process after one of its first three prunings."""
     return chain.wait(chain.start("prune", str(chain.rng.randint(1, 3)))) != 0
 
 
 def send_stop_signal(chain: Chain) -> bool:
-    """Sends a signal, and expects that the run stops soon and prints so."""
+    """Send a signal, and expect that the run stops soon and print so."""
     number = chain.rng.choice([signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
     process = chain.start_and_wait_for_training()
     time.sleep(chain.rng.uniform(0, 1.5))
@@ -49,7 +49,7 @@ def send_stop_signal(chain: Chain) -> bool:
 
 
 def send_two_signals(chain: Chain) -> bool:
-    """Sends SIGTERM and, up to 50 ms later, SIGINT."""
+    """Send SIGTERM and, up to 50 ms later, SIGINT."""
     process = chain.start_and_wait_for_training()
     time.sleep(chain.rng.uniform(0, 1))
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -59,7 +59,7 @@ def send_two_signals(chain: Chain) -> bool:
 
 
 def fill_disk(chain: Chain) -> bool:
-    """Lets the disk become full, or limits the size of files, and expects one error message."""
+    """Let the disk become full, or limit the size of files, and expect one error message."""
     try:
         if chain.mounted:
             used = sum(path.lstat().st_blocks * 512 for path in chain.folder.rglob("*")) / 2**20
@@ -81,7 +81,7 @@ def fill_disk(chain: Chain) -> bool:
 
 
 def make_read_only(chain: Chain) -> bool:
-    """Makes the file system read-only, or the folders, and expects that the run refuses to start."""
+    """Make the file system read-only, or the folders, and expect that the run refuses to start."""
     if not chain.mounted and os.geteuid() == 0:
         return False  # root may write into read-only folders
     chain.workdir.mkdir(exist_ok=True)
@@ -100,7 +100,7 @@ def make_read_only(chain: Chain) -> bool:
 
 
 def start_twice(chain: Chain) -> bool:
-    """Starts the run while another process trains it, and expects that the second one refuses."""
+    """Start the run while another process trains it, and expect that the second one refuses."""
     first = chain.start_and_wait_for_training()
     alive = first.poll() is None
     try:
@@ -114,7 +114,7 @@ def start_twice(chain: Chain) -> bool:
 
 
 def tear_results(chain: Chain) -> bool:
-    """Truncates results.csv."""
+    """Truncate results.csv."""
     path = chain.workdir / "results.csv"
     if not path.exists():
         return False
@@ -123,7 +123,7 @@ def tear_results(chain: Chain) -> bool:
 
 
 def _make_damage(change: Callable[[Path, random.Random], None]) -> Callable[[Chain], bool]:
-    """Returns a fault that changes a file of the newest checkpoint or of the state within a round."""
+    """Return a fault that changes a file of the newest checkpoint or of the state within a round."""
 
     def damage_checkpoint(chain: Chain) -> bool:
         folders = [_find_newest(chain.workdir / name) for name in ("checkpoints", "progress")]

@@ -13,7 +13,7 @@ CHANGING_EVENTS = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncat
 
 
 def run_and_kill(kind: str, count: int, arguments: list[str]) -> None:
-    """Runs the command, and kills this process with SIGKILL at its `count`-th write or pruning."""
+    """Run the command, and kill this process with SIGKILL at its `count`-th write or pruning."""
     workdir = next(a.partition("=")[2] for a in arguments if a.startswith("--workdir="))
 
     def count_down():

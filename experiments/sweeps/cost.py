@@ -1,4 +1,4 @@
-"""Estimates how long runs take, from the throughput that `experiments.benchmark throughput` has measured."""
+"""Estimate how long runs take, from the throughput that `experiments.benchmark throughput` has measured."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ MEASURED = Path(__file__).parents[1] / "benchmarks" / "throughput.json"
 
 
 def read_throughput() -> dict[str, dict]:
-    """Reads `throughput.json`: for each device what `benchmarks.throughput` has measured.
+    """Read `throughput.json`: for each device what `benchmarks.throughput` has measured.
 
     An entry has `images_per_second` by network and batch size, `repulsion`, the factor by which repulsion makes
     a network's training slower, and `besides`, the seconds that a run takes in addition to its training.
@@ -21,14 +21,14 @@ def read_throughput() -> dict[str, dict]:
 
 
 def count_images(run: Run) -> int:
-    """Counts the images that all trainings of a run process."""
+    """Count the images that all trainings of a run process."""
     config = run.config
     steps = DATASET_SIZES[config.dataset.name].train_images // config.batch_size
     return run.trainings * config.epochs * steps * config.batch_size
 
 
 def estimate_seconds(run: Run, device: dict) -> float | None:
-    """Estimates the seconds that a run takes on a device; None if its network was not measured there.
+    """Estimate the seconds that a run takes on a device; None if its network was not measured there.
 
     Between the measured batch sizes, images/s are interpolated linearly. Outside their range they are those of
     the nearest one.
@@ -48,7 +48,7 @@ def estimate_seconds(run: Run, device: dict) -> float | None:
 
 
 def format_duration(seconds: float | None) -> str:
-    """Formats a duration, such as 40 s, 13 min, 5.2 h or 22 days."""
+    """Format a duration, such as 40 s, 13 min, 5.2 h or 22 days."""
     if seconds is None:
         return "not measured"
     for unit, length in (("days", 86_400), ("h", 3600), ("min", 60)):

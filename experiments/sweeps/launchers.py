@@ -1,4 +1,4 @@
-"""Trains runs: concurrently on this machine, or as jobs of a Slurm cluster."""
+"""Train runs: concurrently on this machine, or as jobs of a Slurm cluster."""
 
 import contextlib
 import io
@@ -32,7 +32,7 @@ SIGNAL_DELAY_S = 120  # a Slurm job is signalled this long before its time limit
 def start_training(
     sweep: Sweep, run: Run, data_dir: str | None, env: dict[str, str] | None = None
 ) -> subprocess.Popen:
-    """Starts or resumes a run in a process of its own, and writes its command to the log."""
+    """Start or resume a run in a process of its own, and write its command to the log."""
     sweep.logs.mkdir(parents=True, exist_ok=True)
     sweep.log_path(run, "failed").unlink(missing_ok=True)
     command = run.command(sweep.workdir(run).absolute(), data_dir)
@@ -43,7 +43,7 @@ def start_training(
 
 
 def note_failure(sweep: Sweep, run: Run, status: int) -> str:
-    """Writes down why a run ended with exit status `status`, and returns it."""
+    """Write down why a run ended with exit status `status`, and return it."""
     lines = sweep.log_path(run).read_text(errors="replace").strip().splitlines()
     command_index = max(index for index, line in enumerate(lines) if line.startswith(PROMPT))
     lines = lines[command_index + 1 :] or ["it said nothing"]
@@ -57,7 +57,7 @@ def note_failure(sweep: Sweep, run: Run, status: int) -> str:
 def train_locally(
     sweep: Sweep, runs: Sequence[Run], data_dir: str | None, report: Callable[[str], None]
 ) -> int:
-    """Trains `runs` on this machine, with one worker per GPU, or one on the CPU.
+    """Train `runs` on this machine, with one worker per GPU, or one on the CPU.
 
     A failed run is tried once more. The first signal lets all trainings save their state and stop; a
     second one stops them at once.
@@ -168,7 +168,7 @@ class Training:
             raise RuntimeError(note_failure(self._sweep, self._run, status))
 
     def checkpoint(self):
-        """Lets the training save its state and end. Called by the handler of SIGUSR2, during `wait`."""
+        """Let the training save its state and end. Called by the handler of SIGUSR2, during `wait`."""
         import submitit
 
         if self._process:
@@ -179,7 +179,7 @@ class Training:
 
 
 def submit_to_slurm(sweep: Sweep, runs: Sequence[Run], data_dir: str | None, options: dict) -> list[str]:
-    """Submits `runs` to Slurm as an array of jobs, which are requeued and resume when their time is up.
+    """Submit `runs` to Slurm as an array of jobs, which are requeued and resume when their time is up.
 
     Args:
       options: parameters of submitit, such as timeout_min and slurm_partition.

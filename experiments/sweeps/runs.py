@@ -22,7 +22,7 @@ class Run:
     overrides: tuple[tuple[str, Any], ...] = ()  # only fields that differ from the base, in alphabetical order
 
     def with_overrides(self, **fields: Any) -> "Run":
-        """Returns this run with other `fields`, written with __ for the dot: `optimizer__name`."""
+        """Return this run with other `fields`, written with __ for the dot: `optimizer__name`."""
         changed = {name.replace("__", "."): value for name, value in fields.items()}
         return make_run(self.base, dict(self.overrides) | changed)
 
@@ -39,7 +39,7 @@ class Run:
         return configs.run_name(self.base, load_config(self.base), self.config)
 
     def command(self, workdir: Path, data_dir: str | None = None) -> list[str]:
-        """Returns the command that trains the run, to be started in the root of the repository.
+        """Return the command that trains the run, to be started in the root of the repository.
 
         It sets `on_divergence=drop`, so that one diverged network does not end the run.
         """
@@ -60,7 +60,7 @@ class Run:
 
 
 def make_run(base: str, overrides: dict[str, Any]) -> Run:
-    """Returns the run of `configs/BASE.py` with `overrides`.
+    """Return the run of `configs/BASE.py` with `overrides`.
 
     Raises:
       UserError: a field does not exist or has an invalid value.
@@ -74,5 +74,5 @@ def make_run(base: str, overrides: dict[str, Any]) -> Run:
 
 
 def load_config(name: str) -> ConfigDict:
-    """Returns a new config of `configs/NAME.py`."""
+    """Return a new config of `configs/NAME.py`."""
     return importlib.import_module(f"configs.{name}").get_config()

@@ -41,15 +41,15 @@ class Sweep:
         self.logs = root / "logs"
 
     def workdir(self, run: Run) -> Path:
-        """Returns the path of a run's workdir."""
+        """Return the path of a run's workdir."""
         return self.root / run.name
 
     def log_path(self, run: Run, ending: str = "log") -> Path:
-        """Returns the path of a run's file in `logs/` with this ending."""
+        """Return the path of a run's file in `logs/` with this ending."""
         return self.logs / f"{run.name}.{ending}"
 
     def check_configs_match(self, runs: Iterable[Run]) -> None:
-        """Checks that the workdirs of `runs` contain runs of these configs.
+        """Check that the workdirs of `runs` contain runs of these configs.
 
         Raises:
           UserError: a workdir has a run of another config, or of another version of this package. Runs of
@@ -71,7 +71,7 @@ class Sweep:
                 )
 
     def read_states(self, runs: Iterable[Run]) -> dict[Run, State]:
-        """Returns the state of each run."""
+        """Return the state of each run."""
         runs = list(runs)
         paths = {run: self.log_path(run, "job") for run in runs}
         jobs = {run: path.read_text() for run, path in paths.items() if path.exists()}
@@ -79,7 +79,7 @@ class Sweep:
         return {run: self._read_state(run, jobs.get(run), queued) for run in runs}
 
     def load_finished(self, runs: Iterable[Run]) -> Finished:
-        """Loads the tables of those `runs` that have at least one finished round."""
+        """Load the tables of those `runs` that have at least one finished round."""
         finished = {}
         for run in runs:
             if (self.workdir(run) / "config.json").exists():
@@ -89,7 +89,7 @@ class Sweep:
         return finished
 
     def describe_diverged(self, run: Run) -> str:
-        """Describes the networks of a run that diverged; empty if none did."""
+        """Describe the networks of a run that diverged; empty if none did."""
         try:
             table = pd.read_csv(self.workdir(run) / "divergences.csv")
         except FileNotFoundError:
@@ -121,7 +121,7 @@ class Sweep:
 
 
 def find_queued_jobs(jobs: Iterable[str]) -> set[str]:
-    """Returns those of this user's Slurm `jobs`, such as 12_3, that wait or run; none where there is no Slurm.
+    """Return those of this user's Slurm `jobs`, such as 12_3, that wait or run; none where there is no Slurm.
 
     Raises:
       UserError: squeue fails.
@@ -137,7 +137,7 @@ def find_queued_jobs(jobs: Iterable[str]) -> set[str]:
 
 
 def _is_locked(workdir):
-    """Returns True if a process is working in `workdir`. Tries the lock only if a process has left its name."""
+    """Return True if a process is working in `workdir`. Try the lock only if a process has left its name."""
     if not (workdir / ".holder").exists():
         return False
     try:
