@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.paper.networks import TABLE_1_CONFIGS
-from experiments.sweeps.datasets import DATASET_SIZES
+from experiments.sweeps.networks import compute_variable_shapes
 from experiments.sweeps.runs import load_config
-from imp_jax import divergence, masking, models, optimizers, training
+from imp_jax import divergence, masking, optimizers, training
 from imp_jax.workdir.checkpoints import Checkpoints, MidRoundState, RoundNetworks
 
 SHOWN_ROUNDS = (0, 5, 10, 20)
@@ -41,8 +41,7 @@ def measure_checkpoints(
     config: ConfigDict, members: int, rounds: int, rng: np.random.Generator
 ) -> tuple[list[float], float]:
     """Return the MB of each round's checkpoint, and those of the state saved within a round."""
-    _, image_shape, classes = DATASET_SIZES[config.dataset.name]
-    shapes = models.shapes(models.create(config, classes, image_shape), image_shape)
+    shapes = compute_variable_shapes(config)
 
     def draw_tree(draw, tree):
         return jax.tree.map(lambda leaf: jax.numpy.asarray(draw((members, *leaf.shape))), tree)

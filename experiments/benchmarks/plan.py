@@ -11,9 +11,9 @@ from experiments.paper import catalogue
 from experiments.paper.networks import TABLE_1_CONFIGS
 from experiments.paper.scales import PAPER
 from experiments.sweeps import cost
-from experiments.sweeps.datasets import DATASET_SIZES
+from experiments.sweeps.networks import compute_variable_shapes
 from experiments.sweeps.runs import Run, load_config
-from imp_jax import models, optimizers
+from imp_jax import optimizers
 
 DEVICE_COUNTS = (1, 8, 64)
 
@@ -110,8 +110,7 @@ def print_member_sizes() -> None:
 def compute_member_size(name: str) -> MemberSize:
     """Compute what a member of `configs/NAME.py` costs its device."""
     config = load_config(name)
-    _, image_shape, classes = DATASET_SIZES[config.dataset.name]
-    shapes = models.shapes(models.create(config, classes, image_shape), image_shape)
+    shapes = compute_variable_shapes(config)
     moments = jax.eval_shape(optimizers.make_optimizer(config).init, shapes["params"])
 
     def count_bytes(tree):

@@ -12,9 +12,9 @@ from rich.table import Table
 
 from experiments.benchmarks.tables import print_quantities
 from experiments.benchmarks.whole_runs import make_mnist5k_config, time_run
-from experiments.sweeps.datasets import DATASET_SIZES
+from experiments.sweeps.networks import compute_variable_shapes
 from experiments.sweeps.runs import load_config
-from imp_jax import imp, masking, models, repulsion
+from imp_jax import imp, masking, repulsion
 from imp_jax.workdir import checkpoints
 
 Store = tuple[int, ...]  # rows, and the slots of each leaf
@@ -86,9 +86,7 @@ def _rebuild_stores(experiment, workdir, rounds):
 
 def _compute_resnet50_stores(rounds):
     """Return the store's shape in each round if all layers were pruned by 20 %, and the number of weights."""
-    _, image_shape, classes = DATASET_SIZES["imagenet2012"]
-    model = models.create(load_config("resnet50"), classes, image_shape)
-    params = models.shapes(model, image_shape)["params"]
+    params = compute_variable_shapes(load_config("resnet50"))["params"]
     sizes = [leaf.size for leaf in masking.prunable_leaves(params)]
     stores, shape = [], None
     for number in range(1, rounds):

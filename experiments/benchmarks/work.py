@@ -8,7 +8,8 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from experiments.sweeps.datasets import DATASET_SIZES
-from imp_jax import models, optimizers
+from experiments.sweeps.networks import compute_variable_shapes, create_model
+from imp_jax import optimizers
 
 # How often a layer's output or its gradient passes through memory, if everything between two matrix products is
 # fused with them: the output is written once and read twice (by the next layer, and in the backward pass), and
@@ -33,9 +34,8 @@ def count_work(config: ConfigDict) -> Work:
     the gradient of the inputs. Products with padding are counted. Weights, moments and the gradient are read
     and written once, the mask is read once. Repulsion is not counted.
     """
-    _, image_shape, classes = DATASET_SIZES[config.dataset.name]
-    model = models.create(config, classes, image_shape)
-    variables = models.shapes(model, image_shape)
+    image_shape = DATASET_SIZES[config.dataset.name].image_shape
+    model, variables = create_model(config), compute_variable_shapes(config)
     image = jax.ShapeDtypeStruct((1, *image_shape), "float32")
     _, captured = jax.eval_shape(
         lambda variables, image: model.apply(

@@ -2,14 +2,10 @@
 
 from collections.abc import Sequence
 
-import jax
-from ml_collections import ConfigDict
-
 from experiments.paper.panels import Finished, PaperFigure
 from experiments.paper.scales import Scale
-from experiments.sweeps.datasets import DATASET_SIZES
+from experiments.sweeps.networks import count_parameters
 from experiments.sweeps.runs import Run
-from imp_jax import models
 
 TABLE_1_CONFIGS = ("lenet", "conv4", "resnet20", "resnet50")
 NETWORK_NAMES = {
@@ -64,13 +60,6 @@ def format_table_1(scale: Scale, finished: Finished) -> str:
             ]
         )
     return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
-
-
-def count_parameters(config: ConfigDict) -> int:
-    """Count the parameters of a config's network."""
-    _, image_shape, classes = DATASET_SIZES[config.dataset.name]
-    params = models.shapes(models.create(config, classes, image_shape), image_shape)["params"]
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 FIGURES = (PaperFigure("table1", "networks and hyperparameters", list_no_runs, format_table_1),)
