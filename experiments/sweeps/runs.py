@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from imp_jax import config as configs
+from imp_jax import config_files
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -36,7 +37,7 @@ class Run:
     @property
     def name(self) -> str:
         """Such as `resnet20,batch_size=1024`: a folder's name that tells one config from all others."""
-        return configs.run_name(self.base, _base(self.base), self.config)
+        return config_files.run_name(self.base, _base(self.base), self.config)
 
     def command(self, workdir: Path, data_dir: str | None = None) -> list[str]:
         """The command that trains it, in the root of the repository; a network that diverges stays behind."""
