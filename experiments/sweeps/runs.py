@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from imp_jax import config as configs
+from imp_jax import config_files
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -36,7 +37,7 @@ class Run:
     @property
     def name(self) -> str:
         """The name of the run's folder, such as `resnet20,batch_size=1024`; different for each config."""
-        return configs.run_name(self.base, load_config(self.base), self.config)
+        return config_files.run_name(self.base, load_config(self.base), self.config)
 
     def command(self, workdir: Path, data_dir: str | None = None) -> list[str]:
         """Return the command that trains the run, to be started in the root of the repository.

@@ -17,8 +17,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from experiments.sweeps.runs import Run
-from imp_jax import __version__, analysis
-from imp_jax import config as configs
+from imp_jax import __version__, analysis, config_files
 from imp_jax.errors import UserError
 from imp_jax.workdir.checkpoints import versions
 
@@ -60,7 +59,7 @@ class Sweep:
             if not stored.exists():
                 continue
             try:
-                differences = configs.differences(run.config, json.loads(stored.read_text()))
+                differences = config_files.differences(run.config, json.loads(stored.read_text()))
             except (OSError, ValueError, TypeError, AttributeError) as error:
                 raise UserError(f"cannot read {stored} as a config; give another --root") from error
             differences += [f"it was written by imp_jax {v}" for v in versions(stored.parent) - {__version__}]

@@ -29,8 +29,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict, config_flags
 from rich.progress import track
 
-from imp_jax import config as configs
-from imp_jax import connectivity, errors, figures, masking, similarity, weights
+from imp_jax import config_files, connectivity, errors, figures, masking, similarity, weights
 from imp_jax.analysis import report
 from imp_jax.arms import Member, members_of_rows, take_members
 from imp_jax.errors import UnknownNameError, UserError, one_line
@@ -523,7 +522,7 @@ def _has_old_repulsion(workdir, config):
 def _stored_config(workdir):
     path = workdir / "config.json"
     try:
-        return configs.from_json(json.loads(path.read_text()))
+        return config_files.from_json(json.loads(path.read_text()))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{workdir} is not the workdir of a run: it has no config.json") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from imp_jax import config as configs
+from imp_jax import config_files
 
 CAPTIONS = {
     "accuracy": "Test accuracy over density; mean of the replicates, bars from minimum to maximum.",
@@ -40,7 +40,7 @@ def html(run: Any, drawn: dict[str, bytes]) -> str:
         for name, png in drawn.items()
     )
     replicates = f"{run.config.replicates} replicate{'s' * (run.config.replicates > 1)}"
-    config = json.dumps(json.loads(configs.to_json(run.config)), indent=2)
+    config = json.dumps(json.loads(config_files.to_json(run.config)), indent=2)
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{markup.escape(title)}</title><style>{STYLE}</style></head>
 <body>

@@ -98,7 +98,7 @@ def test_a_set_is_downloaded_and_prepared_on_first_use(name, serve, tmp_path, ca
     assert downloads == {path for path in kept(tmp_path) if not path.startswith(f"{name}/")}
     before = [(path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")]
     with pytest.MonkeyPatch.context() as patch:  # a prepared set may be on a read-only disk
-        patch.setattr(data, "FileLock", None)
+        patch.setattr(data.tfds, "FileLock", None)
         data.load(name, tmp_path)
         assert data.prepare(name, tmp_path) == dataset.folder
     assert [(path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")] == before

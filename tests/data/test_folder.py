@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from imp_jax import config as configs
-from imp_jax import data, experiment, imp
+from imp_jax import config_files, data, experiment, imp
 from imp_jax.data import folder
 from imp_jax.errors import UserError
 from tests.conftest import quick_config
@@ -228,7 +228,7 @@ def test_a_damaged_image_is_named_by_a_worker_process_too(tmp_path):
 def test_a_folder_is_called_by_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = quick_config(".", **{"dataset.name": "folder"})
-    name = configs.run_name("own", configs.default(), config)
+    name = config_files.run_name("own", configs.default(), config)
     assert name.startswith(f"own,batch_size=500,dataset.data_dir={tmp_path.name},dataset.name=folder")
 
 

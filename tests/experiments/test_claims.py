@@ -12,8 +12,7 @@ from experiments.paper import quantities, repellent
 from experiments.paper.claims_report import FAILS, HOLDS, UNKNOWN
 from experiments.paper.quantities import HIGH, LOW, MEDIUM, VERY_HIGH
 from experiments.paper.scales import MINI, PAPER
-from imp_jax import analysis
-from imp_jax import config as configs
+from imp_jax import analysis, config_files
 from tests.helpers.tables import tables
 
 RUN = MINI.lenet
@@ -210,7 +209,7 @@ def test_the_scale_is_that_of_the_runs_in_the_folder(tmp_path, capsys):
         call(f"--root={tmp_path}")
     workdir = tmp_path / MINI.lenet.name
     (workdir / "analysis").mkdir(parents=True)
-    (workdir / "config.json").write_text(configs.to_json(MINI.lenet.config))
+    (workdir / "config.json").write_text(config_files.to_json(MINI.lenet.config))
     with pytest.raises(SystemExit, match="nothing that the claims are about has been run in"):
         call(f"--root={tmp_path}")
     pd.DataFrame(tables(MINI.lenet).results).to_csv(workdir / "results.csv", index=False)

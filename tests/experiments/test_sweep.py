@@ -20,8 +20,7 @@ from experiments.sweeps import cost, launchers
 from experiments.sweeps.runs import Run
 from experiments.sweeps.runs import make_run as make_run
 from experiments.sweeps.sweep import Sweep
-from imp_jax import __version__
-from imp_jax import config as configs
+from imp_jax import __version__, config_files
 from imp_jax.errors import UserError
 from imp_jax.runtime.distributed import visible_gpus
 from imp_jax.workdir.checkpoints import versions
@@ -53,7 +52,7 @@ def test_the_command_of_a_run_has_its_config(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", command[1:])  # where overrides are looked for
         parsed(command[1:])
         assert parsed.config.on_divergence == "drop"
-        assert configs.differences(parsed.config, json.loads(configs.to_json(one.config))) == []
+        assert config_files.differences(parsed.config, json.loads(config_files.to_json(one.config))) == []
         assert parsed.workdir == str(tmp_path)
 
 
@@ -153,7 +152,7 @@ def test_a_run_of_another_config_or_version_under_a_name_is_refused(action, tmp_
     workdir = tmp_path / MINI.lenet.name
     version = workdir / "checkpoints" / "0" / "version" / "metadata"
     version.parent.mkdir(parents=True)
-    same = json.loads(configs.to_json(MINI.lenet.config))
+    same = json.loads(config_files.to_json(MINI.lenet.config))
     for stored, written_by, difference in (
         (same | {"seed": 1}, __version__, "seed is 1 there and 0 here"),
         (same | {"lookahead": 3}, __version__, "lookahead is 3 there and absent here"),
@@ -173,7 +172,7 @@ def test_a_figure_says_what_it_lacks(tmp_path, capsys):
     plain, repelled = FIGURES["fig14"].runs(MINI)
     workdir = tmp_path / plain.name
     workdir.mkdir()
-    (workdir / "config.json").write_text(configs.to_json(plain.config))
+    (workdir / "config.json").write_text(config_files.to_json(plain.config))
     tables(plain, rounds=9).results.to_csv(workdir / "results.csv", index=False)
     (workdir / "divergences.csv").write_text("replicate,arm,round,step,what\n2,reinit,7,40,loss is nan\n")
     with pytest.raises(SystemExit, match="error: nothing of fig17 at scale mini has been run"):
