@@ -213,7 +213,7 @@ FIELDS = {
     "pruning.score": Field("magnitude", "magnitude or random; the weights with the lowest scores are pruned"),
     "pruning.images": Field(
         256,
-        "training images of the batch on which a score with gradients computes the loss; no other score uses it",
+        "training images of the batch on which scores with gradients compute the loss; no other score uses it",
         **_AT_LEAST_1,
     ),
     "pruning.fraction": Field(
