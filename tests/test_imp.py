@@ -353,10 +353,10 @@ def test_rounds_in_memory_are_those_of_a_workdir(tmp_path):
     ends = list(imp.rounds(setup(config, make_tiny_dataset())))
     recorded = []
     run(config, tmp_path, dataset=make_tiny_dataset(), on_round=[recorded.append])
-    results = pd.DataFrame([row for end in ends for row in end.rows])[without_seconds(tmp_path).columns]
-    pd.testing.assert_frame_equal(results, without_seconds(tmp_path), check_exact=True)
     with contextlib.closing(checkpoints.Checkpoints(tmp_path)) as kept:
         assert kept.rounds() == [end.round for end in ends] == [0, 1, 2]
+        rows = [row for end in ends for row in end.rows]
+        assert [row | {"seconds": 0} for row in rows] == [row | {"seconds": 0} for row in kept.rows(2)]
         for end, of_run in zip(ends, recorded, strict=True):
             assert_trees_equal(end.networks, kept.restore(end.round))
             assert_trees_equal(end.next_masks, kept.next_masks(end.round))
