@@ -421,7 +421,9 @@ def test_each_arm_knows_its_own_optima_and_a_twin_those_of_imp(tiny_experiment, 
 
 def test_one_program_serves_the_rounds_of_one_shape(tiny_experiment):
     experiment = tiny_experiment(
-        rounds=12, epochs=1, **{"repulsion.strength": 2.0, "repulsion.dtype": "bfloat16"}
+        rounds=12,
+        epochs=1,
+        **{"repulsion.strength": 2.0, "repulsion.dtype": "bfloat16", "instability.rounds": ()},
     )
     training.programs().scan_steps.clear_cache()
     stores = [optima for _, optima in train_rounds(experiment, 12)][1:]
