@@ -213,7 +213,7 @@ def compilations():
 
 @pytest.mark.parametrize("execution", ["scan_vmap", "scan_unroll", "step_unroll"])
 def test_rounds_share_one_compilation(tiny_experiment, compilations, execution):
-    experiment = tiny_experiment(execution=execution)
+    experiment = tiny_experiment(execution=execution, batch_size=10)  # compiled by no other test
     counts = []
     for _ in imp.rounds(experiment._replace(rounds=4), on_round=[lambda end: counts.append(compilations())]):
         pass
