@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from imp_jax.config import FIELDS
 from imp_jax.data import tfds
 from imp_jax.data.augmentation import AUGMENTATIONS, augment
 from imp_jax.data.dataset import Dataset, InMemory, require_augmentations
@@ -17,9 +18,6 @@ from imp_jax.data.files import load_folder
 from imp_jax.errors import UnknownNameError, UserError, import_by_path, is_import_path, user_path
 
 DATASETS: dict[str, Callable[..., Dataset]] = {}  # filled by `register`
-
-# settings that `load` passes to a function that has a parameter of the same name, with their defaults
-_OPTIONS = {"augmentation": None, "image_side": 224, "workers": None}
 
 
 def register(name: str, factory: Callable[..., Dataset]) -> None:
@@ -87,10 +85,11 @@ def load(
         _trace_augmentations(dataset)
         return dataset
     for option, value in settings.items():
-        if option not in accepted and value != _OPTIONS[option]:
+        default = FIELDS[f"dataset.{option}"].default
+        if option not in accepted and value != default:
             raise UserError(
                 f"dataset.{option} is {value!r}; the function of the streamed set {name} has no parameter "
-                f"{option}, so it should be {_OPTIONS[option]!r}"
+                f"{option}, so it should be {default!r}"
             )
     return dataset
 
