@@ -18,13 +18,12 @@ class Field:
     """A config field.
 
     Attributes:
-      default: its value unless a config sets it. Values should have the same type, unless `types` is given;
-        where the default is a float, an int will do.
-      meaning: what it is, in words.
-      check: returns whether a value of the right type is allowed.
-      words: the allowed values in words; it completes the sentence "it should be …".
-      types: the types of values, of a field that has more than one.
-      may_change_on_resume: whether it may be changed while a run is stopped, because no training depends on it.
+      default: the value of the field unless a config sets it.
+      meaning: a description of the field for readers.
+      check: a function that returns whether a value of the right type is allowed.
+      words: a description of the allowed values that completes the sentence "it should be …".
+      types: the types that a value may have; () allows the type of `default` only, and int for float.
+      may_change_on_resume: True if no training depends on the field, so that a stopped run may change it.
     """
 
     default: Any
@@ -49,19 +48,25 @@ class Field:
 
 
 def _one_of(*names):
+    """Return the arguments `check` and `words` of a field whose values are `names`."""
     words = f"{', '.join(names[:-1])} or {names[-1]}"
     return {"check": lambda value: value in names, "words": words}
 
 
+# arguments that several fields share
 _AT_LEAST_1 = {"check": lambda value: value >= 1, "words": "at least 1"}
 _DEVICES = {"check": lambda value: value >= 1 or value == -1, "words": "at least 1, or -1 to fill"}
 _AT_LEAST_0_AND_FINITE = {"check": lambda value: 0 <= value < float("inf"), "words": "at least 0 and finite"}
 _ABOVE_0_AND_FINITE = {"check": lambda value: 0 < value < float("inf"), "words": "above 0 and finite"}
 _RESUME = {"may_change_on_resume": True}
 
+# All fields by name. `default` makes a config of them, with a group for each prefix such as "dataset.".
 FIELDS = {
     "seed": Field(
-        0, "all random keys fold from it", check=lambda value: 0 <= value < 2**32, words="from 0 to 2³² − 1"
+        0,
+        "all random keys are folded from it",
+        check=lambda value: 0 <= value < 2**32,
+        words="from 0 to 2³² − 1",
     ),
     "replicates": Field(
         3,
@@ -110,7 +115,7 @@ FIELDS = {
     ),
     "keep_checkpoints": Field(
         "all",
-        "rounds whose checkpoints are kept; ends: the first, the last two",
+        "rounds whose checkpoints are kept: all, or ends, the first and the last two",
         **_one_of("all", "ends"),
         **_RESUME,
     ),
@@ -202,7 +207,11 @@ FIELDS = {
         **_AT_LEAST_0_AND_FINITE,
     ),
     "mesh.member": Field(
-        -1, "devices along the member axis; -1 is as many as reduce the time of a round", **_DEVICES, **_RESUME
+        -1,
+        "devices along the member axis; -1 is as many as reduce the time of a round; meshes change results by "
+        "rounding only",
+        **_DEVICES,
+        **_RESUME,
     ),
     "mesh.data": Field(
         1,

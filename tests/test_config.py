@@ -101,6 +101,50 @@ def test_a_wrong_field_is_one_sentence(field, value, sentence):
     assert "\n" not in str(error.value)
 
 
+def test_every_field_has_a_meaning_and_a_valid_default():
+    for name, field in configs.FIELDS.items():
+        assert field.meaning, name
+        assert field.has_type(field.default), name
+        assert field.check(field.default), name
+        assert bool(field.words) == (configs.Field.check is not field.check), name
+    assert set(configs.flatten(configs.default())) == set(configs.FIELDS)
+
+
+def test_fields_of_more_than_one_type_may_be_set_to_each():
+    config = configs.default()
+    for name, field in configs.FIELDS.items():
+        for type_ in field.types:
+            config.update_from_flattened_dict({name: type_()})
+    config.rewind_step, config.dataset.workers, config.optimizer.momentum = 3, 2, 0.5
+    config.dataset.data_dir, config.dataset.augmentation = "folder", ("flip",)
+    configs.validate(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "may"),
+    [
+        ("mesh.data", True),
+        ("dataset.workers", True),
+        ("keep_checkpoints", True),
+        ("analysis.baseline", True),
+        ("analysis.later", True),  # of another version
+        ("seed", False),
+        ("dataset.name", False),
+        ("dataset.later", False),
+        ("later", False),
+    ],
+)
+def test_what_may_change_on_resume(name, may):
+    assert configs.may_change_on_resume(name) is may
+
+
+def test_what_a_field_holds():
+    assert configs.describe_type("batch_size") == "of type int, like 60"
+    assert configs.describe_type("dataset.data_dir") == "of type str or None"
+    assert configs.describe_type("dataset") == "a group of fields, set one by one"
+    assert configs.describe_type("data") == ""
+
+
 def test_a_missing_field_and_no_config_at_all():
     config = configs.default()
     del config.rounds

@@ -8,7 +8,8 @@ from absl import logging
 from imp_jax import cli
 
 
-def main():
+def main() -> None:
+    """Run the command; exit with one sentence on an error that the user can correct."""
     cli.replace_unprintable()
     parser = argparse.ArgumentParser(prog="python -m imp_jax.data", description="Prepare data sets.")
     commands = parser.add_subparsers(dest="command", required=True)

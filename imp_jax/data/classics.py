@@ -1,8 +1,8 @@
-"""Builders of MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100 that need no TensorFlow.
+"""TFDS builders of MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100 that need no TensorFlow.
 
-They are TFDS's own builders, with the same names, versions, features, URLs and checksums, so that a folder
-prepared by one can be read by the other. TFDS unpacks files and encodes images with TensorFlow; these builders
-parse the original files in memory with NumPy.
+They derive from the builders of TFDS and have the same names, versions, features, URLs and checksums, so that
+either can read a folder that the other prepared. The builders of TFDS unpack files and encode images with
+TensorFlow; these parse the original files in memory with NumPy.
 """
 
 import dataclasses
@@ -23,33 +23,33 @@ from imp_jax.data import download
 
 
 class Classic:
-    """Mixin of builders whose files `download.fetch` finds or downloads."""
+    """Mixin for builders whose original files `download.fetch` finds or downloads."""
 
     _progress: Progress
 
     def fetch(self) -> None:
-        """Bring all original files to this machine; `download_and_prepare` needs no network after that.
+        """Download all original files, so that `download_and_prepare` needs no network.
 
         Raises:
           UserError, OSError: see `download.fetch`.
         """
         folder = Path(self.data_dir_root, "downloads").absolute()
         paths = download.fetch(self.url_infos, folder / self.name, folder / "manual")
-        # TFDS looks for a file of this name in `downloads/manual`, and finds one with an absolute path anywhere
+        # TFDS looks for this file name in `downloads/manual`; an absolute path makes it look elsewhere
         self.url_infos = {
             url: dataclasses.replace(info, filename=str(paths[url])) for url, info in self.url_infos.items()
         }
 
     def download_and_prepare(self, **options) -> None:
-        """As TFDS's, with a progress bar for each split on a terminal."""
+        """Prepare the set as TFDS does, with a progress bar for each split on a terminal."""
         with download.progress_bar(MofNCompleteColumn()) as self._progress:
             super().download_and_prepare(**options)
 
     def _generate_examples(self, split, images, labels) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield the examples of a split; `labels` has one array for each label feature, by name."""
+        """Yield the numbered examples of a split. `labels` holds one array per label feature."""
         description = f"preparing {split} of {self.name}"
         for index in self._progress.track(range(len(images)), description=description):
-            # TFDS encodes a PIL image as PNG without TensorFlow, and an array with it
+            # TFDS encodes PIL images without TensorFlow, but needs it for arrays
             example = {"image": Image.fromarray(images[index])}
             if "id" in self.info.features:
                 example["id"] = f"{split}_{index:05d}"
@@ -57,7 +57,7 @@ class Classic:
 
 
 class _Idx(Classic):
-    """Four gzipped IDX files: images and labels of train and test."""
+    """Builder of a set of four gzipped IDX files: images and labels of train and test."""
 
     def _split_generators(self, dl_manager):
         paths = {url.rpartition("/")[2]: dl_manager.download(url) for url in self.url_infos}
@@ -73,10 +73,10 @@ class _Idx(Classic):
 
 
 class _Cifar(Classic):
-    """A tar file of records, each of label bytes and then 32 × 32 bytes of red, of green and of blue."""
+    """Builder of a tar file of records: label bytes, then 32 × 32 bytes each of red, green and blue."""
 
     LABEL_FEATURES: tuple[str, ...]  # in the order of a record's label bytes
-    LABEL_FILES: tuple[str, ...]  # with the names of their classes
+    LABEL_FILES: tuple[str, ...]  # files with the names of the classes, in the same order
     TRAIN_FILES: tuple[str, ...]
     TEST_FILES: tuple[str, ...]
 
@@ -93,7 +93,7 @@ class _Cifar(Classic):
         }
 
     def _parse(self, records: bytes):
-        """Return the images of records, and their labels by feature."""
+        """Return the images of concatenated records, and their labels by feature."""
         num_labels = len(self.LABEL_FEATURES)
         records = np.frombuffer(records, np.uint8).reshape(-1, num_labels + 3 * 32 * 32)
         images = records[:, num_labels:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
@@ -101,7 +101,7 @@ class _Cifar(Classic):
 
 
 def _read_idx(path) -> UInt8[np.ndarray, "..."]:
-    """The array of a gzipped IDX file of bytes: byte 3 is its rank, its shape follows as 32-bit numbers."""
+    """Read a gzipped IDX file of bytes: its rank in byte 3, its shape as 32-bit numbers, then the values."""
     with gzip.open(path) as file:
         content = file.read()
     rank = content[3]
@@ -109,7 +109,7 @@ def _read_idx(path) -> UInt8[np.ndarray, "..."]:
     return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
 
 
-with tfds.core.registered.skip_registration():  # `tfds.builder` goes on giving TFDS's own
+with tfds.core.registered.skip_registration():  # so that `tfds.builder` still returns TFDS's own
 
     class MNIST(_Idx, mnist.MNIST):
         url_infos = mnist.MNIST.url_infos

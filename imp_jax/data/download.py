@@ -1,4 +1,4 @@
-"""Downloads over HTTP: resumed where they stopped, checked by sha256, with a progress bar."""
+"""HTTP downloads that can be resumed, with sha256 checks and progress bars."""
 
 import contextlib
 import hashlib
@@ -27,37 +27,37 @@ from tensorflow_datasets.core.download.checksums import UrlInfo
 from imp_jax.errors import UserError, one_line
 from imp_jax.runtime.signals import run_on_exit
 
-_FIRST_ANSWER_TIMEOUT_S = 6  # name resolution and connecting included: it is how a missing network is noticed
+_FIRST_ANSWER_TIMEOUT_S = 6  # includes name resolution and connecting; a missing network is noticed after it
 _STALL_TIMEOUT_S = 20
-_RETRY_WAITS_S = (1, 3, 10)  # before attempts in a row that receive nothing new
-_LINE_EVERY_S = 30  # where there is no terminal for a progress bar
+_RETRY_WAITS_S = (1, 3, 10)  # before successive attempts that receive nothing new
+_LINE_EVERY_S = 30  # without a terminal, lines are printed instead of a progress bar
 _BLOCK_BYTES = 2**16
 _MIB = 2**20
 
 
 class _FailedError(Exception):
-    """An attempt failed, and another one may succeed."""
+    """A failed attempt, after which another one may succeed."""
 
 
 class _RefusedError(Exception):
-    """The server answers with something else than the file."""
+    """An answer that is not the file, which another attempt would not change."""
 
 
 def fetch(url_infos: Mapping[str, UrlInfo], folder: Path, manual: Path) -> dict[str, Path]:
     """Find the files of a data set on this machine, or download them.
 
     Args:
-      url_infos: size, sha256 and name of the file at each URL, as TFDS registers them.
-      folder: where downloads are kept, named like the data set. A partial download is kept there too, as
-        `NAME.part`, and the next call resumes it.
-      manual: where users put files that they fetched by hand; its subfolder named like the data set is
-        looked into first.
+      url_infos: size, sha256 and name of the file at each URL, as registered in TFDS.
+      folder: the folder for downloads, which has the name of the data set. It also keeps partial downloads, as
+        `NAME.part`; the next call resumes them.
+      manual: the folder for files that users downloaded by hand. Its subfolder with the name of the data set is
+        searched first.
 
     Returns:
-      The path of a file with the registered sha256, for each URL.
+      For each URL, the path of a file with the registered sha256.
 
     Raises:
-      UserError: a file cannot be downloaded, or one in the subfolder of `manual` has another content.
+      UserError: a file cannot be downloaded, or a file in the subfolder of `manual` has a different content.
       OSError: `folder` cannot be written.
     """
     paths = {url: _find(url, info, folder, manual) for url, info in url_infos.items()}
@@ -80,7 +80,7 @@ def fetch(url_infos: Mapping[str, UrlInfo], folder: Path, manual: Path) -> dict[
 
 @contextlib.contextmanager
 def progress_bar(*columns: ProgressColumn) -> Iterator[Progress]:
-    """Show tasks as bars with `columns` and the time left while the context lasts, on a terminal only."""
+    """Show a progress bar for each task, with `columns` and the remaining time, if stderr is a terminal."""
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -88,23 +88,23 @@ def progress_bar(*columns: ProgressColumn) -> Iterator[Progress]:
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
-        redirect_stdout=False,  # TFDS's messages on stdout are dropped by `data.prepare`
+        redirect_stdout=False,  # `data.prepare` discards TFDS's messages on stdout
         disable=not sys.stderr.isatty(),
     )
-    with run_on_exit(progress.stop):  # which brings the cursor back
+    with run_on_exit(progress.stop):  # shows the cursor again
         progress.start()
         yield progress
 
 
 class _SpeedColumn(ProgressColumn):
-    """Shows MiB/s; rich's own column shows MB/s."""
+    """Column that shows MiB/s; that of rich shows MB/s."""
 
     def render(self, task: Task) -> Text:
         return Text(_speed(task))
 
 
 class _Meter:
-    """Shows how far a download is: a bar on a terminal, a line now and then elsewhere."""
+    """Shows the progress of a download: a bar on a terminal, otherwise a line every 30 s."""
 
     def __init__(self, progress: Progress, name: str, total: int):
         self._progress = progress
@@ -125,7 +125,7 @@ class _Meter:
             self.print(f"{task.description}: {so_far}, {_speed(task)}{left}")
 
     def print(self, line: str) -> None:
-        """Print a line, above the bars if there are any."""
+        """Print a line, above any progress bars."""
         if self._progress.disable:
             print(line, flush=True)
         else:
@@ -137,7 +137,7 @@ def _speed(task):
 
 
 def _find(url, info, folder, manual):
-    """The path of the file of `url` if it is on this machine, or None."""
+    """Return the path of the file of `url` on this machine, or None."""
     kept = folder / info.filename
     if kept.is_file():
         if not _difference(kept, info):
@@ -150,13 +150,13 @@ def _find(url, info, folder, manual):
     if (path := manual / info.filename).is_file():
         if not (difference := _difference(path, info)):
             return path
-        # MNIST and Fashion-MNIST give their files the same names
+        # the files of MNIST and Fashion-MNIST have the same names
         print(f"{path} is left alone, as it is not the file of {url}: {difference}", file=sys.stderr)
     return None
 
 
 def _difference(path, info):
-    """How a file differs from the registered one, in words; empty if it does not."""
+    """Describe how a file differs from the registered one; "" if it does not."""
     if (size := path.stat().st_size) != info.size:
         return f"it has {size:,} bytes and should have {int(info.size):,}"
     with path.open("rb") as file:
@@ -165,14 +165,14 @@ def _difference(path, info):
 
 
 def _download(url, info, path, progress):
-    """Download the file of `url` to `path`, in several attempts if need be."""
+    """Download the file of `url` to `path`, in several attempts if necessary."""
     part, total = _part(path), int(info.size)
     start = farthest = resumed = _size(part)
     meter = _Meter(progress, path.name, total)
     meter.print(
         f"downloading {url} ({total / _MIB:.1f} MiB{f', from {start / _MIB:.1f} MiB on' if resumed else ''})"
     )
-    waits_s = None  # until the server has answered once, a failure is final
+    waits_s = None  # no retries until the server has answered once
     while start < total:
         try:
             timeout_s = _FIRST_ANSWER_TIMEOUT_S if waits_s is None else _STALL_TIMEOUT_S
@@ -192,7 +192,7 @@ def _download(url, info, path, progress):
             raise _FailedError(reason)
     if difference := _difference(part, info):
         part.unlink()
-        if resumed:  # what an earlier call received may have been another file
+        if resumed:  # the part of an earlier call may belong to another version of the file
             return _download(url, info, path, progress)
         raise _RefusedError(f"what was received is not the right file, and was removed: {difference}")
     return part.replace(path)
@@ -207,7 +207,7 @@ def _size(path):
 
 
 def _write(answer, part, total, meter):
-    """Append the body of an answer to `part`; where the server sends the whole file, begin anew."""
+    """Append the body of an answer to `part`, or replace `part` if the server sends the whole file."""
     start = _size(part) if answer.status_code == requests.codes.partial_content else 0
     meter.start_from(start)
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -218,7 +218,7 @@ def _write(answer, part, total, meter):
 
 
 def _blocks(answer, size):
-    """Yield at most `size` bytes of a body as they arrive."""
+    """Yield at most `size` bytes of the body of an answer, as they arrive."""
     try:
         while size and (block := answer.raw.read1(min(size, _BLOCK_BYTES), decode_content=False)):
             yield block
@@ -230,17 +230,17 @@ def _blocks(answer, size):
 
 
 def _request(url, start, total, timeout):
-    """Ask for a file of `total` bytes from byte `start` on; the server may send all of it instead."""
+    """Request a file of `total` bytes, starting at byte `start`. The server may send the whole file instead."""
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     answers = queue.SimpleQueue()
 
     def ask():
         try:
             answers.put(requests.get(url, headers=headers, stream=True, timeout=(timeout, _STALL_TIMEOUT_S)))
-        except Exception as error:  # raised again below
+        except Exception as error:  # raised below, in the calling thread
             answers.put(error)
 
-    # a thread, because resolving a name has no timeout and cannot be interrupted
+    # in a thread, because name resolution has no timeout and cannot be interrupted
     threading.Thread(target=ask, daemon=True).start()
     try:
         answer = answers.get(timeout=timeout)
@@ -261,25 +261,28 @@ def _request(url, start, total, timeout):
 
 
 def _require_file(answer, start, total):
-    """Refuse an answer that is not a file of `total` bytes from byte `start` or 0 on."""
+    """Refuse an answer that is not a file of `total` bytes, starting at byte `start` or 0."""
     status, headers = answer.status_code, answer.headers
     if status not in (requests.codes.ok, requests.codes.partial_content):
-        passing = status >= 500 or status in (requests.codes.request_timeout, requests.codes.too_many_requests)
-        raise (_FailedError if passing else _RefusedError)(f"the server answers {status} {answer.reason}")
+        temporary = status >= 500 or status in (
+            requests.codes.request_timeout,
+            requests.codes.too_many_requests,
+        )
+        raise (_FailedError if temporary else _RefusedError)(f"the server answers {status} {answer.reason}")
     if headers.get("Content-Type", "").startswith("text/html"):
         raise _RefusedError("the server sends a web page instead of the file")
     if status == requests.codes.ok:
         size = headers.get("Content-Length", str(total))
         if size != str(total):
             raise _RefusedError(f"the server offers a file of {int(size):,} bytes instead of {total:,}")
-    elif not (sent := headers.get("Content-Range", "")).startswith(f"bytes {start}-"):
+    elif not (content_range := headers.get("Content-Range", "")).startswith(f"bytes {start}-"):
         raise _RefusedError(
-            f"the server sends {sent or 'an unknown part'} where it was asked for byte {start} on"
+            f"the server sends {content_range or 'an unknown part'} where it was asked for byte {start} on"
         )
 
 
 def _root_cause(error):
-    """The error that began a chain, in words: those of requests repeat the URL and each other."""
+    """Describe the first error of a chain. The errors that requests adds repeat it and the URL."""
     while cause := error.__cause__ or error.__context__:
         error = cause
     return one_line(error)

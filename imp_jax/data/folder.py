@@ -11,60 +11,61 @@ from PIL import Image
 
 from imp_jax.errors import UserError, one_line
 
-TEST_FOLDERS = ("val", "validation", "test")  # the first of them that exists is the test split
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
+TEST_FOLDERS = ("val", "validation", "test")  # the first one that exists is the test split
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # those of torchvision
 
-# Images of one size are held in memory up to these limits. They do not depend on the machine: whether a set is
-# streamed changes results.
+# Images of one size are held in memory up to these limits. The limits do not depend on the machine, because
+# results depend on whether a set is streamed.
 MAX_SIDE = 96  # pixels
 MAX_BYTES = 4 * 2**30  # of the decoded pixels of both splits
 
-# Empty files are looked for before training if there are at most so many files; of more, this may take minutes.
+# A set of at most this many files is searched for empty files before training; more would take minutes.
 MAX_STATS = 200_000
 
-_GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N")  # of Pillow
+_GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N")  # names of Pillow
 
 
 class ImageFolder:
-    """The images of a split by number, {"image": bytes of an image file, "label": int}; can be pickled.
+    """The images of a split as a sequence of {"image": bytes of an image file, "label": int}; can be pickled.
 
-    Labels number `classes`. The images of a class are ordered by folder and name. Hidden files are left out, as
-    are those whose suffix is not in `SUFFIXES`.
+    Labels are indices into `classes`. The images of a class are ordered by folder and name. Hidden files and
+    files whose suffix is not in `SUFFIXES` are left out.
 
     Raises:
-      UserError: no image, an empty file, a class that is not in `classes`; later, a file that cannot be read.
+      UserError: no image, an empty file, or a class that is not in `classes`; on access, a file that cannot be
+        read.
     """
 
     def __init__(self, folder: Path, classes: list[str]):
         self.name, self.classes = f"{folder.name} of {folder.parent}", tuple(classes)
         self.num_classes = len(classes)
         self._folder = os.path.abspath(folder)
-        found = _classes(folder)
-        if unknown := sorted(set(found) - set(classes)):
+        class_folders = _classes(folder)
+        if unknown := sorted(set(class_folders) - set(classes)):
             raise UserError(
                 f"{folder} has the class {unknown[0]}, which train lacks ({len(unknown)} such); it should have "
                 f"folders named as those of train, such as {classes[0]}"
             )
-        files, labels, others = [], [], Counter()
+        files, labels, skipped_suffixes = [], [], Counter()
         for label, name in enumerate(classes):
-            for path in _files(self._folder, name) if name in found else ():
+            for path in _files(self._folder, name) if name in class_folders else ():
                 suffix = os.path.splitext(path)[1]
                 if suffix.lower() in SUFFIXES:
                     files.append(os.fsencode(path))
                     labels.append(label)
                 else:
-                    others[suffix or "no suffix"] += 1
+                    skipped_suffixes[suffix or "no suffix"] += 1
         if not files:
             raise UserError(
                 f"{folder} has no images in class folders; it should have a folder for each class, with files "
                 f"ending in {', '.join(SUFFIXES)}"
             )
-        if others:
+        if skipped_suffixes:
             print(
-                f"{folder}: {others.total()} files are left out, as their names are not those of images "
-                f"({', '.join(sorted(others))})"
+                f"{folder}: {skipped_suffixes.total()} files are left out, as their names are not those of "
+                f"images ({', '.join(sorted(skipped_suffixes))})"
             )
-        self._files = np.array(files, np.bytes_)  # one array, which is pickled faster than a list
+        self._files = np.array(files, np.bytes_)  # an array is pickled faster than a list
         self.labels = np.array(labels, np.int32)
         if len(files) <= MAX_STATS:
             for index in range(len(files)):
@@ -87,18 +88,19 @@ class ImageFolder:
         return map(self.__getitem__, range(len(self)))
 
     def file(self, index: int) -> str:
-        """The path of an image."""
+        """Return the path of an image."""
         return os.path.join(self._folder, os.fsdecode(self._files[index]))
 
     def header(self, index: int) -> tuple[int, int, bool]:
-        """Height and width of an image in pixels, and whether it is grey, without decoding it."""
+        """Return the height and width of an image in pixels, and whether it is grey, without decoding it."""
         try:
             with Image.open(self.file(index)) as image:
                 return image.height, image.width, image.mode in _GREY_MODES
-        except Exception as error:  # Pillow raises many kinds on a damaged image
+        except Exception as error:  # Pillow raises errors of many types for a damaged image
             raise self._unreadable(index, error) from error
 
     def _require_content(self, index):
+        """Refuse an empty file."""
         try:
             if os.path.getsize(self.file(index)):
                 return
@@ -113,7 +115,7 @@ class ImageFolder:
 
 
 def open_splits(data_dir: str | os.PathLike | None) -> tuple[ImageFolder, ImageFolder]:
-    """Open the training and the test split of a folder. Classes are the sorted names of the folders in train.
+    """Open the training and the test split of a folder. The classes are the sorted folder names in train.
 
     Raises:
       UserError: a missing folder; fewer than two classes; a class without images; see `ImageFolder`.
@@ -147,10 +149,11 @@ def open_splits(data_dir: str | os.PathLike | None) -> tuple[ImageFolder, ImageF
 
 
 def in_memory_shape(splits: tuple[ImageFolder, ...]) -> tuple[int, int, int] | None:
-    """Height, width and channels of images that are to be held in memory; None if they are to be streamed.
+    """Return the height, width and channels of images to hold in memory; None if they should be streamed.
 
-    Images are held in memory if all have one size, of at most `MAX_SIDE` pixels a side, and take at most
-    `MAX_BYTES`. They have one channel if all are grey. Headers are read up to the first image that decides.
+    Images are held in memory if all have the same size, each side has at most `MAX_SIDE` pixels, and together
+    they take at most `MAX_BYTES`. They have one channel if all are grey. Reading of headers stops at the first
+    image that decides for streaming.
     """
     examples = sum(map(len, splits))
     sizes, all_grey = set(), True
@@ -166,6 +169,7 @@ def in_memory_shape(splits: tuple[ImageFolder, ...]) -> tuple[int, int, int] | N
 
 
 def _classes(folder: Path) -> list[str]:
+    """Return the sorted names of the folders in `folder` that are not hidden."""
     try:
         with os.scandir(folder) as entries:
             return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
@@ -174,19 +178,19 @@ def _classes(folder: Path) -> list[str]:
 
 
 def _files(folder: str, name: str) -> Iterator[str]:
-    """The paths of all files below folder/name, from `folder` on, without hidden ones."""
+    """Yield the paths, relative to `folder`, of all files below folder/name that are not hidden."""
 
     def fail(error):
         raise UserError(f"cannot read {error.filename}: {one_line(error)}") from error
 
     for directory, folders, files in os.walk(os.path.join(folder, name), onerror=fail, followlinks=True):
         folders[:] = sorted(entry for entry in folders if not entry.startswith("."))
-        below = os.path.relpath(directory, folder)
-        yield from (os.path.join(below, entry) for entry in sorted(files) if not entry.startswith("."))
+        relative = os.path.relpath(directory, folder)
+        yield from (os.path.join(relative, entry) for entry in sorted(files) if not entry.startswith("."))
 
 
 def _content(folder: Path) -> str:
-    """What a folder has in it, shortly."""
+    """Describe the content of a folder briefly."""
     if not folder.is_dir():
         return "it does not exist"
     entries = sorted(os.listdir(folder))

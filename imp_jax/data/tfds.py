@@ -91,10 +91,14 @@ def load_set(
 
 
 def prepare(name: str, data_dir: str | os.PathLike | None = None) -> Path:
-    """Download and prepare the set `name` as ArrayRecord files, unless that is done; returns its folder.
+    """Download the set `name` and write it as ArrayRecord files, unless this is already done.
+
+    Returns:
+      The folder of the prepared set.
 
     Raises:
-      UserError: an unknown set; no TensorFlow, network or archives where they are needed; no place to write.
+      UserError: an unknown set; TensorFlow, the network or archives are needed and missing; the folder
+        cannot be written.
     """
     builder = _builder(name, data_dir)
     _require_labelled_images(builder)
@@ -108,11 +112,11 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None) -> Path:
         root.mkdir(parents=True, exist_ok=True)
         with _lock(root / f".{builder.name}.lock", name):
             builder = _builder(name, data_dir)
-            if not builder.is_prepared():  # by a process that had the lock before
+            if not builder.is_prepared():  # not prepared by the process that held the lock before
                 _prepare(builder, root)
     except UserError:
         raise
-    except Exception as error:  # TFDS lets through whatever its download library raises
+    except Exception as error:  # TFDS does not convert the errors of its download library
         raise UserError(f"could not prepare {name} in {root}: {one_line(error)}") from error
     return Path(builder.data_path)
 
@@ -137,13 +141,14 @@ def _letters_and_digits(name):
 
 
 def _builder(name, data_dir):
+    """Return the TFDS builder of the set `name`, prepared or not."""
     root = _root(data_dir)
     base, _, version = name.partition(":")
     try:
         if base in BUILDERS and version in ("", str(BUILDERS[base].VERSION)):
             return tfrecords.open_builder(functools.partial(BUILDERS[base], data_dir=root))
         return tfrecords.open_builder(functools.partial(tfds.builder, name, data_dir=root))
-    except Exception as error:  # an odd name, a missing version, another file format: each raises its own
+    except Exception as error:  # TFDS raises other types for odd names, missing versions and file formats
         if isinstance(error, tfds.core.DatasetNotFoundError) or not re.fullmatch(r"\w+", base):
             raise unknown_set(name, BUILDERS) from error
         hint = f"if its folder in {root} is damaged, remove that and prepare the set again"
@@ -158,50 +163,52 @@ def _builder(name, data_dir):
 
 
 def _is_ours(builder):
+    """Return whether a builder is one of `BUILDERS`, which need no TensorFlow."""
     return type(builder) in BUILDERS.values()
 
 
 def _root(data_dir):
-    """The data folder, with `~` expanded."""
+    """Return the folder in which TFDS keeps its sets, with `~` expanded."""
     return user_path(tfds.core.constants.DATA_DIR if data_dir is None else data_dir, "dataset.data_dir")
 
 
 @contextlib.contextmanager
 def _lock(path, name):
-    """Let one process at a time prepare a set; the others wait."""
+    """Wait until no other process prepares the set, and lock it."""
     lock = FileLock(path)
     try:
-        held = lock.acquire(timeout=0)
+        acquired = lock.acquire(timeout=0)
     except Timeout:
         print(f"waiting for another process that is preparing {name} (it holds {path})", flush=True)
-        held = lock.acquire(poll_interval=0.5)
-    with held:
+        acquired = lock.acquire(poll_interval=0.5)
+    with acquired:
         yield
 
 
 def _prepare(builder, root):
-    """Download and write a set; the caller holds the set's lock."""
+    """Download and write a set. The caller must hold the lock of the set."""
     remove_leftovers = functools.partial(_remove_leftovers, builder.name, builder.data_path, root)
-    remove_leftovers()  # of a process that was killed
+    remove_leftovers()  # a killed process may have left files
     with run_on_exit(remove_leftovers):
         if isinstance(builder, classics.Classic):
             builder.fetch()
         print(f"preparing {builder.name} in {builder.data_path}", flush=True)
         with_bar = not _is_ours(builder) and sys.stderr.isatty()
         (tfds.enable_progress_bar if with_bar else tfds.disable_progress_bar)()
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download in any case
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download even if there is none
             builder.download_and_prepare()
 
 
 def _remove_leftovers(name, folder, root):
-    """Remove what a preparation that did not end has left of a set, but for a download to be resumed."""
+    """Remove the files of an interrupted preparation, except for partial downloads, which can be resumed."""
     for path in (*Path(folder).parent.glob("incomplete.*"), *(root / "downloads" / name).rglob("*.tmp.*")):
         shutil.rmtree(path, ignore_errors=True)
     with contextlib.suppress(OSError):
-        Path(folder).parent.rmdir()  # if it is empty
+        Path(folder).parent.rmdir()  # fails unless it is empty
 
 
 def _require_labelled_images(builder):
+    """Refuse a set that has no image or no class label."""
     features = dict(builder.info.features)
     if "image" not in features or not isinstance(features.get("label"), tfds.features.ClassLabel):
         raise UserError(
@@ -211,21 +218,21 @@ def _require_labelled_images(builder):
 
 
 def _in_memory_shape(builder):
-    """Height, width and channels of a set whose images have one size; None of others, which are streamed."""
+    """Return the height, width and channels of the images of a set, or None if their sizes differ."""
     feature = builder.info.features["image"]
-    streamed = None in feature.shape
-    types = (np.uint8, np.uint16) if streamed else (np.uint8,)
+    sizes_differ = None in feature.shape
+    types = (np.uint8, np.uint16) if sizes_differ else (np.uint8,)
     if feature.np_dtype not in types or feature.shape[-1] not in MODES:
         raise UserError(
             f"dataset.name is {builder.name!r}, whose images are {np.dtype(feature.np_dtype).name} of the "
             f"shape {feature.shape}; they should be {' or '.join(t.__name__ for t in types)} with 1, 3 or 4 "
             f"channels"
         )
-    return None if streamed else feature.shape
+    return None if sizes_differ else feature.shape
 
 
 def _test_split(builder):
-    """The split that a network is tested on."""
+    """Return the name of the split that networks are tested on."""
     splits = builder.info.splits
     test_split = TEST_SPLIT.get(builder.name, "test" if "test" in splits else "validation")
     if not {"train", test_split} <= set(splits):
@@ -237,6 +244,7 @@ def _test_split(builder):
 
 
 def _require_tensorflow(name):
+    """Refuse to prepare a set without TensorFlow."""
     try:
         import tensorflow  # noqa: F401
     except ImportError as error:
@@ -246,7 +254,7 @@ def _require_tensorflow(name):
 
 
 def _require_archives(builder, root):
-    """Refuse a set that is to be downloaded by hand, as ImageNet, and was not."""
+    """Refuse a set, such as ImageNet, whose archives must be downloaded by hand and are missing."""
     folder = root / "downloads" / "manual"
     instructions = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
     if instructions and not (folder.is_dir() and any(folder.iterdir())):

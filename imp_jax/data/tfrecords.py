@@ -1,4 +1,4 @@
-"""Random access to sets that TFDS prepared in TFRecord format, without TensorFlow."""
+"""Random access, without TensorFlow, to sets that TFDS prepared in TFRecord format."""
 
 import itertools
 import os
@@ -12,16 +12,16 @@ import tensorflow_datasets as tfds
 from tensorboardX.record_writer import masked_crc32c
 from tensorflow_datasets.core.data_sources.base import BaseDataSource
 
-_HEADER = struct.Struct("<QI")  # of a record: its length in bytes, and the checksum of that
-# the checksum of the record, which is not verified: in pure Python that takes longer than decoding the image
+_HEADER = struct.Struct("<QI")  # of a record: its length in bytes, and the checksum of the length
+# The checksum of the record is not verified: in pure Python that takes longer than decoding the image.
 _FOOTER_BYTES = 4
 
 
 def open_builder(make_builder: Callable[..., tfds.core.DatasetBuilder]) -> tfds.core.DatasetBuilder:
-    """Return `make_builder(file_format=…)` in ArrayRecord format, or in TFRecord where it is prepared only so.
+    """Return `make_builder(file_format=…)` in ArrayRecord format, or in TFRecord if only that is prepared.
 
     Raises:
-      Exception: TFDS's own, for a set that is prepared in another format, or cannot be opened.
+      Exception: TFDS raises errors of several types for a set in another format, or one it cannot open.
     """
     try:
         builder = make_builder(file_format="array_record")
@@ -30,7 +30,7 @@ def open_builder(make_builder: Callable[..., tfds.core.DatasetBuilder]) -> tfds.
             raise
         builder = make_builder(file_format="tfrecord")
     if builder.is_prepared():
-        # dataset_info.json of an older TFDS names no format, and that of a converted set may name several
+        # dataset_info.json names no format in older versions of TFDS, and several in converted sets
         for file_format in ("array_record", "tfrecord", builder.info.file_format):
             builder.info.set_file_format(file_format, override=True, override_if_initialized=True)
             if all(path.exists() for split in builder.info.splits.values() for path in split.filepaths):
@@ -49,17 +49,16 @@ class TFRecordDataSource(BaseDataSource):
 
 @dataclass
 class _Records:
-    """The serialised examples of all files, in order. A file is indexed when an example of it is first read.
+    """The serialised examples of all files, in order. A file is indexed when one of its examples is first read.
 
     Raises:
-      ValueError: a file is cut off, its lengths are damaged, or it has another number of records.
+      ValueError: on access, a file is truncated, its lengths are damaged, or its number of records is wrong.
     """
 
     files: list[str]
     lengths: list[int]  # number of records in each file
-    offsets: dict[int, np.ndarray] = field(
-        default_factory=dict
-    )  # of the records in each indexed file, in bytes
+    # offsets in bytes of the records in each indexed file
+    offsets: dict[int, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self):
         self.ends = np.cumsum(self.lengths)
@@ -72,12 +71,12 @@ class _Records:
 
     def __getitems__(self, indices: Iterable[int]) -> list[bytes]:
         records: list[Any] = []
-        for number, of_file in itertools.groupby(indices, self._file_number):
+        for number, file_indices in itertools.groupby(indices, self._file_number):
             with open(self.files[number], "rb") as file:
                 if number not in self.offsets:
                     self.offsets[number] = _index(file, self.lengths[number])
                 first = self.ends[number] - self.lengths[number]
-                for index in of_file:
+                for index in file_indices:
                     file.seek(self.offsets[number][index - first])
                     length, _ = _HEADER.unpack(file.read(_HEADER.size))
                     records.append(file.read(length))
@@ -90,7 +89,7 @@ class _Records:
 
 
 def _index(file, num_records):
-    """The offsets of all records of a file, checked."""
+    """Return the offsets of all records of a file after checking their lengths."""
     offsets, offset, size = [], 0, os.fstat(file.fileno()).st_size
     while offset < size:
         file.seek(offset)

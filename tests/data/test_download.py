@@ -409,7 +409,7 @@ DRIVER = """
     import sys, time
     from pathlib import Path
     from imp_jax.data import __main__, classics
-    from tests import archives
+    from tests.helpers import archives
 
     def wait(path):
         Path({folder!r}, "ready").touch()
