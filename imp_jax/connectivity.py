@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 
 from imp_jax import data, masking
 from imp_jax.masking import Params
-from imp_jax.models.fast_cpu.convolution import conv_general_dilated_by, use_convolutions
+from imp_jax.models.fast_cpu import use_kernels
+from imp_jax.models.fast_cpu.convolution import conv_general_dilated_by
 from imp_jax.training import TrainSpec, Variables, example_sums, sum_over_batches
 
 ESTIMATION_IMAGES = 5000  # training images for re-estimating normalisation statistics (ours)
@@ -210,7 +211,7 @@ def _apply_interpolated(spec, params_a, params_b, alpha, state, images, **option
 
         return _point(output(params_a), output(params_b), alpha)
 
-    with use_convolutions(spec.execution.convolutions), nn.intercept_methods(intercept):
+    with use_kernels(spec.execution.convolutions), nn.intercept_methods(intercept):
         return spec.model.apply({"params": params, **state}, images, **options)
 
 

@@ -93,7 +93,7 @@ def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: 
         dataset = dataset._replace(augmentation=tuple(config.dataset.augmentation))
     _check_unused_settings(config, dataset)
     learning_rates = _make_learning_rates(config, dataset.train.examples)
-    model = models.create(config, dataset.num_classes, dataset.train.image_shape)
+    model = create_model(config, dataset.num_classes, dataset.train.image_shape)
     params = models.shapes(model, dataset.train.image_shape)["params"]
     _require_layers(config.pruning.exclude, params)
     spec = training.TrainSpec(
@@ -158,6 +158,26 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
         momentum=config.optimizer.momentum,
         weight_decay=config.optimizer.weight_decay,
     )
+
+
+def create_model(config: ConfigDict, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    """Create the model of `config.model`, and check it against the settings for normalization.
+
+    Raises:
+      UserError: see `models.create` and `models.check_normalization`.
+    """
+    fields = config.model
+    model = models.create(
+        fields.name,
+        num_classes,
+        image_shape,
+        dtype=config.dtype,
+        width=fields.width,
+        norm_affine=fields.norm_affine,
+        norm_momentum=fields.norm_momentum,
+    )
+    models.check_normalization(fields.name, model, image_shape, fields.norm_parts, config.analysis.batch_norm)
+    return model
 
 
 def put_on_mesh(experiment: Experiment, mesh: Mesh | None) -> Experiment:

@@ -5,7 +5,7 @@ Any field of the config can be overridden, as in `--config.optimizer.learning_ra
 
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from imp_jax import cli
 
@@ -28,6 +28,8 @@ def main(argv):
         sys.exit(f"error: {argv[1]!r} is not a flag; flags are written --name=value")
     if _CONFIG.value is None:
         sys.exit("error: --config is missing; name a config file, such as --config=configs/mnist5k.py")
+    # Orbax and TFDS log every file, and Matplotlib when it is imported; what they raise is reported
+    logging.set_verbosity(logging.FATAL)
     from imp_jax import command  # not before the flags are parsed: --help needs no JAX
 
     command.train_and_analyse(

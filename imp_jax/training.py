@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 from imp_jax import masking, repulsion
 from imp_jax.data import Batches, Normalize, Split
 from imp_jax.masking import Mask, Params
-from imp_jax.models.fast_cpu.convolution import use_convolutions
+from imp_jax.models.fast_cpu import use_kernels
 from imp_jax.repulsion import Optima
 from imp_jax.runtime.compilation import jit_with_backend_options
 from imp_jax.runtime.devices import DATA, MEMBER, constrain_members
@@ -59,7 +59,7 @@ class TrainSpec(NamedTuple):
 
     def apply(self, variables: Variables, images: Images, **options: Any) -> Any:
         """Apply the model to images as they are in a data set, with the kernels of `execution`."""
-        with use_convolutions(self.execution.convolutions):
+        with use_kernels(self.execution.convolutions):
             return self.model.apply(variables, self.normalize(images), **options)
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from imp_jax import data, experiment, imp
+from imp_jax import data, experiment, runs
 from imp_jax.errors import UserError
 from tests.conftest import quick_config
 from tests.helpers import folders
@@ -42,5 +42,5 @@ def test_a_step_normalises_and_augments_as_the_config_says(data_dir, tmp_path):
 )
 def test_bad_input_is_refused_before_anything_is_written(data_dir, tmp_path, overrides, sentence):
     with pytest.raises(UserError, match=sentence):
-        imp.run(quick_config(data_dir, **overrides), tmp_path / "run")
+        runs.run(quick_config(data_dir, **overrides), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 
 import jax
 import jax.numpy as jnp
@@ -16,25 +17,27 @@ import pandas as pd
 import pytest
 from filelock import FileLock
 
-from imp_jax import analysis, connectivity, imp, masking, pruning, repulsion, training
+from imp_jax import analysis, connectivity, imp, masking, pruning, repulsion, runs, training
 from imp_jax.arms import ARMS, Member, member_keys
+from imp_jax.divergence import DivergedError
 from imp_jax.errors import UserError
+from imp_jax.experiment import setup
 from imp_jax.runtime.signals import GracefulStop, Stopped
 from imp_jax.workdir import checkpoints
-from tests.conftest import quick_config
+from tests.conftest import make_tiny_config, make_tiny_dataset, quick_config
 from tests.helpers import ROOT, folders
+from tests.helpers.epochs import train_epoch
 from tests.workdir.test_checkpoints import forget_definition
 
 
 def train_all(experiment, rounds=3):
     """The rounds in memory: what each left behind, and its thresholds."""
-    tickets = imp.initialize(experiment)
-    masks = masking.ones_like(tickets["params"])
-    for number in range(rounds):
-        networks, end = imp.train(experiment, number, tickets, masks)
-        masks, thresholds = imp.prune(experiment, number, networks)
-        tickets = imp.reset(experiment, end.tickets, networks)
-        yield networks, thresholds
+    for end in imp.rounds(experiment._replace(rounds=rounds)):
+        yield end.networks, [row["threshold"] for row in end.rows]
+
+
+def initial_weights(experiment):
+    return imp.init_state(experiment).tickets
 
 
 def member(tree, i):
@@ -52,7 +55,7 @@ def assert_trees_close(a, b):
 
 def test_survivors_start_each_round_from_their_initial_values(tiny_experiment):
     experiment = tiny_experiment()
-    initial = imp.initialize(experiment)["params"]
+    initial = initial_weights(experiment)["params"]
     for networks, _ in train_all(experiment):
         assert_trees_equal(networks.initial["params"], masking.apply(initial, networks.mask))
         pruned = jax.tree.map(jnp.logical_not, networks.mask)
@@ -134,9 +137,9 @@ def test_rewinding_to_step_k(tiny_experiment, rewind_step):
     assert_trees_close(first.trained, plain_first.trained)  # noting changes nothing
 
     def train(states, mask, number, first_step):
-        keys = member_keys(experiment.members, experiment.config.seed, lambda m: ["data", ARMS[m.arm], number])
+        keys = member_keys(experiment.members, experiment.seed, lambda m: ["data", ARMS[m.arm].number, number])
         for step in range(first_step, 10 if number else rewind_step):
-            states, _ = training.train_steps_in_memory(
+            states, _ = train_epoch(
                 states,
                 mask,
                 experiment.dataset.train,
@@ -144,19 +147,18 @@ def test_rewinding_to_step_k(tiny_experiment, rewind_step):
                 step // 5,
                 step % 5,
                 experiment.learning_rates[step // 5, step % 5 : step % 5 + 1],
-                batch_size=8,
                 spec=experiment.spec,
             )
         return states
 
-    tickets = imp.initialize(experiment)
-    start = training.init_states(tickets, first.mask, optimizer=experiment.spec.optimizer)
+    tickets = initial_weights(experiment)
+    start = training.init_states(tickets, first.mask, spec=experiment.spec)
     at_k = train(start, first.mask, number=0, first_step=0).variables
     ticket = masking.apply(first.initial["params"], second.mask)
     for i in range(2):  # imp
         assert_trees_close(member(first.initial, i), member(at_k, i))
         assert_trees_equal(member(second.initial["params"], i), member(ticket, i))
-    start = training.init_states(at_k, second.mask, optimizer=experiment.spec.optimizer)
+    start = training.init_states(at_k, second.mask, spec=experiment.spec)
     expected = train(start, second.mask, number=1, first_step=rewind_step).variables
     for i in range(2):
         assert_trees_close(member(second.trained, i), member(expected, i))
@@ -168,7 +170,7 @@ def test_rewinding_to_step_k(tiny_experiment, rewind_step):
 def test_no_reset_goes_on_from_the_trained_weights(tiny_experiment):
     """rewind_step=None; the control is still reset."""
     experiment = tiny_experiment(rewind_step=None)
-    initial = imp.initialize(experiment)["params"]
+    initial = initial_weights(experiment)["params"]
     (first, _), (second, _) = train_all(experiment, rounds=2)
     goes_on = masking.apply(first.trained["params"], second.mask)
     control = masking.apply(initial, second.mask)
@@ -212,15 +214,9 @@ def compilations():
 @pytest.mark.parametrize("execution", ["scan_vmap", "scan_unroll", "step_unroll"])
 def test_rounds_share_one_compilation(tiny_experiment, compilations, execution):
     experiment = tiny_experiment(execution=execution)
-    tickets = imp.initialize(experiment)
-    masks = masking.ones_like(tickets["params"])
     counts = []
-    for number in range(4):
-        networks, end = imp.train(experiment, number, tickets, masks)
-        masks, thresholds = imp.prune(experiment, number, networks)
-        imp.measure(experiment, number, networks, thresholds, seconds=0.0)
-        tickets = imp.reset(experiment, end.tickets, networks)
-        counts.append(compilations())
+    for _ in imp.rounds(experiment._replace(rounds=4), on_round=[lambda end: counts.append(compilations())]):
+        pass
     assert counts[0] > 3  # programs were seen
     assert counts[1] == counts[3]
 
@@ -230,11 +226,10 @@ def test_compilation_is_no_training(tiny_experiment, monkeypatch):
     clock, seen = itertools.count(0, 100), []
     monkeypatch.setattr(imp, "compile_seconds", lambda: next(clock))
     experiment = tiny_experiment()
-    tickets = imp.initialize(experiment)
-    masks = masking.ones_like(tickets["params"])
+    state = imp.init_state(experiment)
     start = time.perf_counter()
-    _, end = imp.train(
-        experiment, 0, tickets, masks, on_chunk=lambda now, metrics, *seconds: seen.append(seconds)
+    end = imp.train(
+        experiment, 0, state, on_epoch=[lambda end: seen.append((end.seconds, end.compile_seconds))]
     )
     taken = time.perf_counter() - start
     training, compiling = zip(*seen, strict=True)
@@ -245,8 +240,14 @@ def test_compilation_is_no_training(tiny_experiment, monkeypatch):
 
 def test_measured_rows(tiny_experiment):
     experiment = tiny_experiment()
-    (_, _), (networks, thresholds) = train_all(experiment, rounds=2)
-    rows = imp.measure(experiment, 1, networks, thresholds, seconds=1.23456)
+    state = imp.init_state(experiment)
+    for number in range(2):
+        progress = imp.train(experiment, number, state)._replace(seconds=1.23456)
+        networks = imp.copy_networks(state, progress)
+        masks, thresholds = imp.prune(experiment, number, state.members, progress.states.variables, state.masks)
+        rows = imp.measure(experiment, number, state, progress, networks, thresholds)
+        tickets = imp.reset(experiment, progress)
+        _, state = imp.end_round(experiment, number, state, {}, networks, rows, tickets, masks)
     assert [(row["arm"], row["replicate"], row["round"]) for row in rows] == [
         ("imp", 0, 1), ("imp", 1, 1), ("reinit", 0, 1), ("reinit", 1, 1),
     ]  # fmt: skip
@@ -266,15 +267,16 @@ def test_measured_rows(tiny_experiment):
 def test_the_step_of_a_broken_loss_counts_from_the_start_of_the_training(tiny_experiment):
     experiment = tiny_experiment()
     experiment.learning_rates[1] = np.inf  # the second epoch of 5 steps
-    tickets = imp.initialize(experiment)
-    _, end = imp.train(experiment, 0, tickets, masking.ones_like(tickets["params"]))
-    assert end.seen.broken_at.tolist() == [6] * 4
+    with pytest.raises(DivergedError) as error:
+        imp.train(experiment, 0, imp.init_state(experiment))
+    assert error.value.round == 0
+    assert {m: step for m, (step, _) in error.value.diverged.items()} == dict.fromkeys(experiment.members, 6)
 
 
 def test_data_order_differs_between_rounds_arms_and_replicates(tiny_experiment):
     experiment = tiny_experiment()
     keys = [
-        member_keys(experiment.members, experiment.config.seed, lambda m, n=n: ["data", ARMS[m.arm], n])
+        member_keys(experiment.members, experiment.seed, lambda m, n=n: ["data", ARMS[m.arm].number, n])
         for n in range(2)
     ]
     orders = {tuple(np.asarray(jax.random.permutation(key, 46))) for of_round in keys for key in of_round}
@@ -284,7 +286,9 @@ def test_data_order_differs_between_rounds_arms_and_replicates(tiny_experiment):
 def test_random_pruning_draws_anew_each_round(tiny_experiment):
     experiment = tiny_experiment(**{"pruning.score": "random", "pruning.fraction": 0.5})
     networks, _ = next(train_all(experiment))
-    (one, _), (other, _) = (imp.prune(experiment, number, networks) for number in (0, 1))
+    (one, _), (other, _) = (
+        imp.prune(experiment, number, experiment.members, networks.trained, networks.mask) for number in (0, 1)
+    )
     assert not np.array_equal(one["Dense_0"]["kernel"], other["Dense_0"]["kernel"])
 
 
@@ -299,31 +303,96 @@ def test_every_execution_gives_the_same_rounds(tiny_experiment, execution):
 
 def test_excluded_layers_stay_dense(tiny_experiment):
     experiment = tiny_experiment(**{"pruning.exclude": ("Dense_0",), "pruning.fraction": 0.5})
-    (_, _), (networks, thresholds) = train_all(experiment, rounds=2)
-    assert networks.mask["Dense_0"]["kernel"].all()
-    rows = imp.measure(experiment, 1, networks, thresholds, seconds=0.0)
-    assert rows[0]["density"] == pytest.approx((45 - 22) / 45)  # of the 6 · 5 + 5 · 3 others
+    _, end = imp.rounds(experiment._replace(rounds=2))
+    assert end.networks.mask["Dense_0"]["kernel"].all()
+    assert end.rows[0]["density"] == pytest.approx((45 - 22) / 45)  # of the 6 · 5 + 5 · 3 others
+
+
+def test_few_frames_lie_between_a_training_and_its_loss(tiny_experiment, monkeypatch):
+    """While it is traced: who steps through the code comes to the loss soon."""
+    loss_fn, between = training.loss_fn, []
+
+    def look(*args, **kwargs):
+        package = str(ROOT / "imp_jax")
+        frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(package)]
+        (train,) = (i for i, f in enumerate(frames) if f.name == "train" and f.filename.endswith("/imp.py"))
+        between.append([frame.name for frame in frames[train + 1 :]])
+        return loss_fn(*args, **kwargs)
+
+    monkeypatch.setattr(training, "loss_fn", look)
+    experiment = tiny_experiment(batch_size=9)  # not traced before
+    imp.train(experiment, 0, imp.init_state(experiment))
+    assert between
+    assert max(map(len, between)) <= 5, between
 
 
 # --- whole runs, on mnist5k ---
 
 
+class KilledError(Exception):
+    """The end of a process, so to speak."""
+
+
+def run(config, workdir, *args, **options):
+    runs.run(config, workdir, *args, analyses=analysis, **options)
+
+
+def run_one_round(config, workdir):
+    """Train one round more, as if killed after it was recorded."""
+
+    def kill(_):
+        raise KilledError
+
+    with pytest.raises(KilledError):
+        run(config, workdir, on_round=[kill])
+
+
+def test_rounds_in_memory_are_those_of_a_workdir(tmp_path):
+    """To the bit, with twins, repulsion and rewinding."""
+    config = make_tiny_config(rewind_step=3, **{"repulsion.strength": 2.0, "instability.rounds": (1,)})
+    ends = list(imp.rounds(setup(config, make_tiny_dataset())))
+    recorded = []
+    run(config, tmp_path, dataset=make_tiny_dataset(), on_round=[recorded.append])
+    with contextlib.closing(checkpoints.Checkpoints(tmp_path)) as kept:
+        assert kept.rounds() == [end.round for end in ends] == [0, 1, 2]
+        rows = [row for end in ends for row in end.rows]
+        assert [row | {"seconds": 0} for row in rows] == [row | {"seconds": 0} for row in kept.rows(2)]
+        for end, of_run in zip(ends, recorded, strict=True):
+            assert_trees_equal(end.networks, kept.restore(end.round))
+            assert_trees_equal(end.next_masks, kept.next_masks(end.round))
+            assert_trees_equal(end.next_optima, of_run.next_optima)
+            assert (end.members, end.next_members) == (of_run.members, of_run.next_members)
+
+
+def test_a_resumed_run_takes_the_masks_that_were_saved(tmp_path, monkeypatch):
+    """Without the score, which may take long."""
+    config = make_tiny_config(**{"pruning.score": "random"})
+    run(config, tmp_path / "whole", dataset=make_tiny_dataset())
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for number in (1, 2):
+        shutil.rmtree(tmp_path / "cut" / "checkpoints" / str(number))
+    monkeypatch.setattr(runs, "prune", None)  # of rounds before the first that is trained here
+    run(config, tmp_path / "cut", dataset=make_tiny_dataset())
+    assert_same_runs(tmp_path / "whole", tmp_path / "cut")
+
+
 def test_tickets_stay_whole_for_arms_with_other_masks_than_imps(data_dir, tmp_path):
     """What a round starts from is θ⊙m of the initialisation, not of what survived the rounds before."""
     config = quick_config(data_dir, rounds=2, **{"model.width": 0.1, "pruning.fraction": 0.9})
-    list(imp.rounds(config, tmp_path))
-    experiment = imp.setup(config)
+    run(config, tmp_path)
+    experiment = setup(config)
     with contextlib.closing(checkpoints.Checkpoints(tmp_path)) as kept:
         rows = kept.rows(1)
-        experiment, tickets, *_ = imp.resume(experiment, kept, rows)
+        state = runs.resume(experiment, kept, rows)
+        tickets = state.tickets
         survivors = kept.restore(1).initial
-    dense = imp.initialize(experiment)
+    dense = initial_weights(experiment)
     assert_trees_equal(tickets, dense)
     assert np.count_nonzero(survivors["params"]["Dense_0"]["kernel"]) < 0.2 * np.count_nonzero(
         tickets["params"]["Dense_0"]["kernel"]
     )
-    networks, end = imp.train(experiment, 1, tickets, kept_mask(tmp_path, 1))
-    assert_trees_equal(imp.reset(experiment, end.tickets, networks), dense)
+    end = imp.train(experiment, 1, state._replace(masks=kept_mask(tmp_path, 1)))
+    assert_trees_equal(imp.reset(experiment, end), dense)
 
 
 def kept_mask(workdir, number):
@@ -337,19 +406,17 @@ def without_seconds(workdir):
 
 def test_a_run_resumes_to_the_same_results(data_dir, tmp_path, capsys):
     config = quick_config(data_dir)
-    imp.run(config, tmp_path / "whole")
-    rounds = imp.rounds(config, tmp_path / "cut")
-    next(rounds)
-    rounds.close()  # as if killed after round 0
+    run(config, tmp_path / "whole")
+    run_one_round(config, tmp_path / "cut")
     capsys.readouterr()
-    imp.run(config, tmp_path / "cut")
+    run(config, tmp_path / "cut")
     assert "has rounds 0 to 0; going on with round 1" in capsys.readouterr().out
     pd.testing.assert_frame_equal(without_seconds(tmp_path / "whole"), without_seconds(tmp_path / "cut"))
     assert (tmp_path / "cut" / "figures" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
     before = (tmp_path / "cut" / "results.csv").read_bytes()
     (tmp_path / "cut" / "figures" / "accuracy.png").unlink()  # as if killed just before it was drawn
-    imp.run(config, tmp_path / "cut")
+    run(config, tmp_path / "cut")
     assert (tmp_path / "cut" / "figures" / "accuracy.png").exists()
     assert "is finished: all 3 rounds are trained" in capsys.readouterr().out
     assert (tmp_path / "cut" / "results.csv").read_bytes() == before
@@ -377,7 +444,7 @@ def run_with_stops(config, workdir, looks):
     said = []
     while True:
         try:
-            imp.run(config, workdir, StopsAfter(looks))
+            run(config, workdir, StopsAfter(looks))
         except Stopped as stopped:
             said.append(str(stopped))
             # an analysis under way holds the workdir, and would end with a process
@@ -401,7 +468,7 @@ def assert_same_runs(one, other):
 @pytest.mark.parametrize("rewind_step", [None, 3, 8])
 def test_a_run_stopped_within_its_rounds_ends_in_the_same_bits(data_dir, tmp_path, rewind_step):
     config = quick_config(data_dir, rounds=2, epochs=3, rewind_step=rewind_step)
-    imp.run(config, tmp_path / "whole")
+    run(config, tmp_path / "whole")
     said = run_with_stops(config, tmp_path / "cut", 0)
     cuts = {8, 16, 24, *([rewind_step] if rewind_step else [])}  # epochs have 8 steps
     places = [f"in round {number} at step {step} of 24" for number in (0, 1) for step in sorted(cuts)]
@@ -424,7 +491,7 @@ def test_a_convolutional_network_on_grey_images(data_dir, tmp_path, capsys):
     )
     begun_with = '{"scan": true, "unroll": true, "convolutions": "xla"}'  # and not the fastest of this machine
     (tmp_path / "execution.json").write_text(begun_with)
-    imp.run(config, tmp_path)
+    run(config, tmp_path)
     weights = 9 * (4 + 2 * 4 * 4 + 4 * 8 + 8 * 8 + 8 * 16 + 16 * 16) + 16 * 10
     said = f"(28 × 28 × 1): {weights + 10:,} parameters, {weights:,} of them weights to prune; 1 member"
     out = capsys.readouterr().out
@@ -451,9 +518,9 @@ def test_a_streamed_run(tmp_path):
             "pruning.exclude": ("Dense_2",),
         }
     )
-    imp.run(config, tmp_path / "whole")
+    run(config, tmp_path / "whole")
     with pytest.raises(Stopped, match="in round 0 at step 3 of"):
-        imp.run(config, tmp_path / "cut", StopsAfter(0))
+        run(config, tmp_path / "cut", StopsAfter(0))
     config.checkpoint_every_steps = 2  # which may change while the run is stopped, though 3 is not a multiple
     said = ["", *run_with_stops(config, tmp_path / "cut", 0)]
     assert "in round 0 at step 4 of" in said[1]  # the rewind step
@@ -477,31 +544,31 @@ def test_a_stream_trains_on_the_batches_it_serves(tmp_path):
             "repulsion.strength": 2.0,
         }
     )
-    experiment = imp.setup(config)
-    tickets = imp.initialize(experiment)
-    masks = masking.ones_like(tickets["params"])
-    optima = repulsion.add_optimum(None, jax.tree.map(jnp.cos, tickets["params"]), masks, max_optima=1)
-    networks, _ = imp.train(experiment, 0, tickets, masks, optima)
-    keys = member_keys(experiment.members, experiment.config.seed, lambda m: ["data", ARMS[m.arm], 0])
-    states = training.init_states(tickets, masks, optimizer=experiment.spec.optimizer)
+    experiment = setup(config)
+    begun = imp.init_state(experiment)
+    optima = repulsion.add_optimum(
+        None, jax.tree.map(jnp.cos, begun.tickets["params"]), begun.masks, max_optima=1
+    )
+    trained = imp.train(experiment, 0, begun._replace(optima=optima)).states.params
+    keys = member_keys(experiment.members, experiment.seed, lambda m: ["data", ARMS[m.arm].number, 0])
+    states = training.init_states(begun.tickets, begun.masks, spec=experiment.spec)
     for i in range(2):
-        state, mask, known = (member(tree, i) for tree in (states, masks, optima))
+        state, mask, known = (member(tree, i) for tree in (states, begun.masks, optima))
         batches = experiment.dataset.train.training_batches(jax.random.key_data(keys)[i : i + 1], 2, 4)
         for (images, labels), rate in zip(batches, experiment.learning_rates.ravel(), strict=True):
             state, _ = training.train_step(state, mask, images[0], labels[0], rate, known, spec=experiment.spec)
-        assert_trees_close(member(networks.trained["params"], i), state.params)
+        assert_trees_close(member(trained, i), state.params)
 
 
 def break_in_round_1(monkeypatch, broken, value=np.nan):
     """The weights of members in round 1 become `value` after its first epoch."""
-    train_steps = training.train_steps_in_memory
-    epochs_of_three = []
+    train_steps = training.train_steps
+    calls = itertools.count()
 
-    def break_some(states, masks, split, keys, epoch, *args, **kwargs):
-        states, metrics = train_steps(states, masks, split, keys, epoch, *args, **kwargs)
+    def break_some(states, *args, **kwargs):
+        states, metrics = train_steps(states, *args, **kwargs)
         members = len(metrics.loss[0])
-        epochs_of_three.append(epoch)
-        if epochs_of_three.count(0) == 2 and epoch == 0:
+        if next(calls) == 3:  # after the three epochs of round 0
             hit = jnp.isin(jnp.arange(members), jnp.array(broken))
             states = states._replace(
                 params=jax.tree.map(
@@ -510,7 +577,7 @@ def break_in_round_1(monkeypatch, broken, value=np.nan):
             )
         return states, metrics
 
-    monkeypatch.setattr(training, "train_steps_in_memory", break_some)
+    monkeypatch.setattr(training, "train_steps", break_some)
 
 
 def test_divergence_stops_the_run_and_is_recorded(data_dir, tmp_path, monkeypatch):
@@ -519,7 +586,7 @@ def test_divergence_stops_the_run_and_is_recorded(data_dir, tmp_path, monkeypatc
     with pytest.raises(
         UserError, match=r"nan or infinite in round 1, arm imp, replicate 1, at step 8 .* rounds 0 to 0 on disk"
     ):
-        imp.run(config, tmp_path)
+        run(config, tmp_path)
     assert pd.read_csv(tmp_path / "results.csv")["round"].tolist() == [0] * 4
     lines = (tmp_path / "divergences.csv").read_text().splitlines()
     broken = ["1,imp,1,8,the loss became nan or infinite", "0,reinit,1,8,the loss became nan or infinite"]
@@ -539,9 +606,9 @@ def test_a_member_that_diverges_is_dropped(data_dir, tmp_path, monkeypatch, brok
     config.model.width, config.analysis.path_points = 0.1, 3
     config.instability.rounds = (1,) if 4 in broken else ()
     config.repulsion.strength = 2.0 if 4 in broken else 0.0
-    imp.run(config, tmp_path / "healthy")
+    run(config, tmp_path / "healthy")
     break_in_round_1(monkeypatch, broken)
-    imp.run(config, tmp_path / "run")
+    run(config, tmp_path / "run")
     results = pd.read_csv(tmp_path / "run" / "results.csv")
     members = {
         n: list(zip(rows["arm"], rows["replicate"], strict=True)) for n, rows in results.groupby("round")
@@ -557,54 +624,56 @@ def test_a_member_that_diverges_is_dropped(data_dir, tmp_path, monkeypatch, brok
     assert (divergences["step"] == 8).all()
 
     analysis.run(tmp_path / "run")
-    run = analysis.load(tmp_path / "run")
-    assert run.members(1) == tuple(in_round_1)
-    rounds = run.distances.groupby(["arm", "replicate"])["round_a"].unique()
+    analysed = analysis.load(tmp_path / "run")
+    assert analysed.members(1) == tuple(in_round_1)
+    rounds = analysed.distances.groupby(["arm", "replicate"])["round_a"].unique()
     for member_ in members[0]:
         assert rounds[member_].tolist() == [-1, *(n for n in range(3) if member_ in members[n])]
-    successive = run.barriers.query("kind == 'successive' and split == 'test'").groupby("round")["replicate"]
+    successive = analysed.barriers.query("kind == 'successive' and split == 'test'").groupby("round")[
+        "replicate"
+    ]
     assert successive.unique().map(list).to_dict() == {
         n: [r for arm, r in members[n] if arm == "imp"] for n in (1, 2)
     }
 
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")  # to go on without the member
-    again = list(imp.rounds(config, tmp_path / "run"))
-    assert [(row["arm"], row["replicate"]) for row in again[0]] == in_round_2
+    ends = []
+    run(config, tmp_path / "run", on_round=[ends.append])
+    (again,) = ends
+    assert [(row["arm"], row["replicate"]) for row in again.rows] == in_round_2
     resumed = pd.read_csv(tmp_path / "run" / "results.csv")
     np.testing.assert_allclose(resumed[columns], results[columns], rtol=1e-4)
 
 
 def test_one_round_with_repulsion(data_dir, tmp_path):
-    imp.run(quick_config(data_dir, rounds=1, **{"repulsion.strength": 2.0, "model.width": 0.1}), tmp_path)
+    run(quick_config(data_dir, rounds=1, **{"repulsion.strength": 2.0, "model.width": 0.1}), tmp_path)
     assert list(without_seconds(tmp_path)["repulsion"]) == [0, 0]
 
 
 def test_what_is_kept_may_change_while_a_run_is_stopped(data_dir, tmp_path):
     """With repulsion, for which the rounds that are gone are needed in another form."""
     config = quick_config(data_dir, rounds=6, **{"repulsion.strength": 2.0, "model.width": 0.1})
-    imp.run(config, tmp_path / "whole")
+    run(config, tmp_path / "whole")
     for keep in ("all", "ends", "ends", "ends", "all"):
         config.keep_checkpoints = keep
-        rounds = imp.rounds(config, tmp_path / "run")
-        next(rounds)
-        rounds.close()
+        run_one_round(config, tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["0", "2", "3", "4"]
-    imp.run(config, tmp_path / "run")
+    run(config, tmp_path / "run")
     pd.testing.assert_frame_equal(
         without_seconds(tmp_path / "whole"), without_seconds(tmp_path / "run"), check_exact=True
     )
     (tmp_path / "run" / "progress" / "7").mkdir(parents=True)  # as if killed after the last round
     config.keep_checkpoints = "ends"
-    imp.run(config, tmp_path / "run")
+    run(config, tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["0", "4", "5"]
     assert not any((tmp_path / "run" / "progress").iterdir())
 
     with contextlib.closing(checkpoints.Checkpoints(tmp_path / "run")) as kept:
         assert set(kept.optima(5).count) == {6}
     config.rounds = 7  # a finished run may grow, also one whose earlier optima are in the last round only
-    imp.run(config, tmp_path / "run")
+    run(config, tmp_path / "run")
     config.keep_checkpoints = "all"
-    imp.run(config, tmp_path / "whole")
+    run(config, tmp_path / "whole")
     # the store of optima has other shapes, and so another order of sums
     columns = ["round", "density", "train_loss", "repulsion", "cosine"]
     grown, whole = (without_seconds(tmp_path / name)[columns].query("round > 0") for name in ("run", "whole"))
@@ -613,13 +682,13 @@ def test_what_is_kept_may_change_while_a_run_is_stopped(data_dir, tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["rounds"] == 7
     config.rounds = 5
     with pytest.raises(UserError, match="rounds is 7 there and 5 here"):
-        imp.run(config, tmp_path / "run")
+        run(config, tmp_path / "run")
 
 
 def test_a_member_that_falls_to_chance_is_dropped(data_dir, tmp_path, monkeypatch):
     config = quick_config(data_dir, epochs=3, on_divergence="drop", rounds=2, replicates=2)
     break_in_round_1(monkeypatch, [3], value=0.0)  # all weights 0: they stay there
-    imp.run(config, tmp_path)
+    run(config, tmp_path)
     (line,) = pd.read_csv(tmp_path / "divergences.csv").to_dict("records")
     assert (line["arm"], line["replicate"], line["round"], line["step"]) == ("reinit", 1, 1, 24)
     assert line["what"].startswith("the accuracy fell to ")
@@ -629,20 +698,20 @@ def test_a_run_without_any_ticket_left_ends(data_dir, tmp_path, monkeypatch):
     config = quick_config(data_dir, epochs=3, on_divergence="drop")
     break_in_round_1(monkeypatch, [0])
     with pytest.raises(UserError, match=r"no ticket is left: all have diverged, the last in round 1; see div"):
-        imp.run(config, tmp_path)
+        run(config, tmp_path)
     assert pd.read_csv(tmp_path / "results.csv")["round"].tolist() == [0, 0]
 
 
 def test_a_damaged_round_is_set_aside_and_trained_again(data_dir, tmp_path, capsys):
     config = quick_config(data_dir, epochs=2)
-    imp.run(config, tmp_path / "whole")
+    run(config, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "run")
     largest = max((tmp_path / "run" / "checkpoints" / "2").rglob("*"), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
     capsys.readouterr()
-    imp.run(config, tmp_path / "run")
+    run(config, tmp_path / "run")
     said = capsys.readouterr()
     assert f"{tmp_path / 'run' / 'checkpoints' / '2'} is damaged" in said.err
     assert "has rounds 0 to 1; going on with round 2" in said.out
@@ -650,17 +719,17 @@ def test_a_damaged_round_is_set_aside_and_trained_again(data_dir, tmp_path, caps
     assert (tmp_path / "run" / "set-aside" / "checkpoints-2").is_dir()
 
     config.repulsion.strength = 2.0  # which needs all rounds before
-    imp.run(config, tmp_path / "repelled")
+    run(config, tmp_path / "repelled")
     shutil.rmtree(tmp_path / "repelled" / "checkpoints" / "2")
     shutil.copytree(tmp_path / "repelled", tmp_path / "older")
     forget_definition(tmp_path / "older" / "checkpoints" / "1")
     with pytest.raises(UserError, match="earlier version, whose J_r counted biases"):
-        imp.run(config, tmp_path / "older")
+        run(config, tmp_path / "older")
     with pytest.warns(UserWarning, match="columns repulsion and cosine of .* count biases too"):
         analysis.load(tmp_path / "older")
     shutil.rmtree(tmp_path / "repelled" / "checkpoints" / "0" / "networks")
     with pytest.raises(UserError, match="checkpoints/0 is damaged"):
-        imp.run(config, tmp_path / "repelled")
+        run(config, tmp_path / "repelled")
 
 
 def test_imp_beats_its_control_on_mnist5k(optimised, data_dir, tmp_path):
@@ -681,28 +750,21 @@ def test_imp_beats_its_control_on_mnist5k(optimised, data_dir, tmp_path):
 
 def train_with_twins(experiment, number=1):
     """What rounds 0 to `number` leave, twins in the last."""
-    for n, networks in enumerate(rounds_with_twins(experiment, number + 1)):
-        if n == number:
-            return networks
+    return list(rounds_with_twins(experiment, number + 1))[number]
 
 
 def rounds_with_twins(experiment, rounds):
-    tickets = imp.initialize(experiment)
-    masks = masking.ones_like(tickets["params"])
-    for number in range(rounds):
-        of_round = imp.in_round(experiment, number)
-        networks, end = imp.train(of_round, number, tickets, masks)
-        yield networks
-        masks, thresholds = imp.prune(of_round, number, networks)
-        assert len(thresholds) == len(of_round.members)
-        tickets = imp.reset(of_round, end.tickets, networks)
+    for end in imp.rounds(experiment._replace(rounds=rounds)):
+        assert len(end.rows) == len(end.members) == len(end.networks.mask["Dense_0"]["kernel"])
+        yield end.networks
 
 
 def test_a_twin_is_the_ticket_trained_with_other_noise(tiny_experiment):
     experiment = tiny_experiment(**{"instability.rounds": (1,)})
-    members = imp.in_round(experiment, 1).members
+    _, end = imp.rounds(experiment._replace(rounds=2))
+    members = end.members
     assert members == (*experiment.members, ("twin", 0), ("twin", 1))
-    networks = train_with_twins(experiment)
+    networks = end.networks
     for replicate in range(2):
         ticket, twin = (members.index(Member(arm, replicate)) for arm in ("imp", "twin"))
         assert_trees_equal(member(networks.initial, ticket), member(networks.initial, twin))
@@ -769,7 +831,7 @@ def test_a_run_with_twins_resumes_to_the_same_results(data_dir, tmp_path):
     config = quick_config(data_dir, rounds=4, epochs=2)
     config.instability.rounds = (1, 9)
     config.repulsion.strength = 2.0
-    imp.run(config, tmp_path / "whole")
+    run(config, tmp_path / "whole")
     run_with_stops(config, tmp_path / "cut", 3)
     assert_same_runs(tmp_path / "whole", tmp_path / "cut")
     config.keep_checkpoints = "ends"

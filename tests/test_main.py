@@ -10,8 +10,9 @@ import pytest
 from absl import flags
 
 from experiments.sweeps import runs
-from imp_jax import analysis, cli, imp, main
+from imp_jax import analysis, cli, main
 from imp_jax import config as configs
+from imp_jax import runs as imp_runs
 from imp_jax.divergence import DivergedError
 
 ROOT = Path(__file__).parent.parent
@@ -117,7 +118,7 @@ class Patches(nn.Module):
         x = nn.relu(nn.Conv(3, (7, 7), strides=(7, 7), padding="VALID")(x))
         return nn.Dense(self.num_classes)(x.reshape(len(x), 4 * 4 * 3))  # of 28 × 28 pixels alone
 
-models.MODELS["patches"] = Patches
+models.register("patches", Patches)
 
 def get_config():
     with open("executed", "a") as file:
@@ -170,12 +171,12 @@ def test_a_second_start_compiles_nothing(tmp_path, data_dir):
 
 
 def test_a_run_that_diverged_is_analysed_as_far_as_it_came(tmp_path, monkeypatch):
-    def diverge(*_):
+    def diverge(*_, **__):
         raise DivergedError("it broke in round 3")
 
     analysed = []
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(imp, "run", diverge)
+    monkeypatch.setattr(imp_runs, "run", diverge)
     monkeypatch.setattr(analysis, "run", analysed.append)
     flags.FLAGS(["main", CONFIG, f"--workdir={tmp_path}"])
     with pytest.raises(SystemExit, match="error: it broke in round 3"):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imp_jax import masking, pruning
+from imp_jax import masking, pruning, scores
 
 # few distinct magnitudes, so that ties and zeros are the rule
 weights = st.sampled_from([0.0, -0.0, 0.5, -0.5, 0.25, 1.0, -1.0, 3.0, 1e-30, -1e30])
@@ -149,15 +149,18 @@ def test_scores_of_either_sign_and_any_width(dtype):
     assert threshold == 5  # the threshold is of the weights, whatever the score
 
 
+def random_inputs(params, seed):
+    return scores.ScoreInputs(params, masking.ones_like(params), jax.random.key(seed), loss=None, flow=None)
+
+
 def test_random_score_is_uniform_over_layers():
     params = {"a": {"kernel": jnp.ones(8_000)}, "b": {"kernel": 100 * jnp.ones(2_000)}}
-    scores = pruning.random(params, jax.random.key(0))
-    mask, _ = pruning.prune_by_score(scores, params, masking.ones_like(params), 0.5)
+    first, other = (scores.random(random_inputs(params, seed)) for seed in (0, 1))
+    mask, _ = pruning.prune_by_score(first, params, masking.ones_like(params), 0.5)
     assert masking.survivors(mask) == 5_000
     kept = int(mask["b"]["kernel"].sum())  # 1,000 expected, 20 standard deviations are 400
     assert 800 < kept < 1_200
-    other = pruning.random(params, jax.random.key(1))
-    assert not np.array_equal(scores["a"]["kernel"], other["a"]["kernel"])
+    assert not np.array_equal(first["a"]["kernel"], other["a"]["kernel"])
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])

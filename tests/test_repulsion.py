@@ -1,5 +1,7 @@
 """J_r: the plain form against NumPy, and the compact store against the plain form."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -299,15 +301,11 @@ def test_bfloat16_rounds_the_cosines_by_a_hundredth_of_themselves_at_most():
 
 
 def train_rounds(experiment, rounds):
-    """The networks of each round, with the earlier optima it knew of."""
-    tickets, optima = imp.initialize(experiment), None
-    masks = masking.ones_like(tickets["params"])
-    for number in range(rounds):
-        networks, end = imp.train(experiment, number, tickets, masks, optima)
-        yield networks, optima
-        masks, _ = imp.prune(experiment, number, networks)
-        tickets = imp.reset(experiment, end.tickets, networks)
-        optima = imp.add_optimum(experiment, optima, networks, masks)
+    """The ends of some rounds, each with the earlier optima that it repelled, without those of twins."""
+    known = None
+    for end in itertools.islice(imp.rounds(experiment), rounds):
+        yield end, known
+        known = end.next_optima
 
 
 @pytest.mark.parametrize("memory", ["all", "last"])
@@ -336,8 +334,9 @@ def test_five_rounds_equal_those_of_a_store_of_whole_networks(tiny_experiment, m
         return jax.tree.map(lambda p, g: p - rate * g, params, gradient)
 
     earlier = [[] for _ in experiment.members]
-    for number, (networks, _) in enumerate(train_rounds(experiment, 5)):
-        keys = member_keys(experiment.members, 0, lambda m, n=number: ["data", ARMS[m.arm], n])
+    for number, (end, _) in enumerate(train_rounds(experiment, 5)):
+        networks = end.networks
+        keys = member_keys(experiment.members, 0, lambda m, n=number: ["data", ARMS[m.arm].number, n])
         for i in range(len(experiment.members)):
             params, mask = member((networks.initial["params"], networks.mask), i)
             for epoch, rates in enumerate(experiment.learning_rates):
@@ -361,11 +360,11 @@ def test_repulsion_drives_rounds_apart_and_attraction_together(tiny_experiment):
         experiment = tiny_experiment(
             epochs=12, **{"repulsion.strength": strength, "optimizer.learning_rate": 0.02}
         )
-        *before, (networks, _) = train_rounds(experiment, 3)
+        rounds = [end.networks for end, _ in train_rounds(experiment, 3)]
         optima = None
-        for (networks_before, _), (after, _) in zip(before, [*before[1:], (networks, None)], strict=True):
-            optima = repulsion.add_optimum(optima, networks_before.trained["params"], after.mask, max_optima=2)
-        _, cosine = repulsion.summary(networks.trained["params"], optima, 2.0)
+        for before, after in itertools.pairwise(rounds):
+            optima = repulsion.add_optimum(optima, before.trained["params"], after.mask, max_optima=2)
+        _, cosine = repulsion.summary(rounds[-1].trained["params"], optima, 2.0)
         cosines[strength] = cosine
     assert np.all(np.abs(cosines[2.0]) < cosines[0.0] - 0.1)
     assert np.all(cosines[0.0] < cosines[-2.0])
@@ -375,20 +374,19 @@ def test_without_strength_there_is_nothing_of_it(tiny_experiment, monkeypatch):
     for name in ("add_optimum", "add_gradient", "summary"):
         monkeypatch.setattr(repulsion, name, None)
     experiment = tiny_experiment(rounds=2)
-    for networks, optima in train_rounds(experiment, 2):
-        assert optima is None
-        rows = imp.measure(experiment, 0, networks, np.zeros(len(experiment.members)), 0.0)
-        assert not {"repulsion", "cosine"} & set(rows[0])
+    for end, optima in train_rounds(experiment, 2):
+        assert optima is end.next_optima is None
+        assert not {"repulsion", "cosine"} & set(end.rows[0])
 
 
 def test_the_rows_hold_the_term_at_the_end_of_training(tiny_experiment):
     experiment = tiny_experiment(**{"repulsion.strength": -1.0})
-    rounds = list(train_rounds(experiment, 3))
-    for number, (networks, optima) in enumerate(rounds):
-        thresholds = np.zeros(len(experiment.members))
-        rows = imp.measure(experiment, number, networks, thresholds, 0.0, optima)
-        for i, row in enumerate(rows):
-            earlier = [member(before.trained["params"], i) for before, _ in rounds[:number]]
+    ends = list(imp.rounds(experiment))
+    assert len(ends) == 3
+    for number, end in enumerate(ends):
+        networks = end.networks
+        for i, row in enumerate(end.rows):
+            earlier = [member(before.networks.trained["params"], i) for before in ends[:number]]
             params, mask = member((networks.trained["params"], networks.mask), i)
             expected = repulsion.repulsion_loss(params, mask, earlier, -1.0)
             assert row["repulsion"] == pytest.approx(float(expected), rel=1e-5)
@@ -403,29 +401,29 @@ def test_each_arm_knows_its_own_optima_and_a_twin_those_of_imp(tiny_experiment, 
     """A twin that draws imp's data equals imp, repulsion and all."""
     monkeypatch.setitem(ARMS, "twin", ARMS["imp"])
     experiment = tiny_experiment(**{"repulsion.strength": 2.0, "instability.rounds": (1, 2)})
-    (first, _), (second, optima) = train_rounds(experiment, 2)
+    (first, _), (second, optima), (third, _) = train_rounds(experiment, 3)
+    first, second_networks = first.networks, second.networks
     for i in range(len(experiment.members)):
         known = member(optima, i).values["Dense_0/kernel"][0]
-        there = np.asarray(second.mask["Dense_0"]["kernel"][i]).ravel()
+        there = np.asarray(second_networks.mask["Dense_0"]["kernel"][i]).ravel()
         trained = np.asarray(first.trained["params"]["Dense_0"]["kernel"][i]).ravel()
         np.testing.assert_array_equal(known[: there.sum()], trained[there])
-    masks, _ = imp.prune(experiment, 1, second)
-    optima = imp.add_optimum(experiment, optima, second, masks)
-    of_round = imp.in_round(experiment, 2)
-    networks, _ = imp.train(of_round, 2, imp.initialize(experiment), masks, optima)
-    for replicate in range(2):
-        jax.tree.map(
-            np.testing.assert_array_equal,
-            member(networks.trained, replicate),
-            member(networks.trained, 4 + replicate),
-        )
-    rows = imp.measure(of_round, 2, networks, np.zeros(6), 0.0, optima)
-    assert [row["cosine"] for row in rows[:2]] == [row["cosine"] for row in rows[4:]]
+    for end in (second, third):
+        assert [m.arm for m in end.members] == ["imp"] * 2 + ["reinit"] * 2 + ["twin"] * 2
+        for replicate in range(2):
+            jax.tree.map(
+                np.testing.assert_array_equal,
+                member(end.networks.trained, replicate),
+                member(end.networks.trained, 4 + replicate),
+            )
+        assert [row["cosine"] for row in end.rows[:2]] == [row["cosine"] for row in end.rows[4:]]
 
 
 def test_one_program_serves_the_rounds_of_one_shape(tiny_experiment):
     experiment = tiny_experiment(
-        rounds=12, epochs=1, **{"repulsion.strength": 2.0, "repulsion.dtype": "bfloat16"}
+        rounds=12,
+        epochs=1,
+        **{"repulsion.strength": 2.0, "repulsion.dtype": "bfloat16", "instability.rounds": ()},
     )
     training.programs().scan_steps.clear_cache()
     stores = [optima for _, optima in train_rounds(experiment, 12)][1:]

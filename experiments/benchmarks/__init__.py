@@ -1,1 +1,1 @@
-"""What `python -m experiments.benchmark` times."""
+"""The subjects of `python -m experiments.benchmark`, one module each, and what they share."""

@@ -1,4 +1,4 @@
-"""The training steps of LeNet, Conv-4 and ResNet-20 in eager PyTorch, to be timed beside ours: `--torch`."""
+"""Implement the training steps of LeNet, Conv-4 and ResNet-20 in eager PyTorch, for comparison: `--torch`."""
 
 import itertools
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from torchvision import transforms
 
 
 class Block(nn.Module):
-    """A residual block with option A's shortcut and normalisation without scale and bias."""
+    """A residual block with the shortcut of option A (He et al. 2016) and BatchNorm without scale and bias."""
 
     def __init__(self, inputs, outputs):
         super().__init__()
@@ -29,50 +29,50 @@ class Block(nn.Module):
         return functional.relu(x + y)
 
 
-def resnet20():
+def make_resnet20():
     channels = [16, 16, 16, 16, 32, 32, 32, 64, 64, 64]
     stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16, affine=False), nn.ReLU()]
     blocks = [Block(inputs, outputs) for inputs, outputs in itertools.pairwise(channels)]
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
-def conv4():
+def make_conv4():
     layers, inputs = [], 3
     for outputs in (64, 128):
         for _ in range(2):
             layers += [nn.Conv2d(inputs, outputs, 3, 1, 1), nn.ReLU()]
             inputs = outputs
         layers.append(nn.MaxPool2d(2))
-    return nn.Sequential(*layers, nn.Flatten(), *dense(8192, 256, 256, 10))
+    return nn.Sequential(*layers, nn.Flatten(), *make_dense_layers(8192, 256, 256, 10))
 
 
-def lenet():
-    return nn.Sequential(nn.Flatten(), *dense(784, 300, 100, 10))
+def make_lenet():
+    return nn.Sequential(nn.Flatten(), *make_dense_layers(784, 300, 100, 10))
 
 
-def dense(*widths):
-    """Layers of these widths with rectifiers between them."""
+def make_dense_layers(*widths):
+    """Return dense layers of these widths with ReLUs between them."""
     layers = [layer for pair in itertools.pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
     return layers[:-1]
 
 
-def momentum(parameters):
+def make_momentum(parameters):
     return torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=1e-5)
 
 
-def adam(parameters):
+def make_adam(parameters):
     return torch.optim.Adam(parameters, lr=12e-4)
 
 
-NETWORKS = {  # with optimizer and image shape
-    "lenet": (lenet, adam, (1, 28, 28)),
-    "conv4": (conv4, momentum, (3, 32, 32)),
-    "resnet20": (resnet20, momentum, (3, 32, 32)),
+NETWORKS = {  # network, optimizer and image shape
+    "lenet": (make_lenet, make_adam, (1, 28, 28)),
+    "conv4": (make_conv4, make_momentum, (3, 32, 32)),
+    "resnet20": (make_resnet20, make_momentum, (3, 32, 32)),
 }
 
 
 class Images(Dataset):
-    """What torchvision's MNIST does: each image becomes one of PIL and goes through its transforms."""
+    """Load images as torchvision's MNIST does: each one becomes a PIL image and passes through transforms."""
 
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,), (0.25,))])
 
@@ -87,49 +87,53 @@ class Images(Dataset):
         return self.transform(image), int(self.labels[index])
 
 
-def steppers(network: str, batch_size: int) -> dict[str, Callable[[], float]]:
-    """Functions that take one masked step on random images, by how these come and lie in memory.
+def make_step_fns(network: str, batch_size: int) -> dict[str, Callable[[], float]]:
+    """Return functions that train one masked step on random images, by the way the images are loaded.
 
-    Normalised like ours; not augmented, which would only make it slower.
+    The images are normalised like ours. They are not augmented, which would only make the loop slower.
     """
     _, _, shape = NETWORKS[network]
     examples = max(4_000, 4 * batch_size)  # as in mnist5k
     images = torch.randint(0, 256, (examples, *shape), dtype=torch.uint8)
     labels = torch.randint(0, 10, (examples,))
 
-    def in_memory(memory_format):
-        there = images.to(memory_format=memory_format)
+    def make_in_memory_step(memory_format):
+        formatted_images = images.to(memory_format=memory_format)
 
-        def batch():
+        def sample_batch():
             chosen = torch.randint(0, examples, (batch_size,))
-            return (there[chosen].float() / 255 - 0.5) / 0.25, labels[chosen]
+            return (formatted_images[chosen].float() / 255 - 0.5) / 0.25, labels[chosen]
 
-        return masked_step(network, batch, memory_format)
+        return make_masked_step(network, sample_batch, memory_format)
 
     if network == "lenet":
         loader = DataLoader(Images(images, labels), batch_size, shuffle=True, drop_last=True)
         batches = itertools.chain.from_iterable(itertools.repeat(loader))
         return {
-            "PyTorch": in_memory(torch.contiguous_format),
-            "PyTorch with DataLoader": masked_step(network, lambda: next(batches), torch.contiguous_format),
+            "PyTorch": make_in_memory_step(torch.contiguous_format),
+            "PyTorch with DataLoader": make_masked_step(
+                network, lambda: next(batches), torch.contiguous_format
+            ),
         }
     return {
-        "PyTorch": in_memory(torch.contiguous_format),
-        "PyTorch, channels last": in_memory(torch.channels_last),
+        "PyTorch": make_in_memory_step(torch.contiguous_format),
+        "PyTorch, channels last": make_in_memory_step(torch.channels_last),
     }
 
 
-def masked_step(
-    network: str, batch: Callable[[], tuple[torch.Tensor, torch.Tensor]], memory_format: torch.memory_format
+def make_masked_step(
+    network: str,
+    next_batch: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+    memory_format: torch.memory_format,
 ) -> Callable[[], float]:
-    """A function that takes one step on what `batch` gives, in which no masked weight moves."""
-    make, optimizer, _ = NETWORKS[network]
-    model = make().to(memory_format=memory_format)
-    optimizer = optimizer(model.parameters())
+    """Return a function that trains one step on `next_batch()` with masked gradients."""
+    make_network, make_optimizer, _ = NETWORKS[network]
+    model = make_network().to(memory_format=memory_format)
+    optimizer = make_optimizer(model.parameters())
     masks = [torch.ones_like(parameter) for parameter in model.parameters()]
 
     def step():
-        images, labels = batch()
+        images, labels = next_batch()
         loss = functional.cross_entropy(model(images.to(memory_format=memory_format)), labels)
         optimizer.zero_grad()
         loss.backward()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from experiments.paper import networks
+from experiments.sweeps.datasets import DATASET_SIZES
 
 
 def make_train_fn(
@@ -32,7 +32,7 @@ def make_train_fn(
     from imp_jax.workdir.checkpoints import RoundNetworks
 
     streamed = config.dataset.name == "imagenet2012"
-    _, image_shape, num_classes = networks.SETS[config.dataset.name]
+    _, image_shape, num_classes = DATASET_SIZES[config.dataset.name]
     config.arms, config.replicates, config.instability.rounds = ("imp",), members, ()
     draw = np.random.default_rng(0)
     count = config.batch_size * (1 if streamed else steps)

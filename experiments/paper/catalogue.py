@@ -1,31 +1,67 @@
 """All figures and tables of the paper, by name."""
 
+import re
 from collections.abc import Iterable, Sequence
+from types import ModuleType
 
-from experiments import claims
-from experiments.paper import distances, networks, one_shot, paths, repellent, stabilisation, weight_decay
+from experiments.paper import (
+    claims_report,
+    distances,
+    networks,
+    one_shot,
+    paths,
+    repellent,
+    stabilisation,
+    weight_decay,
+)
 from experiments.paper.panels import PaperFigure
 from experiments.paper.scales import Scale
 from experiments.sweeps.runs import Run
 from imp_jax.errors import lookup
 
-GROUPS = (stabilisation, weight_decay, repellent, distances, paths, networks, one_shot, claims)
+# each module has a tuple FIGURES
+GROUPS = (stabilisation, weight_decay, repellent, distances, paths, networks, one_shot, claims_report)
+TABLES = ("table1", "tablec", "claims")  # follow the figures, in this order
 
 
-_ALL = {exhibit.id: exhibit for group in GROUPS for exhibit in group.FIGURES}
-# in the paper's order
-FIGURES = {name: _ALL[name] for name in (*(f"fig{n}" for n in range(1, 24)), "table1", "tablec", "claims")}
+def collect_figures(groups: Iterable[ModuleType]) -> dict[str, PaperFigure]:
+    """Collect the figures of all groups by name, in the paper's order.
 
-
-def named(ids: Sequence[str]) -> list[PaperFigure]:
-    """The exhibits called `ids`, such as fig14 or Fig14; of none all.
+    The order is fig1, fig2, …; then `TABLES`; then all other names, in the order of the groups.
 
     Raises:
-      UserError: an unknown name.
+      ValueError: two figures have the same name.
     """
-    return [lookup(FIGURES, "the figure", name.lower()) for name in ids] or list(FIGURES.values())
+    figures = {}
+    for group in groups:
+        for figure in group.FIGURES:
+            if figure.name in figures:
+                raise ValueError(f"two figures are called {figure.name!r}; the second is in {group.__name__}")
+            figures[figure.name] = figure
+    return dict(sorted(figures.items(), key=lambda item: _position_in_paper(item[0])))
 
 
-def runs_of(exhibits: Iterable[PaperFigure], scale: Scale) -> list[Run]:
-    """The runs that exhibits are drawn of, each once."""
-    return list(dict.fromkeys(run for exhibit in exhibits for run in exhibit.runs(scale)))
+def _position_in_paper(name):
+    """Return a sort key; `sorted` keeps the order of names with equal keys."""
+    if number := re.fullmatch(r"fig(\d+)", name):
+        return 0, int(number[1])
+    if name in TABLES:
+        return 1, TABLES.index(name)
+    return 2, 0
+
+
+FIGURES = collect_figures(GROUPS)
+
+
+def select_figures(names: Sequence[str]) -> list[PaperFigure]:
+    """Return the figures with these names, such as fig14 or Fig14, or all figures if there are no names.
+
+    Raises:
+      UserError: a name is unknown.
+    """
+    return [lookup(FIGURES, "the figure", name.lower()) for name in names] or list(FIGURES.values())
+
+
+def list_runs(figures: Iterable[PaperFigure], scale: Scale) -> list[Run]:
+    """List the runs that figures need, each run once."""
+    return list(dict.fromkeys(run for figure in figures for run in figure.runs(scale)))

@@ -1,29 +1,35 @@
-"""How similar the networks of pruning rounds are (section 4, figures 4, 5, 9 to 11, 18, 19, 21, 22)."""
+"""Figures 4, 5, 9 to 11, 18, 19, 21 and 22 (section 4): how similar the networks of pruning rounds are."""
 
 from matplotlib.figure import Figure
 
-from experiments.paper.panels import Finished, PaperFigure, histograms, matrices
+from experiments.paper.panels import Finished, PaperFigure, draw_histograms, draw_matrices
 from experiments.paper.scales import Scale
-from experiments.paper.stabilisation import over_batch_sizes, over_stability
+from experiments.paper.stabilisation import list_batch_size_runs, list_conv4_stability_runs
 from experiments.sweeps.runs import Run
 
 ARMS = {"imp": "IMP", "reinit": "reinitialisation"}
 
 
-def at_some_batch_sizes(scale: Scale) -> list[Run]:
-    return [scale.batch(size) for size in scale.compared]
+def list_fig4_runs(scale: Scale) -> list[Run]:
+    """List the runs at the batch sizes of figure 4."""
+    return [scale.make_resnet20_run(size) for size in scale.fig4_batch_sizes]
 
 
-def unstable_and_stable(scale: Scale) -> list[Run]:
-    return [scale.batch(scale.unstable), scale.batch(scale.stable)]
+def list_unstable_and_stable_runs(scale: Scale) -> list[Run]:
+    """List the runs at the unstable and at the stable batch size."""
+    return [scale.make_resnet20_run(scale.unstable), scale.make_resnet20_run(scale.stable)]
 
 
-def of_lenet(scale: Scale) -> list[Run]:
+def list_lenet_run(scale: Scale) -> list[Run]:
+    """List LeNet's run."""
     return [scale.lenet]
 
 
-def layout(runs: list[Run]) -> list[list[tuple[str, Run, str]]]:
-    """A row an arm, a column a run of some batch size; of one run, IMP and its control side by side."""
+def lay_out_panels(runs: list[Run]) -> list[list[tuple[str, Run, str]]]:
+    """Return rows of (title, run, arm): one row per arm and one column per run.
+
+    For a single run, IMP and its control are next to each other in one row.
+    """
     if len(runs) == 1:
         return [[(words, runs[0], arm) for arm, words in ARMS.items()]]
     return [
@@ -31,28 +37,28 @@ def layout(runs: list[Run]) -> list[list[tuple[str, Run, str]]]:
     ]
 
 
-def _matrices(id, runs, metric="angular", shows="angles between rounds"):
+def _make_matrices(name, runs, metric="angular", shows="angles between rounds"):
     def draw(scale: Scale, finished: Finished) -> Figure:
-        return matrices(finished, layout(runs(scale)), metric)
+        return draw_matrices(finished, lay_out_panels(runs(scale)), metric)
 
-    return PaperFigure(id, shows, runs, draw)
+    return PaperFigure(name, shows, runs, draw)
 
 
-def _histograms(id, runs):
+def _make_histograms(name, runs):
     def draw(scale: Scale, finished: Finished) -> Figure:
-        return histograms(finished, layout(runs(scale)))
+        return draw_histograms(finished, lay_out_panels(runs(scale)))
 
-    return PaperFigure(id, "histograms of the weights after round 10", runs, draw)
+    return PaperFigure(name, "histograms of the weights after round 10", runs, draw)
 
 
 FIGURES = (
-    _matrices("fig4", at_some_batch_sizes),
-    _histograms("fig5", unstable_and_stable),
-    _matrices("fig9", over_batch_sizes),
-    _matrices("fig10", over_batch_sizes, "cosine", "cosine distances between rounds"),
-    _matrices("fig11", over_batch_sizes, "euclidean", "Euclidean distances between rounds"),
-    _matrices("fig18", of_lenet),
-    _histograms("fig19", of_lenet),
-    _matrices("fig21", over_stability),
-    _histograms("fig22", over_stability),
+    _make_matrices("fig4", list_fig4_runs),
+    _make_histograms("fig5", list_unstable_and_stable_runs),
+    _make_matrices("fig9", list_batch_size_runs),
+    _make_matrices("fig10", list_batch_size_runs, "cosine", "cosine distances between rounds"),
+    _make_matrices("fig11", list_batch_size_runs, "euclidean", "Euclidean distances between rounds"),
+    _make_matrices("fig18", list_lenet_run),
+    _make_histograms("fig19", list_lenet_run),
+    _make_matrices("fig21", list_conv4_stability_runs),
+    _make_histograms("fig22", list_conv4_stability_runs),
 )

@@ -1,4 +1,4 @@
-"""The paper's claims C1 to C11, each as quantities of finished runs and what they should be if it is true."""
+"""The paper's claims C1 to C11: for each one, quantities of finished runs and the values that it predicts."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -18,26 +18,24 @@ from experiments.paper.quantities import (
     barrier,
     imp_minus_reinit,
     instability,
-    peak,
-    plateau,
+    plateau_end_round,
+    threshold_peak_round,
     threshold_ratio,
     zero_bin_over_peak,
 )
 from experiments.paper.scales import Scale
 from experiments.sweeps.runs import Run
 
-CONNECTED = 2.0  # points of error; a barrier below it is none (Frankle et al. 2020a, section 3)
+CONNECTED = 2.0  # points of error: below this barrier, networks are connected (Frankle et al. 2020a, section 3)
 SMALL, NEAR_ORTHOGONAL = 0.5, 0.75  # angles (ours)
-PART_OF_LEAD_PCT, LEVEL_POINTS = (
-    25,
-    1.0,
-)  # % of a lead, and points of accuracy, within which there is no difference (ours)
-HALF = 0.5  # of the height of a peak: a valley that parts two modes is lower (ours)
-TWO_DIGITS = "{:.2f}"  # of angles and ratios
+PART_OF_LEAD_PCT = 25  # a smaller part of a lead counts as no lead (ours)
+LEVEL_POINTS = 1.0  # a smaller difference in accuracy counts as none (ours)
+HALF = 0.5  # a valley between two modes is lower than this part of the peak (ours)
+TWO_DIGITS = "{:.2f}"  # for angles and ratios
 
 
 class Expected(NamedTuple):
-    """What the numbers of the replicates should be if the claim is true."""
+    """A condition on the numbers of the replicates that the claim predicts."""
 
     words: str
     holds: Callable[[Values], bool]
@@ -45,144 +43,169 @@ class Expected(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Quantity:
-    """What is measured in finished runs."""
+    """A number that is measured in finished runs, once per replicate.
+
+    Attributes:
+      words: what it is, with its unit.
+      runs: the runs that it is measured in.
+      measure: computes it from the tables of `runs`.
+      expected: what the claim predicts.
+      pattern: how its values are formatted.
+    """
 
     words: str
     runs: tuple[Run, ...]
-    of: Callable[..., Values]  # the tables of `runs`
+    measure: Callable[..., Values]
     expected: Expected
-    form: str = "{:.1f}"
+    pattern: str = "{:.1f}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
+    """A claim of the paper. It holds if all its quantities are as expected."""
+
     id: str
     words: str
     quantities: Callable[[Scale], Sequence[Quantity]]
 
 
-def above(limit: float) -> Expected:
-    """Above `limit` in every replicate."""
+def expect_above(limit: float) -> Expected:
+    """Expect values above `limit` in every replicate."""
     return Expected(f"> {limit:g}", lambda values: (values > limit).all())
 
 
-def below(limit: float) -> Expected:
-    """Below `limit` in every replicate."""
+def expect_below(limit: float) -> Expected:
+    """Expect values below `limit` in every replicate."""
     return Expected(f"< {limit:g}", lambda values: (values < limit).all())
 
 
-def stable_wins(scale: Scale) -> list[Quantity]:
-    stable = (scale.batch(scale.stable),)
+def quantify_c1(scale: Scale) -> list[Quantity]:
+    """Compare the stable IMP with its reinit at medium and high sparsity."""
+    stable = (scale.make_resnet20_run(scale.stable),)
     return [
         Quantity(
-            "IMP − reinit at medium sparsity (points)", stable, lambda r: imp_minus_reinit(r, MEDIUM), above(0)
+            "IMP − reinit at medium sparsity (points)",
+            stable,
+            lambda r: imp_minus_reinit(r, MEDIUM),
+            expect_above(0),
         ),
         Quantity(
-            "IMP − reinit at high sparsity (points)", stable, lambda r: imp_minus_reinit(r, HIGH), above(0)
+            "IMP − reinit at high sparsity (points)",
+            stable,
+            lambda r: imp_minus_reinit(r, HIGH),
+            expect_above(0),
         ),
     ]
 
 
-def unstable_does_not(scale: Scale) -> list[Quantity]:
-    runs = (scale.batch(scale.stable), scale.batch(scale.unstable))
+def quantify_c2(scale: Scale) -> list[Quantity]:
+    """Compare the lead of the unstable IMP over its reinit with the stable one's."""
+    runs = (scale.make_resnet20_run(scale.stable), scale.make_resnet20_run(scale.unstable))
     no_lead = Expected(f"mean < {PART_OF_LEAD_PCT}", lambda values: values.mean() < PART_OF_LEAD_PCT)
 
-    def over_stable(band):
+    def lead_over_stable(band):
         return lambda stable, unstable: (
             100 * imp_minus_reinit(unstable, band) / imp_minus_reinit(stable, band).mean()
         )
 
     words = "IMP − reinit over that at the stable batch size"
     return [
-        Quantity(f"{words}, medium sparsity (%)", runs, over_stable(MEDIUM), no_lead, "{:.0f}"),
-        Quantity(f"{words}, high sparsity (%)", runs, over_stable(HIGH), no_lead, "{:.0f}"),
+        Quantity(f"{words}, medium sparsity (%)", runs, lead_over_stable(MEDIUM), no_lead, "{:.0f}"),
+        Quantity(f"{words}, high sparsity (%)", runs, lead_over_stable(HIGH), no_lead, "{:.0f}"),
     ]
 
 
-def instability_tells(scale: Scale) -> list[Quantity]:
-    unstable, stable = (scale.batch(scale.unstable),), (scale.batch(scale.stable),)
-    all_sizes = tuple(stabilisation.over_batch_sizes(scale))
+def quantify_c3(scale: Scale) -> list[Quantity]:
+    """Compare instability where IMP fails and where it wins, and across rounds."""
+    unstable, stable = (scale.make_resnet20_run(scale.unstable),), (scale.make_resnet20_run(scale.stable),)
+    all_sizes = tuple(stabilisation.list_batch_size_runs(scale))
     early, medium, late = scale.resnet20.config.instability.rounds
 
-    def over_rounds(run):
+    def mean_instability(run):
         return sum(instability(run, number) for number in (early, medium, late)) / 3
 
-    def medium_first(*runs):
-        at = {n: sum(instability(run, n) for run in runs) / len(runs) for n in (early, medium, late)}
-        return np.minimum(at[early], at[late]) - at[medium]
+    def lead_of_medium(*runs):
+        means = {n: sum(instability(run, n) for run in runs) / len(runs) for n in (early, medium, late)}
+        return np.minimum(means[early], means[late]) - means[medium]
 
     words = f"instability, lower of rounds {early} and {late} − round {medium}, all batch sizes"
     return [
-        Quantity("instability, unstable (points)", unstable, over_rounds, above(CONNECTED)),
-        Quantity("instability, stable (points)", stable, over_rounds, below(CONNECTED)),
-        Quantity(words, all_sizes, medium_first, above(0)),
+        Quantity("instability, unstable (points)", unstable, mean_instability, expect_above(CONNECTED)),
+        Quantity("instability, stable (points)", stable, mean_instability, expect_below(CONNECTED)),
+        Quantity(words, all_sizes, lead_of_medium, expect_above(0)),
     ]
 
 
-def repulsion_undoes_it(scale: Scale) -> list[Quantity]:
-    of_networks = {  # at a smaller scale one may stand for several
-        tuple(repellent.of_conv4(scale)): "Conv-4",
-        tuple(repellent.of_lenet(scale)): "LeNet",
-        tuple(repellent.of_resnet20(scale)[:2]): "batch size of fig. 3",
+def quantify_c4(scale: Scale) -> list[Quantity]:
+    """Compare repelled IMP and reinit with the plain ones, for each network."""
+    names_by_runs = {  # at a smaller scale, one network may stand for several
+        tuple(repellent.list_conv4_runs(scale)): "Conv-4",
+        tuple(repellent.list_lenet_runs(scale)): "LeNet",
+        tuple(repellent.list_resnet20_runs(scale)[:2]): "batch size of fig. 3",
     }
     bands = (MEDIUM, HIGH)
 
-    def kept(plain, repelled):
-        beyond = accuracy(repelled, "imp", *bands) - accuracy(plain, "reinit", *bands)
-        return 100 * beyond / imp_minus_reinit(plain, *bands).mean()
+    def remaining_lead(plain, repelled):
+        lead = accuracy(repelled, "imp", *bands) - accuracy(plain, "reinit", *bands)
+        return 100 * lead / imp_minus_reinit(plain, *bands).mean()
 
-    def control(plain, repelled):
+    def control_difference(plain, repelled):
         return accuracy(repelled, "reinit", *bands) - accuracy(plain, "reinit", *bands)
 
     quantities = []
-    for runs, words in reversed(of_networks.items()):
-        part = Expected(
+    for runs, words in reversed(names_by_runs.items()):
+        no_lead = Expected(
             f"mean within ±{PART_OF_LEAD_PCT}", lambda values: abs(values.mean()) < PART_OF_LEAD_PCT
         )
         level = Expected(f"mean within ±{LEVEL_POINTS:g}", lambda values: abs(values.mean()) < LEVEL_POINTS)
         quantities += [
             Quantity(
-                f"IMP − reinit, {words} (points)", runs[:1], lambda r: imp_minus_reinit(r, *bands), above(0)
+                f"IMP − reinit, {words} (points)",
+                runs[:1],
+                lambda r: imp_minus_reinit(r, *bands),
+                expect_above(0),
             ),
-            Quantity(f"repelled IMP − reinit over that, {words} (%)", runs, kept, part, "{:.0f}"),
-            Quantity(f"repelled reinit − reinit, {words} (points)", runs, control, level),
+            Quantity(f"repelled IMP − reinit over that, {words} (%)", runs, remaining_lead, no_lead, "{:.0f}"),
+            Quantity(f"repelled reinit − reinit, {words} (points)", runs, control_difference, level),
         ]
     return quantities
 
 
-def attraction_helps(scale: Scale) -> list[Quantity]:
-    unstable, attracted = repellent.of_resnet20(scale)[2:]
+def quantify_c5(scale: Scale) -> list[Quantity]:
+    """Compare attracted IMP with plain and rewound IMP, and attracted with plain reinit."""
+    unstable, attracted = repellent.list_resnet20_runs(scale)[2:]
     rewound = unstable.with_overrides(rewind_step=scale.rewind_step)
 
     def difference(arm):
-        return lambda one, other: accuracy(other, arm, MEDIUM) - accuracy(one, arm, MEDIUM)
+        return lambda baseline, attracted: accuracy(attracted, arm, MEDIUM) - accuracy(baseline, arm, MEDIUM)
 
     return [
         Quantity(
             "attracted − plain IMP, medium sparsity (points)",
             (unstable, attracted),
             difference("imp"),
-            above(0),
+            expect_above(0),
         ),
         Quantity(
             "attracted − rewound IMP, medium sparsity (points)",
             (rewound, attracted),
             difference("imp"),
-            below(0),
+            expect_below(0),
         ),
         Quantity(
             "attracted − plain reinit, medium sparsity (points)",
             (unstable, attracted),
             difference("reinit"),
-            below(0),
+            expect_below(0),
         ),
     ]
 
 
-def stable_comes_back(scale: Scale) -> list[Quantity]:
-    unstable, stable = (scale.batch(scale.unstable),), (scale.batch(scale.stable),)
+def quantify_c6(scale: Scale) -> list[Quantity]:
+    """Compare the angles between rounds of stable and unstable IMP and of the reinits."""
+    unstable, stable = (scale.make_resnet20_run(scale.unstable),), (scale.make_resnet20_run(scale.stable),)
 
-    def outside(run):
+    def outer_angle(run):
         return np.minimum(angle(run, "imp", LOW), angle(run, "imp", HIGH, VERY_HIGH))
 
     return [
@@ -190,140 +213,154 @@ def stable_comes_back(scale: Scale) -> list[Quantity]:
             "angle, stable IMP, medium sparsity",
             stable,
             lambda r: angle(r, "imp", MEDIUM),
-            below(SMALL),
+            expect_below(SMALL),
             TWO_DIGITS,
         ),
         Quantity(
             "angle, unstable IMP, medium sparsity",
             unstable,
             lambda r: angle(r, "imp", MEDIUM),
-            above(NEAR_ORTHOGONAL),
+            expect_above(NEAR_ORTHOGONAL),
             TWO_DIGITS,
         ),
         Quantity(
             "angle, stable reinit, medium sparsity",
             stable,
             lambda r: angle(r, "reinit", MEDIUM),
-            above(NEAR_ORTHOGONAL),
+            expect_above(NEAR_ORTHOGONAL),
             TWO_DIGITS,
         ),
         Quantity(
             "angle, unstable reinit, medium sparsity",
             unstable,
             lambda r: angle(r, "reinit", MEDIUM),
-            above(NEAR_ORTHOGONAL),
+            expect_above(NEAR_ORTHOGONAL),
             TWO_DIGITS,
         ),
         Quantity(
             "angle, stable IMP, lower or higher − medium sparsity",
             stable,
-            lambda r: outside(r) - angle(r, "imp", MEDIUM),
-            above(0),
+            lambda r: outer_angle(r) - angle(r, "imp", MEDIUM),
+            expect_above(0),
             TWO_DIGITS,
         ),
     ]
 
 
-def two_modes(scale: Scale) -> list[Quantity]:
-    stable = (scale.batch(scale.stable),)
+def quantify_c7(scale: Scale) -> list[Quantity]:
+    """Look for a valley at zero in the weights' histograms."""
+    stable = (scale.make_resnet20_run(scale.stable),)
     words = "histogram of round 10 at zero over its peak, stable"
     return [
-        Quantity(f"{words} IMP", stable, lambda run: zero_bin_over_peak(run, "imp"), below(HALF), TWO_DIGITS),
         Quantity(
-            f"{words} reinit", stable, lambda run: zero_bin_over_peak(run, "reinit"), above(HALF), TWO_DIGITS
+            f"{words} IMP", stable, lambda run: zero_bin_over_peak(run, "imp"), expect_below(HALF), TWO_DIGITS
+        ),
+        Quantity(
+            f"{words} reinit",
+            stable,
+            lambda run: zero_bin_over_peak(run, "reinit"),
+            expect_above(HALF),
+            TWO_DIGITS,
         ),
     ]
 
 
-def threshold_rises(scale: Scale) -> list[Quantity]:
-    stable = (scale.batch(scale.stable),)
+def quantify_c8(scale: Scale) -> list[Quantity]:
+    """Compare IMP's pruning threshold with its reinit's."""
+    stable = (scale.make_resnet20_run(scale.stable),)
     return [
         Quantity(
             "threshold, IMP over reinit, medium sparsity",
             stable,
             lambda r: threshold_ratio(r, MEDIUM),
-            above(1),
+            expect_above(1),
             TWO_DIGITS,
         ),
         Quantity(
             "threshold, IMP over reinit, high sparsity",
             stable,
             lambda r: threshold_ratio(r, HIGH),
-            above(1),
+            expect_above(1),
             TWO_DIGITS,
         ),
     ]
 
 
-def weight_decay_hurts(scale: Scale) -> list[Quantity]:
-    runs = tuple(weight_decay.with_and_without(scale))
+def quantify_c9(scale: Scale) -> list[Quantity]:
+    """Compare the threshold's peak and the plateau without and with weight decay."""
+    runs = tuple(weight_decay.list_weight_decay_runs(scale))
     return [
         Quantity(
             "threshold's peak, without − with weight decay (rounds)",
             runs,
-            lambda w, wo: peak(wo) - peak(w),
-            above(0),
+            lambda decay, none: threshold_peak_round(none) - threshold_peak_round(decay),
+            expect_above(0),
         ),
         Quantity(
             "end of the plateau, without − with (rounds)",
             runs,
-            lambda w, wo: plateau(wo) - plateau(w),
-            above(0),
+            lambda decay, none: plateau_end_round(none) - plateau_end_round(decay),
+            expect_above(0),
         ),
     ]
 
 
-def connected_at_medium(scale: Scale) -> list[Quantity]:
-    stable = tuple(paths.of_stable(scale))
+def quantify_c10(scale: Scale) -> list[Quantity]:
+    """Compare the barriers between successive optima across bands of sparsity."""
+    stable = tuple(paths.list_stable_run(scale))
     return [
-        Quantity("barrier, medium sparsity (points)", stable, lambda r: barrier(r, MEDIUM), below(CONNECTED)),
-        Quantity("barrier, low sparsity (points)", stable, lambda r: barrier(r, LOW), above(CONNECTED)),
         Quantity(
-            "barrier, very high sparsity (points)", stable, lambda r: barrier(r, VERY_HIGH), above(CONNECTED)
+            "barrier, medium sparsity (points)", stable, lambda r: barrier(r, MEDIUM), expect_below(CONNECTED)
+        ),
+        Quantity("barrier, low sparsity (points)", stable, lambda r: barrier(r, LOW), expect_above(CONNECTED)),
+        Quantity(
+            "barrier, very high sparsity (points)",
+            stable,
+            lambda r: barrier(r, VERY_HIGH),
+            expect_above(CONNECTED),
         ),
     ]
 
 
-def checkerboard(scale: Scale) -> list[Quantity]:
-    runs = tuple(repellent.last_optimum_only(scale))
+def quantify_c11(scale: Scale) -> list[Quantity]:
+    """Compare angles between neighbouring rounds and between rounds two apart."""
+    runs = tuple(repellent.list_last_optimum_run(scale))
 
-    def apart(number):
-        return lambda run: angle(run, "imp", MEDIUM, HIGH, VERY_HIGH, apart=number)
+    def angle_apart(apart):
+        return lambda run: angle(run, "imp", MEDIUM, HIGH, VERY_HIGH, apart=apart)
 
     return [
-        Quantity("angle of neighbours, IMP", runs, apart(1), above(NEAR_ORTHOGONAL), TWO_DIGITS),
-        Quantity("angle of rounds two apart, IMP", runs, apart(2), below(SMALL), TWO_DIGITS),
+        Quantity("angle of neighbours, IMP", runs, angle_apart(1), expect_above(NEAR_ORTHOGONAL), TWO_DIGITS),
+        Quantity("angle of rounds two apart, IMP", runs, angle_apart(2), expect_below(SMALL), TWO_DIGITS),
     ]
 
 
 CLAIMS = (
-    Claim("C1", "Stable IMP beats its reinit at medium and high sparsity", stable_wins),
-    Claim("C2", "At a small batch it does not", unstable_does_not),
+    Claim("C1", "Stable IMP beats its reinit at medium and high sparsity", quantify_c1),
+    Claim("C2", "At a small batch it does not", quantify_c2),
     Claim(
         "C3",
         "Instability is high where IMP fails, near zero where it wins; medium sparsity stabilises first",
-        instability_tells,
+        quantify_c3,
     ),
-    Claim("C4", "Repulsion takes IMP down to the plain reinit, and leaves the reinit", repulsion_undoes_it),
-    Claim(
-        "C5", "Attraction helps unstable IMP, but less than rewinding; it hurts the reinit", attraction_helps
-    ),
+    Claim("C4", "Repulsion takes IMP down to the plain reinit, and leaves the reinit", quantify_c4),
+    Claim("C5", "Attraction helps unstable IMP, but less than rewinding; it hurts the reinit", quantify_c5),
     Claim(
         "C6",
         "Angles are small for stable IMP, smallest at medium sparsity; near 1 for unstable IMP and reinit",
-        stable_comes_back,
+        quantify_c6,
     ),
-    Claim("C7", "The weights of stable IMP have two modes at round 10, those of its reinit one", two_modes),
-    Claim("C8", "IMP's threshold rises above its reinit's", threshold_rises),
+    Claim("C7", "The weights of stable IMP have two modes at round 10, those of its reinit one", quantify_c7),
+    Claim("C8", "IMP's threshold rises above its reinit's", quantify_c8),
     Claim(
         "C9",
         "Without weight decay the threshold collapses later, and the plateau is longer",
-        weight_decay_hurts,
+        quantify_c9,
     ),
     Claim(
         "C10",
         "Successive optima are linearly connected at medium sparsity, not at very low or high",
-        connected_at_medium,
+        quantify_c10,
     ),
-    Claim("C11", "Repelled from the last optimum only, IMP goes back and forth between two", checkerboard),
+    Claim("C11", "Repelled from the last optimum only, IMP goes back and forth between two", quantify_c11),
 )

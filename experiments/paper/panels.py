@@ -1,10 +1,10 @@
-"""How the figures of a sweep are declared, and the panels they are made of.
+"""Declare what a figure of the paper is, and draw the panels that figures consist of.
 
-A panel draws what there is of a run: of one under way its rounds so far, of one not begun the words "not run".
+A panel draws the finished rounds of a run; for a run without any, it shows the words "not run".
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -14,42 +14,49 @@ from rich.console import Console
 
 from experiments.paper.scales import Scale
 from experiments.sweeps.runs import Run
-from imp_jax import analysis, figures
+from experiments.sweeps.sweep import Finished
+from imp_jax import figures
 from imp_jax.workdir.progress import make_console
 
 BLUE, GREEN, ORANGE = "#0072B2", "#009E73", "#D55E00"
 SERIES = (BLUE, ORANGE, GREEN, "#CC79A7")
 ARMS = {"imp": {"linestyle": "-", "marker": "o"}, "reinit": {"linestyle": "--", "marker": "s"}}
-COLUMNS = {  # of results.csv: factor, label
+COLUMNS = {  # columns of results.csv: factor, label
     "test_accuracy": (100, "Test accuracy (%)"),
     "threshold": (1, "Pruning threshold"),
 }
 NOT_RUN = "not run"
-Y_RANGE_POINTS = (
-    15  # points of accuracy below the best; what falls further leaves the panel, or the rest would be a line
-)
-
-Finished = Mapping[Run, analysis.Run]  # the runs of which there is a round at least
+Y_RANGE_POINTS = 15  # the y axis reaches so many points below the best accuracy; lower curves are clipped
 
 
 @dataclasses.dataclass(frozen=True)
 class PaperFigure:
-    """A figure or a table of the paper."""
+    """A figure or a table of the paper.
 
-    id: str
+    Attributes:
+      name: such as fig14 or table1; also the name of its file.
+      shows: what it shows, in a few words.
+      runs: lists the runs that it needs.
+      draw: draws it from those runs that have a finished round; a table is returned as Markdown.
+    """
+
+    name: str
     shows: str
     runs: Callable[[Scale], Sequence[Run]]
-    draw: Callable[[Scale, Finished], Figure | str]  # a table is Markdown
+    draw: Callable[[Scale, Finished], Figure | str]
 
 
-def curves(
+def draw_curves(
     axes: Axes, finished: Finished, series: Sequence[tuple[str, str, Run]], column: str = "test_accuracy"
 ) -> None:
-    """A column of results.csv over density: IMP solid, its reinit dashed, for each (label, colour, run).
+    """Draw a column of results.csv over density: IMP as a solid line, its reinit as a dashed one.
 
-    Of accuracy `Y_RANGE_POINTS` points are shown, with all panels of a figure on one axis.
+    The y axis of accuracy covers `Y_RANGE_POINTS` points and is the same in all panels of a figure.
+
+    Args:
+      series: (label, colour, run) of each pair of lines.
     """
-    scale, label = COLUMNS[column]
+    factor, label = COLUMNS[column]
     lowest = []
     for name, color, run in series:
         if run not in finished:
@@ -58,11 +65,11 @@ def curves(
         for arm, style in ARMS.items():
             if len(rows := results[results["arm"] == arm]):
                 words = f"{name}, {figures.LABELS[arm]}" if name else figures.LABELS[arm]
-                figures.draw_mean(axes, rows, column, scale, label=words, color=color, **style)
+                figures.draw_mean(axes, rows, column, factor, label=words, color=color, **style)
                 lowest.append(rows["density"].min())
     axes.set_ylabel(label)
     if not lowest:
-        return blank(axes)
+        return mark_not_run(axes)
     figures.density_axis(axes, min(lowest))
     if column == "test_accuracy":
         lines = [line for each in axes.figure.axes for line in each.get_lines() if each.get_ylabel() == label]
@@ -70,11 +77,11 @@ def curves(
         axes.set_ylim(max(points.min(), points.max() - Y_RANGE_POINTS) - 1, points.max() + 1)
 
 
-def matrices(
+def draw_matrices(
     finished: Finished, rows: Sequence[Sequence[tuple[str, Run, str]]], metric: str = "angular"
 ) -> Figure:
-    """Matrices of distances between rounds, of (title, run, arm) a panel, with one colour scale."""
-    figure, panels = _grid(rows, width=2.6, height=2.95, sharey=True)
+    """Draw matrices of distances between rounds, one panel per (title, run, arm), with one colour scale."""
+    figure, panels = _make_panels(rows, width=2.6, height=2.95, sharey=True)
     runs = [run for row in rows for _, run, _ in row if run in finished]
     tables = {run: finished[run].distances[finished[run].distances["metric"] == metric] for run in runs}
     limit = max((figures.distance_limit(table, metric) for table in tables.values() if len(table)), default=1.0)
@@ -82,7 +89,7 @@ def matrices(
     for axes, (title, run, arm) in panels:
         table = tables.get(run)
         if table is None or not (table["arm"] == arm).any():
-            blank(axes)
+            mark_not_run(axes)
         else:
             image = figures.draw_distances(axes, table, metric, arm, limit)
         axes.set_title(title, fontsize="medium")
@@ -95,18 +102,24 @@ def matrices(
     return figure
 
 
-def histograms(finished: Finished, rows: Sequence[Sequence[tuple[str, Run, str]]], number: int = 10) -> Figure:
-    """The surviving weights after round `number`, of (title, run, arm) a panel, an axis a run."""
-    figure, panels = _grid(rows, width=3, height=2.4)
+def draw_histograms(
+    finished: Finished, rows: Sequence[Sequence[tuple[str, Run, str]]], number: int = 10
+) -> Figure:
+    """Draw histograms of the surviving weights, one panel per (title, run, arm), with one x axis per run.
+
+    Args:
+      number: the round after which the weights are shown, or the last one of a run that has fewer.
+    """
+    figure, panels = _make_panels(rows, width=3, height=2.4)
     limits = {}
     for axes, (title, run, arm) in panels:
         table = finished[run].histograms if run in finished else pd.DataFrame({"round": [], "arm": []})
-        there = min(number, table["round"].max()) if len(table) else number
-        if not ((table["round"] == there) & (table["arm"] == arm)).any():
-            blank(axes)
+        shown_round = min(number, table["round"].max()) if len(table) else number
+        if not ((table["round"] == shown_round) & (table["arm"] == arm)).any():
+            mark_not_run(axes)
         else:
-            limits[run] = max(limits.get(run, 0), figures.draw_histogram(axes, table, there, arm))
-        axes.set_title(title if there == number else f"{title}, round {there}", fontsize="medium")
+            limits[run] = max(limits.get(run, 0), figures.draw_histogram(axes, table, shown_round, arm))
+        axes.set_title(title if shown_round == number else f"{title}, round {shown_round}", fontsize="medium")
     for axes, (_, run, _) in panels:
         if run in limits:
             axes.set_xlim(-limits[run], limits[run])
@@ -117,22 +130,24 @@ def histograms(finished: Finished, rows: Sequence[Sequence[tuple[str, Run, str]]
     return figure
 
 
-def barrier(axes: Axes, finished: Finished, run: Run) -> None:
-    """The largest rise of the test error between the optima of successive rounds over density."""
+def draw_barrier(axes: Axes, finished: Finished, run: Run) -> None:
+    """Draw the error barrier between the optima of successive rounds over density, on test images."""
     table = finished[run].barriers if run in finished else pd.DataFrame({"kind": []})
     if not len(table := table[table["kind"] == "successive"]):
-        return blank(axes)
+        return mark_not_run(axes)
     figures.draw_barriers(axes, table, finished[run].results, splits=["test"])
 
 
-def blank(axes: Axes) -> None:
-    """A panel of which nothing has been run yet."""
+def mark_not_run(axes: Axes) -> None:
+    """Write "not run" into a panel and hide its ticks."""
     axes.text(0.5, 0.5, NOT_RUN, transform=axes.transAxes, ha="center", va="center", color="#999999")
-    axes.tick_params(left=False, labelleft=False, bottom=False, labelbottom=False)  # axes may be shared
+    axes.tick_params(
+        left=False, labelleft=False, bottom=False, labelbottom=False
+    )  # not the locators, which panels may share
 
 
-def common_legend(figure: Figure) -> None:
-    """One legend below all panels, with each label once."""
+def add_common_legend(figure: Figure) -> None:
+    """Add one legend below all panels, with each label once."""
     labels = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -143,16 +158,16 @@ def common_legend(figure: Figure) -> None:
         )
 
 
-def wide_console() -> Console:
-    """The terminal, or a file whose lines are long enough for a table."""
+def make_wide_console() -> Console:
+    """Return a console; if the output is not a terminal, its lines are long enough for a table."""
     console = make_console()
     if not console.is_terminal:
         console.width = 180
     return console
 
 
-def grid(count: int, columns: int, width: float = 3.3, height: float = 2.6) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels in rows of `columns`, with one y axis."""
+def make_grid(count: int, columns: int, width: float = 3.3, height: float = 2.6) -> tuple[Figure, list[Axes]]:
+    """Create a figure of `count` panels in rows of `columns`, with a shared y axis."""
     rows = -(-count // columns)
     figure = Figure(figsize=(width * columns, height * rows + 0.6), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
@@ -161,7 +176,7 @@ def grid(count: int, columns: int, width: float = 3.3, height: float = 2.6) -> t
     return figure, panels[:count]
 
 
-def _grid(rows, width, height, **options):
+def _make_panels(rows, width, height, **options):
     figure = Figure(figsize=(width * len(rows[0]) + 0.9, height * len(rows)), layout="constrained")
     panels = figure.subplots(len(rows), len(rows[0]), squeeze=False, **options)
     return figure, list(zip(panels.flat, (panel for row in rows for panel in row), strict=True))

@@ -1,60 +1,71 @@
-"""Which successive optima are linearly connected (section 4.3, figures 8, 20 and 23)."""
+"""Figures 8, 20 and 23 (section 4.3): which successive optima are linearly connected."""
 
 from collections.abc import Callable
 from functools import partial
 
 from matplotlib.figure import Figure
 
-from experiments.paper.panels import Finished, PaperFigure, barrier, blank, grid
+from experiments.paper.panels import Finished, PaperFigure, draw_barrier, make_grid, mark_not_run
 from experiments.paper.scales import Scale
 from experiments.sweeps.runs import Run
 from imp_jax import figures
 
 
-def of_stable(scale: Scale) -> list[Run]:
-    return [scale.batch(scale.stable)]
+def list_stable_run(scale: Scale) -> list[Run]:
+    """List the run at the stable batch size."""
+    return [scale.make_resnet20_run(scale.stable)]
 
 
-def of_lenet(scale: Scale) -> list[Run]:
+def list_lenet_run(scale: Scale) -> list[Run]:
+    """List LeNet's run."""
     return [scale.lenet]
 
 
-def of_conv4(scale: Scale) -> list[Run]:
+def list_conv4_run(scale: Scale) -> list[Run]:
+    """List Conv-4's run."""
     return [scale.conv4]
 
 
-def paths_and_barrier(scale: Scale, finished: Finished) -> Figure:
-    """Paths at a low, a medium and a high sparsity on the left, the barrier over density on the right."""
-    (run,) = of_stable(scale)
+def draw_paths_and_barrier(scale: Scale, finished: Finished) -> Figure:
+    """Draw paths at a low, a medium and a high sparsity on the left, the barrier over density on the right."""
+    (run,) = list_stable_run(scale)
     figure = Figure(figsize=(7.6, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     last = run.config.rounds - 1
-    rounds = sorted(
-        {1, round(0.4 * last), round(0.8 * last)}
-    )  # at 25 trainings densities of 80, 10.7 and 1.4 %
-    paths = finished[run].paths if run in finished else None
-    there = (
-        []
-        if paths is None
-        else [n for n in rounds if ((paths["kind"] == "successive") & (paths["round"] == n)).any()]
-    )
-    if there:
-        figures.draw_paths(left, paths[paths["kind"] == "successive"], finished[run].results, there)
+    # in a run of 25 rounds at densities of 80, 10.7 and 1.4 %
+    rounds = sorted({1, round(0.4 * last), round(0.8 * last)})
+    available_rounds = []
+    if run in finished:
+        paths = finished[run].paths
+        paths = paths[paths["kind"] == "successive"]
+        available_rounds = [number for number in rounds if (paths["round"] == number).any()]
+    if available_rounds:
+        figures.draw_paths(left, paths, finished[run].results, available_rounds)
     else:
-        blank(left)
-    barrier(right, finished, run)
+        mark_not_run(left)
+    draw_barrier(right, finished, run)
     return figure
 
 
-def barrier_alone(runs: Callable, scale: Scale, finished: Finished) -> Figure:
+def draw_barrier_alone(runs: Callable, scale: Scale, finished: Finished) -> Figure:
+    """Draw one panel with the barrier of the only run of `runs`."""
     (run,) = runs(scale)
-    figure, (axes,) = grid(1, columns=1, width=4.6, height=3)
-    barrier(axes, finished, run)
+    figure, (axes,) = make_grid(1, columns=1, width=4.6, height=3)
+    draw_barrier(axes, finished, run)
     return figure
 
 
 FIGURES = (
-    PaperFigure("fig8", "error on paths between rounds, barrier over density", of_stable, paths_and_barrier),
-    PaperFigure("fig20", "error barrier over density", of_lenet, partial(barrier_alone, of_lenet)),
-    PaperFigure("fig23", "error barrier over density", of_conv4, partial(barrier_alone, of_conv4)),
+    PaperFigure(
+        "fig8",
+        "error on paths between rounds, barrier over density",
+        list_stable_run,
+        draw_paths_and_barrier,
+    ),
+    PaperFigure(
+        "fig20", "error barrier over density", list_lenet_run, partial(draw_barrier_alone, list_lenet_run)
+    ),
+    PaperFigure(
+        "fig23", "error barrier over density", list_conv4_run, partial(draw_barrier_alone, list_conv4_run)
+    ),
 )

@@ -1,4 +1,4 @@
-"""What the figures are drawn of, in full and in small: the settings of `--scale`."""
+"""The settings of `--scale`: which runs the figures need, at the paper's scale and at smaller ones."""
 
 import dataclasses
 
@@ -7,32 +7,32 @@ from experiments.sweeps.runs import Run, make_run
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """The runs and numbers that the figures are declared with."""
+    """The runs and numbers that the figures are defined with."""
 
     name: str
-    resnet20: Run  # figures 1 to 11 and 15, whose batch size and warm-up vary
-    batch_sizes: tuple[int, ...]  # of figures 1, 2, 6, 9 to 11: from unstable to stable
-    compared: tuple[int, ...]  # of figure 4
-    semistable: int  # batch size of figure 7, with its weight decay
+    resnet20: Run  # figures 1 to 11 and 15, at various batch sizes and warm-ups
+    batch_sizes: tuple[int, ...]  # figures 1, 2, 6, 9 to 11: from unstable to stable
+    fig4_batch_sizes: tuple[int, ...]
+    semistable: int  # batch size of figure 7
     stable: int  # batch size of figures 3, 5, 8 and 15
     warmup_epochs: float
-    weight_decay: float  # of figure 7, against none
-    rewind_step: int  # what attraction is compared with (section 3.1)
+    weight_decay: float  # of figure 7, where it is compared with none
+    rewind_step: int  # of the rewound run that attraction is compared with (section 3.1)
     lenet: Run  # figures 14, 17 to 20
     conv4: Run  # figures 13, 16 and 23
     conv4_destabilised: Run  # figures 12, 21 and 22
     conv4_restabilised: Run
     one_shot: Run  # table of appendix C
-    low_rate: float  # of its second row
+    low_rate: float  # learning rate of its second row
 
     @property
     def unstable(self) -> int:
         """The batch size at which IMP fails."""
         return self.batch_sizes[0]
 
-    def batch(self, size: int, **fields) -> Run:
-        """ResNet-20's run at a batch size, without warm-up, with other `fields`."""
-        return self.resnet20.with_overrides(batch_size=size, **fields)
+    def make_resnet20_run(self, batch_size: int, **fields) -> Run:
+        """Return ResNet-20's run at a batch size, without warm-up, with other `fields`."""
+        return self.resnet20.with_overrides(batch_size=batch_size, **fields)
 
 
 _CONV4 = make_run("conv4", {})
@@ -47,22 +47,23 @@ PAPER = Scale(
     name="paper",
     resnet20=make_run("resnet20", {}),
     batch_sizes=(128, 256, 512, 1024, 2048, 4096),
-    compared=(128, 1024, 2048),
+    fig4_batch_sizes=(128, 1024, 2048),
     semistable=512,
     stable=2048,
     warmup_epochs=10.0,
     weight_decay=1e-5,
-    rewind_step=2000,  # (ours) the least of Frankle et al. 2020a at which ResNet-20 is stable
+    rewind_step=2000,  # (ours) the smallest step in Frankle et al. 2020a at which ResNet-20 is stable
     lenet=make_run("lenet", {}),
     conv4=_CONV4,
     conv4_destabilised=_DESTABILISED,
-    conv4_restabilised=_DESTABILISED.with_overrides(batch_size=512),  # (ours) the paper says large
+    conv4_restabilised=_DESTABILISED.with_overrides(batch_size=512),  # (ours) the paper only says "large"
     one_shot=make_run("resnet50", {}),
     low_rate=0.1,
 )
 
-# LeNet on mnist5k in the place of all networks. A learning rate of 0.02 makes it unstable at a batch of 20: two
-# trainings of a ticket are 5 to 11 points of error apart there, and below half a point from a batch of 200 on.
+# LeNet on mnist5k stands for all networks. A learning rate of 0.02 makes it unstable at batch size 20, where
+# the error barrier between two trainings of a ticket is 5 to 11 points; from batch size 200 on, it is below
+# half a point.
 _LENET = make_run("mnist5k", {"epochs": 20})
 _UNSTABLE = make_run("mnist5k", {"optimizer.learning_rate": 0.02})
 
@@ -70,7 +71,7 @@ MINI = Scale(
     name="mini",
     resnet20=_UNSTABLE,
     batch_sizes=(20, 60, 200, 600),
-    compared=(20, 60, 600),
+    fig4_batch_sizes=(20, 60, 600),
     semistable=200,
     stable=600,
     warmup_epochs=2.0,
@@ -101,7 +102,7 @@ SMOKE = Scale(
     name="smoke",
     resnet20=_TINY,
     batch_sizes=(250, 500),
-    compared=(250, 500),
+    fig4_batch_sizes=(250, 500),
     semistable=250,
     stable=500,
     warmup_epochs=1.0,

@@ -1,1 +1,1 @@
-"""Sweeps: runs, where each stands, and how they are launched."""
+"""Sweeps: runs, their states and costs, and how they are launched."""

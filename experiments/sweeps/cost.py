@@ -1,41 +1,54 @@
-"""What runs cost, computed from throughput that `python -m experiments.benchmark throughput` has measured."""
+"""Estimate how long runs take, from the throughput that `experiments.benchmark throughput` has measured."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 
-from experiments.paper.networks import SETS
+from experiments.sweeps.datasets import DATASET_SIZES
 from experiments.sweeps.runs import Run
 
 MEASURED = Path(__file__).parents[1] / "benchmarks" / "throughput.json"
 
 
 def read_throughput() -> dict[str, dict]:
-    """Of each device: images/s by network and batch size, factors of repulsion, seconds a run takes besides."""
+    """Read `throughput.json`: for each device what `benchmarks.throughput` has measured.
+
+    An entry has `images_per_second` by network and batch size, `repulsion`, the factor by which repulsion makes
+    a network's training slower, and `besides`, the seconds that a run takes in addition to its training.
+    """
     return json.loads(MEASURED.read_text())
 
 
-def seconds(run: Run, device: dict) -> float | None:
-    """How long a run takes on a device, an entry of `read_throughput`; None where its network was not measured.
+def count_images(run: Run) -> int:
+    """Count the images that all trainings of a run process."""
+    config = run.config
+    steps = DATASET_SIZES[config.dataset.name].train_images // config.batch_size
+    return run.trainings * config.epochs * steps * config.batch_size
 
-    Between the batch sizes measured images/s are interpolated, beyond them they are those of the nearest.
+
+def estimate_seconds(run: Run, device: dict) -> float | None:
+    """Estimate the seconds that a run takes on a device; None if its network was not measured there.
+
+    Between the measured batch sizes, images/s are interpolated linearly. Outside their range they are those of
+    the nearest one.
+
+    Args:
+      device: an entry of `read_throughput`.
     """
     config = run.config
     speeds = device.get("images_per_second", {}).get(config.model.name)
     if not speeds:
         return None
-    examples = SETS[config.dataset.name][0]
-    images = run.trainings * config.epochs * (examples // config.batch_size) * config.batch_size
     sizes, rates = zip(*sorted((int(size), rate) for size, rate in speeds.items()), strict=True)
-    seconds = images / float(np.interp(config.batch_size, sizes, rates))
+    seconds = count_images(run) / float(np.interp(config.batch_size, sizes, rates))
     if config.repulsion.strength:
         seconds *= device.get("repulsion", {}).get(config.model.name, 1)
     return seconds + device.get("besides", {}).get(config.model.name, 0)
 
 
 def format_duration(seconds: float | None) -> str:
-    """Such as 40 s, 13 min, 5.2 h, 22 days."""
+    """Format a duration, such as 40 s, 13 min, 5.2 h or 22 days."""
     if seconds is None:
         return "not measured"
     for unit, length in (("days", 86_400), ("h", 3600), ("min", 60)):

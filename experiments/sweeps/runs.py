@@ -1,4 +1,4 @@
-"""A run of a sweep: a file of configs/ and the fields that differ from it, its name and its command."""
+"""A run of a sweep: a config file and the fields that differ from it, with its name and its command."""
 
 import dataclasses
 import functools
@@ -10,36 +10,40 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from imp_jax import config as configs
+from imp_jax import config_files
 
 REPOSITORY = Path(__file__).parents[2]
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One call of `imp_jax.main`; made by `make_run`, so that two of the same config are equal."""
+    """One call of `imp_jax.main`. Create it with `make_run`, so that runs of the same config compare equal."""
 
     base: str  # a file of configs/, without its ending
     overrides: tuple[tuple[str, Any], ...] = ()  # only fields that differ from the base, in alphabetical order
 
     def with_overrides(self, **fields: Any) -> "Run":
-        """The run that differs from this one in `fields`, written with __ for the dot: `optimizer__name`."""
+        """Return this run with other `fields`, written with __ for the dot: `optimizer__name`."""
         changed = {name.replace("__", "."): value for name, value in fields.items()}
         return make_run(self.base, dict(self.overrides) | changed)
 
     @functools.cached_property
     def config(self) -> ConfigDict:
-        """The base with the overrides; to be read only."""
-        config = _base(self.base)
+        """The base config with the overrides applied. It is cached: do not change it."""
+        config = load_config(self.base)
         config.update_from_flattened_dict(dict(self.overrides))
         return config
 
     @property
     def name(self) -> str:
-        """Such as `resnet20,batch_size=1024`: a folder's name that tells one config from all others."""
-        return configs.run_name(self.base, _base(self.base), self.config)
+        """The name of the run's folder, such as `resnet20,batch_size=1024`; different for each config."""
+        return config_files.run_name(self.base, load_config(self.base), self.config)
 
     def command(self, workdir: Path, data_dir: str | None = None) -> list[str]:
-        """The command that trains it, in the root of the repository; a network that diverges stays behind."""
+        """Return the command that trains the run, to be started in the root of the repository.
+
+        It sets `on_divergence=drop`, so that one diverged network does not end the run.
+        """
         fields = dict(self.overrides) | {"on_divergence": "drop"}
         if data_dir:
             fields["dataset.data_dir"] = data_dir
@@ -50,19 +54,19 @@ class Run:
 
     @property
     def trainings(self) -> int:
-        """How many networks it trains, twins included."""
+        """The number of networks that the run trains, including twins."""
         config = self.config
         twins = sum(number < config.rounds for number in set(config.instability.rounds))
         return config.replicates * (len(config.arms) * config.rounds + twins)
 
 
 def make_run(base: str, overrides: dict[str, Any]) -> Run:
-    """The run of `overrides` over `configs/BASE.py`.
+    """Return the run of `configs/BASE.py` with `overrides`.
 
     Raises:
-      UserError: a field that does not exist, or may not hold this.
+      UserError: a field does not exist or has an invalid value.
     """
-    config = _base(base)
+    config = load_config(base)
     unchanged = configs.flatten(config)
     config.update_from_flattened_dict(overrides)
     configs.validate(config)
@@ -70,5 +74,6 @@ def make_run(base: str, overrides: dict[str, Any]) -> Run:
     return Run(base, tuple((f, v) for f, v in sorted(changed.items()) if v != unchanged[f]))
 
 
-def _base(name):
+def load_config(name: str) -> ConfigDict:
+    """Return a new config of `configs/NAME.py`."""
     return importlib.import_module(f"configs.{name}").get_config()

@@ -1,32 +1,35 @@
-"""A folder of runs: where each of them stands.
+"""A folder of runs, and the state of each run.
 
-The folder holds a workdir for each run, by its name; `logs/NAME.log`, what it printed; `logs/NAME.failed`, why
-it failed; `logs/NAME.job`, its job on Slurm; `slurm/`, of submitit; the drawn `figures/`; and `claims.md`.
+For each run, the folder contains its workdir NAME; `logs/NAME.log`, what it printed; `logs/NAME.failed`, why
+it failed; and `logs/NAME.job`, its job on Slurm. `slurm/` belongs to submitit; `figures/` and `claims.md` are
+drawn from the runs.
 """
 
 import contextlib
 import json
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from experiments.paper.panels import Finished
 from experiments.sweeps.runs import Run
-from imp_jax import __version__, analysis
-from imp_jax import config as configs
+from imp_jax import __version__, analysis, config_files
 from imp_jax.errors import UserError
 from imp_jax.workdir.checkpoints import versions
 
+Finished = Mapping[Run, analysis.Run]  # the tables of the runs that have a finished round
+
 
 class State(NamedTuple):
+    """The state of a run."""
+
     status: str  # done, running, queued (on Slurm), failed, or missing
-    rounds: int  # finished
-    why: str = ""  # it failed
+    rounds: int  # number of finished rounds
+    why: str = ""  # why it failed
 
 
 class Sweep:
@@ -37,23 +40,26 @@ class Sweep:
         self.logs = root / "logs"
 
     def workdir(self, run: Run) -> Path:
+        """Return the path of a run's workdir."""
         return self.root / run.name
 
-    def log(self, run: Run, ending: str = "log") -> Path:
+    def log_path(self, run: Run, ending: str = "log") -> Path:
+        """Return the path of a run's file in `logs/` with this ending."""
         return self.logs / f"{run.name}.{ending}"
 
     def check_configs_match(self, runs: Iterable[Run]) -> None:
-        """
+        """Check that the workdirs of `runs` contain runs of these configs.
+
         Raises:
-          UserError: under the name of one of `runs` there is a run of another config, or of another version
-            of this package, with which figures should not be mixed.
+          UserError: a workdir has a run of another config, or of another version of this package. Runs of
+            different versions should not be mixed in a figure.
         """
         for run in runs:
             stored = self.workdir(run) / "config.json"
             if not stored.exists():
                 continue
             try:
-                differences = configs.differences(run.config, json.loads(stored.read_text()))
+                differences = config_files.differences(run.config, json.loads(stored.read_text()))
             except (OSError, ValueError, TypeError, AttributeError) as error:
                 raise UserError(f"cannot read {stored} as a config; give another --root") from error
             differences += [f"it was written by imp_jax {v}" for v in versions(stored.parent) - {__version__}]
@@ -63,15 +69,16 @@ class Sweep:
                     f"{__version__}): {'; '.join(differences)}; give another --root"
                 )
 
-    def states(self, runs: Iterable[Run]) -> dict[Run, State]:
-        """Where each of `runs` stands."""
+    def read_states(self, runs: Iterable[Run]) -> dict[Run, State]:
+        """Return the state of each run."""
         runs = list(runs)
-        jobs = {run: self.log(run, "job").read_text() for run in runs if self.log(run, "job").exists()}
-        queued = in_queue(jobs.values())
-        return {run: self._state(run, jobs.get(run), queued) for run in runs}
+        paths = {run: self.log_path(run, "job") for run in runs}
+        jobs = {run: path.read_text() for run, path in paths.items() if path.exists()}
+        queued = find_queued_jobs(jobs.values())
+        return {run: self._read_state(run, jobs.get(run), queued) for run in runs}
 
-    def finished(self, runs: Iterable[Run]) -> Finished:
-        """The tables of those of `runs` that have a round at least."""
+    def load_finished(self, runs: Iterable[Run]) -> Finished:
+        """Load the tables of those `runs` that have at least one finished round."""
         finished = {}
         for run in runs:
             if (self.workdir(run) / "config.json").exists():
@@ -80,15 +87,15 @@ class Sweep:
                     finished[run] = tables
         return finished
 
-    def diverged(self, run: Run) -> str:
-        """The networks of a run that diverged, in words; empty if none did."""
+    def describe_diverged(self, run: Run) -> str:
+        """Describe the networks of a run that diverged; empty if none did."""
         try:
             table = pd.read_csv(self.workdir(run) / "divergences.csv")
         except FileNotFoundError:
             return ""
         return ", ".join(f"{row.arm} {row.replicate} from round {row.round}" for row in table.itertuples())
 
-    def _state(self, run, job, queued):
+    def _read_state(self, run, job, queued):
         workdir = self.workdir(run)
         results, report = workdir / "results.csv", workdir / "report.html"
         rounds = 0
@@ -98,25 +105,25 @@ class Sweep:
             return State("running", rounds)
         if job in queued:
             return State("queued", rounds)
-        # the report is written last of all, and may be left of an earlier analysis
+        # the report is written last; an older one than the results is from an earlier analysis
         if (
             rounds == run.config.rounds
             and report.exists()
             and report.stat().st_mtime >= results.stat().st_mtime
         ):
             return State("done", rounds)
-        if self.log(run, "failed").exists():
-            return State("failed", rounds, self.log(run, "failed").read_text().strip())
+        if self.log_path(run, "failed").exists():
+            return State("failed", rounds, self.log_path(run, "failed").read_text().strip())
         if job:
             return State("failed", rounds, f"job {job} is gone; its log is in {self.root / 'slurm'}")
         return State("missing", rounds)
 
 
-def in_queue(jobs: Iterable[str]) -> set[str]:
-    """Those of this user's Slurm `jobs`, such as 12_3, that wait or run; none where there is no Slurm.
+def find_queued_jobs(jobs: Iterable[str]) -> set[str]:
+    """Return those of this user's Slurm `jobs`, such as 12_3, that wait or run; none where there is no Slurm.
 
     Raises:
-      UserError: Slurm does not answer.
+      UserError: squeue fails.
     """
     jobs = set(jobs)
     if not jobs or not shutil.which("squeue"):
@@ -129,7 +136,7 @@ def in_queue(jobs: Iterable[str]) -> set[str]:
 
 
 def _is_locked(workdir):
-    """Whether a process is at work in `workdir`; its lock is tried only where one has left its name."""
+    """Return True if a process is working in `workdir`. Try the lock only if a process has left its name."""
     if not (workdir / ".holder").exists():
         return False
     try:

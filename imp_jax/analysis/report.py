@@ -7,7 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from imp_jax import config as configs
+from imp_jax import config_files
+from imp_jax.analysis.tables import TABLES
 
 CAPTIONS = {
     "accuracy": "Test accuracy over density; mean of the replicates, bars from minimum to maximum.",
@@ -40,7 +41,7 @@ def html(run: Any, drawn: dict[str, bytes]) -> str:
         for name, png in drawn.items()
     )
     replicates = f"{run.config.replicates} replicate{'s' * (run.config.replicates > 1)}"
-    config = json.dumps(json.loads(configs.to_json(run.config)), indent=2)
+    config = json.dumps(json.loads(config_files.to_json(run.config)), indent=2)
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{markup.escape(title)}</title><style>{STYLE}</style></head>
 <body>
@@ -49,6 +50,7 @@ def html(run: Any, drawn: dict[str, bytes]) -> str:
 {_results(run).to_html(index=False, border=0, na_rep="–", justify="right")}
 <h2>Figures</h2>
 {pictures}
+{_registered_tables(run)}
 <h2>Config</h2>
 <pre>{markup.escape(config)}</pre>
 </body></html>
@@ -79,3 +81,17 @@ def _results(run) -> pd.DataFrame:
             row[name] = f"{100 * of_kind.mean():.2f}" if len(of_kind) else None
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _registered_tables(run) -> str:
+    """Format the tables of users' analyses: means per round and arm where they have these columns."""
+    parts = []
+    for name in sorted(set(run.tables) - set(TABLES)):
+        table = run.tables[name]
+        keys = [column for column in ("round", "arm") if column in table]
+        values = table.select_dtypes("number").columns.difference([*keys, "replicate"], sort=False)
+        if keys and len(table):
+            table = table.groupby(keys)[list(values)].mean().reset_index()
+        text = table.to_html(index=False, border=0, na_rep="–", justify="right", float_format="{:.4g}".format)
+        parts.append(f"<h2>{markup.escape(name)}</h2>\n{text}")
+    return "\n".join(parts)

@@ -1,16 +1,21 @@
-"""Random changes of training images, on the device: shifts and flips (appendix A.2)."""
+"""Random changes of training images in memory, computed on the device: shifts and flips (appendix A.2)."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt8
 
+from imp_jax.errors import UserError
+
 Images = UInt8[Array, "batch height width channels"] | Float[Array, "batch height width channels"]
 
 
 def random_crop(key: Key[Array, ""], images: Images, padding: int = 4) -> Images:
-    """Shift each image by up to `padding` pixels either way, filling with zeros: a crop of the padded image.
+    """Shift each image by up to `padding` pixels in both directions and fill the border with zeros.
 
-    Zero is black in images of type uint8, and in floating-point images from 0 to 1.
+    This is a random crop of the zero-padded image. Zero is black in images of type uint8, and in floating-point
+    images from 0 to 1.
     """
     batch, *shape = images.shape
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
@@ -24,11 +29,52 @@ def random_flip(key: Key[Array, ""], images: Images) -> Images:
     return jnp.where(flipped, images[:, :, ::-1], images)
 
 
-AUGMENTATIONS = {"crop": random_crop, "flip": random_flip}
+AUGMENTATIONS: dict[str, Callable[[Key[Array, ""], Images], Images]] = {
+    "crop": random_crop,
+    "flip": random_flip,
+}
+
+
+def register(name: str, function: Callable[[Key[Array, ""], Images], Images]) -> None:
+    """Register an augmentation under a name, for `config.dataset.augmentation`.
+
+        data.register_augmentation("invert", lambda key, images: 255 - images)
+
+    An augmentation of the same name is replaced, and JAX's compiled functions are discarded, because they may
+    contain the old one. Streamed sets have their own augmentations, to which this adds none.
+
+    Args:
+      name: any string that is not empty.
+      function: a traceable function of a PRNG key and a batch of images, uint8 or floating-point as the set
+        holds them. It returns a batch of the same shape and type.
+
+    Raises:
+      UserError: `function` cannot be called, or `name` is not such a string.
+    """
+    if not isinstance(name, str) or not name:
+        raise UserError(f"an augmentation is registered as {name!r}; its name should be a string, not empty")
+    if not callable(function):
+        raise UserError(
+            f"an augmentation is registered as {name!r} with an object of type {type(function).__name__}; it "
+            f"should be a function of a key and a batch of images"
+        )
+    if AUGMENTATIONS.get(name, function) is not function:
+        jax.clear_caches()
+    AUGMENTATIONS[name] = function
 
 
 def augment(key: Key[Array, ""], images: Images, names: tuple[str, ...]) -> Images:
-    """Change `images` by the named augmentations in turn, each with a key of its own."""
+    """Apply the named augmentations in order, each with its own key.
+
+    Raises:
+      UserError: an augmentation changes the shape or the type of the images.
+    """
     for number, name in enumerate(names):
-        images = AUGMENTATIONS[name](jax.random.fold_in(key, number), images)
+        changed = AUGMENTATIONS[name](jax.random.fold_in(key, number), images)
+        if (jnp.shape(changed), jnp.result_type(changed)) != (images.shape, images.dtype):
+            raise UserError(
+                f"the augmentation {name} changes images from {images.dtype} of the shape {images.shape} to "
+                f"{jnp.result_type(changed)} of the shape {jnp.shape(changed)}; it should keep both"
+            )
+        images = changed
     return images

@@ -1,78 +1,147 @@
-"""The networks, by the name a config gives them.
+"""Networks by the name that a config gives them.
 
-A model is a Flax Linen module of plain Flax layers, called as `model(images, train=…)`, that returns logits. It
-has the field `num_classes`, and may have
+A model is a Flax Linen module that is called as `model(images, train=False)` and returns logits. It must have
+the field `num_classes`. It may have
 
-- `width`, `dtype`, `norm_affine` and `norm_momentum`, to be set by the fields of the config of these names;
-- `norm_axis`, the axis of a mesh over whose devices it takes the statistics of a batch;
-- `image_sides`, the smallest and largest side of images that suit it, in pixels; None is without limit.
+- the fields `width`, `dtype`, `norm_affine` and `norm_momentum`, which the config sets;
+- the field `norm_axis`, the mesh axis over whose devices batch statistics are averaged;
+- the class attribute `image_sides`, the smallest and largest side of the images it takes, in pixels (None: no
+  limit).
 
-To add one, write the module and name it in `MODELS`.
+Add one by `register("mixer", Mixer)`, or name it by a dotted path, such as "their_package.nets:VGG11".
 """
 
 import functools
+import importlib
 import inspect
 import re
 from collections.abc import Callable
+from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
-from ml_collections import ConfigDict
 
-from imp_jax.config import default
-from imp_jax.errors import UserError, lookup
+from imp_jax.errors import UserError, lookup, one_line
 from imp_jax.models.conv4 import Conv4
 from imp_jax.models.lenet import LeNet
 from imp_jax.models.resnet import CifarResNet, ResNet50
 
-MODELS = {
-    "lenet": LeNet,
-    "conv4": Conv4,
-    **{f"resnet{depth}": functools.partial(CifarResNet, depth=depth) for depth in (20, 32, 44, 56, 110)},
-    "resnet50": ResNet50,
-}
+MODELS: dict[str, Callable[..., nn.Module]] = {}  # filled by `register`
+
+
+def register(name: str, model: Callable[..., nn.Module]) -> None:
+    """Register a model under a name, for `config.model.name`. A model of the same name is replaced.
+
+    Args:
+      name: any string without a colon, which marks dotted paths.
+      model: a Linen class, or a function that returns a Linen module. It takes `num_classes` and may take
+        `dtype`, `width`, `norm_affine` and `norm_momentum`, all by keyword.
+
+    Raises:
+      UserError: `model` is not callable, or `name` is not such a string.
+    """
+    if not isinstance(name, str) or not name or ":" in name:
+        raise UserError(f"a model is registered as {name!r}; its name should be a string without a colon")
+    # an instance of a module is callable too, but takes images
+    if not callable(model) or isinstance(model, nn.Module):
+        raise UserError(
+            f"the model {name!r} is registered as {model!r}; it should be a Linen class, or a function that "
+            f"returns a Linen module"
+        )
+    MODELS[name] = model
+
+
+register("lenet", LeNet)
+register("conv4", Conv4)
+for _depth in (20, 32, 44, 56, 110):
+    register(f"resnet{_depth}", functools.partial(CifarResNet, depth=_depth))
+register("resnet50", ResNet50)
 
 
 def find(name: str) -> Callable[..., nn.Module]:
-    """The network called `name`, without its options; any depth of the CIFAR family goes by it, as in resnet26.
+    """Return the class or factory of a model.
+
+    Args:
+      name: a registered name, "resnet" and any depth 6n + 2 of the CIFAR family, or a dotted path: a module, a
+        colon and an attribute, such as "their_package.nets:VGG11".
 
     Raises:
-      UserError: an unknown name, or a ResNet's depth that is not 6n + 2.
+      UserError: an unknown name, a depth that is not 6n + 2, or a dotted path that cannot be imported.
     """
-    depth = re.fullmatch(r"resnet([1-9][0-9]*)", name)
-    if depth and name not in MODELS:
+    if name in MODELS:
+        return MODELS[name]
+    if depth := re.fullmatch(r"resnet([1-9][0-9]*)", name):
         model = functools.partial(CifarResNet, depth=int(depth[1]))
-        model()  # has its depth checked
+        model()  # checks the depth
         return model
+    if ":" in name:
+        return _import_model(name)
     return lookup(MODELS, "model.name", name)
 
 
-def create(config: ConfigDict, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
-    """Create the network of `config.model`, computing in `config.dtype`, for images of height, width, channels.
+def _import_model(path):
+    module_name, _, attribute = path.partition(":")
+    try:
+        model = functools.reduce(getattr, attribute.split("."), importlib.import_module(module_name))
+    except Exception as error:  # whatever the user's module raises
+        raise UserError(f"model.name is {path!r}, which cannot be imported: {one_line(error)}") from error
+    if not callable(model) or isinstance(model, nn.Module):
+        raise UserError(
+            f"model.name is {path!r}, which is of type {type(model).__name__}; it should be a Linen class, or "
+            f"a function that returns a Linen module"
+        )
+    return model
+
+
+def create(
+    name: str,
+    num_classes: int,
+    image_shape: tuple[int, int, int],
+    *,
+    dtype: Any = "float32",
+    width: float = 1.0,
+    norm_affine: bool = False,
+    norm_momentum: float = 0.9,
+) -> nn.Module:
+    """Create a model and check that it takes the images and returns logits.
+
+    Args:
+      name: see `find`.
+      num_classes: number of logits.
+      image_shape: height, width and channels of the images.
+      dtype: type of the computation; parameters must be float32.
+      width: factor of the number of channels or hidden units.
+      norm_affine: whether normalization has a learnable scale and bias.
+      norm_momentum: decay of the running statistics of normalization, in [0, 1).
 
     Raises:
-      UserError: see `find`; a network that lacks what is asked of it, or has parameters of another type than
-        float32; images that do not suit it.
+      UserError: see `find`; an option other than the default that the model has no field for; images of
+        unsuitable size; a model that breaks a rule of this module's docstring.
     """
-    name, standard = config.model.name, default()
     make = find(name)
-    fields = {
-        "width": ("model.width", config.model.width, standard.model.width),
-        "dtype": ("dtype", jnp.dtype(config.dtype), jnp.dtype(standard.dtype)),
-        "norm_affine": ("model.norm_affine", config.model.norm_affine, standard.model.norm_affine),
-        "norm_momentum": ("model.norm_momentum", config.model.norm_momentum, standard.model.norm_momentum),
-    }
-    given = {"num_classes": num_classes}
     if not _takes(make, "num_classes"):
         raise UserError(f"model.name is {name!r}, which has no field num_classes; it should have one")
-    for field, (setting, value, unset) in fields.items():
+    options = {
+        "width": ("model.width", width, 1.0),
+        "dtype": ("dtype", jnp.dtype(dtype), jnp.dtype("float32")),
+        "norm_affine": ("model.norm_affine", norm_affine, False),
+        "norm_momentum": ("model.norm_momentum", norm_momentum, 0.9),
+    }
+    fields = {"num_classes": num_classes}
+    for field, (setting, value, default) in options.items():
         if _takes(make, field):
-            given[field] = value
-        elif value != unset:
-            raise UserError(f"{setting} is {value}; {name} has no field {field}, so it should be {unset}")
-    model = make(**given)
+            fields[field] = value
+        elif value != default:
+            raise UserError(f"{setting} is {value}; {name} has no field {field}, so it should be {default}")
+    model = make(**fields)
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"model.name is {name!r}, which creates an object of type {type(model).__name__}; it should be a "
+            f"module of flax.linen"
+        )
     try:
         hash(model)
     except TypeError as error:
@@ -83,57 +152,18 @@ def create(config: ConfigDict, num_classes: int, image_shape: tuple[int, int, in
         raise UserError(
             f"model.name is {name!r}, which is not called as model(images, train=False); it should be"
         )
-    _require_suitable(name, model, image_shape)
-    variables = shapes(model, image_shape)
-    if other := {str(leaf.dtype) for leaf in jax.tree.leaves(variables["params"])} - {"float32"}:
-        raise UserError(
-            f"model.name is {name!r}, which has parameters of type {', '.join(sorted(other))}; they should be "
-            f"float32, whatever type the computation has"
-        )
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    logits = jax.eval_shape(lambda v, image: model.apply(v, image, train=False), variables, image)
-    if getattr(logits, "shape", None) != (1, num_classes):
-        found = getattr(logits, "shape", type(logits).__name__)
-        raise UserError(
-            f"model.name is {name!r}, which makes {found} of one image; it should be logits of the shape "
-            f"(1, {num_classes})"
-        )
-    if config.model.norm_parts > 1 and set(variables) == {"params"}:
-        raise UserError(
-            f"model.norm_parts is {config.model.norm_parts}; {name} has no normalisation, so it should be 1"
-        )
-    lacks = "statistics of its batches" if set(variables) == {"params"} else "field norm_momentum"
-    if config.analysis.batch_norm == "reestimate" and not (
-        set(variables) != {"params"} and hasattr(model, "norm_momentum")
-    ):
-        raise UserError(
-            f"analysis.batch_norm is 'reestimate'; {name} has no {lacks}, so it should be 'interpolate'"
-        )
+    _check_image_shape(name, model, image_shape)
+    _check_variables_and_logits(name, model, image_shape, num_classes)
     return model
 
 
 def _takes(function, name):
-    """Whether a function, or the constructor of a module, has a parameter of this name."""
+    """Return whether a function, or the constructor of a module, has a parameter of this name."""
     parameters = inspect.signature(function).parameters
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-@functools.lru_cache(maxsize=4)
-def shapes(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, PyTree[jax.ShapeDtypeStruct]]:
-    """Shapes and dtypes of a model's variables for such images; nothing is computed."""
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    return dict(jax.eval_shape(lambda image: model.init(jax.random.key(0), image, train=False), image))
-
-
-def register(name, model):
-    MODELS[name] = model
-
-
-def rng_streams(model, image_shape):
-    return ()
-
-
-def _require_suitable(name, model, image_shape):
+def _check_image_shape(name, model, image_shape):
     smallest, largest = getattr(model, "image_sides", (1, None))
     if min(image_shape[:2]) < smallest or (largest and max(image_shape[:2]) > largest):
         sides = f"{smallest} to {largest}" if largest else f"at least {smallest}"
@@ -142,3 +172,98 @@ def _require_suitable(name, model, image_shape):
             f"model.name is {name!r}, which takes images of {sides} pixels a side; those of the data set are "
             f"{height} × {width} (dataset.image_side says so for sets that are streamed)"
         )
+
+
+def _check_variables_and_logits(name, model, image_shape, num_classes):
+    variables, image = shapes(model, image_shape), _image(image_shape)
+    if other := {str(leaf.dtype) for leaf in jax.tree.leaves(variables["params"])} - {"float32"}:
+        raise UserError(
+            f"model.name is {name!r}, which has parameters of type {', '.join(sorted(other))}; they should be "
+            f"float32, whatever type the computation has"
+        )
+    try:
+        logits = jax.eval_shape(lambda v, image: model.apply(v, image, train=False), variables, image)
+    except flax.errors.InvalidRngError as error:
+        raise UserError(
+            f"model.name is {name!r}, which draws random numbers where train is False ({one_line(error)}); it "
+            f"should draw them only where train is True"
+        ) from error
+    if getattr(logits, "shape", None) != (1, num_classes):
+        found = getattr(logits, "shape", type(logits).__name__)
+        raise UserError(
+            f"model.name is {name!r}, which makes {found} of one image; it should be logits of the shape "
+            f"(1, {num_classes})"
+        )
+
+
+def check_normalization(
+    name: str, model: nn.Module, image_shape: tuple[int, int, int], norm_parts: int, batch_norm: str
+) -> None:
+    """Check that a model has the normalization that settings of a run need.
+
+    Args:
+      name: name of the model, for messages.
+      model: the model itself.
+      image_shape: height, width and channels of the images.
+      norm_parts: `config.model.norm_parts`, the number of parts of a batch with statistics of their own.
+      batch_norm: `config.analysis.batch_norm`, "interpolate" or "reestimate".
+
+    Raises:
+      UserError: several parts, but no statistics; or "reestimate", but no statistics or no field
+        `norm_momentum`.
+    """
+    has_statistics = set(shapes(model, image_shape)) != {"params"}
+    if norm_parts > 1 and not has_statistics:
+        raise UserError(f"model.norm_parts is {norm_parts}; {name} has no normalisation, so it should be 1")
+    if batch_norm == "reestimate" and not (has_statistics and hasattr(model, "norm_momentum")):
+        lacks = "field norm_momentum" if has_statistics else "statistics of its batches"
+        raise UserError(
+            f"analysis.batch_norm is 'reestimate'; {name} has no {lacks}, so it should be 'interpolate'"
+        )
+
+
+@functools.lru_cache(maxsize=4)
+def shapes(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, PyTree[jax.ShapeDtypeStruct]]:
+    """Return shapes and dtypes of a model's variables, by collection; nothing is computed.
+
+    Args:
+      image_shape: height, width and channels of the images.
+    """
+    initialize = functools.partial(model.init, train=False)
+    return dict(jax.eval_shape(initialize, jax.random.key(0), _image(image_shape)))
+
+
+@functools.lru_cache(maxsize=4)
+def rng_streams(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[str, ...]:
+    """Return the names of the rng streams that a model draws from in training, such as ("dropout",).
+
+    They are found by tracing `model.apply(…, train=True)` without keys, and adding each stream that it asks
+    for. Pass a key for each to `model.apply(…, train=True, rngs={name: key})`.
+
+    Args:
+      image_shape: height, width and channels of the images.
+
+    Returns:
+      The names in the order in which they are first asked for; () for a model that draws nothing.
+    """
+    if hasattr(model, "norm_axis"):
+        model = model.clone(norm_axis=None)  # there is no mesh here
+    variables = shapes(model, image_shape)
+    mutable = [collection for collection in variables if collection != "params"]
+    names = []
+
+    while True:
+        rngs = {name: jax.random.key(0) for name in names}
+        apply = functools.partial(model.apply, train=True, mutable=mutable, rngs=rngs)
+        try:
+            jax.eval_shape(apply, variables, _image(image_shape))
+            return tuple(names)
+        except flax.errors.InvalidRngError as error:
+            missing = re.search(r'needs PRNG for "(.+?)"', str(error))
+            if missing is None or missing[1] in names:
+                raise
+            names.append(missing[1])
+
+
+def _image(image_shape):
+    return jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)

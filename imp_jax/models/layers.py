@@ -1,7 +1,65 @@
-"""Kaiming initialisations: fan-in, gain √2, so that ReLU layers keep the variance of their inputs (table 1)."""
+"""Layers and initializers that several networks share.
+
+The initializers are those of He et al. 2015: fan-in and gain √2, so that ReLU layers keep the variance of their
+inputs (table 1 of the paper).
+"""
+
+from collections.abc import Sequence
 
 import flax.linen as nn
+from jaxtyping import Array, Float
 
-kaiming_uniform = nn.initializers.variance_scaling(2.0, "fan_in", "uniform")  # in ±√(6 / fan-in)
-# a plain normal of variance 2 / fan-in; Flax's own he_normal is cut off at two standard deviations
+# uniform in ±√(6 / fan-in)
+kaiming_uniform = nn.initializers.variance_scaling(2.0, "fan_in", "uniform")
+# a normal of variance 2 / fan-in; nn.initializers.he_normal is truncated at two standard deviations
 kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+
+class BatchNorm(nn.BatchNorm):
+    """`nn.BatchNorm`, followed by the addition of a shortcut and by a ReLU.
+
+    The three operations are one layer, so that `models.fast_cpu` can compute them in one kernel. Fields and
+    variables are those of `nn.BatchNorm`.
+
+    Attributes:
+      relu: whether the outputs pass through `nn.relu`.
+    """
+
+    relu: bool = True
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch height width channels"],
+        shortcut: Float[Array, "batch height width channels"] | None = None,
+    ) -> Float[Array, "batch height width channels"]:
+        """Return relu(norm(x) + shortcut).
+
+        Args:
+          x: inputs of the normalization.
+          shortcut: residual connection, added to the normalized inputs.
+        """
+        x = super().__call__(x)
+        if shortcut is not None:
+            x = x + shortcut
+        return nn.relu(x) if self.relu else x
+
+
+class MaxPool(nn.Module):
+    """`nn.max_pool` as a layer without variables, so that `models.fast_cpu` can replace it.
+
+    Attributes:
+      window_shape: height and width of the window, in pixels.
+      strides: strides of the window, in pixels; None: (1, 1).
+      padding: as in `nn.max_pool`.
+    """
+
+    window_shape: tuple[int, int]
+    strides: tuple[int, int] | None = None
+    padding: str | Sequence[tuple[int, int]] = "VALID"
+
+    def __call__(
+        self, x: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch height_out width_out channels"]:
+        """Return the maximum of each window."""
+        return nn.max_pool(x, self.window_shape, self.strides, self.padding)

@@ -1,4 +1,4 @@
-"""LeNet-300-100, the paper's smallest network (appendix A.1)."""
+"""LeNet-300-100, the smallest network of the paper (appendix A.1)."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -11,18 +11,28 @@ from imp_jax.models.layers import kaiming_uniform
 
 
 class LeNet(nn.Module):
-    """Dense 300, dense 100, output: 266,610 parameters on 28 × 28 images and 10 classes (table 1)."""
+    """Dense layers of 300, 100 and the output: 266,610 parameters on 28 × 28 images and 10 classes (table 1).
+
+    Attributes:
+      num_classes: number of logits.
+      widths: sizes of the hidden layers.
+      width: factor of `widths`.
+      dtype: type of the computation; parameters are float32.
+    """
 
     num_classes: int = 10
-    widths: Sequence[int] = (300, 100)  # of the hidden layers
-    width: float = 1.0  # factor of these
+    widths: Sequence[int] = (300, 100)
+    width: float = 1.0
     dtype: Any = jnp.float32
 
-    image_sides: ClassVar = (1, 64)  # pixels; every one is a row of weights
+    image_sides: ClassVar = (1, 64)  # pixels; the first layer has a row of weights for every pixel
 
     @nn.compact
-    def __call__(self, images: Float[Array, "batch height width channels"], train: bool = False):
-        del train  # the same in training and evaluation
+    def __call__(
+        self, images: Float[Array, "batch height width channels"], train: bool = False
+    ) -> Float[Array, "batch classes"]:
+        """Return the logits of normalized images; `train` has no effect."""
+        del train
         x = images.reshape(len(images), -1)
         for features in self.widths:
             features = max(1, round(self.width * features))

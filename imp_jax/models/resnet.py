@@ -1,10 +1,11 @@
 """Residual networks: the CIFAR family 6n + 2 (He et al. 2016, section 4.2) and ResNet-50 for ImageNet.
 
-Convolutions have no bias. `norm_affine=False`, the paper's choice as we read it, leaves normalisation without
-learnable scale and bias.
+Convolutions have no bias. By default the normalization has no learnable scale and bias, which is how we read
+the paper; `norm_affine=True` adds them.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -12,30 +13,39 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from imp_jax.errors import UserError
-from imp_jax.models.fast_cpu.normalization import BatchNorm
-from imp_jax.models.layers import kaiming_normal
+from imp_jax.models.layers import BatchNorm, MaxPool, kaiming_normal
 
 
 class CifarResNet(nn.Module):
-    """Three stages of (depth − 2) / 6 blocks with 16, 32 and 64 channels, for small images.
+    """Three stages of (depth − 2) / 6 residual blocks with 16, 32 and 64 channels, for small images.
 
-    ResNet-20 has 268,346 parameters on 32 × 32 × 3 images and 10 classes, 269,722 with `norm_affine`; the 274K
-    of table 1 is a count of ResNet-20 with other shortcuts. Where a stage halves the image, the shortcut takes
-    every second pixel and fills the new channels with zeros (option A): it has no weights.
+    ResNet-20 has 268,346 parameters on 32 × 32 × 3 images and 10 classes, and 269,722 with `norm_affine`. (The
+    274K of table 1 count another kind of shortcut.) The first block of the second and third stage halves the
+    image; its shortcut takes every second pixel and pads the new channels with zeros (option A of He et al.),
+    so no shortcut has weights.
+
+    Attributes:
+      depth: number of layers with weights, 6n + 2.
+      num_classes: number of logits.
+      width: factor of the number of channels.
+      norm_affine: whether the normalization has a learnable scale and bias.
+      norm_momentum: decay of the running statistics.
+      norm_axis: name of the mesh axis over which batch statistics are averaged; None: of this device's batch.
+      dtype: type of the computation; parameters and statistics are float32.
 
     Raises:
-      UserError: a depth that is not 6n + 2.
+      UserError: `depth` is not 6n + 2.
     """
 
     depth: int = 20
     num_classes: int = 10
-    width: float = 1.0  # factor of the number of channels
+    width: float = 1.0
     norm_affine: bool = False
     norm_momentum: float = 0.9
-    norm_axis: str | None = None  # of a mesh, over whose devices statistics are taken
+    norm_axis: str | None = None
     dtype: Any = jnp.float32
 
-    image_sides: ClassVar = (8, 96)  # pixels; larger images would stay large through all layers
+    image_sides: ClassVar = (8, 96)  # pixels; the network does not downsample enough for larger images
 
     def __post_init__(self):
         if self.depth < 8 or self.depth % 6 != 2:
@@ -45,7 +55,10 @@ class CifarResNet(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, images: Float[Array, "batch height width channels"], train: bool = False):
+    def __call__(
+        self, images: Float[Array, "batch height width channels"], train: bool = False
+    ) -> Float[Array, "batch classes"]:
+        """Return the logits of normalized images; with `train` batch statistics are used and recorded."""
         conv, norm = _layers(self, train)
         x = norm()(conv(max(1, round(16 * self.width)), (3, 3))(images))
         for stage, channels in enumerate((16, 32, 64)):
@@ -60,25 +73,31 @@ class CifarResNet(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """Bottlenecks 3, 4, 6, 3 with the stride in the 3 × 3 convolution (v1.5) and projection shortcuts.
+    """Stages of 3, 4, 6 and 3 bottleneck blocks with projection shortcuts (He et al. 2016, section 4.1).
 
-    25,557,032 parameters on 1,000 classes with `norm_affine`, 25,503,912 without.
+    The stride is in the 3 × 3 convolution (version 1.5). The network has 25,557,032 parameters on 1,000 classes
+    with `norm_affine`, and 25,503,912 without.
+
+    Attributes: see `CifarResNet`.
     """
 
     num_classes: int = 1000
-    width: float = 1.0  # factor of the number of channels
+    width: float = 1.0
     norm_affine: bool = False
     norm_momentum: float = 0.9
-    norm_axis: str | None = None  # of a mesh, over whose devices statistics are taken
+    norm_axis: str | None = None
     dtype: Any = jnp.float32
 
-    image_sides: ClassVar = (32, None)  # pixels; the last stage sees a 32nd of them
+    image_sides: ClassVar = (32, None)  # pixels; the last stage has a 32nd of the height and width
 
     @nn.compact
-    def __call__(self, images: Float[Array, "batch height width channels"], train: bool = False):
+    def __call__(
+        self, images: Float[Array, "batch height width channels"], train: bool = False
+    ) -> Float[Array, "batch classes"]:
+        """Return the logits of normalized images; with `train` batch statistics are used and recorded."""
         conv, norm = _layers(self, train)
         x = norm()(conv(max(1, round(64 * self.width)), (7, 7), 2)(images))
-        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        x = MaxPool((3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))(x)
         for stage, blocks in enumerate((3, 4, 6, 3)):
             channels = max(1, round(64 * 2**stage * self.width))
             for block in range(blocks):
@@ -93,8 +112,8 @@ class ResNet50(nn.Module):
         return nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=kaiming_normal)(x.mean((1, 2)))
 
 
-def _layers(module, train):
-    """The convolution, without bias and padded like PyTorch's, and the normalisation of `module`."""
+def _layers(module: nn.Module, train: bool) -> tuple[Callable[..., nn.Conv], Callable[..., BatchNorm]]:
+    """Return constructors of a convolution (padded as in PyTorch) and a `BatchNorm` with a module's options."""
 
     def conv(features, kernel_size, stride=1, name=None):
         return nn.Conv(
@@ -110,10 +129,11 @@ def _layers(module, train):
 
     norm = functools.partial(
         BatchNorm,
-        affine=module.norm_affine,
+        use_running_average=not train,
         momentum=module.norm_momentum,
-        axis=module.norm_axis,
-        train=train,
+        use_scale=module.norm_affine,
+        use_bias=module.norm_affine,
+        axis_name=module.norm_axis,
         dtype=module.dtype,
     )
     return conv, norm

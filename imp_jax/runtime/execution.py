@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 
 from imp_jax import models
 from imp_jax.errors import lookup
-from imp_jax.models.fast_cpu import convolution
+from imp_jax.models.fast_cpu import convolution, use_kernels
 from imp_jax.runtime import compilation
 from imp_jax.runtime.devices import MEMBER
 
@@ -75,7 +75,7 @@ def choose_execution(
 def count_convolutions(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int]:
     """Count the convolutions of a model that have fast CPU kernels, and the others."""
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    with convolution.use_convolutions("xla"):
+    with use_kernels("xla"):
         traced = jax.make_jaxpr(lambda variables, image: model.apply(variables, image, train=False))(
             models.shapes(model, image_shape), image
         )

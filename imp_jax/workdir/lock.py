@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from ml_collections import ConfigDict
 
-from imp_jax import config as configs
+from imp_jax import config_files
 from imp_jax.errors import UserError
 from imp_jax.workdir.files import check_workdir_path, write_atomically
 from imp_jax.workdir.results import recorded_rounds
@@ -51,7 +51,7 @@ def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Iterator[Path]:
     try:
         _refuse_other_run(workdir, config)  # another process may have come first
         _write_to_workdir(workdir / ".holder", f"process {os.getpid()} on {socket.gethostname()}")
-        _write_to_workdir(workdir / "config.json", configs.to_json(config))
+        _write_to_workdir(workdir / "config.json", config_files.to_json(config))
         yield workdir
     finally:
         with contextlib.suppress(OSError):
@@ -139,7 +139,7 @@ def _refuse_other_run(workdir, config):
     stored = workdir / "config.json"
     if stored.exists():
         try:
-            differences = configs.differences(config, json.loads(stored.read_text()))
+            differences = config_files.differences(config, json.loads(stored.read_text()))
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UserError(f"cannot read {stored} as a config; mend it, or give another --workdir") from error
         if differences:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import pandas as pd
 from ml_collections import ConfigDict
 
@@ -144,21 +143,25 @@ class Recorder(contextlib.AbstractContextManager):
             )
 
     def saved_progress(self, number: int, like: MidRoundState) -> MidRoundState | None:
-        """Return where round `number` stood when the run was stopped; None if nothing was saved of it."""
+        """Return where round `number` stood when the run was stopped, on the mesh; None if it was not saved."""
         progress, damage = None, None
         with distributed.raise_on_all_processes():
             members = len(like.history.loss)
-            like = jax.tree.map(
+            # without the places of a mesh that no member has
+            shapes = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct((members, *leaf.shape[1:]), leaf.dtype),
-                like._replace(step=np.zeros(()), seconds=np.zeros(())),
+                (like.tickets, like.states),
             )
+            like = like._replace(tickets=shapes[0], states=shapes[1])
             try:
                 progress = self.checkpoints.progress(number, like, self._experiment.learning_rates.size)
             except DamagedError as error:
                 damage = error
         self._require_same(lambda: str(progress and progress.step))
         if progress is not None:
-            return progress
+            on_mesh = (progress.tickets, progress.states)
+            tickets, states = devices.shard_members(on_mesh, self._experiment.spec.mesh)
+            return progress._replace(tickets=tickets, states=states)
         with distributed.raise_on_all_processes(), _reporting_write_errors(self.workdir):
             if self._first and damage:
                 aside = self.checkpoints.set_progress_aside()
@@ -193,7 +196,8 @@ class Recorder(contextlib.AbstractContextManager):
 
     def __exit__(self, *raised):
         if isinstance(raised[1], DivergedError):
-            self._record_diverged(raised[1].round, raised[1].diverged)
+            with contextlib.suppress(Exception):  # which `_raise_failure` raises, once the workdir is released
+                self._record_diverged(raised[1].round, raised[1].diverged)
         device_failed = isinstance(raised[1], jax.errors.JaxRuntimeError)
         process_lost = jax.process_count() > 1 and distributed.is_failed_collective(raised[1])
         stopped = isinstance(raised[1], KeyboardInterrupt)  # the next process computes the remaining analyses
@@ -261,6 +265,8 @@ class Recorder(contextlib.AbstractContextManager):
     def on_round(self, end: Any) -> None:
         """Record an `imp.RoundEnd` while the next round trains."""
         self.wait()
+        # before the round is on disk, which a later process would not train again
+        self._record_diverged(end.round, end.diverged)
         self._recording = self._submit(end.round, self._record_round, end)
 
     def wait(self) -> None:
@@ -279,7 +285,7 @@ class Recorder(contextlib.AbstractContextManager):
 
     def _record_round(self, end):
         # what a later process could not rebuild from earlier rounds is saved with this one
-        dropped = not set(end.next_members) <= set(end.members) or len(end.diverged) > 0
+        dropped = not set(self._experiment.members) <= set(end.members)
         gap = self.finished != list(range(len(self.finished)))
         keep_optima = self._config.keep_checkpoints == "ends" or dropped or gap
         self.rows = [*self.rows, *end.rows]
@@ -287,7 +293,6 @@ class Recorder(contextlib.AbstractContextManager):
         self.checkpoints.save(end.round, end.networks, self.rows, optima, end.next_masks)
         if not self._first:
             return
-        self._record_diverged(end.round, end.diverged)
         self._results.append(end.rows)
         self._refresh_figure()
         names = [name for name in end.rows[0] if name not in ("replicate", "arm", "round")]

@@ -18,11 +18,12 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from imp_jax import analysis, connectivity, figures, imp, masking, models, similarity, training
+from imp_jax import analysis, connectivity, figures, masking, models, runs, similarity, training
 from imp_jax import config as configs
 from imp_jax.analysis import __main__ as analysis_main
 from imp_jax.analysis import report
 from imp_jax.errors import UserError
+from imp_jax.experiment import setup
 from imp_jax.runtime import distributed
 from imp_jax.workdir.checkpoints import Checkpoints
 from imp_jax.workdir.lock import store_config_file
@@ -42,7 +43,7 @@ def analysed(data_dir, tmp_path_factory):
     config.instability.rounds = (2,)
     config.analysis.path_points = 5
     workdir = tmp_path_factory.mktemp("analysed")
-    imp.run(config, workdir)
+    runs.run(config, workdir, analyses=analysis)
     analysis.run(workdir)
     return workdir
 
@@ -92,7 +93,7 @@ def test_the_ends_of_paths_are_the_results(run):
 
 
 def test_instability_is_the_barrier_between_a_ticket_and_its_twin(run):
-    experiment = imp.setup(run.config)
+    experiment = setup(run.config, use_mesh=False)
     ends = (network(run, 2, arm, 1).trained for arm in ("imp", "twin"))
     points = connectivity.linear_path(*ends, 5)
     losses, correct = training.evaluate(points, experiment.dataset.test, spec=experiment.spec)
@@ -272,7 +273,7 @@ def test_columns_of_other_versions(copy, capsys):
     shutil.move(copy / "checkpoints" / "0", copy / "0")
     config = loaded.config
     with contextlib.closing(Checkpoints(copy)) as checkpoints:
-        analysis.compute(checkpoints, config, lambda: imp.setup(config), copy, read_results(copy))
+        analysis.compute(checkpoints, config, lambda: setup(config, use_mesh=False), copy, read_results(copy))
     loaded = analysis.load(copy)  # without a warning, which would be an error
     gone = loaded.weights["round"] == 0
     assert loaded.weights["near_zero"].isna().equals(gone)
@@ -404,7 +405,7 @@ def test_a_single_missing_round_of_paths(copy):
 def test_other_settings_of_the_analysis_need_no_other_run(copy):
     config = analysis.load(copy).config
     config.analysis.baseline, config.analysis.path_points = "max", 3
-    imp.run(config, copy)
+    runs.run(config, copy, analyses=analysis)
     analysis.run(copy)
     run = analysis.load(copy)
     assert len(run.paths) == (ROUNDS - 1 + 1) * 2 * 2 * 3
@@ -412,7 +413,7 @@ def test_other_settings_of_the_analysis_need_no_other_run(copy):
         errors = path["error"].to_numpy()
         row = run.barriers.set_index(["replicate", "kind", "round", "split"]).loc[key]
         assert row["barrier"] == pytest.approx(errors.max() - max(errors[0], errors[-1]), abs=1e-6)
-    experiment = imp.setup(config)
+    experiment = setup(config, use_mesh=False)
     config.analysis.batch_norm = "reestimate"  # which a network without statistics, as this one, refuses
     asked = []
     with pytest.MonkeyPatch.context() as patch:
@@ -444,7 +445,7 @@ def test_a_run_under_way_is_analysed_as_far_as_it_is(copy):
 def test_a_terminal_has_a_bar(copy, monkeypatch):
     terminal = io.StringIO()
     console = Console(file=terminal, force_terminal=True, width=80)
-    monkeypatch.setattr("imp_jax.workdir.progress.make_console", lambda: console)
+    monkeypatch.setattr("imp_jax.analysis.missing.make_console", lambda: console)
     shutil.rmtree(copy / "analysis")
     analysis.run(copy)
     assert "analysing" in terminal.getvalue()

@@ -25,7 +25,7 @@ from filelock import FileLock
 from tensorflow_datasets.image_classification import cifar
 from tensorflow_datasets.image_classification import mnist as tfds_mnist
 
-from imp_jax import data, imp, main
+from imp_jax import data, main, runs
 from imp_jax.data import __main__, download
 from imp_jax.errors import UserError
 from tests.conftest import quick_config
@@ -98,7 +98,7 @@ def test_a_set_is_downloaded_and_prepared_on_first_use(name, serve, tmp_path, ca
     assert downloads == {path for path in kept(tmp_path) if not path.startswith(f"{name}/")}
     before = [(path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")]
     with pytest.MonkeyPatch.context() as patch:  # a prepared set may be on a read-only disk
-        patch.setattr(data, "FileLock", None)
+        patch.setattr(data.tfds, "FileLock", None)
         data.load(name, tmp_path)
         assert data.prepare(name, tmp_path) == dataset.folder
     assert [(path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")] == before
@@ -171,7 +171,7 @@ def test_a_round_is_trained_from_original_files(serve, tmp_path):
         **{"dataset.name": "mnist", "dataset.normalize": True, "model.width": 0.02},
         **{"rounds": 1, "batch_size": 10, "arms": ("imp",)},
     )
-    imp.run(config, tmp_path / "run")
+    runs.run(config, tmp_path / "run")
     assert pd.read_csv(tmp_path / "run" / "results.csv")["round"].tolist() == [0]
     assert len(server.requests) == 4
     assert "tensorflow" not in sys.modules

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from imp_jax import config as configs
-from imp_jax import data, experiment, imp
+from imp_jax import config_files, data, experiment, runs
 from imp_jax.data import folder
 from imp_jax.errors import UserError
 from tests.conftest import quick_config
@@ -196,20 +196,20 @@ def test_a_run_belongs_to_the_images_that_it_was_begun_with(tmp_path, shape):
     )
     if shape[0] == 40:
         config.update_from_flattened_dict({"dataset.image_side": 8, "dataset.workers": 1})
-    imp.run(config, tmp_path / "run")
+    runs.run(config, tmp_path / "run")
     assert len(pd.read_csv(tmp_path / "run" / "results.csv")) == 2
     config.rounds = 2
     config.dataset.data_dir = str(tmp_path / "wood" / "images")
     with pytest.raises(
         UserError, match=r"another data set: .* there, and as many of other classes, such as ash"
     ):
-        imp.run(config, tmp_path / "run")
+        runs.run(config, tmp_path / "run")
     write(tmp_path / "pets" / "images" / "train" / "ant" / "9.png", noise(3, shape))
     config.dataset.data_dir = str((tmp_path / "pets").rename(tmp_path / "moved") / "images")
     with pytest.raises(UserError, match="4 training and 2 test images of 2 classes there, and 5 training"):
-        imp.run(config, tmp_path / "run")
+        runs.run(config, tmp_path / "run")
     (tmp_path / "moved" / "images" / "train" / "ant" / "9.png").unlink()
-    imp.run(config, tmp_path / "run")
+    runs.run(config, tmp_path / "run")
     assert len(pd.read_csv(tmp_path / "run" / "results.csv")) == 4
 
 
@@ -222,13 +222,13 @@ def test_a_damaged_image_is_named_by_a_worker_process_too(tmp_path):
         **{"dataset.name": "folder", "dataset.image_side": 8, "dataset.workers": 1, "batch_size": 6},
     )
     with pytest.raises(UserError, match=r"cannot decode example \d+ of train of .*/bee/\d.jpg: OSError"):
-        imp.run(config, tmp_path / "run")
+        runs.run(config, tmp_path / "run")
 
 
 def test_a_folder_is_called_by_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = quick_config(".", **{"dataset.name": "folder"})
-    name = configs.run_name("own", configs.default(), config)
+    name = config_files.run_name("own", configs.default(), config)
     assert name.startswith(f"own,batch_size=500,dataset.data_dir={tmp_path.name},dataset.name=folder")
 
 

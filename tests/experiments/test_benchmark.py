@@ -7,8 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import benchmark as bench
-from experiments.benchmarks import convolutions, steps
+from experiments.benchmarks import convolutions, forms, patches, pytorch, steps, steps_table, throughput, work
 from experiments.paper.scales import MINI
 from experiments.sweeps import cost
 from imp_jax.errors import UserError
@@ -33,7 +32,7 @@ def test_the_table_of_steps_is_kept_and_compared(tmp_path):
     assert done.returncode == 0, done.stderr
     for quantity in ("conv4: 1 × 4, float32", "images/s of all", "of peak", "586.30 MFLOP"):
         assert quantity in done.stdout
-    row = steps.read(kept)["rows"]["conv4"]
+    row = steps_table.read_table(kept)["rows"]["conv4"]
     assert len(row["images_per_second"]) == 2
     assert row["compilation"] > 0.1
     assert row["memory"] > 0.1
@@ -42,7 +41,7 @@ def test_the_table_of_steps_is_kept_and_compared(tmp_path):
 
 
 def test_the_parts_of_convolutions_are_timed_in_each_form(capsys):
-    convolutions.benchmark(batch_size=2, repeats=1, shapes=[(8, 3, 4, 1), (8, 4, 4, 2)])
+    convolutions.benchmark_convolutions(batch_size=2, repeats=1, shapes=[(8, 3, 4, 1), (8, 4, 4, 2)])
     lines = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "stride" in line]
     assert [line[0].strip() for line in lines] == ["8², 3 to 4, stride 1", "8², 4 to 4, stride 2"]
     assert all(float(cell) >= 0 for line in lines for cell in (line[1], *line[3:]))
@@ -55,8 +54,8 @@ def test_the_forms_of_convolutions_are_rows_with_other_options(monkeypatch, caps
         asked.append((name, options))
         return {"images_per_second": [10 * len(asked), 10 * len(asked) + 2]}
 
-    monkeypatch.setattr(steps, "row_of", row_of)
-    steps.benchmark_forms("resnet20", [1, 3], [128], ["--repeats=2"])
+    monkeypatch.setattr(steps, "time_row_in_subprocess", row_of)
+    forms.benchmark_forms("resnet20", [1, 3], [128], ["--repeats=2"])
     of_three = ["--repeats=2", "--members=3", "--batch_size=128"]
     assert asked[-2:] == [("resnet20", [*of_three, f"--form={form}"]) for form in ("grouped", "patches")]
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "3 × 128" in line)
@@ -72,7 +71,7 @@ def test_a_product_of_patches_is_the_convolution(strides, padding):
         images, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     np.testing.assert_allclose(
-        steps.by_patches(images, kernel, strides, padding), expected, rtol=1e-4, atol=1e-4
+        patches.patches_convolution(images, kernel, strides, padding), expected, rtol=1e-4, atol=1e-4
     )
 
 
@@ -88,21 +87,21 @@ def test_two_tables_are_compared_by_their_medians(capsys):
         }
         return {"date": "2026-11-24", "rows": {"lenet": row}}
 
-    steps.print_ratios(table([90, 100, 110], 4.0), table([140, 150, 180], 2.0))
+    steps_table.print_ratios(table([90, 100, 110], 4.0), table([140, 150, 180], 2.0))
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "lenet" in line)
     assert [cell.strip() for cell in line.split("│")[1:-1]] == ["lenet", "1.50", "0.50", "1.00"]
-    steps.print_ratios(table([1], 4.0, "another"), table([1], 2.0))
+    steps_table.print_ratios(table([1], 4.0, "another"), table([1], 2.0))
     assert "not the same work, or machine" in capsys.readouterr().out
 
 
 def test_the_work_of_a_step_is_that_of_its_layers():
-    def work(name, **overrides):
+    def count_work(name, **overrides):
         config = importlib.import_module(f"configs.{name}").get_config()
         config.update(overrides)
-        return steps.work_of(config)
+        return work.count_work(config)
 
     weights, biases = 784 * 300 + 300 * 100 + 100 * 10, 410
-    lenet = work("lenet")
+    lenet = count_work("lenet")
     assert lenet.flops == 2 * (3 * weights - 784 * 300)
     assert lenet.activations == 6 * 410 * 4
     parameters = weights + biases
@@ -112,7 +111,7 @@ def test_the_work_of_a_step_is_that_of_its_layers():
 
     stem, stages = 9 * 3 * 16 * 32**2, (6 * 16 * 16 + 0) * 9 * 32**2
     stages += (16 * 32 + 5 * 32 * 32) * 9 * 16**2 + (32 * 64 + 5 * 64 * 64) * 9 * 8**2
-    resnet20 = work("resnet20", dtype="bfloat16")
+    resnet20 = count_work("resnet20", dtype="bfloat16")
     assert resnet20.flops == 2 * (3 * (stem + stages + 640) - stem)
     assert resnet20.activations == 9 * 2 * (7 * 16 * 32**2 + 6 * 32 * 16**2 + 6 * 64 * 8**2 + 10)
 
@@ -120,7 +119,7 @@ def test_the_work_of_a_step_is_that_of_its_layers():
 def test_there_may_be_no_pytorch(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match="--torch needs PyTorch and torchvision: pip install"):
-        steps.torch_contenders("lenet", 1, 60)
+        pytorch.make_torch_train_fns("lenet", 1, 60)
 
 
 def test_the_benchmark_of_analyses_prints_its_table():
@@ -190,12 +189,12 @@ def test_throughput_is_recorded_for_the_costs(optimised, tmp_path, monkeypatch, 
     recorded = tmp_path / "throughput.json"
     recorded.write_text('{"another": {}}')
     monkeypatch.setattr(cost, "MEASURED", recorded)
-    bench.benchmark_throughput(rounds=1, repeats=1, record="here", names=["lenet"])
+    throughput.benchmark_throughput(rounds=1, repeats=1, record="here", names=["lenet"])
     assert "lenet, batch 600, 6 members" in capsys.readouterr().out
     device = cost.read_throughput()["here"]
     speeds = device["images_per_second"]["lenet"]
     assert list(speeds) == ["20", "60", "200", "600"]
     assert all(1000 < speed < 1e9 for speed in speeds.values())
     training = 159 * 20 * 66 * 60 / speeds["60"]
-    assert cost.seconds(MINI.lenet, device) == pytest.approx(training + device["besides"]["lenet"])
+    assert cost.estimate_seconds(MINI.lenet, device) == pytest.approx(training + device["besides"]["lenet"])
     assert cost.read_throughput()["another"] == {}

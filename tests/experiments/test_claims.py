@@ -6,13 +6,13 @@ import sys
 import pandas as pd
 import pytest
 
-from experiments import claims
-from experiments.claims import FAILS, HOLDS, UNKNOWN
+from experiments import claims as command
+from experiments.paper import claims_report as claims
 from experiments.paper import quantities, repellent
+from experiments.paper.claims_report import FAILS, HOLDS, UNKNOWN
 from experiments.paper.quantities import HIGH, LOW, MEDIUM, VERY_HIGH
 from experiments.paper.scales import MINI, PAPER
-from imp_jax import analysis
-from imp_jax import config as configs
+from imp_jax import analysis, config_files
 from tests.helpers.tables import tables
 
 RUN = MINI.lenet
@@ -58,7 +58,7 @@ def paper_like(run):
 
 @pytest.fixture(scope="module")
 def finished():
-    return {run: paper_like(run) for run in claims.runs(PAPER)}
+    return {run: paper_like(run) for run in claims.list_claim_runs(PAPER)}
 
 
 def test_bands_are_the_rounds_that_the_readme_says():
@@ -103,76 +103,80 @@ def test_the_plateau_and_the_peak_of_the_threshold():
         accuracy=lambda arm, r, n: 0.9 - (0.0099 if n <= 12 + r else 0.0101) * (n > 0) + 0.05 * (n == 3),
         threshold=lambda arm, r, n: -abs(n - 7 - r) if arm == "imp" else n,
     )
-    assert quantities.plateau(run).tolist() == [12, 13, 14]
-    assert quantities.peak(run).tolist() == [7, 8, 9]
-    assert quantities.peak(tables(RUN, rounds=20)).isna().all()  # it may rise yet
+    assert quantities.plateau_end_round(run).tolist() == [12, 13, 14]
+    assert quantities.threshold_peak_round(run).tolist() == [7, 8, 9]
+    assert quantities.threshold_peak_round(tables(RUN, rounds=20)).isna().all()  # it may rise yet
 
 
 def test_all_claims_hold_where_everything_is_as_the_paper_says(finished):
-    rows = claims.measure(PAPER, finished)
+    rows = claims.measure_claims(PAPER, finished)
     assert [(row.claim.id, row.quantity.words) for row in rows if row.verdict != HOLDS] == []
     assert list(dict.fromkeys(row.claim.id for row in rows)) == [f"C{n}" for n in range(1, 12)]
 
 
 def test_a_claim_fails_with_any_of_its_quantities(finished):
-    stable = PAPER.batch(PAPER.stable)
+    stable = PAPER.make_resnet20_run(PAPER.stable)
     worse = finished | {
         stable: tables(
             stable, lambda arm, r, n: 0.9 - (0.1 if n > 15 and arm == "imp" else -0.01 * (arm == "imp"))
         )
     }
-    rows = [row for row in claims.measure(PAPER, worse) if row.claim.id == "C1"]
+    rows = [row for row in claims.measure_claims(PAPER, worse) if row.claim.id == "C1"]
     assert [row.verdict for row in rows] == [HOLDS, FAILS]
-    assert claims.verdict(rows) == "does not hold (1 of 2 do)"
+    assert claims.judge_claim(rows) == "does not hold (1 of 2 do)"
     assert rows[0].mean == pytest.approx(1)
     assert rows[1].high == pytest.approx(-10)
 
 
 def test_one_replicate_that_differs_is_enough_to_fail(finished):
-    stable = PAPER.batch(PAPER.stable)
+    stable = PAPER.make_resnet20_run(PAPER.stable)
     lead = {0: 0.1, 1: 0.1, 2: -0.01}
     mixed = tables(stable, lambda arm, r, n: 0.8 + lead[r] * (arm == "imp"))
-    row = claims.measure(PAPER, finished | {stable: mixed})[0]
+    row = claims.measure_claims(PAPER, finished | {stable: mixed})[0]
     assert (row.mean, row.low, row.high) == pytest.approx((19 / 3, -1, 10))
     assert row.verdict == FAILS
 
 
 def test_too_little_data_is_no_verdict(finished):
-    assert {row.verdict for row in claims.measure(PAPER, {})} == {UNKNOWN}
-    stable = PAPER.batch(PAPER.stable)
+    assert {row.verdict for row in claims.measure_claims(PAPER, {})} == {UNKNOWN}
+    stable = PAPER.make_resnet20_run(PAPER.stable)
     under_way = finished | {stable: tables(stable, rounds=18)}
-    verdicts = [row.verdict for row in claims.measure(PAPER, under_way) if row.claim.id == "C1"]
+    verdicts = [row.verdict for row in claims.measure_claims(PAPER, under_way) if row.claim.id == "C1"]
     assert verdicts[1] == UNKNOWN  # round 20 is not there yet
     analyses = {name: pd.DataFrame(columns=columns) for name, columns in analysis.TABLES.items()}
     trained = dataclasses.replace(tables(stable), **analyses)
-    rows = [row for row in claims.measure(PAPER, finished | {stable: trained}) if stable in row.quantity.runs]
+    rows = [
+        row for row in claims.measure_claims(PAPER, finished | {stable: trained}) if stable in row.quantity.runs
+    ]
     assert [row.verdict for row in rows if row.claim.id in ("C3", "C7", "C10")] == [UNKNOWN] * 7
     whole = tables(stable)
     alone = dataclasses.replace(whole, results=whole.results.query("replicate == 0"))
-    assert claims.measure(PAPER, finished | {stable: alone})[0].verdict == UNKNOWN
+    assert claims.measure_claims(PAPER, finished | {stable: alone})[0].verdict == UNKNOWN
     two = dataclasses.replace(whole, results=whole.results.query("replicate < 2"))  # the third has diverged
-    assert claims.measure(PAPER, finished | {stable: two})[0].verdict == FAILS  # as far as it goes: no lead
+    assert (
+        claims.measure_claims(PAPER, finished | {stable: two})[0].verdict == FAILS
+    )  # as far as it goes: no lead
 
 
 def test_repulsion_is_measured_against_the_lead_that_it_takes(finished):
-    plain, repelled = repellent.of_lenet(PAPER)
+    plain, repelled = repellent.list_lenet_runs(PAPER)
     level = {"imp": 0.9, "reinit": 0.7}
     after = {"imp": 0.75, "reinit": 0.68}
     of = finished | {
         plain: tables(plain, lambda a, r, n: level[a]),
         repelled: tables(repelled, lambda a, r, n: after[a]),
     }
-    lead, kept, control = [row for row in claims.measure(PAPER, of) if row.claim.id == "C4"][3:6]
+    lead, kept, control = [row for row in claims.measure_claims(PAPER, of) if row.claim.id == "C4"][3:6]
     assert (lead.mean, lead.verdict) == (pytest.approx(20), HOLDS)
     assert (kept.mean, kept.verdict) == (pytest.approx(25), FAILS)  # 5 of 20 points are left
     assert (control.mean, control.verdict) == (pytest.approx(-2), FAILS)
 
 
 def test_repulsion_that_wrecks_a_ticket_does_not_take_it_down_to_the_level(finished):
-    plain, repelled = repellent.of_lenet(PAPER)
+    plain, repelled = repellent.list_lenet_runs(PAPER)
     level = tables(plain, lambda arm, r, n: 0.9 if arm == "imp" else 0.7)
     of = finished | {plain: level, repelled: tables(repelled, lambda arm, r, n: 0.3 if arm == "imp" else 0.7)}
-    verdicts = [row.verdict for row in claims.measure(PAPER, of) if row.claim.id == "C4"][3:6]
+    verdicts = [row.verdict for row in claims.measure_claims(PAPER, of) if row.claim.id == "C4"][3:6]
     assert verdicts == [HOLDS, FAILS, HOLDS]
 
 
@@ -184,7 +188,7 @@ def test_one_network_that_stands_for_several_is_measured_once():
 
 
 def test_the_table_is_markdown_with_the_runs_by_letters(finished):
-    lines = claims.markdown(PAPER, finished).splitlines()
+    lines = claims.format_claims(PAPER, finished).splitlines()
     assert {line.count("|") for line in lines[: lines.index("")]} == {9}
     assert (
         "| **C1** | **Stable IMP beats its reinit at medium and high sparsity** | | | | | **holds** | |"
@@ -197,7 +201,7 @@ def test_the_table_is_markdown_with_the_runs_by_letters(finished):
 def call(*arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["claims", *map(str, arguments)])
-        claims.main()
+        command.main()
 
 
 def test_the_scale_is_that_of_the_runs_in_the_folder(tmp_path, capsys):
@@ -205,7 +209,7 @@ def test_the_scale_is_that_of_the_runs_in_the_folder(tmp_path, capsys):
         call(f"--root={tmp_path}")
     workdir = tmp_path / MINI.lenet.name
     (workdir / "analysis").mkdir(parents=True)
-    (workdir / "config.json").write_text(configs.to_json(MINI.lenet.config))
+    (workdir / "config.json").write_text(config_files.to_json(MINI.lenet.config))
     with pytest.raises(SystemExit, match="nothing that the claims are about has been run in"):
         call(f"--root={tmp_path}")
     pd.DataFrame(tables(MINI.lenet).results).to_csv(workdir / "results.csv", index=False)

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from experiments import run as cli
-from experiments.paper import catalogue
-from experiments.paper.catalogue import runs_of
+from experiments.paper import catalogue, commands
+from experiments.paper.catalogue import list_runs
 from experiments.paper.panels import NOT_RUN
 from experiments.paper.scales import MINI, PAPER, SCALES, SMOKE
 from imp_jax import figures
@@ -26,7 +25,7 @@ FIGURES = [name for name in catalogue.FIGURES if name.startswith("fig")]
 @pytest.fixture(scope="module")
 def finished():
     """Every run of the paper's and the mini scale."""
-    return {run: tables(run) for scale in (PAPER, MINI) for run in runs_of(catalogue.FIGURES.values(), scale)}
+    return {run: tables(run) for scale in (PAPER, MINI) for run in list_runs(catalogue.FIGURES.values(), scale)}
 
 
 def panels(figure):
@@ -48,11 +47,11 @@ def test_every_figure_is_drawn_in_full(name, finished):
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_a_figure_of_which_runs_are_lacking_says_so_in_their_panels(name, finished):
-    exhibit = catalogue.FIGURES[name]
-    assert words(exhibit.draw(MINI, {})) == [NOT_RUN] * len(panels(exhibit.draw(MINI, finished)))
-    first = exhibit.runs(MINI)[0]
+    figure = catalogue.FIGURES[name]
+    assert words(figure.draw(MINI, {})) == [NOT_RUN] * len(panels(figure.draw(MINI, finished)))
+    first = figure.runs(MINI)[0]
     begun = {first: tables(first, rounds=1)}  # not yet analysed, or of one round
-    figures.to_bytes(exhibit.draw(MINI, begun))
+    figures.to_bytes(figure.draw(MINI, begun))
 
 
 def test_the_lines_of_figure_1_are_means_and_ranges_of_the_replicates():
@@ -153,11 +152,11 @@ def test_the_table_of_appendix_c_has_what_one_cut_costs():
 
 
 def test_a_figure_says_what_it_is():
-    exhibit = catalogue.FIGURES["fig14"]
-    plain, _ = exhibit.runs(MINI)
-    said = cli.describe(exhibit, MINI, [plain])
+    figure = catalogue.FIGURES["fig14"]
+    plain, _ = figure.runs(MINI)
+    said = commands.describe(figure, MINI, [plain])
     assert said.startswith("mini scale: LeNet-300-100 on mnist5k, 20 epochs, 3 replicates; in the paper LeNet")
     assert said.endswith("; 1 of 2 runs not finished")
-    assert cli.describe(exhibit, PAPER, []) == "LeNet-300-100 on mnist, 25 epochs, 3 replicates"
+    assert commands.describe(figure, PAPER, []) == "LeNet-300-100 on mnist, 25 epochs, 3 replicates"
     assert set(SCALES) == {"paper", "mini", "smoke"}
-    assert "1 epoch," in cli.describe(exhibit, SMOKE, [])
+    assert "1 epoch," in commands.describe(figure, SMOKE, [])

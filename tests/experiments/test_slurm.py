@@ -37,18 +37,20 @@ def test_a_job_that_is_stopped_is_requeued_and_goes_on(cluster, data_dir, tmp_pa
     assert submitted.returncode == 0, submitted.stderr
     assert submitted.stdout.count("job 1_") == 2
     runs = FIGURES["fig14"].runs(SMOKE)
-    assert {state.status for state in sweep.states(runs).values()} <= {"queued", "running"}
+    assert {state.status for state in sweep.read_states(runs).values()} <= {"queued", "running"}
     again = experiments_run(cluster, "run", *asked, *options)
     assert "0 runs to train" in again.stdout  # not handed in twice
 
     first, _ = runs
     wait_until(lambda: (sweep.workdir(first) / "results.csv").exists())
-    subprocess.run(["scancel", "--signal=USR2", sweep.log(first, "job").read_text()], env=cluster, check=True)
-    wait_until(lambda: {state.status for state in sweep.states(runs).values()} == {"done"})
-    log = sweep.log(first).read_text()
+    subprocess.run(
+        ["scancel", "--signal=USR2", sweep.log_path(first, "job").read_text()], env=cluster, check=True
+    )
+    wait_until(lambda: {state.status for state in sweep.read_states(runs).values()} == {"done"})
+    log = sweep.log_path(first).read_text()
     assert "stopped at once by SIGUSR1" in log or "SIGUSR1: stopping where the run can be taken up" in log
     assert log.count("report: ") == 1
-    job = ["scontrol", "show", "job", sweep.log(first, "job").read_text()]
+    job = ["scontrol", "show", "job", sweep.log_path(first, "job").read_text()]
     shown = subprocess.run(job, env=cluster, capture_output=True, text=True, check=True).stdout
     assert "Restarts=1" in shown
     drawn = experiments_run(cluster, "figure", *asked)

@@ -14,21 +14,20 @@ from filelock import FileLock
 from ml_collections import config_flags
 
 from experiments import run
-from experiments.paper.catalogue import FIGURES, runs_of
+from experiments.paper.catalogue import FIGURES, list_runs
 from experiments.paper.scales import MINI, PAPER, SCALES, SMOKE
 from experiments.sweeps import cost, launchers
 from experiments.sweeps.runs import Run
 from experiments.sweeps.runs import make_run as make_run
 from experiments.sweeps.sweep import Sweep
-from imp_jax import __version__
-from imp_jax import config as configs
+from imp_jax import __version__, config_files
 from imp_jax.errors import UserError
 from imp_jax.runtime.distributed import visible_gpus
 from imp_jax.workdir.checkpoints import versions
 from tests.helpers import ROOT
 from tests.helpers.tables import tables
 
-ALL_RUNS = {one for scale in SCALES.values() for one in runs_of(FIGURES.values(), scale)}
+ALL_RUNS = {one for scale in SCALES.values() for one in list_runs(FIGURES.values(), scale)}
 
 
 def test_a_name_tells_a_config_from_all_others_and_is_a_folder():
@@ -36,8 +35,8 @@ def test_a_name_tells_a_config_from_all_others_and_is_a_folder():
     for one in ALL_RUNS:
         assert len(f"{one.name}.failed") < 255
         assert not set(one.name) & set(" /\\'\"()*?$&;|<>")
-    assert PAPER.batch(128) == PAPER.resnet20  # what is as in the base is not in the name
-    assert PAPER.batch(1024, optimizer__warmup_epochs=10.0).name == (
+    assert PAPER.make_resnet20_run(128) == PAPER.resnet20  # what is as in the base is not in the name
+    assert PAPER.make_resnet20_run(1024, optimizer__warmup_epochs=10.0).name == (
         "resnet20,batch_size=1024,optimizer.warmup_epochs=10"
     )
 
@@ -53,12 +52,12 @@ def test_the_command_of_a_run_has_its_config(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", command[1:])  # where overrides are looked for
         parsed(command[1:])
         assert parsed.config.on_divergence == "drop"
-        assert configs.differences(parsed.config, json.loads(configs.to_json(one.config))) == []
+        assert config_files.differences(parsed.config, json.loads(config_files.to_json(one.config))) == []
         assert parsed.workdir == str(tmp_path)
 
 
 def test_figures_share_their_runs():
-    together = runs_of((FIGURES[f"fig{n}"] for n in (1, 2, 4, 5, 6, 8)), PAPER)
+    together = list_runs((FIGURES[f"fig{n}"] for n in (1, 2, 4, 5, 6, 8)), PAPER)
     assert len(together) == 12
     assert sum(run.trainings for run in together) == 1800 + 12 * 9  # section A.2, and twins
 
@@ -76,10 +75,10 @@ def test_costs_follow_from_the_throughput():
     device = {"images_per_second": {"lenet": {"60": 100.0, "100": 200.0}}, "repulsion": {"lenet": 1.5}}
     plain = Run("mnist5k", (("batch_size", 80), ("replicates", 1), ("rounds", 2), ("instability.rounds", ())))
     images = 2 * 2 * 10 * 50 * 80  # arms, rounds, epochs, steps of a batch
-    assert cost.seconds(plain, device) == images / 150
+    assert cost.estimate_seconds(plain, device) == images / 150
     repelled = Run("mnist5k", (*plain.overrides, ("repulsion.strength", 2.0)))
-    assert cost.seconds(repelled, device | {"besides": {"lenet": 7}}) == 1.5 * images / 150 + 7
-    assert cost.seconds(PAPER.conv4, device) is None
+    assert cost.estimate_seconds(repelled, device | {"besides": {"lenet": 7}}) == 1.5 * images / 150 + 7
+    assert cost.estimate_seconds(PAPER.conv4, device) is None
     assert cost.format_duration(None) == "not measured"
     assert [cost.format_duration(s) for s in (0, 119, 120, 7199, 7200, 3 * 86400, 1e7)] == [
         *("0 s", "119 s", "2 min", "120 min", "2 h", "3 days", "116 days"),
@@ -153,7 +152,7 @@ def test_a_run_of_another_config_or_version_under_a_name_is_refused(action, tmp_
     workdir = tmp_path / MINI.lenet.name
     version = workdir / "checkpoints" / "0" / "version" / "metadata"
     version.parent.mkdir(parents=True)
-    same = json.loads(configs.to_json(MINI.lenet.config))
+    same = json.loads(config_files.to_json(MINI.lenet.config))
     for stored, written_by, difference in (
         (same | {"seed": 1}, __version__, "seed is 1 there and 0 here"),
         (same | {"lookahead": 3}, __version__, "lookahead is 3 there and absent here"),
@@ -173,7 +172,7 @@ def test_a_figure_says_what_it_lacks(tmp_path, capsys):
     plain, repelled = FIGURES["fig14"].runs(MINI)
     workdir = tmp_path / plain.name
     workdir.mkdir()
-    (workdir / "config.json").write_text(configs.to_json(plain.config))
+    (workdir / "config.json").write_text(config_files.to_json(plain.config))
     tables(plain, rounds=9).results.to_csv(workdir / "results.csv", index=False)
     (workdir / "divergences.csv").write_text("replicate,arm,round,step,what\n2,reinit,7,40,loss is nan\n")
     with pytest.raises(SystemExit, match="error: nothing of fig17 at scale mini has been run"):
@@ -196,7 +195,7 @@ def test_a_failing_run_is_tried_twice_and_reported(tmp_path, monkeypatch, capsys
     out = capsys.readouterr().out
     assert out.count("exit status 3: no such luck") == 2
     assert out.count("trying again") == 1
-    (state,) = Sweep(tmp_path).states([SMOKE.lenet]).values()
+    (state,) = Sweep(tmp_path).read_states([SMOKE.lenet]).values()
     assert state == ("failed", 0, "exit status 3: no such luck")
     call("status", *arguments)
     assert "1 failed" in capsys.readouterr().out
@@ -205,9 +204,9 @@ def test_a_failing_run_is_tried_twice_and_reported(tmp_path, monkeypatch, capsys
 def test_the_reason_of_a_failure_is_of_the_last_attempt(tmp_path):
     sweep = Sweep(tmp_path)
     sweep.logs.mkdir()
-    sweep.log(SMOKE.lenet).write_text("$ train\nerror: no such luck\n$ train\ngoing on\n")
+    sweep.log_path(SMOKE.lenet).write_text("$ train\nerror: no such luck\n$ train\ngoing on\n")
     assert launchers.note_failure(sweep, SMOKE.lenet, -9) == "killed by SIGKILL: going on"
-    with open(sweep.log(SMOKE.lenet), "a") as log:
+    with open(sweep.log_path(SMOKE.lenet), "a") as log:
         log.write("$ train\n")
     assert launchers.note_failure(sweep, SMOKE.lenet, 1) == "exit status 1: it said nothing"
 
@@ -215,14 +214,14 @@ def test_the_reason_of_a_failure_is_of_the_last_attempt(tmp_path):
 def test_a_job_that_is_gone_has_failed(tmp_path, monkeypatch, capsys):
     sweep = Sweep(tmp_path)
     sweep.logs.mkdir()
-    sweep.log(SMOKE.lenet, "job").write_text("12_3")
+    sweep.log_path(SMOKE.lenet, "job").write_text("12_3")
     squeue = tmp_path / "squeue"
     squeue.touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     squeue.write_text("#!/bin/sh\necho 12_2 12_3")
-    assert sweep.states([SMOKE.lenet])[SMOKE.lenet].status == "queued"
+    assert sweep.read_states([SMOKE.lenet])[SMOKE.lenet].status == "queued"
     squeue.write_text("#!/bin/sh\necho 12_2")
-    assert sweep.states([SMOKE.lenet])[SMOKE.lenet].status == "failed"
+    assert sweep.read_states([SMOKE.lenet])[SMOKE.lenet].status == "failed"
     call("status", "fig18", "--scale=smoke", f"--root={tmp_path}")
     assert "failed: job 12_3 is gone; its log is in" in capsys.readouterr().out
     squeue.write_text("#!/bin/sh\necho '[timed out]' >&2; exit 1")
@@ -257,7 +256,7 @@ def test_no_training_goes_on_without_its_launcher(tmp_path, monkeypatch):
 
     begun = time.monotonic()
     with pytest.raises(BrokenPipeError):
-        launchers.local(Sweep(tmp_path), [SMOKE.lenet], None, say)
+        launchers.train_locally(Sweep(tmp_path), [SMOKE.lenet], None, say)
     assert time.monotonic() - begun < 30
 
 
@@ -269,10 +268,10 @@ def test_a_worker_a_gpu(tmp_path, monkeypatch):
         "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(0.5)",
     ]
     monkeypatch.setattr(Run, "command", lambda *_: shows)
-    sweep, runs, said = Sweep(tmp_path), runs_of(FIGURES.values(), SMOKE)[:3], []
-    assert launchers.local(sweep, runs, None, said.append) == 0
+    sweep, runs, said = Sweep(tmp_path), list_runs(FIGURES.values(), SMOKE)[:3], []
+    assert launchers.train_locally(sweep, runs, None, said.append) == 0
     assert [line.split()[0] for line in said[:3]] == ["started", "started", "done"]  # two at a time
-    seen = [sweep.log(run).read_text().splitlines()[-1] for run in runs]
+    seen = [sweep.log_path(run).read_text().splitlines()[-1] for run in runs]
     assert set(seen[:2]) == {"3", "5"}
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert visible_gpus(os.environ) == []
@@ -287,7 +286,7 @@ def test_a_sweep_that_is_stopped_goes_on(tmp_path, data_dir):
     pipes = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as process:
         end = time.monotonic() + 120
-        while sweep.states([plain])[plain].rounds < 2:
+        while sweep.read_states([plain])[plain].rounds < 2:
             assert time.monotonic() < end
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
@@ -296,18 +295,18 @@ def test_a_sweep_that_is_stopped_goes_on(tmp_path, data_dir):
     assert "stopped by SIGINT; the same command goes on" in err
     assert f"started {plain.name}" in out
     assert f"started {repelled.name}" not in out
-    before = sweep.states([plain])[plain]
+    before = sweep.read_states([plain])[plain]
     assert before.status == "missing"
     assert before.rounds >= 2
     rows = (sweep.workdir(plain) / "results.csv").read_text()
 
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert {state.status for state in sweep.states([plain, repelled]).values()} == {"done"}
+    assert {state.status for state in sweep.read_states([plain, repelled]).values()} == {"done"}
     assert (sweep.workdir(plain) / "results.csv").read_text().startswith(rows)
     for name in names:
         assert f"{name}: {tmp_path / 'figures' / name}.png" in done.stdout
         assert (tmp_path / "figures" / f"{name}.pdf").stat().st_size > 1000
     assert "lacks" not in done.stdout
-    assert not sweep.log(plain, "failed").exists()
+    assert not sweep.log_path(plain, "failed").exists()
     assert versions(sweep.workdir(plain)) == {__version__}

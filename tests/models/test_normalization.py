@@ -1,6 +1,7 @@
-"""The normalisation beside Flax's, with a shortcut and a rectifier after it; its gradient by a closed form."""
+"""Batch normalization with shortcut and ReLU, plain and fused, against Flax's parts and closed forms."""
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -8,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imp_jax.models.fast_cpu.normalization import BatchNorm, batch_norm
+from imp_jax.models.fast_cpu import normalization, use_kernels
+from imp_jax.models.fast_cpu.normalization import batch_norm
+from imp_jax.models.layers import BatchNorm
 
 SHAPE = (6, 4, 5, 3)
 
@@ -20,30 +23,28 @@ def arrays(dtype="float32"):
     return [array.astype(dtype) for array in (2 * images + jnp.array([0.5, 3.0, -1.0]), shortcut, weights)]
 
 
-class Flaxs(nn.Module):
-    """`BatchNorm` put together from Flax's parts."""
+class FromParts(nn.Module):
+    """`layers.BatchNorm` put together from Flax's parts."""
 
     affine: bool
     relu: bool
     train: bool
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, inputs, shortcut=None):
-        options = {"momentum": 0.8, "use_scale": self.affine, "use_bias": self.affine}
+        options = {"momentum": 0.8, "use_scale": self.affine, "use_bias": self.affine, "dtype": self.dtype}
         outputs = nn.BatchNorm(use_running_average=not self.train, name="norm", **options)(inputs)
         outputs = outputs if shortcut is None else outputs + shortcut
         return nn.relu(outputs) if self.relu else outputs
 
 
-class Ours(nn.Module):
-    affine: bool
-    relu: bool
-    train: bool
-
+class Ours(FromParts):
     @nn.compact
     def __call__(self, inputs, shortcut=None):
-        options = {"momentum": 0.8, "affine": self.affine, "relu": self.relu, "train": self.train}
-        return BatchNorm(name="norm", **options)(inputs, shortcut)
+        options = {"momentum": 0.8, "use_scale": self.affine, "use_bias": self.affine, "dtype": self.dtype}
+        norm = BatchNorm(use_running_average=not self.train, relu=self.relu, name="norm", **options)
+        return norm(inputs, shortcut)
 
 
 def everything(model, variables, images, shortcut, weights):
@@ -64,6 +65,33 @@ def everything(model, variables, images, shortcut, weights):
     return outputs(*arguments), jax.grad(loss)(arguments), jax.grad(of_gradients)(arguments)
 
 
+def results(model, kernels, variables, *arguments):
+    """The leaves of `everything` of a model under an implementation of its kernels."""
+    with use_kernels(kernels):
+        return jax.tree.leaves(jax.jit(functools.partial(everything, model))(variables, *arguments))
+
+
+def drawn(variables):
+    """Variables of a normalization, none of them at its initial value."""
+    draw = jax.random.uniform(jax.random.key(1), (3,), minval=0.5, maxval=1.5)
+    return jax.tree.map(lambda leaf: leaf + draw, variables)
+
+
+def fused(model, kernels, variables, images, shortcut=None, *_):
+    """Return whether the fused kernel computes a normalization of the model."""
+    calls = []
+
+    def normalize(*arguments):
+        calls.append(arguments)
+        return original(*arguments)
+
+    original = normalization._normalize
+    with use_kernels(kernels), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(normalization, "_normalize", normalize)
+        jax.eval_shape(functools.partial(model.apply, mutable=["batch_stats"]), variables, images, shortcut)
+    return bool(calls)
+
+
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize(
     ("affine", "relu", "alone"), [(False, True, True), (True, True, False), (True, False, True)]
@@ -71,18 +99,190 @@ def everything(model, variables, images, shortcut, weights):
 def test_it_is_flaxs_with_what_follows(affine, relu, alone, train):
     images, shortcut, weights = arrays()
     shortcut = None if alone else shortcut
-    flaxs, ours = (kind(affine, relu, train) for kind in (Flaxs, Ours))
+    flaxs, ours = (kind(affine, relu, train) for kind in (FromParts, Ours))
     variables = flaxs.init(jax.random.key(0), images, shortcut)
-    shapes = jax.eval_shape(ours.init, jax.random.key(0), images, shortcut)
-    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, variables)
-    draw = jax.random.uniform(jax.random.key(1), (3,), minval=0.5, maxval=1.5)
-    variables = jax.tree.map(lambda leaf: leaf + draw, variables)
-    results = (
-        jax.jit(functools.partial(everything, model))(variables, images, shortcut, weights)
-        for model in (ours, flaxs)
-    )
-    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+    for kernels in ("flax", "xla"):
+        with use_kernels(kernels):
+            initialized = ours.init(jax.random.key(0), images, shortcut)
+        jax.tree.map(np.testing.assert_array_equal, initialized, variables)
+    variables = drawn(variables)
+    arguments = (variables, images, shortcut, weights)
+    expected = results(flaxs, "flax", *arguments)
+    for a, b in zip(results(ours, "flax", *arguments), expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(results(ours, "xla", *arguments), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
+    assert fused(ours, "xla", *arguments)
+    assert not fused(ours, "flax", *arguments)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_in_bfloat16_it_is_flaxs_to_its_precision(train):
+    """Fused, the sum with the shortcut is rounded once; of Flax's parts, each is rounded."""
+    images, shortcut, weights = arrays("bfloat16")
+    flaxs, ours = (kind(True, True, train, jnp.bfloat16) for kind in (FromParts, Ours))
+    variables = drawn(flaxs.init(jax.random.key(0), images, shortcut))
+    arguments = (variables, images, shortcut)
+    assert fused(ours, "xla", *arguments)
+
+    def outputs_and_gradients(model, kernels):
+        def loss(params, images, shortcut):
+            merged = {"params": params, "batch_stats": variables["batch_stats"]}
+            outputs, state = model.apply(merged, images, shortcut, mutable=["batch_stats"])
+            assert outputs.dtype == jnp.bfloat16
+            return jnp.sum(outputs.astype(jnp.float32) * weights), (outputs, state)
+
+        with use_kernels(kernels):
+            return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(variables["params"], images, shortcut)
+
+    gradients, (outputs, state) = outputs_and_gradients(ours, "xla")
+    of_flax, (expected, expected_state) = outputs_and_gradients(flaxs, "flax")
+    assert jax.tree.map(lambda leaf: leaf.dtype, gradients) == jax.tree.map(lambda leaf: leaf.dtype, of_flax)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected_state), strict=True):
+        assert a.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    for a, b in zip(jax.tree.leaves((outputs, gradients)), jax.tree.leaves((expected, of_flax)), strict=True):
+        a, b = (np.asarray(leaf, np.float32) for leaf in (a, b))
+        assert np.abs(a - b).max() < 0.02 * np.abs(b).max()
+
+
+def test_over_a_mesh_axis_its_statistics_are_those_of_the_whole_batch():
+    """Gradients, outputs and statistics: of two parts of a batch on an axis, against the batch as a whole."""
+    batch = arrays()
+    options = {"use_running_average": False, "momentum": 0.8}
+    variables = drawn(BatchNorm(**options).init(jax.random.key(0), *batch[:2]))
+
+    def gradients(axis_name, images, shortcut, weights):
+        def loss(images, shortcut):
+            norm = BatchNorm(axis_name=axis_name, **options)
+            outputs, state = norm.apply(variables, images, shortcut, mutable=["batch_stats"])
+            return jnp.sum(jnp.sin(weights * outputs)), (outputs, state)
+
+        return jax.grad(loss, (0, 1), has_aux=True)(images, shortcut)
+
+    for kernels in ("flax", "xla"):
+        with use_kernels(kernels):
+            whole_gradients, (whole, whole_state) = gradients(None, *batch)
+            parts = [array.reshape(2, -1, *SHAPE[1:]) for array in batch]
+            apply = jax.vmap(functools.partial(gradients, "data"), axis_name="data")
+            part_gradients, (outputs, state) = apply(*parts)
+        for a, b in zip((*part_gradients, outputs), (*whole_gradients, whole), strict=True):
+            np.testing.assert_allclose(a.reshape(SHAPE), b, rtol=1e-3, atol=1e-5)
+        for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(whole_state), strict=True):
+            np.testing.assert_allclose(a, jnp.stack([b, b]), rtol=1e-5)
+
+
+# --- a user's plain nn.BatchNorm ---
+
+
+class Plain(nn.Module):
+    """A network of plain Flax layers."""
+
+    train: bool
+    options: tuple = ()
+
+    @nn.compact
+    def __call__(self, images, shortcut=None):
+        del shortcut
+        norm = nn.BatchNorm(use_running_average=not self.train, **dict(self.options))
+        x = nn.Conv(3, (3, 3))(norm(images))
+        return nn.Dense(3)(nn.relu(nn.BatchNorm(momentum=0.8)(x, use_running_average=not self.train)))
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        (("epsilon", 0.1), ("momentum", 0.5)),
+        (("use_scale", False),),
+        (("use_bias", False), ("axis", 3), ("scale_init", nn.initializers.constant(2.0))),
+    ],
+)
+def test_a_network_with_flaxs_own_layer_is_the_same_under_the_kernels(options, train):
+    images, _, weights = arrays()
+    model = Plain(train, options)
+    variables = model.init(jax.random.key(0), images)
+    with use_kernels("xla"):
+        jax.tree.map(np.testing.assert_array_equal, model.init(jax.random.key(0), images), variables)
+    variables = {**variables, "batch_stats": drawn(variables["batch_stats"])}
+    arguments = (variables, images, None, weights)
+    assert fused(model, "xla", *arguments)
+    ours, expected = (results(model, kernels, *arguments) for kernels in ("xla", "flax"))
+    for a, b in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
+
+
+class OwnNorm(nn.BatchNorm):
+    """A subclass that changes what its parent returns."""
+
+    @nn.compact
+    def __call__(self, x, use_running_average=None):
+        return 2 * super().__call__(x, use_running_average)
+
+
+@pytest.mark.parametrize("wrap", [lambda kind: kind, nn.remat, nn.jit])
+@pytest.mark.parametrize("kind", [nn.BatchNorm, OwnNorm])
+def test_a_subclass_or_a_transformed_layer_is_the_same_under_the_kernels(kind, wrap):
+    images, _, weights = arrays()
+    layer = wrap(kind)(use_running_average=False, momentum=0.8)
+    variables = drawn(layer.init(jax.random.key(0), images))
+
+    def loss(params, images):
+        merged = {**variables, "params": params}
+        outputs, state = layer.apply(merged, images, mutable=["batch_stats"])
+        return jnp.sum(jnp.sin(weights * outputs)), (outputs, state)
+
+    def of(kernels):
+        with use_kernels(kernels):
+            return jax.tree.leaves(jax.grad(loss, (0, 1), has_aux=True)(variables["params"], images))
+
+    for a, b in zip(of("onednn"), of("flax"), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "call", "shape"),
+    [
+        ({"axis": 1}, {}, SHAPE),
+        ({"axis": (1, 3)}, {}, SHAPE),
+        ({"use_fast_variance": False}, {}, SHAPE),
+        ({"param_dtype": jnp.bfloat16}, {}, SHAPE),
+        ({"force_float32_reductions": False}, {}, SHAPE),
+        ({"dtype": jnp.bfloat16}, {}, SHAPE),  # of inputs in float32
+        ({}, {"mask": np.arange(6).reshape(6, 1, 1, 1) < 4}, SHAPE),
+        ({}, {}, (6, 3)),
+        ({}, {}, (2, 3, 4, 5, 3)),
+    ],
+)
+def test_a_layer_with_other_options_is_left_to_flax(options, call, shape):
+    images = jax.random.normal(jax.random.key(0), shape)
+    layer = nn.BatchNorm(use_running_average=False, **options)
+    variables = layer.init(jax.random.key(0), images)
+
+    def traced(kernels):
+        def apply(variables, images):
+            return layer.apply(variables, images, mutable=["batch_stats"], **call)
+
+        with use_kernels(kernels):
+            return str(jax.make_jaxpr(apply)(variables, images))
+
+    assert traced("xla") == traced("flax")
+
+
+@pytest.mark.parametrize("given", [(None, None), (True, True)])
+def test_whether_statistics_are_running_ones_is_said_once_as_flax_demands(given):
+    images = arrays()[0]
+    with use_kernels("xla"), pytest.raises(ValueError, match="use_running_average"):
+        nn.BatchNorm(given[0]).init(jax.random.key(0), images, given[1])
+
+
+def test_another_implementation_is_refused():
+    with pytest.raises(ValueError, match="implementation is 'mkl'; it should be one of"), use_kernels("mkl"):
+        pass
+
+
+# --- the kernel ---
 
 
 def test_the_gradient_by_the_inputs_is_that_of_the_paper():
@@ -92,10 +292,10 @@ def test_the_gradient_by_the_inputs_is_that_of_the_paper():
     n = images.size / 3
     centred = images - images.mean((0, 1, 2))
     var = (centred**2).mean((0, 1, 2))
-    of_hat = weights * scale
-    of_var = (of_hat * centred).sum((0, 1, 2)) * -0.5 * (var + epsilon) ** -1.5
-    of_mean = -of_hat.sum((0, 1, 2)) / np.sqrt(var + epsilon) + of_var * (-2 * centred).mean((0, 1, 2))
-    expected = of_hat / np.sqrt(var + epsilon) + of_var * 2 * centred / n + of_mean / n
+    d_x_hat = weights * scale
+    d_var = (d_x_hat * centred).sum((0, 1, 2)) * -0.5 * (var + epsilon) ** -1.5
+    d_mean = -d_x_hat.sum((0, 1, 2)) / np.sqrt(var + epsilon) + d_var * (-2 * centred).mean((0, 1, 2))
+    expected = d_x_hat / np.sqrt(var + epsilon) + d_var * 2 * centred / n + d_mean / n
 
     def loss(images):
         outputs, *_ = batch_norm(images, None, jnp.asarray(scale, jnp.float32), jnp.zeros(3), None, False)

@@ -15,7 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from imp_jax import models
 from imp_jax.errors import UserError
-from imp_jax.models.fast_cpu import convolution
+from imp_jax.models.fast_cpu import convolution, use_kernels
 from imp_jax.runtime import compilation
 from imp_jax.runtime.compilation import compile_seconds, enable_compilation_cache
 from imp_jax.runtime.execution import (
@@ -76,7 +76,7 @@ def test_convolutions_do_not_depend_on_where_programs_are_kept(tmp_path, program
     assert chosen(Network()) == by_hand
     if by_hand.convolutions != "onednn":
         pytest.skip("this XLA was built without oneDNN")
-    with warnings.catch_warnings(), convolution.use_convolutions("onednn"):
+    with warnings.catch_warnings(), use_kernels("onednn"):
         warnings.simplefilter("error")  # JAX warns of a program that it cannot write
         jax.jit(lambda x: Network().init_with_output(jax.random.key(0), x)[0])(jnp.zeros((1, 4, 4, 3)))
     assert len(list(tmp_path.glob("*-cache"))) == written

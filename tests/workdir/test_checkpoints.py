@@ -87,12 +87,23 @@ def test_a_round_comes_back_as_it_went(checkpoints, reopened):
     for number in range(2):
         assert_same(again.restore(number), networks(number))
         assert again.optima(number) is None
+        assert again.next_masks(number) is None  # as in rounds of earlier versions
+
+
+def test_next_masks_come_back_as_they_went(checkpoints, tmp_path, reopened):
+    masks = jax.tree.map(lambda leaf: np.asarray(leaf)[:1], networks().mask)  # of the imps alone
+    checkpoints.save(0, networks(), ROWS, masks)
+    assert_same(reopened().next_masks(0), masks)
+    checkpoints.save(1, networks(), ROWS, masks)
+    shutil.rmtree(tmp_path / "checkpoints" / "1" / "next_masks")
+    (said,) = reopened().quarantine_damaged_rounds()
+    assert "checkpoints/1 is damaged" in said
 
 
 def test_optima_come_back_as_they_went(checkpoints, reopened):
     params = networks().trained["params"]
     optima = repulsion.add_optimum(None, params, networks().mask, max_optima=3, dtype="bfloat16")
-    checkpoints.save(0, networks(), ROWS, optima)
+    checkpoints.save(0, networks(), ROWS, optima=optima)
     got = reopened().optima(0)
     assert_same(got, optima)
     assert got.shape == optima.shape
@@ -100,7 +111,7 @@ def test_optima_come_back_as_they_went(checkpoints, reopened):
 
 def test_optima_of_an_older_definition_are_not_taken(checkpoints, tmp_path, reopened):
     optima = repulsion.add_optimum(None, networks().trained["params"], networks().mask, max_optima=3)
-    checkpoints.save(0, networks(), ROWS, optima)
+    checkpoints.save(0, networks(), ROWS, optima=optima)
     assert reopened().similarity_definition(0) == 2
     forget_definition(tmp_path / "checkpoints" / "0")
     again = reopened()
@@ -174,7 +185,7 @@ def remove_manifests(workdir):
 def test_whatever_happens_to_a_file_no_other_bits_are_read(checkpoints, tmp_path, reopened, damage, manifest):
     """Each file of a checkpoint in turn: it is either said to be damaged, or read as it was written."""
     for number in range(2):
-        checkpoints.save(number, networks(number), ROWS)
+        checkpoints.save(number, networks(number), ROWS, networks(number + 2).mask)
     if not manifest:
         remove_manifests(tmp_path)
     folder, whole = tmp_path / "checkpoints" / "1", tmp_path / "whole"
@@ -194,6 +205,7 @@ def test_whatever_happens_to_a_file_no_other_bits_are_read(checkpoints, tmp_path
             assert again.rounds() == [0]
         else:
             assert_same(again.restore(1), networks(1))
+            assert_same(again.next_masks(1), jax.tree.map(np.asarray, networks(3).mask))
             assert str(again.rows(1)) == str(ROWS)
             shutil.rmtree(folder)
         assert_same(again.restore(0), networks(0))

@@ -1,7 +1,8 @@
-"""Fast convolutions on a CPU, put under the `nn.Conv` layers of any model from outside.
+"""Two-dimensional convolutions that are fast on a CPU, and their gradients.
 
-The forward pass and the input gradient of stride 1 are calls of oneDNN where XLA was built with it (no pass of
-XLA makes them). The gradients are convolutions written out, for arrays that lie as XLA's own wants them.
+The forward pass and the gradient by the images at stride 1 call oneDNN, if XLA was built with it; XLA itself
+never emits these calls. The other gradients are written as convolutions of operands in XLA's preferred memory
+layout.
 """
 
 import contextlib
@@ -22,46 +23,37 @@ from jax import lax
 from jaxtyping import Array, Float
 
 Images = Float[Array, "batch height width inputs"]
-Outputs = Float[Array, "batch height/stride width/stride outputs"]
+Outputs = Float[Array, "batch height_out width_out outputs"]
 Kernel = Float[Array, "rows columns inputs outputs"]
-Pads = tuple[tuple[int, int], tuple[int, int]]  # before and after the rows and the columns
+Pads = tuple[tuple[int, int], tuple[int, int]]  # before and after the rows and the columns, in pixels
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 
-def use_convolutions(implementation: str) -> contextlib.AbstractContextManager:
-    """Compute the `nn.Conv` layers of every model that is applied in this context by other kernels.
-
-    A layer that has a `conv_general_dilated` of its own keeps it. Outputs and gradients are those of Flax up to
-    the order of their sums; gradients are in reverse mode only, of any order.
-
-    Args:
-      implementation: `onednn` or `xla`, this module's forms for a CPU with the forward pass of that library;
-        `flax` changes nothing.
-    """
-    if implementation == "flax":
-        return contextlib.nullcontext()
-    return replace_convolutions(conv_general_dilated_by(implementation))
-
-
 @functools.cache
-def conv_general_dilated_by(implementation):
-    """One object for each: what Flax compiles for a module depends on the identity of its fields."""
+def conv_general_dilated_by(implementation: str) -> Callable[..., Array]:
+    """Return `conv_general_dilated` with an implementation, "xla" or "onednn".
+
+    The same object is returned every time, because Flax caches what `nn.jit` compiles by the identity of the
+    fields of a module.
+    """
     return functools.partial(conv_general_dilated, implementation=implementation)
 
 
-def replace_convolutions(function: Callable[..., Outputs]) -> contextlib.AbstractContextManager:
-    """Have the `nn.Conv` layers of every model that is applied in this context call `function`.
+def replace_convolutions(function: Callable[..., Array]) -> contextlib.AbstractContextManager:
+    """Return a context in which `nn.Conv` layers call `function` in place of `lax.conv_general_dilated`.
+
+    A layer that has a `conv_general_dilated` of its own keeps it.
 
     Args:
-      function: takes what `lax.conv_general_dilated` takes.
+      function: has the signature of `lax.conv_general_dilated`.
     """
 
     def intercept(call, args, kwargs, context):
         module = context.module
         if not isinstance(module, nn.Conv) or module.conv_general_dilated is not None:
             return call(*args, **kwargs)
-        # Flax reads the field when the layer is called; a bound module is frozen, and its clones keep the field
+        # set by object.__setattr__ since a bound module is frozen; clones made during the call keep the field
         object.__setattr__(module, "conv_general_dilated", function)
         try:
             return call(*args, **kwargs)
@@ -72,17 +64,25 @@ def replace_convolutions(function: Callable[..., Outputs]) -> contextlib.Abstrac
 
 
 def conv_general_dilated(
-    images: Images,
-    kernel: Kernel,
+    images: Float[Array, "batch *sides inputs"],
+    kernel: Float[Array, "*lengths inputs_of_group outputs"],
     strides: Sequence[int],
     padding: str | Sequence[tuple[int, int]],
     *,
     implementation: str = "xla",
     **options: Any,
-) -> Outputs:
-    """`lax.conv_general_dilated` as `nn.Conv` calls it, in the forms for a CPU where it has two dimensions.
+) -> Float[Array, "batch *sides_out outputs"]:
+    """Compute `lax.conv_general_dilated`, as `nn.Conv` calls it, by the kernels of this module.
 
     Dilated and grouped convolutions, and those of one or three dimensions, are left to `lax`.
+
+    Args:
+      images: in the layout NHWC.
+      kernel: in the layout HWIO.
+      strides: in pixels.
+      padding: as in `lax.conv_general_dilated`.
+      implementation: "xla" or "onednn", the library of the forward pass.
+      options: the other arguments of `lax.conv_general_dilated`.
     """
     plain = options.get("feature_group_count", 1) == 1 and all(
         set(options.get(name) or (1,)) == {1} for name in ("lhs_dilation", "rhs_dilation")
@@ -112,12 +112,12 @@ def _convolve(images, kernel, strides, pads, implementation):
     suits = images.dtype == kernel.dtype and _suits_onednn(images.dtype.name)
     if implementation == "onednn" and suits and min(itertools.chain(*pads)) >= 0:
         return onednn_convolution(images, kernel, strides, pads)
-    # XLA of JAX 0.12 fuses it with a mean that follows, and in bfloat16 gives nan
+    # the barrier keeps the XLA of JAX 0.12 from fusing it with a mean that follows, which gives nan in bfloat16
     return lax.optimization_barrier(xla_convolution(images, kernel, strides, pads))
 
 
 def _forward(images, kernel, strides, pads, implementation):
-    images = lax.optimization_barrier(images)  # kept for the gradient, which would compute them again
+    images = lax.optimization_barrier(images)  # residuals, which XLA would recompute in the backward pass
     return _convolve(images, kernel, strides, pads, implementation), (images, kernel)
 
 
@@ -136,10 +136,11 @@ _convolve.defvjp(_forward, _backward)
 def xla_convolution(
     images: Images, kernel: Kernel, strides: Sequence[int], pads: Pads, **dilations: Sequence[int]
 ) -> Outputs:
-    """XLA's own convolution, of images and a kernel that lie in memory as it wants them.
+    """Compute XLA's convolution of operands that are forced into its preferred memory layout.
 
-    In a loop it takes them as they come, and is many times slower where they lie otherwise (jax-ml/jax issue
-    12868): the barrier keeps it from seeing how they lay before they were turned.
+    Inside a loop XLA does not change the layout of operands, and is up to a hundred times slower if they come
+    in another one (jax-ml/jax issue 12868). The barrier hides from XLA that they are transposed, and so forces
+    the copy.
     """
     if min(itertools.chain(*pads)) < 0:
         images, pads = _crop(images, pads, dilations.pop("lhs_dilation", (1, 1)))
@@ -148,9 +149,9 @@ def xla_convolution(
 
 
 def _crop(images, pads, dilation=(1, 1)):
-    """Dilate and crop images where padding is negative; return them, and what is left to pad.
+    """Dilate images and crop them where padding is negative; return them and the remaining padding.
 
-    XLA on a CPU crops wrongly inside of a convolution.
+    XLA on a CPU computes convolutions with negative padding wrongly.
     """
     crops = [(min(low, 0), min(high, 0), d - 1) for (low, high), d in zip(pads, dilation, strict=True)]
     images = lax.pad(images, jnp.zeros((), images.dtype), ((0, 0, 0), *crops, (0, 0, 0)))
@@ -158,7 +159,7 @@ def _crop(images, pads, dilation=(1, 1)):
 
 
 def onednn_convolution(images: Images, kernel: Kernel, strides: Sequence[int], pads: Pads) -> Outputs:
-    """oneDNN's convolution, by the call that XLA for CPUs knows and no pass of it makes."""
+    """Compute oneDNN's convolution, by a custom call that XLA for CPUs registers but never emits itself."""
     sides = _output_sides(images, kernel, strides, pads)
     layout = {"data": {"batch_dim": 0, "feature_dim": 3, "spatial_dims": [1, 2]}}
     config = {
@@ -184,17 +185,17 @@ def onednn_convolution(images: Images, kernel: Kernel, strides: Sequence[int], p
 
 
 def has_onednn(dtype: str = "float32") -> bool:
-    """Return whether this build of XLA has a working oneDNN convolution for this dtype."""
+    """Return whether this build of XLA and this processor have a working oneDNN convolution for a dtype."""
     return _suits_onednn(dtype) and _onednn_call_works()
 
 
 def _suits_onednn(dtype):
-    # in bfloat16 a processor without its instructions would end the process
+    # bfloat16 on a processor without instructions for it crashes the process
     return dtype == "float32" or (dtype == "bfloat16" and "avx512_bf16" in _processor_flags())
 
 
 def disable_compilation_cache_writes() -> None:
-    """Keep what is compiled from now on out of JAX's compilation cache: XLA cannot serialise oneDNN's calls."""
+    """Stop writing to JAX's persistent compilation cache, since XLA cannot serialize calls of oneDNN."""
     jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
 
 
@@ -221,7 +222,7 @@ def _onednn_call_works():
             jax.jit(functools.partial(function, **options)).lower(*arguments).compile()(*arguments)
             for function in (onednn_convolution, xla_convolution)
         )
-    except (jax.errors.JaxRuntimeError, TypeError, ValueError):  # another version's call, or none
+    except (jax.errors.JaxRuntimeError, TypeError, ValueError):  # no such call, or one with another signature
         return False
     finally:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", written)
@@ -236,8 +237,17 @@ def input_gradient(
     gradient: Outputs,
     implementation: str = "xla",
 ) -> Images:
-    """The gradient by the images, of such sides: a convolution of `gradient` with the kernel turned by 180°."""
-    turned = kernel[::-1, ::-1].swapaxes(2, 3)
+    """Return the gradient of a loss by the images: a convolution of `gradient` with the rotated kernel.
+
+    Args:
+      sides: height and width of the images, in pixels.
+      kernel: kernel of the convolution; it is rotated by 180°.
+      strides: strides of the convolution.
+      pads: padding of the convolution.
+      gradient: gradient of the loss by the outputs of the convolution.
+      implementation: "xla" or "onednn", used where strides are 1.
+    """
+    rotated = kernel[::-1, ::-1].swapaxes(2, 3)
     around = tuple(
         (length - 1 - low, side + low - 1 - (outputs - 1) * stride)
         for length, (low, _), side, outputs, stride in zip(
@@ -245,14 +255,22 @@ def input_gradient(
         )
     )
     if set(strides) == {1} and min(min(pair) for pair in around) >= 0:
-        return _convolve(gradient, turned, (1, 1), around, implementation)
-    return xla_convolution(gradient, turned, (1, 1), around, lhs_dilation=strides)
+        return _convolve(gradient, rotated, (1, 1), around, implementation)
+    return xla_convolution(gradient, rotated, (1, 1), around, lhs_dilation=strides)
 
 
 def weight_gradient(
     images: Images, lengths: Sequence[int], strides: Sequence[int], pads: Pads, gradient: Outputs
 ) -> Kernel:
-    """The gradient by the kernel, of such lengths: a convolution whose features are the images of the batch."""
+    """Return the gradient of a loss by the kernel: a convolution that contracts over the images of the batch.
+
+    Args:
+      images: inputs of the convolution.
+      lengths: height and width of the kernel, in pixels.
+      strides: strides of the convolution.
+      pads: padding of the convolution.
+      gradient: gradient of the loss by the outputs of the convolution.
+    """
     around = tuple(
         (low, length - side - low + (outputs - 1) * stride)
         for length, (low, _), side, outputs, stride in zip(

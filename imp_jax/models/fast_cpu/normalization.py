@@ -1,125 +1,175 @@
-"""Batch normalisation with what follows it, a shortcut and a rectifier, in few passes over memory.
+"""Fused batch normalization, residual addition and ReLU, with a hand-written gradient.
 
-The function is that of `flax.linen.BatchNorm`, an addition and `nn.relu`. Its gradient is its own: it reads the
-inputs, and the outputs, which say where the rectifier was open and are kept in any case; what JAX derives from
-the parts writes and reads centred inputs and products besides.
+The gradient needs only the inputs and the outputs (which tell where the ReLU was open), and both are in memory
+in any case. The gradient that JAX derives also writes and reads centred inputs and several products. Reverse
+mode only, of any order.
 """
 
 import functools
+import inspect
 import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import canonicalize_dtype
 from jax import lax
 from jaxtyping import Array, Float
 
-EPSILON = 1e-5  # added to the variance
+from imp_jax.models import layers
 
 Images = Float[Array, "batch height width channels"]
 Channels = Float[Array, " channels"]
 
+# the methods without the wrapper that runs interceptors
+_FLAX_CALL = nn.BatchNorm.__call__.__wrapped__
+_LAYERS_CALL = layers.BatchNorm.__call__.__wrapped__
 
-class BatchNorm(nn.Module):
-    """relu(normalised inputs + shortcut), by the statistics of a batch in training and by running ones else.
 
-    Its variables are those of `flax.linen.BatchNorm`.
+def replace_batch_norm(call: Any, args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
+    """Interceptor for `nn.intercept_methods`: compute `layers.BatchNorm` and `nn.BatchNorm` by `batch_norm`.
+
+    A layer with an option that `batch_norm` does not support is left to Flax.
     """
-
-    affine: bool = False  # learnable scale and bias
-    momentum: float = 0.9  # of the running statistics
-    axis: str | None = None  # of a mesh, over whose devices statistics are taken
-    train: bool = False  # by the statistics of the batch, which the running ones follow
-    relu: bool = True
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, inputs: Images, shortcut: Images | None = None) -> Images:
-        shape = inputs.shape[-1:]
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
-        running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
-        scale, bias = jnp.ones(shape), jnp.zeros(shape)
-        if self.affine:
-            scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
-            bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
-        inputs = inputs.astype(self.dtype)
-        if not self.train:
-            statistics = running_mean.value, running_var.value
-            return _normalized(inputs, shortcut, scale, bias, *statistics, self.relu)
-        axis = None if self.is_initializing() else self.axis
-        outputs, mean, var = batch_norm(inputs, shortcut, scale, bias, axis, self.relu)
-        if not self.is_initializing():
-            for running, now in ((running_mean, mean), (running_var, var)):
-                running.value = self.momentum * running.value + (1 - self.momentum) * now
-        return outputs
+    module, method = context.module, getattr(context.orig_method, "func", None)
+    if method not in (_FLAX_CALL, _LAYERS_CALL):
+        return call(*args, **kwargs)
+    arguments = inspect.signature(method).bind(module, *args, **kwargs).arguments
+    x, shortcut = arguments["x"], arguments.get("shortcut")
+    averages = module.use_running_average, arguments.get("use_running_average")
+    if (
+        averages.count(None) != 1
+        or arguments.get("mask") is not None
+        or not _is_supported(module, x)
+        or not (shortcut is None or (shortcut.shape, shortcut.dtype) == (x.shape, x.dtype))
+    ):
+        return call(*args, **kwargs)
+    use_running_average = averages[0] if averages[1] is None else averages[1]
+    return _apply(module, x, shortcut, use_running_average, method is _LAYERS_CALL and module.relu)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _is_supported(module, x):
+    """Return whether `batch_norm` computes what this `nn.BatchNorm` computes."""
+    affine = [jnp.float32(1)] * (module.use_scale or module.use_bias)
+    dtype = canonicalize_dtype(x, *affine, dtype=module.dtype)
+    return (
+        x.ndim == 4
+        and module.axis in (-1, 3)
+        and x.dtype == dtype  # Flax takes the statistics of x before it is cast
+        and jnp.issubdtype(dtype, jnp.floating)
+        and jnp.finfo(dtype).bits <= 32
+        and jnp.dtype(module.param_dtype) == jnp.float32
+        and module.axis_index_groups is None
+        and module.use_fast_variance
+        and module.force_float32_reductions
+    )
+
+
+def _apply(module, x, shortcut, use_running_average, relu):
+    """Apply `batch_norm` with the variables of a module, which are created and updated as Flax does."""
+    shape = x.shape[-1:]
+    running_mean = module.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+    running_var = module.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+    gamma, beta = jnp.ones(shape), jnp.zeros(shape)
+    if module.use_scale:
+        gamma = module.param("scale", module.scale_init, shape, jnp.float32)
+    if module.use_bias:
+        beta = module.param("bias", module.bias_init, shape, jnp.float32)
+    if use_running_average:
+        statistics = running_mean.value, running_var.value
+        return _normalize(x, shortcut, gamma, beta, *statistics, relu, module.epsilon)
+    axis_name = None if module.is_initializing() else module.axis_name
+    y, mean, var = batch_norm(x, shortcut, gamma, beta, axis_name, relu, module.epsilon)
+    if not module.is_initializing():
+        for running, batch in ((running_mean, mean), (running_var, var)):
+            running.value = module.momentum * running.value + (1 - module.momentum) * batch
+    return y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def batch_norm(
-    inputs: Images, shortcut: Images | None, scale: Channels, bias: Channels, axis: str | None, relu: bool
+    x: Images,
+    shortcut: Images | None,
+    gamma: Channels,
+    beta: Channels,
+    axis_name: str | None,
+    relu: bool,
+    epsilon: float = 1e-5,
 ) -> tuple[Images, Channels, Channels]:
-    """scale x̂ + bias + shortcut, rectified; and mean and variance (biased) of the batch, for the running ones.
+    """Normalize a batch by its own statistics, add a shortcut and apply a ReLU.
 
-    x̂ = (x − mean) / √(var + ε), of each channel (Ioffe & Szegedy 2015, algorithm 1). It can be differentiated
-    in reverse only, again and again.
+    y = relu(γ x̂ + β + shortcut) with x̂ = (x − mean) / √(var + ε) in each channel (Ioffe & Szegedy 2015,
+    algorithm 1). Sums are computed in float32.
 
     Args:
-      shortcut: of the same type as the inputs, or None.
-      axis: of a mesh, over whose devices the statistics are taken.
+      x: inputs, in at most 32 bits.
+      shortcut: residual connection of the type of `x`, or None.
+      gamma: scale γ.
+      beta: offset β.
+      axis_name: mesh axis over which the statistics are averaged; None: those of this device's batch.
+      relu: whether to apply the ReLU.
+      epsilon: ε, added to the variance.
+
+    Returns:
+      y in the type of `x`, and mean and (biased) variance of the batch.
     """
-    mean, square = _pmean(axis, _mean(inputs), _mean(inputs, inputs))
-    var = jnp.maximum(square - mean**2, 0)
-    return _normalized(inputs, shortcut, scale, bias, mean, var, relu), mean, var
+    mean, mean_square = _pmean(axis_name, _mean(x), _mean(x, x))
+    var = jnp.maximum(mean_square - mean**2, 0)
+    return _normalize(x, shortcut, gamma, beta, mean, var, relu, epsilon), mean, var
 
 
-def _forward(inputs, shortcut, scale, bias, axis, relu):
-    outputs, mean, var = batch_norm(inputs, shortcut, scale, bias, axis, relu)
-    outputs = _kept(outputs)
-    return (outputs, mean, var), (inputs, shortcut is None, scale, mean, var, outputs)
+def _forward(x, shortcut, gamma, beta, axis_name, relu, epsilon):
+    y, mean, var = batch_norm(x, shortcut, gamma, beta, axis_name, relu, epsilon)
+    y = _materialize(y)
+    return (y, mean, var), (x, shortcut is not None, gamma, mean, var, y)
 
 
-def _backward(axis, relu, kept, gradients):
-    """For the inputs scale / √(var + ε) · (g − mean(g) − x̂ mean(g x̂)), where g passes the rectifier.
+def _backward(axis_name, relu, epsilon, residuals, cotangents):
+    """Gradients of x, shortcut, γ and β (Ioffe & Szegedy 2015, section 3).
 
-    What comes for mean and variance, as in a gradient of this one, is added.
+    dL/dx = γ / √(var + ε) · (dy − mean(dy) − x̂ mean(dy x̂)), where dy is the gradient before the ReLU, plus the
+    terms of the cotangents of mean and variance, which are not zero in a gradient of this gradient.
     """
-    inputs, alone, scale, mean, var, outputs = kept
-    gradient, of_mean, of_var = gradients
+    x, has_shortcut, gamma, mean, var, y = residuals
+    dy, d_mean, d_var = cotangents
     if relu:
-        gradient = _kept(jnp.where(outputs > 0, gradient, 0))
-    images = inputs.size // inputs.shape[-1]
-    root = lax.rsqrt(var + EPSILON)
-    of_bias = _mean(gradient)
-    of_scale = root * (_mean(gradient, inputs) - mean * of_bias)
-    to_scale, to_bias = images * of_scale, images * of_bias
-    of_scale, of_bias, of_mean, of_var = _pmean(axis, of_scale, of_bias, of_mean / images, of_var / images)
-    # what a channel has in common comes first: the rest is one pass over the images
-    slope = scale * root
-    shift, tilt = of_mean - slope * of_bias, 2 * of_var - slope * root * of_scale
-    of_inputs = slope * gradient + tilt * (inputs - mean) + shift
-    return of_inputs.astype(inputs.dtype), None if alone else gradient, to_scale, to_bias
+        dy = _materialize(jnp.where(y > 0, dy, 0))
+    size = x.size // x.shape[-1]
+    inv_std = lax.rsqrt(var + epsilon)
+    mean_dy = _mean(dy)
+    mean_dy_x_hat = inv_std * (_mean(dy, x) - mean * mean_dy)
+    d_gamma, d_beta = size * mean_dy_x_hat, size * mean_dy
+    mean_dy_x_hat, mean_dy, d_mean, d_var = _pmean(
+        axis_name, mean_dy_x_hat, mean_dy, d_mean / size, d_var / size
+    )
+    # the coefficients of each channel first, so that dx takes a single pass over the images
+    dy_factor = gamma * inv_std
+    offset = d_mean - dy_factor * mean_dy
+    x_factor = 2 * d_var - dy_factor * inv_std * mean_dy_x_hat
+    dx = dy_factor * dy + x_factor * (x - mean) + offset
+    return dx.astype(x.dtype), dy if has_shortcut else None, d_gamma, d_beta
 
 
 batch_norm.defvjp(_forward, _backward)
 
 
 def _mean(*factors: Images) -> Channels:
-    """Of the product of `factors`, in single precision."""
+    """Return the mean, over all axes but the last, of the product of the factors in float32."""
     return jnp.mean(math.prod(factor.astype(jnp.float32) for factor in factors), (0, 1, 2))
 
 
-def _pmean(axis, *values):
-    return lax.pmean(values, axis) if axis else values
+def _pmean(axis_name, *values):
+    return lax.pmean(values, axis_name) if axis_name else values
 
 
-def _kept(images):
-    """On a CPU XLA would compute them again for each who reads them."""
+def _materialize(images):
+    """Keep XLA for CPUs from computing the images once per consumer."""
     return lax.optimization_barrier(images) if jax.default_backend() == "cpu" else images
 
 
-def _normalized(inputs, shortcut, scale, bias, mean, var, relu):
-    outputs = (inputs - mean) * (lax.rsqrt(var + EPSILON) * scale) + bias
+def _normalize(x, shortcut, gamma, beta, mean, var, relu, epsilon):
+    y = (x - mean) * (lax.rsqrt(var + epsilon) * gamma) + beta
     if shortcut is not None:
-        outputs += shortcut
-    return (nn.relu(outputs) if relu else outputs).astype(inputs.dtype)
+        y += shortcut
+    return (nn.relu(y) if relu else y).astype(x.dtype)

@@ -1,0 +1,39 @@
+"""Compare the forms of the convolutions of several members: `python -m experiments.benchmark forms`.
+
+Unrolled, the members' convolutions follow one another. Vmapped, they become one grouped convolution, or one
+batched matrix product of patches. On a CPU each step is one program, on a GPU each epoch.
+"""
+
+import itertools
+import statistics
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments.benchmarks import steps
+
+HEADINGS = {"unrolled": "unrolled", "grouped": "grouped convolution", "patches": "product of patches"}
+
+
+def benchmark_forms(
+    network: str, members: Sequence[int], batch_sizes: Sequence[int], options: Sequence[str]
+) -> None:
+    """Time the training steps of a network in each form, and print the images/s of all members.
+
+    Args:
+      options: further command line options of `steps.main`.
+    """
+    table = Table(
+        "members × batch", *(HEADINGS[form] for form in steps.FORMS), title=f"images/s of all, {network}"
+    )
+    for count, size in itertools.product(members, batch_sizes):
+        cells = []
+        for form in steps.FORMS:
+            row = steps.time_row_in_subprocess(
+                network, [*options, f"--members={count}", f"--batch_size={size}", f"--form={form}"]
+            )
+            rates = row["images_per_second"]
+            cells.append(f"{statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f})")
+        table.add_row(f"{count} × {size}", *cells)
+    Console(width=120).print(table)

@@ -1,0 +1,131 @@
+"""Measure the paper's claims in finished runs, and report them as a table."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from rich.table import Table
+
+from experiments.paper.evidence import CLAIMS, Claim, Quantity
+from experiments.paper.panels import PaperFigure, make_wide_console
+from experiments.paper.scales import SCALES, Scale
+from experiments.sweeps.runs import Run
+from experiments.sweeps.sweep import Finished
+from imp_jax.errors import UserError, lookup
+
+HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "too little data"
+
+
+class Row(NamedTuple):
+    """A measured quantity: its mean, minimum and maximum over replicates; nan if there is too little data."""
+
+    claim: Claim
+    quantity: Quantity
+    mean: float
+    low: float
+    high: float
+    verdict: str
+
+
+def list_claim_runs(scale: Scale) -> list[Run]:
+    """List all runs that the claims are measured in, each run once."""
+    return list(
+        dict.fromkeys(run for claim in CLAIMS for quantity in claim.quantities(scale) for run in quantity.runs)
+    )
+
+
+def measure_claims(scale: Scale, finished: Finished) -> list[Row]:
+    """Measure every quantity of every claim, in the replicates that have all rounds it needs.
+
+    The verdict is `UNKNOWN` if fewer than two replicates have them.
+    """
+    rows = []
+    for claim in CLAIMS:
+        for quantity in claim.quantities(scale):
+            values = pd.Series(dtype=float)
+            if all(run in finished for run in quantity.runs):
+                values = quantity.measure(*(finished[run] for run in quantity.runs)).dropna()
+            verdict = UNKNOWN
+            if len(values) >= 2:
+                verdict = HOLDS if quantity.expected.holds(values) else FAILS
+            rows.append(Row(claim, quantity, values.mean(), values.min(), values.max(), verdict))
+    return rows
+
+
+def judge_claim(rows: Sequence[Row]) -> str:
+    """Return the verdict on a claim from the rows of its quantities: it holds if all of them do."""
+    verdicts = [row.verdict for row in rows]
+    if FAILS in verdicts:
+        return f"{FAILS} ({verdicts.count(HOLDS)} of {len(verdicts)} do)" if HOLDS in verdicts else FAILS
+    return UNKNOWN if UNKNOWN in verdicts else HOLDS
+
+
+def format_claims(scale: Scale, finished: Finished) -> str:
+    """Return the table as Markdown, followed by a list of the runs and the letters that stand for them."""
+    rows, letters = measure_claims(scale, finished), _assign_letters(scale)
+    lines = [
+        "| | measured | mean | min | max | expected | verdict | runs |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for claim, claim_rows in _group_by_claim(rows):
+        lines.append(f"| **{claim.id}** | **{claim.words}** | | | | | **{judge_claim(claim_rows)}** | |")
+        lines += [f"| | {' | '.join(_format_cells(row, letters))} |" for row in claim_rows]
+    legend = [f"{letter}: `{run.name}`" for run, letter in letters.items()]
+    return "\n".join([*lines, "", "Runs: " + ", ".join(legend)])
+
+
+def print_claims(scale: Scale, finished: Finished) -> None:
+    """Print the table and the list of runs."""
+    rows, letters = measure_claims(scale, finished), _assign_letters(scale)
+    table = Table("", "measured", "mean", "min", "max", "expected", "verdict", "runs")
+    for claim, claim_rows in _group_by_claim(rows):
+        verdict = judge_claim(claim_rows)
+        table.add_row(claim.id, f"[bold]{claim.words}", "", "", "", "", f"[bold]{verdict}", "")
+        for row in claim_rows:
+            table.add_row("", *_format_cells(row, letters))
+        table.add_section()
+    console = make_wide_console()
+    console.print(table)
+    for run, letter in letters.items():
+        console.print(f"{letter}: {run.name}{'' if run in finished else ' (not run)'}", highlight=False)
+
+
+def choose_scale(root: Path, name: str | None) -> Scale:
+    """Return the scale called `name`; without a name, the only scale that has runs in `root`.
+
+    Raises:
+      UserError: the name is unknown, or `root` has runs of no scale or of several scales.
+    """
+    if name:
+        return lookup(SCALES, "--scale", name)
+    scales = [
+        scale for scale in SCALES.values() if any((root / run.name).is_dir() for run in list_claim_runs(scale))
+    ]
+    if len(scales) != 1:
+        contents = "no run that a claim is about"
+        if scales:
+            contents = f"runs of the scales {', '.join(scale.name for scale in scales)}"
+        raise UserError(
+            f"{root} holds {contents}; say which with --scale={'|'.join(SCALES)}, or give another --root"
+        )
+    return scales[0]
+
+
+def _group_by_claim(rows):
+    return [(claim, [row for row in rows if row.claim is claim]) for claim in CLAIMS]
+
+
+def _assign_letters(scale):
+    return {run: chr(ord("a") + index) for index, run in enumerate(list_claim_runs(scale))}
+
+
+def _format_cells(row, letters):
+    quantity = row.quantity
+    numbers = ["–" if np.isnan(n) else quantity.pattern.format(n) for n in (row.mean, row.low, row.high)]
+    run_letters = ", ".join(letters[run] for run in quantity.runs)
+    return quantity.words, *numbers, quantity.expected.words, row.verdict, run_letters
+
+
+FIGURES = (PaperFigure("claims", "the paper's claims, measured", list_claim_runs, format_claims),)

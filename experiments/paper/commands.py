@@ -1,0 +1,202 @@
+"""What `python -m experiments.run` does with figures: list them, show their runs, train, and draw."""
+
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.markup import escape
+from rich.table import Table
+
+from experiments.paper import catalogue, networks
+from experiments.paper.panels import PaperFigure, make_wide_console
+from experiments.paper.scales import SCALES, Scale
+from experiments.sweeps import cost, launchers
+from experiments.sweeps.runs import Run
+from experiments.sweeps.sweep import Sweep
+from imp_jax import data
+from imp_jax import figures as drawings
+from imp_jax.errors import UserError
+from imp_jax.runtime.signals import GracefulStop
+from imp_jax.workdir.files import write_atomically
+
+POLL_S = 1.0  # between two looks at the runs that another process trains
+LETTERS_PER_INCH = 18  # of the note on a figure
+
+
+def print_list(figures: Sequence[PaperFigure], scale: Scale) -> None:
+    """Print one row per figure: networks, data, trainings, and the estimated cost of its runs per device."""
+    devices = cost.read_throughput()
+    table = Table("figure", "shows", "network", "data", "runs", "trainings", *devices)
+
+    def add_row(name, shows, runs):
+        configs = [run.config for run in runs]
+        costs = []
+        for device in devices.values():
+            seconds = [cost.estimate_seconds(run, device) for run in runs]
+            costs.append(cost.format_duration(None if None in seconds else sum(seconds)) if runs else "nothing")
+        table.add_row(
+            name,
+            shows,
+            _join_few(networks.NETWORK_NAMES[config.model.name] for config in configs),
+            _join_few(config.dataset.name for config in configs),
+            str(len(runs)),
+            f"{sum(run.trainings for run in runs):,}",
+            *costs,
+        )
+
+    for figure in figures:
+        add_row(figure.name, figure.shows, figure.runs(scale))
+    table.add_section()
+    add_row("together", "each run once", catalogue.list_runs(figures, scale))
+    make_wide_console().print(table)
+    print(
+        "Costs follow from images/s measured on such a device (experiments/benchmarks/throughput.json).\n"
+        "Those of LeNet also include repulsion and everything besides training, as measured on mnist5k."
+    )
+
+
+def _join_few(names):
+    names = list(dict.fromkeys(names))
+    return ", ".join(names) if 0 < len(names) <= 2 else "all"
+
+
+def print_status(figures: Sequence[PaperFigure], scale: Scale, sweep: Sweep) -> None:
+    """Print one line per run, and the number of runs in each state."""
+    runs_by_figure = {figure.name: figure.runs(scale) for figure in figures}
+    states = sweep.read_states(catalogue.list_runs(figures, scale))
+    table = Table("run", "rounds", "state", "for")
+    for run, state in states.items():
+        words = escape(f"{state.status}: {state.why}" if state.why else state.status)
+        names = ", ".join(name for name, runs in runs_by_figure.items() if run in runs)
+        table.add_row(run.name, f"{state.rounds}/{run.config.rounds}", words, names)
+    make_wide_console().print(table)
+    counts = Counter(state.status for state in states.values())
+    print(", ".join(f"{count} {status}" for status, count in counts.items()) or "no runs are needed")
+
+
+def select_runs_to_train(figures: Sequence[PaperFigure], scale: Scale, sweep: Sweep) -> list[Run]:
+    """Return the runs that are missing or have failed, and print how many runs are in which state."""
+    states = sweep.read_states(catalogue.list_runs(figures, scale))
+    runs = [run for run, state in states.items() if state.status in ("missing", "failed")]
+    counts = Counter(state.status for state in states.values() if state.status not in ("missing", "failed"))
+    print(", ".join([f"{len(runs)} runs to train", *(f"{count} {status}" for status, count in counts.items())]))
+    return runs
+
+
+def check_data(runs: Sequence[Run], data_dir: str | None) -> None:
+    """Download the data sets of `runs` where that is possible.
+
+    Raises:
+      UserError: a data set is not prepared.
+    """
+    with GracefulStop():  # a signal ends a download at once
+        for name in dict.fromkeys(run.config.dataset.name for run in runs):
+            data.prepared_builder(name, data_dir)
+
+
+def train_locally(figures: Sequence[PaperFigure], scale: Scale, sweep: Sweep, data_dir: str | None) -> int:
+    """Train what is missing on this machine, and return the number of runs that failed.
+
+    Also wait for the runs that another process is training, and train those that it leaves unfinished.
+
+    Raises:
+      UserError: a data set is not prepared.
+    """
+    all_runs = catalogue.list_runs(figures, scale)
+    runs = select_runs_to_train(figures, scale, sweep)
+    check_data(runs, data_dir)
+    failed, tried = 0, set()
+    runs = runs or _wait_for_other_processes(sweep, all_runs)
+    while runs:
+        failed += launchers.train_locally(sweep, runs, data_dir, lambda line: print(line, flush=True))
+        tried |= set(runs)
+        runs = _wait_for_other_processes(sweep, [run for run in all_runs if run not in tried])
+    return failed
+
+
+def submit_to_slurm(
+    figures: Sequence[PaperFigure], scale: Scale, sweep: Sweep, data_dir: str | None, options: dict
+) -> None:
+    """Submit what is missing to Slurm.
+
+    Raises:
+      UserError: a data set is not prepared; see `launchers.submit_to_slurm`.
+    """
+    runs = select_runs_to_train(figures, scale, sweep)
+    check_data(runs, data_dir)
+    jobs = launchers.submit_to_slurm(sweep, runs, data_dir, options) if runs else []
+    for run, job in zip(runs, jobs, strict=True):
+        print(f"job {job}: {run.name}")
+
+
+def _wait_for_other_processes(sweep, runs):
+    """Wait until no other process trains any of `runs`, and return those that are missing then."""
+    announced = False
+    while True:
+        states = sweep.read_states(runs)
+        if not any(state.status == "running" for state in states.values()):
+            return [run for run, state in states.items() if state.status == "missing"]
+        if not announced:
+            names = [run.name for run, state in states.items() if state.status == "running"]
+            print(f"waiting for another process, which trains {'; '.join(names)}", flush=True)
+            announced = True
+        time.sleep(POLL_S)
+
+
+def draw(figures: Sequence[PaperFigure], scale: Scale, sweep: Sweep) -> None:
+    """Draw each figure from the finished rounds, into `figures/` of the sweep, and print what it lacks.
+
+    Raises:
+      UserError: some figures have no finished round at all; the others are drawn.
+    """
+    runs = catalogue.list_runs(figures, scale)
+    finished, states, absent = sweep.load_finished(runs), sweep.read_states(runs), []
+    folder = sweep.root / "figures"
+    for figure in figures:
+        figure_runs = figure.runs(scale)
+        if figure_runs and not any(run in finished for run in figure_runs):
+            absent.append(figure.name)
+            continue
+        unfinished = [run for run in figure_runs if states[run].status != "done"]
+        folder.mkdir(parents=True, exist_ok=True)
+        path = _write(figure.draw(scale, finished), describe(figure, scale, unfinished), folder, figure.name)
+        print(f"{figure.name}: {path}")
+        for run in figure_runs:
+            if (state := states[run]).status != "done":
+                print(f"  lacks {run.name}: {state.status}, {state.rounds} of {run.config.rounds} rounds")
+            if diverged := sweep.describe_diverged(run):
+                print(f"  without {diverged} of {run.name}, which diverged")
+    if absent:
+        names = ", ".join(absent)
+        raise UserError(f"nothing of {names} at scale {scale.name} has been run in {sweep.root} yet")
+
+
+def _write(drawn, note: str, folder: Path, name: str) -> Path:
+    """Write a figure as PNG and PDF, or write and print a table as Markdown; return the path."""
+    if isinstance(drawn, str):
+        path = folder / f"{name}.md"
+        write_atomically(path, "\n\n".join(part for part in (drawn, note) if part) + "\n")
+        print(drawn)
+        return path
+    path = folder / f"{name}.png"
+    letters_per_line = int(LETTERS_PER_INCH * drawn.get_figwidth())
+    drawn.suptitle("\n".join(textwrap.wrap(note, letters_per_line)), fontsize=7, color="#666666")
+    write_atomically(path, drawings.to_bytes(drawn))
+    write_atomically(folder / f"{name}.pdf", drawings.to_bytes(drawn, "pdf"))
+    return path
+
+
+def describe(figure: PaperFigure, scale: Scale, unfinished: Sequence[Run]) -> str:
+    """Return the note on a figure: which trainings it shows and, at a smaller scale, which the paper shows."""
+    if not figure.runs(scale):
+        return ""
+    words = networks.describe_runs(figure.runs(scale))
+    if scale.name != "paper":
+        words = (
+            f"{scale.name} scale: {words}; in the paper {networks.describe_runs(figure.runs(SCALES['paper']))}"
+        )
+    if unfinished:
+        words += f"; {len(unfinished)} of {len(figure.runs(scale))} runs not finished"
+    return words

@@ -1,0 +1,135 @@
+"""Configs on disk: config.json of a workdir, written, read and compared; the name of a run's folder."""
+
+import hashlib
+import json
+import os
+import re
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from imp_jax.config import FIELDS, default, flatten, may_change_on_resume, unknown_field, validate
+from imp_jax.errors import UserError
+
+# The format of config.json. Format 1 had no number, and its momentum was used by the optimizer momentum only.
+FORMAT = 2
+# data sets and models that format 1 knew, and for which some fields had no effect
+_IN_MEMORY_IN_FORMAT_1 = ("mnist5k", "mnist", "fashion_mnist", "cifar10", "cifar100")
+_WITHOUT_NORMALIZATION_IN_FORMAT_1 = ("lenet", "conv4")
+_LONGEST_NAME_BYTES = 200  # of a folder's name; file systems allow 255
+
+
+def to_json(config: ConfigDict) -> str:
+    """Return the content of config.json for a config, with the number of its format."""
+    return json.dumps({**config.to_dict(), "format": FORMAT}, indent=2) + "\n"
+
+
+def from_json(stored: dict) -> ConfigDict:
+    """Return the config of a parsed config.json. A missing field gets the value of its behaviour at that time.
+
+    Raises:
+      UserError: see `validate`; a field or a format of a later version.
+    """
+    values = _upgraded_values(stored)
+    for name in values:
+        if name not in FIELDS:
+            raise UserError(unknown_field(name))
+    config = default()
+    config.update_from_flattened_dict(values)
+    validate(config)
+    return config
+
+
+def differences(config: ConfigDict, stored: dict) -> list[str]:
+    """Describe where `config` and a parsed config.json ask for different results, one phrase per field.
+
+    A larger number of rounds is not a difference, because the run continues from the rounds that it has.
+
+    Raises:
+      UserError: `stored` has a format of a later version.
+    """
+    new_values, old_values = flatten(config), {**flatten(default()), **_upgraded_values(stored)}
+    for values in (new_values, old_values):
+        if values.get("optimizer.name") == "momentum" and values.get("optimizer.momentum") is None:
+            values["optimizer.momentum"] = 0.9  # the meaning of None
+    absent = object()
+    phrases = []
+    for name in sorted(new_values | old_values):
+        old, new = old_values.get(name, absent), new_values.get(name, absent)
+        same = old == new or (name == "rounds" and old < new)
+        if name == "dataset.data_dir" and new_values.get("dataset.name") == "folder":
+            same = _folder_name(old) == _folder_name(new)  # the folder may have been moved
+        elif may_change_on_resume(name):
+            same = True
+        if not same:
+            old, new = ("absent" if value is absent else repr(value) for value in (old, new))
+            phrases.append(f"{name} is {old} there and {new} here")
+    return phrases
+
+
+def _upgraded_values(stored):
+    """Return the fields of a parsed config.json by name, with their meaning in this version."""
+    number = stored.get("format", 1)
+    if number > FORMAT:
+        raise UserError(
+            f"the config has format {number}, of a later version; this one reads formats 1 to {FORMAT}"
+        )
+    values = flatten({name: value for name, value in stored.items() if name != "format"})
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return _upgrade_from_format_1(values) if number == 1 else values
+
+
+def _upgrade_from_format_1(values):
+    """Return the fields of format 1, with defaults for values that had no effect then and are refused now."""
+    values = {**flatten(default()), **values}
+    if values["optimizer.name"] != "momentum":
+        values["optimizer.momentum"] = None
+    milestones = [epoch for epoch in values["optimizer.milestones"] if epoch < values["epochs"]]
+    if values["optimizer.schedule"] == "step" and not milestones:
+        values["optimizer.schedule"] = "constant"
+    values["optimizer.milestones"] = tuple(milestones) if values["optimizer.schedule"] == "step" else ()
+    unused = [] if values["repulsion.strength"] else ["repulsion.memory", "repulsion.dtype"]
+    if values["dataset.name"] in _IN_MEMORY_IN_FORMAT_1:
+        unused += ["dataset.image_side", "dataset.workers", "checkpoint_every_steps"]
+    if values["model.name"] in _WITHOUT_NORMALIZATION_IN_FORMAT_1:
+        unused += ["model.norm_momentum", "analysis.batch_norm"]
+    if (warmup_epochs := values["optimizer.warmup_epochs"]) > values["epochs"]:
+        # the same rates in every step: the part of the warmup that the training reached
+        values["optimizer.learning_rate"] *= values["epochs"] / warmup_epochs
+        values["optimizer.warmup_epochs"] = float(values["epochs"])
+    return values | {name: FIELDS[name].default for name in unused}
+
+
+def run_name(name: str, base: ConfigDict, config: ConfigDict) -> str:
+    """Return the name of a run's folder: `name`, and each field in which `config` differs from `base`.
+
+    An example is `resnet20,batch_size=1024`. Fields on which no training depends are left out, except for the
+    name of the folder of images, of the set `folder`.
+    """
+    base_values, values = flatten(base), flatten(config)
+    parts = [name]
+    for field, value in sorted(values.items()):
+        if field == "dataset.data_dir" and values["dataset.name"] == "folder" and value:
+            value = _folder_name(value)
+        elif may_change_on_resume(field):
+            continue
+        if value != base_values.get(field):
+            parts.append(f"{field}={as_name(value)}")
+    whole = ",".join(parts)
+    if len(whole.encode()) > _LONGEST_NAME_BYTES:
+        digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
+        whole = whole.encode()[: _LONGEST_NAME_BYTES - 9].decode(errors="ignore") + f"-{digest}"
+    return whole
+
+
+def _folder_name(path: str | os.PathLike | None) -> str:
+    """Return the last part of the absolute path of a folder."""
+    return os.path.basename(os.path.abspath(os.path.expanduser(path or "")))
+
+
+def as_name(value: Any) -> str:
+    """Return the value of a field as part of a file name."""
+    if isinstance(value, tuple):
+        return "-".join(map(as_name, value)) or "none"
+    text = f"{value:.12g}" if isinstance(value, float) else str(value)
+    return re.sub(r"[^\w.+-]", "-", text)
