@@ -1,5 +1,6 @@
 """The READMEs are true: their Python blocks run, their quick commands too, and what they name exists."""
 
+import ast
 import functools
 import os
 import re
@@ -10,20 +11,22 @@ import sys
 import numpy as np
 import pytest
 
+from imp_jax import analysis, arms, data, imp, models, optimizers, runs, scores
 from imp_jax import config as configs
-from imp_jax import runs
+from imp_jax.analysis import registry
+from imp_jax.experiment import setup
 from tests.conftest import quick_config
 from tests.helpers import ROOT
 
 MAX_LINES = 220  # of README.md
-# worked examples of imp_jax/README.md that are not run yet, by the call that each ends with
-EXTENSION_EXAMPLES = (
-    "models.register",
-    "data.register",
-    "scores.register",
-    "arms.register",
-    "analysis.register",
-    "optimizers.register",
+REGISTRIES = (
+    models.MODELS,
+    data.DATASETS,
+    data.AUGMENTATIONS,
+    scores.SCORES,
+    arms.ARMS,
+    registry.ANALYSES,
+    optimizers.OPTIMIZERS,
 )
 READMES = [
     ROOT / "README.md",
@@ -79,17 +82,24 @@ def project(data_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("project")
     overrides = {"rounds": 2, "instability.rounds": ()}
     runs.run(quick_config(data_dir, **overrides), folder / "runs" / "mnist5k")
-    from imp_jax import analysis
-
     analysis.run(folder / "runs" / "mnist5k")
     return folder
 
 
+@pytest.fixture
+def registries():
+    """What a test registers is gone after it."""
+    before = [dict(entries) for entries in REGISTRIES]
+    yield
+    for entries, earlier in zip(REGISTRIES, before, strict=True):
+        entries.clear()
+        entries.update(earlier)
+
+
 @pytest.mark.parametrize(("path", "texts"), programs())
+@pytest.mark.usefixtures("registries")
 def test_a_python_block_runs_and_gives_what_it_says(path, texts, project, data_dir, monkeypatch, capsys):
     code = "".join(texts)
-    if waiting := [call for call in EXTENSION_EXAMPLES if f"{call}(" in code]:
-        pytest.skip(f"{waiting[0]} is not run yet")
     monkeypatch.chdir(project)
     monkeypatch.setenv("TFDS_DATA_DIR", data_dir)
     names = {"__name__": relative(path)}
@@ -148,6 +158,30 @@ RESULTS = {
     "imp.rounds(": check_rounds,
     "analysis.load(": check_loaded_run,
 }
+
+
+@pytest.mark.usefixtures("registries")
+def test_the_worked_examples_of_extending_work_together(data_dir):
+    text = (ROOT / "imp_jax" / "README.md").read_text().partition("\n## Extending\n")[2]
+    examples = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    for example in examples:
+        exec(example, {"__name__": "example"})
+    config = quick_config(data_dir, rounds=1)
+    settings = re.findall(r"# then config\.(.+?) = (.+)", text)
+    assert [field for field, _ in settings] == [
+        "model.name",
+        "dataset.name",
+        "pruning.score",
+        "arms",
+        "optimizer.name",
+        "dataset.augmentation",
+    ]
+    for field, value in settings:
+        config.update_from_flattened_dict({field: ast.literal_eval(value)})
+    config.update({"batch_size": 100, "instability": {"rounds": ()}, "dataset": {"data_dir": None}})
+    (end,) = imp.rounds(setup(config))
+    assert {row["arm"] for row in end.rows} == {"imp", "reinit", "negated"}
+    assert "norms" in registry.ANALYSES
 
 
 def test_every_check_belongs_to_a_block():
