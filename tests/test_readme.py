@@ -1,40 +1,282 @@
-"""What the README shows is run here, so that it stays true."""
+"""The READMEs are true: their Python blocks run, their quick commands too, and what they name exists."""
 
+import ast
+import functools
+import os
 import re
-from pathlib import Path
+import shlex
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 
+from imp_jax import analysis, arms, data, imp, models, optimizers, runs, scores
 from imp_jax import config as configs
+from imp_jax.analysis import registry
+from imp_jax.experiment import setup
+from tests.conftest import quick_config
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+MAX_LINES = 220  # of README.md
+REGISTRIES = (
+    models.MODELS,
+    data.DATASETS,
+    data.AUGMENTATIONS,
+    scores.SCORES,
+    arms.ARMS,
+    registry.ANALYSES,
+    optimizers.OPTIMIZERS,
+)
+READMES = [
+    ROOT / "README.md",
+    *sorted(
+        path
+        for top in ("configs", "experiments", "imp_jax", "tests")
+        for path in (ROOT / top).rglob("README.md")
+    ),
+]
+# what READMEs put in backticks and is not a file of the repository: paths of a run, of a data folder, of a user
+NOT_OF_THE_REPOSITORY = re.compile(
+    r"^(runs|checkpoints|events|figures|analysis|progress|set-aside|downloads|PATH|validation|train|~|/)(/|$)"
+    r"|^(accuracy\.png|\w+\.csv|\w+\.html|(config|dataset|execution|statistics)\.json|config_file\.\w+|\*)"
+)
+SUFFIXES = ("py", "md", "json", "ipynb", "png", "zip", "toml")
 
 
-def test_the_notebook_example_runs_and_gives_what_its_comments_say():
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
-    names = {}
-    exec(code, names)
-    assert names["masking"].density(names["mask"]) == pytest.approx(0.8)
-    assert not names["updates"]["Dense_0"]["kernel"][~names["mask"]["Dense_0"]["kernel"]].any()
-    distance = names["similarity"].angular_distance(
-        names["params"], names["mask"], names["other"], names["mask"]
-    )
-    assert distance == pytest.approx(1, abs=0.01)
+def relative(path):
+    return str(path.relative_to(ROOT))
+
+
+def blocks(language):
+    """The blocks of a language in all READMEs, as parameters: path, text and the HTML comment before each."""
+    found, pattern = [], rf"(?:<!-- ([\w ]+) -->\n)?^```{language}\n(.*?)^```"
+    for path in READMES:
+        for number, match in enumerate(re.finditer(pattern, path.read_text(), re.DOTALL | re.MULTILINE)):
+            comment, text = match.groups()
+            found.append(pytest.param(path, text, comment or "", id=f"{relative(path)}-{number}"))
+    return found
+
+
+def programs():
+    """The Python blocks of all READMEs, each with those that continue it; a list of texts a program."""
+    found = []
+    for parameter in blocks("python"):
+        path, text, comment = parameter.values
+        if comment == "continues":
+            found[-1].values[1].append(text)
+        else:
+            found.append(pytest.param(path, [text], id=parameter.id))
+    return found
+
+
+@functools.cache
+def contents(path):
+    """A README without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def project(data_dir, tmp_path_factory):
+    """A folder with a finished run in runs/mnist5k."""
+    folder = tmp_path_factory.mktemp("project")
+    overrides = {"rounds": 2, "instability.rounds": ()}
+    runs.run(quick_config(data_dir, **overrides), folder / "runs" / "mnist5k")
+    analysis.run(folder / "runs" / "mnist5k")
+    return folder
+
+
+@pytest.fixture
+def registries():
+    """What a test registers is gone after it."""
+    before = [dict(entries) for entries in REGISTRIES]
+    yield
+    for entries, earlier in zip(REGISTRIES, before, strict=True):
+        entries.clear()
+        entries.update(earlier)
+
+
+@pytest.mark.parametrize(("path", "texts"), programs())
+@pytest.mark.usefixtures("registries")
+def test_a_python_block_runs_and_gives_what_it_says(path, texts, project, data_dir, monkeypatch, capsys):
+    code = "".join(texts)
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("TFDS_DATA_DIR", data_dir)
+    names = {"__name__": relative(path)}
+    exec(compile(code, relative(path), "exec"), names)
+    for first_name, check in RESULTS.items():
+        if first_name in code:
+            check(names, capsys.readouterr().out)
+
+
+def check_pure_functions(names, printed):
+    del printed
+    params, mask, other = names["params"], names["mask"], names["other"]
+    assert names["masking"].density(mask) == pytest.approx(0.8)
+    pruned = ~np.asarray(mask["Dense_0"]["kernel"])
+    assert not np.asarray(names["updates"]["Dense_0"]["kernel"])[pruned].any()
+    assert not np.asarray(names["ticket"]["Dense_0"]["kernel"])[pruned].any()
+    similarity, ticket = names["similarity"], names["ticket"]
+    assert similarity.angular_distance(params, mask, other, mask) == pytest.approx(1, abs=0.01)
+    assert similarity.distance_matrix([params, other, ticket], [mask, mask, mask]).shape == (3, 3)
+    assert names["path"]["Dense_0"]["kernel"].shape[0] == 20
     barrier = names["connectivity"].error_barrier(names["jnp"].array([0.1, 0.4, 0.3]), baseline="mean")
     assert barrier == pytest.approx(0.2)
 
 
-def test_every_override_it_shows_is_a_field():
-    fields = set(re.findall(r"--config\.([\w.]+)=", README))
-    assert len(fields) > 8
+def check_algorithm(names, printed):
+    line = r" *(\d+) density +([\d.]+)% imp ([\d.]+)% reinit ([\d.]+)% angle ([\d.]+)"
+    rounds = np.array([[float(x) for x in numbers] for numbers in re.findall(line, printed)])
+    assert list(rounds[:, 0]) == list(range(11))
+    assert np.allclose(rounds[:, 1], 100 * 0.6 ** rounds[:, 0], atol=0.06)
+    documented = re.findall(line, ROOT.joinpath("README.md").read_text())
+    assert np.allclose(rounds[-1], [float(x) for x in documented[-1]], atol=8)  # other machines differ
+    assert rounds[-1, 2] > rounds[-1, 3] + 3  # the ticket is better than its control
+    assert (rounds[1:, 4] < 0.3).all()
+
+
+def check_rounds(names, printed):
+    del names
+    assert re.findall(r"round (\d), (\w+): density (\d+)%", printed) == [
+        ("0", "imp", "100"),
+        ("0", "reinit", "100"),
+        ("1", "imp", "80"),
+        ("1", "reinit", "80"),
+    ]
+
+
+def check_loaded_run(names, printed):
+    del printed
+    assert set(names["imp_0"]) == {"Dense_0", "Dense_1", "Dense_2"}
+    assert names["imp_0"]["Dense_0"]["kernel"].ndim == 2
+
+
+# what a block is checked by, by a text that only this block has
+RESULTS = {
+    "repulsion.repulsion_loss": check_pure_functions,
+    "train_members": check_algorithm,
+    "imp.rounds(": check_rounds,
+    "analysis.load(": check_loaded_run,
+}
+
+
+@pytest.mark.usefixtures("registries")
+def test_the_worked_examples_of_extending_work_together(data_dir):
+    text = (ROOT / "imp_jax" / "README.md").read_text().partition("\n## Extending\n")[2]
+    examples = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    for example in examples:
+        exec(example, {"__name__": "example"})
+    config = quick_config(data_dir, rounds=1)
+    settings = re.findall(r"# then config\.(.+?) = (.+)", text)
+    assert [field for field, _ in settings] == [
+        "model.name",
+        "dataset.name",
+        "pruning.score",
+        "arms",
+        "optimizer.name",
+        "dataset.augmentation",
+    ]
+    for field, value in settings:
+        config.update_from_flattened_dict({field: ast.literal_eval(value)})
+    config.update({"batch_size": 100, "instability": {"rounds": ()}, "dataset": {"data_dir": None}})
+    (end,) = imp.rounds(setup(config))
+    assert {row["arm"] for row in end.rows} == {"imp", "reinit", "negated"}
+    assert "norms" in registry.ANALYSES
+
+
+def test_every_check_belongs_to_a_block():
+    codes = ["".join(parameter.values[1]) for parameter in programs()]
+    for text in RESULTS:
+        assert sum(text in code for code in codes) == 1, text
+
+
+def test_the_algorithm_has_at_most_60_lines():
+    (algorithm,) = ("".join(p.values[1]) for p in programs() if "train_members" in "".join(p.values[1]))
+    assert len(algorithm.splitlines()) <= 60
+    assert "config" not in algorithm
+
+
+QUICK = [
+    pytest.param(parameter.values[1], id=parameter.id)
+    for parameter in blocks("sh")
+    if parameter.values[2] == "runs"
+]
+
+
+@pytest.mark.parametrize("text", QUICK)
+def test_a_quick_command_runs(text):
+    for line in text.splitlines():
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        assert words[0] == "python", line
+        command = [sys.executable, *words[1:]]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout
+
+
+def test_some_commands_are_marked_as_quick():
+    assert len(QUICK) >= 3
+
+
+@pytest.mark.parametrize("path", READMES, ids=relative)
+def test_every_path_that_it_names_exists(path):
+    """Of links, and of backticks: from the folder of the README, the root of the repository, or imp_jax."""
+    text = contents(path)
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    for link in links:
+        target, _, anchor = link.partition("#")
+        if re.match(r"\w+://", link):
+            continue
+        assert (path.parent / target).exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", (path.parent / target).read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, link
+    for name in re.findall(r"`([^`\n]+)`", text):
+        if NOT_OF_THE_REPOSITORY.match(name) or not re.fullmatch(r"[\w.*/-]+", name) or name.startswith("**"):
+            continue
+        if name.endswith("/") or re.search(rf"\.({'|'.join(SUFFIXES)})$", name):
+            places = (path.parent, ROOT, ROOT / "imp_jax")
+            assert any(any(place.glob(name.rstrip("/"))) for place in places), f"{name} in {relative(path)}"
+
+
+@pytest.mark.parametrize("path", READMES, ids=relative)
+def test_every_module_that_it_runs_exists(path):
+    for module in re.findall(r"python -m ([\w.]+)", path.read_text()):
+        file = ROOT / module.replace(".", "/")
+        assert file.with_suffix(".py").exists() or (file / "__main__.py").exists(), module
+
+
+def test_every_override_they_show_is_a_field():
+    fields = {field for path in READMES for field in re.findall(r"--config\.([\w.]+)=", path.read_text())}
+    assert len(fields) > 15
     for field in fields:
         assert configs.describe_type(field), field
 
 
-def test_every_file_it_names_is_there():
-    root = Path(__file__).parent.parent
-    named = re.findall(r"\((experiments/[\w/.]+)\)|(configs/\w+\.py)|`((?:models|data)/\w+\.py)`", README)
-    assert named
-    for image, config, module in named:
-        assert (root / (image or config or f"imp_jax/{module}")).exists()
+@pytest.mark.parametrize("path", READMES, ids=relative)
+def test_every_field_in_backticks_is_a_field(path):
+    """Such as `mesh.data=8` or `optimizer.name`."""
+    groups = {name for name, value in configs.default().items() if hasattr(value, "items")} - {"analysis"}
+    for name, _ in re.findall(r"`([a-z_]+\.[a-z_]+)(=[^`]*)?`", contents(path)):
+        if name.split(".")[0] in groups and not name.endswith((".py", ".md", ".json")):
+            assert configs.describe_type(name), name
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= MAX_LINES
+
+
+def test_every_part_of_the_repository_has_a_readme():
+    folders = {relative(path.parent) for path in READMES}
+    assert folders >= {
+        ".",
+        "experiments",
+        "experiments/benchmarks",
+        "imp_jax",
+        "imp_jax/runtime",
+        "imp_jax/workdir",
+        "tests",
+    }
