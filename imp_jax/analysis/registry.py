@@ -15,7 +15,7 @@ from imp_jax.analysis.tables import TABLES, reporting_write_errors, save_file
 from imp_jax.arms import Member, members_of_rows
 from imp_jax.errors import UserError
 from imp_jax.experiment import Experiment
-from imp_jax.workdir.checkpoints import Checkpoints, DamagedError
+from imp_jax.workdir.checkpoints import Checkpoints, DamagedError, move_aside
 
 # what an analysis is a function of, with the columns that its table begins with
 KEYS = {
@@ -129,9 +129,10 @@ def compute_registered(
     before: dict[Member, NetworkInputs] = {}
     for number in finished:
         members = members_of_rows(results.to_dict("records"), number)
+        if number - 1 not in finished:  # a round between is deleted: these are no successive rounds
+            before = {}
         missing = {a.name: _missing_members(a, tables[a.name], members, number, before) for a in analyses}
-        later = any(a.needs == "successive" for a in analyses) and number + 1 in finished
-        if not later and not any(missing.values()):
+        if not any(missing.values()) and not _next_round_needs(analyses, tables, number, finished):
             before = {}
             continue
         try:
@@ -179,6 +180,14 @@ def drop_registered_rounds_from(workdir: Path, first: int) -> None:
         if "round" in table and (table["round"] >= first).any():
             table = table[table["round"] < first]
             save_file(workdir, workdir / "analysis" / f"{name}.csv", table.to_csv(index=False).encode())
+
+
+def _next_round_needs(analyses, tables, number, finished):
+    """Return whether the round after `number` is on disk and may lack rows of pairs with this one."""
+    return number + 1 in finished and any(
+        analysis.needs == "successive" and not (tables[analysis.name]["round"] == number + 1).any()
+        for analysis in analyses
+    )
 
 
 def _missing_members(analysis, table, members, number, before):
@@ -229,9 +238,25 @@ def _empty(analysis):
 
 
 def _read(workdir, analysis):
-    """Read the table of an analysis; one that has other columns than the analysis now is computed again."""
-    table = load_registered(workdir)[analysis.name]
-    return table if list(table.columns) == list(_empty(analysis).columns) else _empty(analysis)
+    """Read the table of an analysis, with any further columns that it has.
+
+    A file that cannot be read, or lacks columns, is moved to the folder set-aside and computed again.
+    """
+    path, empty = workdir / "analysis" / f"{analysis.name}.csv", _empty(analysis)
+    if not path.exists():
+        return empty
+    with contextlib.suppress(pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeError):
+        table = pd.read_csv(path)
+        if set(empty.columns) <= set(table.columns) and path.read_bytes().endswith(b"\n"):
+            return table
+    with reporting_write_errors(workdir):
+        moved = move_aside(path, workdir)
+    print(
+        f"{path} cannot be read as the table of this analysis; it is moved to {moved}, and computed again for "
+        f"the rounds whose checkpoints are still on disk",
+        file=sys.stderr,
+    )
+    return empty
 
 
 def _write(workdir, analysis, table):
