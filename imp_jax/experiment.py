@@ -136,7 +136,8 @@ def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: 
         on_divergence=config.on_divergence,
     )
     for name in config.arms:
-        _check_arm(name, experiment)
+        if arms.ARMS[name].number >= arms.FIRST_USER_NUMBER:
+            _check_arm(name, experiment)
     if not use_mesh:
         return experiment
     mesh = devices.make_mesh(
@@ -332,8 +333,6 @@ def _check_arm(name, experiment):
     try:
         jax.eval_shape(trace, variables, jax.random.key(0))
     except ValueError as error:
-        if arms.ARMS[name].number < arms.FIRST_USER_NUMBER:
-            raise
         raise UserError(
             f"arms has {name!r}, which should return trees like the ticket and the mask: {one_line(error)}"
         ) from error

@@ -23,7 +23,7 @@ from imp_jax.arms import (
     take_members,
     where_members,
 )
-from imp_jax.experiment import Experiment, init_fn
+from imp_jax.experiment import Experiment
 from imp_jax.masking import Mask
 from imp_jax.round_state import (
     Callbacks,
@@ -32,6 +32,7 @@ from imp_jax.round_state import (
     RoundState,
     add_optimum,
     copy_networks,
+    init_variables,
     repeat_optima,
     start_round,
 )
@@ -82,7 +83,7 @@ def init_state(experiment: Experiment) -> RoundState:
     imps = [member for member in experiment.members if member.arm == "imp"]
     keys = member_keys(imps, experiment.seed, lambda member: ["init"])
     image_shape = experiment.dataset.train.image_shape
-    tickets = jax.jit(jax.vmap(init_fn(experiment.spec.model, image_shape)))(keys)
+    tickets = init_variables(keys, model=experiment.spec.model, image_shape=image_shape)
     return start_round(experiment, 0, experiment.members, tickets, masking.ones_like(tickets["params"]))
 
 

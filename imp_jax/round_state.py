@@ -4,9 +4,11 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Key
 
 from imp_jax import arms, masking, repulsion
 from imp_jax.arms import (
@@ -64,6 +66,14 @@ class RoundEnd(NamedTuple):
 Callbacks = Sequence[Callable[[Any], None]]
 
 
+@functools.partial(jax.jit, static_argnames=("model", "image_shape"))
+def init_variables(
+    keys: Key[Array, " members"], *, model: nn.Module, image_shape: tuple[int, int, int]
+) -> Variables:
+    """Initialise the variables of one network for each key."""
+    return jax.vmap(init_fn(model, image_shape))(keys)
+
+
 def start_round(
     experiment: Experiment,
     number: int,
@@ -91,11 +101,11 @@ def start_round(
     def arm_keys(arm):
         return member_keys(imps, experiment.seed, lambda member: ["arm", arms.ARMS[arm].number, number])
 
+    every = np.arange(len(imps))
+    mesh = experiment.spec.mesh
     tickets, masks = _start_members(
-        tickets,
-        masks,
-        np.arange(len(imps)) if ticket_of is None else np.array(ticket_of),
-        np.arange(len(imps)) if mask_of is None else np.array(mask_of),
+        _take_imps(tickets, every if ticket_of is None else np.array(ticket_of), mesh=mesh),
+        _take_imps(masks, every if mask_of is None else np.array(mask_of), mesh=mesh),
         replicate_keys(imps, experiment.seed),
         [arm_keys(name) for name in names],
         np.resize(start_of_member, places),
@@ -106,13 +116,15 @@ def start_round(
     return RoundState(members, tickets, masks)
 
 
+@functools.partial(jax.jit, static_argnames="mesh")
+def _take_imps(tree, imps, *, mesh):
+    """Take the imps of a tree; always in one layout, so that `_start_members` is compiled once."""
+    return devices.constrain_whole(jax.tree.map(lambda leaf: leaf[imps], tree), mesh)
+
+
 @functools.partial(jax.jit, static_argnames=("arms", "image_shape", "spec"))
-def _start_members(
-    tickets, masks, ticket_of, mask_of, replicate_keys, keys, start_of_place, *, arms, image_shape, spec
-):
+def _start_members(tickets, masks, replicate_keys, keys, start_of_place, *, arms, image_shape, spec):
     """Apply all arms to imp's tickets and masks of all replicates; then take the start of each place."""
-    tickets = jax.tree.map(lambda leaf: leaf[ticket_of], tickets)
-    masks = jax.tree.map(lambda leaf: leaf[mask_of], masks)
     init = init_fn(spec.model, image_shape)
     starts = [
         start_arm(arm, tickets, masks, arm_keys, replicate_keys, init)

@@ -7,8 +7,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from imp_jax import config as configs
-from imp_jax import config_files, errors, optimizers
+from imp_jax import config_files, errors
 from imp_jax.errors import UserError
+from tests.helpers.epochs import learning_rates_of
 
 CONFIG_FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -253,10 +254,10 @@ def test_what_had_no_influence_in_format_1_is_dropped():
     stored["dataset"]["name"], stored["model"]["name"] = "imagenet2012", "resnet20"  # where they had
     config = config_files.from_json(stored)
     assert (config.dataset.image_side, config.model.norm_momentum) == (64, 0.5)
-    rates = optimizers.learning_rates(config, 4)
+    rates = learning_rates_of(config, 4)
     stored["optimizer"]["warmup_epochs"] = 2.0 * stored["epochs"]  # refused now, and the same line is not
     time = np.arange(rates.size) / 4
-    upgraded_rates = optimizers.learning_rates(config_files.from_json(stored), 4)
+    upgraded_rates = learning_rates_of(config_files.from_json(stored), 4)
     np.testing.assert_allclose(upgraded_rates.ravel(), rates.ravel() * time / 50, rtol=1e-6)
 
 

@@ -10,12 +10,7 @@ import pytest
 from imp_jax import config as configs
 from imp_jax import masking, optimizers
 from imp_jax.errors import UserError
-
-
-def rates_of(config, steps_per_epoch):
-    fields = ("learning_rate", "schedule", "milestones", "warmup_epochs")
-    options = {field: config.optimizer[field] for field in fields}
-    return optimizers.learning_rates(config.epochs, steps_per_epoch, **options)
+from tests.helpers.epochs import learning_rates_of
 
 
 def optimizer_of(config):
@@ -31,7 +26,7 @@ def settings(**overrides):
 
 
 def test_constant_schedule():
-    rates = rates_of(settings(epochs=3, **{"optimizer.learning_rate": 12e-4}), 4)
+    rates = learning_rates_of(settings(epochs=3, **{"optimizer.learning_rate": 12e-4}), 4)
     np.testing.assert_allclose(rates, np.full((3, 4), 12e-4), rtol=1e-6)
 
 
@@ -40,7 +35,7 @@ def test_step_schedule_divides_by_ten_from_each_milestone_on():
         epochs=85,
         **{"optimizer.learning_rate": 0.1, "optimizer.schedule": "step", "optimizer.milestones": (56, 71)},
     )
-    rates = rates_of(config, 390)
+    rates = learning_rates_of(config, 390)
     np.testing.assert_allclose(rates[:56], 0.1, rtol=1e-6)
     np.testing.assert_allclose(rates[56:71], 0.01, rtol=1e-6)
     np.testing.assert_allclose(rates[71:], 0.001, rtol=1e-6)
@@ -48,7 +43,7 @@ def test_step_schedule_divides_by_ten_from_each_milestone_on():
 
 def test_cosine_schedule_falls_from_the_base_rate_to_zero():
     config = settings(epochs=75, **{"optimizer.learning_rate": 0.01, "optimizer.schedule": "cosine"})
-    rates = rates_of(config, 10).ravel()
+    rates = learning_rates_of(config, 10).ravel()
     t = np.arange(750)
     np.testing.assert_allclose(rates, 0.01 * np.cos(np.pi * t / 1500) ** 2, rtol=1e-5, atol=1e-9)
 
@@ -57,14 +52,14 @@ def test_cosine_schedule_falls_from_the_base_rate_to_zero():
 def test_warm_up_multiplies_by_a_line_from_zero(schedule):
     without = settings(epochs=20, **{"optimizer.schedule": schedule})
     warm = settings(epochs=20, **{"optimizer.schedule": schedule, "optimizer.warmup_epochs": 10.0})
-    ratio = rates_of(warm, 5) / rates_of(without, 5)
+    ratio = learning_rates_of(warm, 5) / learning_rates_of(without, 5)
     np.testing.assert_allclose(ratio.ravel()[:50], np.arange(50) / 50, rtol=1e-5)
     np.testing.assert_allclose(ratio[10:], 1)
 
 
 def test_unknown_schedule_and_optimizer():
     with pytest.raises(UserError, match=r"optimizer.schedule is 'stepp'.*did you mean step"):
-        rates_of(settings(**{"optimizer.schedule": "stepp"}), 5)
+        learning_rates_of(settings(**{"optimizer.schedule": "stepp"}), 5)
     with pytest.raises(UserError, match=r"optimizer.name is 'adamw'.*adam, momentum, sgd"):
         optimizer_of(settings(**{"optimizer.name": "adamw"}))
 
@@ -150,8 +145,8 @@ def test_a_rate_by_another_name_is_refused():
 def test_a_milestone_after_the_last_step_is_refused():
     config = settings(epochs=1, **{"optimizer.schedule": "step", "optimizer.milestones": (0.99,)})
     with pytest.raises(UserError, match=r"last step of a training begins at epoch 0.875, so they should be"):
-        rates_of(config, 8)
-    assert rates_of(config, 100).ravel()[-1] == np.float32(1.2e-4)
+        learning_rates_of(config, 8)
+    assert learning_rates_of(config, 100).ravel()[-1] == np.float32(1.2e-4)
 
 
 def test_a_finished_transform_is_refused():

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imp_jax import analysis, masking, weights
+from imp_jax import masking, weights
+from imp_jax.analysis.weights import compute_layers
 from imp_jax.models.conv4 import Conv4
 from imp_jax.models.lenet import LeNet
 from imp_jax.models.resnet import CifarResNet
@@ -323,7 +324,7 @@ def test_where_paths_are_not_known_there_is_no_number(kind):
     assert weights.dead_units(Net(), variables, masking.ones_like(variables["params"]), (4, 4, 8)) == {}
     dataset = SimpleNamespace(train=SimpleNamespace(image_shape=(4, 4, 8)))
     experiment = SimpleNamespace(spec=SimpleNamespace(model=Net()), dataset=dataset)
-    rows = list(analysis._layers(experiment, variables, masking.ones_like(variables["params"])))
+    rows = list(compute_layers(experiment, variables, masking.ones_like(variables["params"])))
     assert rows[0][0] == "Dense_0"
     assert np.isnan([row[3:] for row in rows]).all()
 

@@ -156,6 +156,13 @@ def constrain_members(tree: PyTree[Array], mesh: Mesh | None) -> PyTree[Array]:
     return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P(MEMBER)))
 
 
+def constrain_whole(tree: PyTree[Array], mesh: Mesh | None) -> PyTree[Array]:
+    """Lay out a traced tree whole on every device of the mesh; `mesh` None changes nothing."""
+    if mesh is None:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))
+
+
 def batch_sharding(mesh: Mesh | None) -> NamedSharding | None:
     """Return the layout of batches with axes of members and of images; None is the default device."""
     return mesh and NamedSharding(mesh, P(MEMBER, DATA))

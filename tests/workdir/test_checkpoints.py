@@ -92,9 +92,9 @@ def test_a_round_comes_back_as_it_went(checkpoints, reopened):
 
 def test_next_masks_come_back_as_they_went(checkpoints, tmp_path, reopened):
     masks = jax.tree.map(lambda leaf: np.asarray(leaf)[:1], networks().mask)  # of the imps alone
-    checkpoints.save(0, networks(), ROWS, masks)
+    checkpoints.save(0, networks(), ROWS, next_masks=masks)
     assert_same(reopened().next_masks(0), masks)
-    checkpoints.save(1, networks(), ROWS, masks)
+    checkpoints.save(1, networks(), ROWS, next_masks=masks)
     shutil.rmtree(tmp_path / "checkpoints" / "1" / "next_masks")
     (said,) = reopened().quarantine_damaged_rounds()
     assert "checkpoints/1 is damaged" in said
@@ -185,7 +185,7 @@ def remove_manifests(workdir):
 def test_whatever_happens_to_a_file_no_other_bits_are_read(checkpoints, tmp_path, reopened, damage, manifest):
     """Each file of a checkpoint in turn: it is either said to be damaged, or read as it was written."""
     for number in range(2):
-        checkpoints.save(number, networks(number), ROWS, networks(number + 2).mask)
+        checkpoints.save(number, networks(number), ROWS, next_masks=networks(number + 2).mask)
     if not manifest:
         remove_manifests(tmp_path)
     folder, whole = tmp_path / "checkpoints" / "1", tmp_path / "whole"
