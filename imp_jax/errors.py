@@ -76,6 +76,16 @@ def import_by_path(path: str, field: str) -> Any:
         raise UserError(f"{field} is {path!r}, which cannot be imported: {one_line(error)}") from error
 
 
+def lookup_or_import(options: dict, field: str, name: str) -> Any:
+    """Return `options[name]`, or the object with the dotted path `name`: registered names have no colon.
+
+    Raises as `lookup` and `import_by_path`.
+    """
+    if name not in options and ":" in name:
+        return import_by_path(name, field)
+    return lookup(options, field, name)
+
+
 def user_path(path: str | os.PathLike, name: str) -> Path:
     """Return a path that the user gave, with `~` expanded.
 

@@ -76,7 +76,7 @@ def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: 
     configs.validate(config)
     devices.require_usable()
     _check_arms(config.arms)
-    score = lookup(scores.SCORES, "pruning.score", config.pruning.score)
+    score = scores.find(config.pruning.score)
     optimizer = make_optimizer(config)
     lookup(optimizers.SCHEDULES, "optimizer.schedule", config.optimizer.schedule)
     models.find(config.model.name)

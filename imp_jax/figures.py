@@ -29,7 +29,7 @@ DENSITY_TICKS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
 
 
 class Figure(matplotlib.figure.Figure):
-    """A figure that a notebook shows although pyplot does not know it."""
+    """A figure that a notebook displays without pyplot."""
 
     def draw(self, renderer: Any) -> None:
         with matplotlib.style.context("default"):  # ticks are made when they are drawn
@@ -49,7 +49,7 @@ def _in_default_style(function: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def accuracy(results: pd.DataFrame) -> Figure:
-    """Test accuracy over density (figure 1): a line an arm, the mean over replicates with min–max bars.
+    """Draw test accuracy over density (figure 1): one line per arm, mean over replicates, min–max bars.
 
     Args:
       results: the columns arm, density and test_accuracy of results.csv.
@@ -58,7 +58,7 @@ def accuracy(results: pd.DataFrame) -> Figure:
 
 
 def threshold(results: pd.DataFrame) -> Figure:
-    """The pruning threshold over density (figure 6), drawn like `accuracy`.
+    """Draw the pruning threshold over density (figure 6), like `accuracy`.
 
     Args:
       results: the columns arm, density and threshold of results.csv.
@@ -67,16 +67,16 @@ def threshold(results: pd.DataFrame) -> Figure:
 
 
 @_in_default_style
-def distances(distances: pd.DataFrame, metric: str = "angular") -> Figure:
-    """The matrix of distances between rounds (figures 4, 9 to 11), the mean over replicates, imp beside reinit.
+def distances(table: pd.DataFrame, metric: str = "angular") -> Figure:
+    """Draw the matrices of distances between rounds (figures 4, 9 to 11), means over replicates, of all arms.
 
-    Both arms have one colour scale; the last row and column compare with the initialisation.
+    All arms share a colour scale. The last row and column compare with the initialisation.
 
     Args:
-      distances: distances.csv.
+      table: distances.csv.
       metric: angular, cosine or euclidean.
     """
-    table = _some(distances[distances["metric"] == metric], f"distances of metric {metric!r}")
+    table = _some(table[table["metric"] == metric], f"distances of metric {metric!r}")
     arms = table["arm"].unique()
     limit = distance_limit(table, metric)
     figure = Figure(figsize=(0.9 + 3.2 * len(arms), 3.7), layout="constrained")
@@ -91,14 +91,14 @@ def distances(distances: pd.DataFrame, metric: str = "angular") -> Figure:
 
 
 def distance_limit(distances: pd.DataFrame, metric: str) -> float:
-    """The upper end of a colour scale for the means over replicates of `metric`; of angles at least 1."""
+    """Return the upper end of a colour scale for means over replicates of `metric`; at least 1 for angles."""
     table = distances[distances["metric"] == metric]
     means = table.groupby(["arm", "round_a", "round_b"])["distance"].mean()
     return max(1.0 if metric == "angular" else 0.0, means.max())
 
 
 def draw_distances(axes: Axes, distances: pd.DataFrame, metric: str, arm: str, limit: float) -> AxesImage:
-    """The matrix of one arm (see `distances`), in colours from 0 to `limit`; returns it for a colour bar."""
+    """Draw the matrix of one arm (see `distances`), in colours from 0 to `limit`; returns the image."""
     table = distances[(distances["metric"] == metric) & (distances["arm"] == arm)]
     means = table.groupby(["round_a", "round_b"])["distance"].mean()
     rounds = sorted(table["round_a"].unique(), key=lambda number: (number < 0, number))
@@ -110,21 +110,21 @@ def draw_distances(axes: Axes, distances: pd.DataFrame, metric: str, arm: str, l
     labels = ["init" if rounds[place] < 0 else f"{rounds[place]}" for place in ticks]
     axes.set_xticks(ticks, labels)
     axes.set_yticks(ticks, labels)
-    for line in (axes.axhline, axes.axvline):  # the initialisation apart
+    for line in (axes.axhline, axes.axvline):  # separates the initialisation
         line(len(rounds) - 1.5, color="white", linewidth=1)
     return image
 
 
 @_in_default_style
-def histograms(histograms: pd.DataFrame, number: int = 10) -> Figure:
-    """The surviving weights of one round (figure 5), all replicates together, imp beside reinit.
+def histograms(table: pd.DataFrame, number: int = 10) -> Figure:
+    """Draw histograms of the surviving weights of one round (figure 5), all replicates together, of all arms.
 
     Args:
-      histograms: histograms.csv.
-      number: the round; the last one there is, if the run is shorter.
+      table: histograms.csv.
+      number: the round; the last one of a shorter run.
     """
-    number = min(number, _some(histograms, "histograms")["round"].max())
-    table = histograms[histograms["round"] == number]
+    number = min(number, _some(table, "histograms")["round"].max())
+    table = table[table["round"] == number]
     arms = table["arm"].unique()
     figure = Figure(figsize=(0.6 + 3 * len(arms), 2.9), layout="constrained")
     panels = figure.subplots(1, len(arms), squeeze=False, sharex=True, sharey=True)[0]
@@ -138,11 +138,13 @@ def histograms(histograms: pd.DataFrame, number: int = 10) -> Figure:
 
 
 def draw_histogram(axes: Axes, histograms: pd.DataFrame, number: int, arm: str) -> float:
-    """One arm's surviving weights of round `number`; returns where an axis from −x to x may end."""
+    """Draw the surviving weights of one arm in round `number`; returns x for an axis from −x to x."""
     table = histograms[(histograms["round"] == number) & (histograms["arm"] == arm)]
     bins = table.groupby("left").agg({"right": "first", "count": "sum"})
-    seen = bins[bins["count"] > bins["count"].sum() / 1e4]  # a few far out would narrow the rest
-    widest = max(seen["right"].max(), -seen.index.min()) if len(seen) else 1e-9  # where none survive
+    seen = bins[
+        bins["count"] > bins["count"].sum() / 1e4
+    ]  # without a few outliers, which would narrow the rest
+    widest = max(seen["right"].max(), -seen.index.min()) if len(seen) else 1e-9  # if no weight survives
     shares = 100 * bins["count"] / bins["count"].sum()
     color = STYLES.get(arm, {}).get("color")
     axes.stairs(shares, [*bins.index, bins["right"].iloc[-1]], fill=True, color=color)
@@ -153,30 +155,34 @@ def draw_histogram(axes: Axes, histograms: pd.DataFrame, number: int, arm: str) 
 
 @_in_default_style
 def barriers(
-    paths: pd.DataFrame, barriers: pd.DataFrame, results: pd.DataFrame, rounds: Sequence[int] | None = None
+    paths: pd.DataFrame,
+    barrier_table: pd.DataFrame,
+    results: pd.DataFrame,
+    rounds: Sequence[int] | None = None,
 ) -> Figure:
-    """Error on the paths between successive rounds at some densities, and the barrier over density (figure 8).
+    """Draw the error on paths between successive rounds, and the error barrier over density (figure 8).
 
     Args:
-      paths, barriers, results: paths.csv, barriers.csv and results.csv.
-      rounds: of the paths, which end in them; None is three: the first, the last, and one half-way.
+      paths, barrier_table, results: paths.csv, barriers.csv and results.csv.
+      rounds: in which the paths to draw end; None is the first, the middle and the last one.
     """
-    paths, barriers = (
-        _some(table[table["kind"] == "successive"], "paths of kind 'successive'") for table in (paths, barriers)
+    paths, barrier_table = (
+        _some(table[table["kind"] == "successive"], "paths of kind 'successive'")
+        for table in (paths, barrier_table)
     )
-    there = sorted(map(int, paths["round"].unique()))
-    rounds = rounds or sorted({there[0], there[(len(there) - 1) // 2], there[-1]})
-    if not set(rounds) <= set(there):
-        raise ValueError(f"rounds is {rounds}; the paths end in the rounds {there}")
+    available = sorted(map(int, paths["round"].unique()))
+    rounds = rounds or sorted({available[0], available[(len(available) - 1) // 2], available[-1]})
+    if not set(rounds) <= set(available):
+        raise ValueError(f"rounds is {rounds}; the paths end in the rounds {available}")
     figure = Figure(figsize=(7.6, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     draw_paths(left, paths, results, rounds)
-    draw_barriers(right, barriers, results)
+    draw_barriers(right, barrier_table, results)
     return figure
 
 
 def draw_paths(axes: Axes, paths: pd.DataFrame, results: pd.DataFrame, rounds: Sequence[int]) -> None:
-    """Test error along the paths that end in `rounds` (see `barriers`), mean, and min to max shaded."""
+    """Draw the test error along the paths that end in `rounds`: the mean, and min to max shaded."""
     density = _densities(results)
     for number, color, line in zip(
         rounds, itertools.cycle(PATHS), itertools.cycle(("-", "--", ":", "-.")), strict=False
@@ -195,7 +201,7 @@ def draw_paths(axes: Axes, paths: pd.DataFrame, results: pd.DataFrame, rounds: S
 def draw_barriers(
     axes: Axes, barriers: pd.DataFrame, results: pd.DataFrame, splits: Sequence[str] = ("test", "train")
 ) -> None:
-    """The barriers of one kind over density; where the test error alone rises, it may be chance."""
+    """Draw the barriers of one kind over density, of both splits; a rise of test error alone may be chance."""
     table = barriers.assign(density=barriers["round"].map(_densities(results)))
     styles = {"test": STYLES["imp"], "train": {"color": "#666666", "linestyle": ":", "marker": "^"}}
     for split in splits:
@@ -209,7 +215,7 @@ def draw_barriers(
 
 @_in_default_style
 def instability(barriers: pd.DataFrame, results: pd.DataFrame) -> Figure:
-    """The error barrier between a ticket's network and its twin over density (figure 2), mean, min and max.
+    """Draw the error barrier between imp and its twin over density (figure 2): mean, min and max.
 
     Args:
       barriers, results: barriers.csv and results.csv.
@@ -225,19 +231,19 @@ def instability(barriers: pd.DataFrame, results: pd.DataFrame) -> Figure:
             f"round {number}", place, (0, 5), textcoords="offset points", ha="center", fontsize="small"
         )
     axes.margins(y=0.2)
-    density_axis(axes, table["round"].map(density).min() / 1.5)  # with room for the words
+    density_axis(axes, table["round"].map(density).min() / 1.5)  # with room for the labels
     axes.set_ylabel("Instability (percentage points of error)")
     return figure
 
 
 def draw_mean(axes: Axes, rows: pd.DataFrame, column: str, scale: float = 1, **style: Any) -> None:
-    """The mean of `column`, times `scale`, at each density above 0, with bars from minimum to maximum."""
+    """Draw the mean of `column`, times `scale`, at each density above 0, with bars from min to max."""
     by_density = rows.query("density > 0").groupby("density")[column]
     over = scale * by_density.agg(["mean", "min", "max"]).sort_index(ascending=False)
     axes.errorbar(
         over.index,
         over["mean"],
-        # the mean of equal values may miss them by rounding, and matplotlib takes no negative bar
+        # the mean of equal values may differ from them by rounding, and bars must not be negative
         yerr=[(over["mean"] - over["min"]).clip(lower=0), (over["max"] - over["mean"]).clip(lower=0)],
         markersize=3.5,
         linewidth=1.4,
@@ -248,7 +254,7 @@ def draw_mean(axes: Axes, rows: pd.DataFrame, column: str, scale: float = 1, **s
 
 
 def density_axis(axes: Axes, lowest: float) -> None:
-    """A logarithmic x axis from 1 down to the density `lowest`, dense on the left, as in the paper."""
+    """Make the x axis logarithmic, from density 1 on the left down to `lowest`, as in the paper."""
     axes.set_xscale("log")
     end = max(min(lowest, 0.5), 1e-9) / 1.15
     axes.set_xlim(1.15, end)
@@ -259,13 +265,13 @@ def density_axis(axes: Axes, lowest: float) -> None:
     axes.grid(alpha=0.3, linewidth=0.6)
 
 
-def to_bytes(figure: matplotlib.figure.Figure, format: str = "png", dpi: int = 200) -> bytes:
-    """The figure as the bytes of a PNG file, by default at print resolution, or of a PDF."""
+def to_bytes(figure: matplotlib.figure.Figure, file_format: str = "png", dpi: int = 200) -> bytes:
+    """Return the figure as the bytes of a PNG file, by default at print resolution, or of a PDF."""
     buffer = io.BytesIO()
-    # without the date, so that the same figure is the same file
-    metadata = {"CreationDate": None} if format == "pdf" else None
+    # without the date: the same figure gives the same file
+    metadata = {"CreationDate": None} if file_format == "pdf" else None
     with matplotlib.style.context("default"):
-        figure.savefig(buffer, format=format, dpi=dpi, metadata=metadata)
+        figure.savefig(buffer, format=file_format, dpi=dpi, metadata=metadata)
     return buffer.getvalue()
 
 
@@ -277,7 +283,7 @@ def _some(table, what):
 
 @_in_default_style
 def _over_density(results, column, scale, label):
-    """A column over density, a line an arm."""
+    """Draw a column over density, one line per arm."""
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
     axes = figure.add_subplot()
     for arm, rows in results[results["arm"] != "twin"].groupby("arm", sort=False):
@@ -289,5 +295,5 @@ def _over_density(results, column, scale, label):
 
 
 def _densities(results):
-    """The density of each round."""
+    """Return the density of each round."""
     return results.groupby("round")["density"].first()

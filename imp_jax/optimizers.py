@@ -16,7 +16,7 @@ import optax
 from jaxtyping import Float
 
 from imp_jax import masking
-from imp_jax.errors import UserError, lookup
+from imp_jax.errors import UserError, lookup, lookup_or_import
 
 Rate = Float[Any, ""] | float
 _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
@@ -90,7 +90,7 @@ def make_optimizer(
     Raises:
       UserError: an unknown optimizer; a momentum for one that has none.
     """
-    factory = lookup(OPTIMIZERS, "optimizer.name", name)
+    factory = lookup_or_import(OPTIMIZERS, "optimizer.name", name)
     _check_factory(name, factory)
     if momentum is not None and "momentum" not in inspect.signature(factory).parameters:
         raise UserError(f"optimizer.momentum is {momentum}; {name} has no momentum, so it should be None")

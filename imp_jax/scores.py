@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from imp_jax import training
-from imp_jax.errors import UserError
+from imp_jax.errors import UserError, lookup_or_import
 from imp_jax.masking import Mask, Params
 
 Scores = PyTree[Float[Array, "..."]]
@@ -75,6 +75,17 @@ def random(inputs: ScoreInputs) -> Scores:
 SCORES: dict[str, Score] = {"magnitude": magnitude, "random": random}
 
 
+def find(name: str) -> Score:
+    """Return a score by its name, or by a dotted path such as "their_package.scores:taylor".
+
+    Raises:
+      UserError: an unknown name; a path that cannot be imported, or is not that of a function.
+    """
+    score = lookup_or_import(SCORES, "pruning.score", name)
+    _check_callable(name, score)
+    return score
+
+
 def register(name: str, score: Score) -> None:
     """Make `config.pruning.score = name` prune by `score`, a function of `ScoreInputs`.
 
@@ -84,9 +95,13 @@ def register(name: str, score: Score) -> None:
     Raises:
       UserError: `score` is not callable.
     """
+    _check_callable(name, score)
+    SCORES[name] = score
+
+
+def _check_callable(name, score):
     if not callable(score):
         raise UserError(
             f"the score {name!r} is a {type(score).__name__}; it should be a function of "
             f"imp_jax.scores.ScoreInputs"
         )
-    SCORES[name] = score

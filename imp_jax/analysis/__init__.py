@@ -65,7 +65,7 @@ class Run:
     tables: dict[str, pd.DataFrame] = dataclasses.field(default_factory=dict)
 
     def round(self, number: int) -> RoundNetworks:
-        """The networks of round `number`: every leaf leads with the members, in the order of `members`."""
+        """Return the networks of round `number`, with a leading axis in the order of `members(number)`."""
         with contextlib.closing(Checkpoints(self.workdir)) as checkpoints:
             if number not in checkpoints.rounds():
                 raise UserError(f"{self.workdir} has no round {number}; it has {checkpoints.rounds()}")
@@ -90,7 +90,7 @@ def load(workdir: str | os.PathLike) -> Run:
     for name in outdated(workdir):
         warnings.warn(
             f"{workdir}/analysis/{name}.csv was computed by an earlier version, which defined it differently; "
-            f"python -m imp_jax.analysis --workdir={workdir} computes it anew",
+            f"python -m imp_jax.analysis --workdir={workdir} computes it again",
             stacklevel=2,
         )
     if _has_old_repulsion(workdir, config):
@@ -207,7 +207,7 @@ def _execute_config_file(config_file):
     config_flags.DEFINE_config_file("config", flag_values=values, lock_config=False)
     try:
         values(["imp_jax.analysis", f"--config={config_file}"])
-        getattr(values.config, "items", None)  # a file that could not be read says so here
+        getattr(values.config, "items", None)  # a file that could not be read raises here
     except Exception as error:  # it is code, and may raise anything
         raise UserError(
             f"cannot execute the config file {config_file}: {one_line(error)}; mend it, or name another by "

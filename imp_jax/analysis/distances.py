@@ -10,12 +10,12 @@ from imp_jax import similarity
 
 
 def pair_on_disk(config, one, other):
-    """Whether two rounds are compared: with `ends`, if they are on disk together in every run."""
+    """Return whether two rounds are compared: with `ends`, if every run has both on disk at some time."""
     return config.keep_checkpoints == "all" or min(one, other) <= 0 or abs(one - other) <= 1
 
 
 def compute_distances(networks, exclude):
-    """Rows of the matrix of every member, over the initialisation and the rounds in which it was trained."""
+    """Compute the rows of every member's matrix, of the initialisation and the rounds that it trained in."""
     matrices = jax.jit(functools.partial(similarity.distance_matrices, exclude=exclude))
     for member in dict.fromkeys(member for of_round in networks.values() for member in of_round):
         rounds = [number for number, of_round in networks.items() if member in of_round]

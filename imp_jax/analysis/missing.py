@@ -48,14 +48,14 @@ def compute(
     results: pd.DataFrame,
     shown: bool = False,
 ) -> None:
-    """Bring the tables up to the rounds of `checkpoints` that are in `results`, one by one.
+    """Compute the rows missing from `analysis/*.csv` for all checkpointed rounds that are in `results`.
 
-    What is there already stays, also of rounds that were not kept. A table that cannot be read is moved into
-    the folder `set-aside`, a round that is damaged or missing is left out, each with a sentence on stderr.
+    Existing rows are kept, including those of deleted rounds. Unreadable tables are moved to set-aside/ and
+    recomputed; unreadable rounds are skipped; both print a warning.
 
     Args:
-      experiment: called if needed.
-      shown: as a bar on the terminal.
+      experiment: returns the experiment; called only if needed, as it opens the data set.
+      shown: show a progress bar on a terminal.
     """
     with reporting_write_errors(workdir):
         (workdir / "analysis").mkdir(exist_ok=True)
@@ -118,8 +118,8 @@ def compute(
             write_table(workdir, "paths", tables["paths"])  # the one that takes long
         if of_distances:
             if number == 0:
-                networks[INITIALISATION] = now.of_arms((now.round.initial["params"], now.round.mask))
-            networks[number] = now.of_arms((now.round.trained["params"], now.round.mask))
+                networks[INITIALISATION] = now.split_members((now.round.initial["params"], now.round.mask))
+            networks[number] = now.split_members((now.round.trained["params"], now.round.mask))
         before = now
 
     if of_distances:
@@ -137,7 +137,7 @@ def compute(
 
 
 class Networks(NamedTuple):
-    """The networks of a round, and the members that they lead with."""
+    """The networks of a round, and the members of their leading axis."""
 
     members: tuple[Member, ...]
     round: RoundNetworks
@@ -146,8 +146,8 @@ class Networks(NamedTuple):
         index = self.members.index(Member(arm, replicate))
         return jax.tree.map(lambda leaf: leaf[index], self.round.trained)
 
-    def of_arms(self, tree: PyTree) -> dict[Member, PyTree]:
-        """The part of each member but the twins in `tree`, which leads with all."""
+    def split_members(self, tree: PyTree) -> dict[Member, PyTree]:
+        """Split a tree of all members into those of the members, without twins."""
         return {
             member: jax.tree.map(lambda leaf: leaf[i], tree)  # noqa: B023
             for i, member in enumerate(self.members)

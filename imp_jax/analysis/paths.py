@@ -8,7 +8,7 @@ from imp_jax.arms import Member
 
 
 def replicates_with_both_ends(kind, number, members):
-    """Those of which the paths of a kind that end in round `number` have both ends."""
+    """Return the replicates that have both ends of the paths of a kind that end in round `number`."""
     if kind == "successive":
         ends = set(members.get(number - 1, ())) & set(members[number])
         return [replicate for arm, replicate in ends if arm == "imp"]
@@ -17,7 +17,7 @@ def replicates_with_both_ends(kind, number, members):
 
 
 def compute_paths(experiment, settings, number, kind, before, now):
-    """Rows of the paths of one kind that end in round `number`, of every replicate on both splits."""
+    """Compute the rows of the paths of one kind that end in round `number`, on both splits."""
     dataset = experiment.dataset
     options = {
         "spec": experiment.spec,
@@ -40,7 +40,7 @@ def compute_paths(experiment, settings, number, kind, before, now):
 
 
 def drop_stale_paths(paths, settings, finished):
-    """The rows of paths with such points and statistics as the config asks for, or whose ends are gone."""
+    """Drop paths with other points or statistics than the config asks for, if both ends are on disk."""
     points = paths.groupby(["replicate", "kind", "round", "split"])["alpha"].transform("size")
     configured = (points == settings.path_points) & (paths["batch_norm"] == settings.batch_norm)
     before = paths["round"] - (paths["kind"] == "successive")

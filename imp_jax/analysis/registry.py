@@ -36,7 +36,7 @@ class NetworkInputs:
       model_state: the other collections of the model after the training; {} for most.
       threshold: the pruning threshold of this member after the round.
       get_experiment: returns the `Experiment`; it opens the data set, so call it only if needed.
-      other: the network of the round before, or the twin, where `needs` says so.
+      other: the network of the round before, or the twin, as `needs` asks.
     """
 
     params: Any

@@ -35,7 +35,7 @@ TABLES = {
     "layers": ("replicate", "round", "layer", "weights", "survivors", "units", "dead_units"),
 }
 
-# What the numbers of a table mean, where that has changed: an older table is computed anew.
+# Versions of what a table means, where that has changed: older tables are computed again.
 DEFINITIONS = {
     "distances": similarity.DEFINITION,
     "layers": 2,  # 1 found dead units by activations: all of them in a network that normalises layers
@@ -43,12 +43,12 @@ DEFINITIONS = {
 
 _DEFINITIONS_FILE = "definitions.json"
 
-# columns that say what a row is of
+# columns that identify a row
 _KEYS = ("replicate", "arm", "kind", "metric", "round", "round_a", "round_b", "split", "alpha", "layer")
 
 
 def drop_rounds_from(workdir: Path, first: int) -> None:
-    """Drop what the tables hold of the rounds from `first` on, which are to be trained, or trained again."""
+    """Drop the rows of rounds from `first` on, which will be trained again."""
     for name in TABLES:
         table = read_table(workdir, name)
         numbers = table[[column for column in ("round", "round_a", "round_b") if column in table]]
@@ -57,7 +57,7 @@ def drop_rounds_from(workdir: Path, first: int) -> None:
 
 
 def outdated(workdir: Path) -> list[str]:
-    """The tables of a workdir that an earlier version computed by other `DEFINITIONS`."""
+    """Return the tables of a workdir that an earlier version computed by other `DEFINITIONS`."""
     stored = {}
     with contextlib.suppress(OSError, ValueError):
         stored = json.loads((workdir / "analysis" / _DEFINITIONS_FILE).read_text())
@@ -105,7 +105,7 @@ def move_outdated_tables(workdir):
         place = move_aside(path, workdir)
         print(
             f"{path} was computed by an earlier version, which defined it differently; it is moved to {place} "
-            f"and computed anew, for the rounds whose checkpoints are still on disk",
+            f"and computed again, for the rounds whose checkpoints are still on disk",
             file=sys.stderr,
         )
     write_atomically(workdir / "analysis" / _DEFINITIONS_FILE, json.dumps(DEFINITIONS))
@@ -121,7 +121,7 @@ def is_unreadable(workdir, name):
 
 
 def drop_incomplete_rows(name, table, finished):
-    """The table with all columns, without rows that lack some and can be computed again from rounds on disk."""
+    """Add missing columns; drop rows that lack some and can be computed again from rounds on disk."""
     rounds = table[[column for column in ("round", "round_a", "round_b") if column in table]]
     if "kind" in table:
         rounds = rounds.assign(before=table["round"] - (table["kind"] == "successive"))

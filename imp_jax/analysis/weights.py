@@ -12,7 +12,7 @@ from imp_jax.arms import take_members
 
 
 def incomplete_rounds(tables, members):
-    """The rounds of which a table of weights has not as many rows of each member as it should."""
+    """Return the rounds for which a table of weights lacks rows of some member."""
     layers = tables["layers"].groupby(["round", "replicate"]).size()
     layers, expected = layers.to_dict(), layers.max() if len(layers) else 1
     histograms, weights_ = (
@@ -33,7 +33,7 @@ def incomplete_rounds(tables, members):
 
 
 def compute_weights(experiment, number, networks, results):
-    """Rows of the tables histograms, weights and layers of one round."""
+    """Compute the rows of the tables histograms, weights and layers of one round."""
     members = [member for member in networks.members if member.arm != "twin"]
     trained, mask = networks.round.trained, networks.round.mask
     params, masks = take_members((trained["params"], mask), networks.members, members)
@@ -74,7 +74,7 @@ def _weights_of_members(params, masks, thresholds, *, exclude):
 
 
 def compute_layers(experiment, variables, mask):
-    """Weights, survivors, units and dead units of each layer with weights; nan where units are not known."""
+    """Count weights, survivors, units and dead units of each layer; nan if the units are unknown."""
     survivors = weights.survivors_by_layer(mask)
     image_shape = experiment.dataset.train.image_shape
     alive = _connectivity_of_units(experiment.spec.model, variables, mask, image_shape)

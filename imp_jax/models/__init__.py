@@ -12,7 +12,6 @@ Add one by `register("mixer", Mixer)`, or name it by a dotted path, such as "the
 """
 
 import functools
-import importlib
 import inspect
 import re
 from collections.abc import Callable
@@ -24,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from imp_jax.errors import UserError, lookup, one_line
+from imp_jax.errors import UserError, lookup_or_import, one_line
 from imp_jax.models.conv4 import Conv4
 from imp_jax.models.lenet import LeNet
 from imp_jax.models.resnet import CifarResNet, ResNet50
@@ -77,20 +76,10 @@ def find(name: str) -> Callable[..., nn.Module]:
         model = functools.partial(CifarResNet, depth=int(depth[1]))
         model()  # checks the depth
         return model
-    if ":" in name:
-        return _import_model(name)
-    return lookup(MODELS, "model.name", name)
-
-
-def _import_model(path):
-    module_name, _, attribute = path.partition(":")
-    try:
-        model = functools.reduce(getattr, attribute.split("."), importlib.import_module(module_name))
-    except Exception as error:  # whatever the user's module raises
-        raise UserError(f"model.name is {path!r}, which cannot be imported: {one_line(error)}") from error
+    model = lookup_or_import(MODELS, "model.name", name)
     if not callable(model) or isinstance(model, nn.Module):
         raise UserError(
-            f"model.name is {path!r}, which is of type {type(model).__name__}; it should be a Linen class, or "
+            f"model.name is {name!r}, which is of type {type(model).__name__}; it should be a Linen class, or "
             f"a function that returns a Linen module"
         )
     return model
@@ -170,7 +159,7 @@ def _check_image_shape(name, model, image_shape):
         height, width, _ = image_shape
         raise UserError(
             f"model.name is {name!r}, which takes images of {sides} pixels a side; those of the data set are "
-            f"{height} × {width} (dataset.image_side says so for sets that are streamed)"
+            f"{height} × {width} (of a streamed set, dataset.image_side sets it)"
         )
 
 

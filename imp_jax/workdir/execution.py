@@ -53,7 +53,7 @@ def _with_execution(experiment, execution):
 
 
 def store_execution(experiment: Experiment, workdir: str | os.PathLike) -> None:
-    """Keep the execution in a workdir, beside config.json, for `restore_execution`."""
+    """Store the execution mode in a workdir, next to config.json, for `restore_execution`."""
     content = json.dumps(experiment.spec.execution._asdict(), indent=2) + "\n"
     write_atomically(_execution_file(workdir), content)
 

@@ -97,6 +97,7 @@ def test_a_workdir_keeps_its_config(tmp_path):
         "score": "magnitude",
         "fraction": 0.2,
         "exclude": [],
+        "images": 256,
     }
     open_and_leave(workdir, config)
     config.rounds = 3
