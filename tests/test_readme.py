@@ -13,7 +13,6 @@ import pytest
 
 from imp_jax import analysis, arms, data, imp, models, optimizers, runs, scores
 from imp_jax import config as configs
-from imp_jax.analysis import registry
 from imp_jax.experiment import setup
 from tests.conftest import quick_config
 from tests.helpers import ROOT
@@ -25,7 +24,8 @@ REGISTRIES = (
     data.AUGMENTATIONS,
     scores.SCORES,
     arms.ARMS,
-    registry.ANALYSES,
+    analysis.ANALYSES,
+    analysis.FIGURES,
     optimizers.OPTIMIZERS,
 )
 READMES = [
@@ -181,7 +181,7 @@ def test_the_worked_examples_of_extending_work_together(data_dir):
     config.update({"batch_size": 100, "instability": {"rounds": ()}, "dataset": {"data_dir": None}})
     (end,) = imp.rounds(setup(config))
     assert {row["arm"] for row in end.rows} == {"imp", "reinit", "negated"}
-    assert "norms" in registry.ANALYSES
+    assert "norms" in analysis.ANALYSES
 
 
 def test_every_check_belongs_to_a_block():

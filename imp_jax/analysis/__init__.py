@@ -22,17 +22,18 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from imp_jax import config_files, errors, figures, similarity
-from imp_jax.analysis import report
-from imp_jax.analysis import tables as table_files
-from imp_jax.analysis.missing import compute
-from imp_jax.analysis.registry import drop_registered_rounds_from, load_registered, register
+from imp_jax.analysis import paper, report
+from imp_jax.analysis.computation import compute
+from imp_jax.analysis.registry import ANALYSES, FIGURES, register, register_figure
 from imp_jax.analysis.tables import (
-    TABLES,
+    drop_rounds_from,
     is_unreadable,
     outdated,
+    read_other_tables,
     read_table,
     reporting_write_errors,
     save_file,
+    table_path,
 )
 from imp_jax.arms import Member, members_of_rows
 from imp_jax.errors import UnknownNameError, UserError, one_line
@@ -42,27 +43,41 @@ from imp_jax.workdir.execution import restore_execution
 from imp_jax.workdir.lock import CONFIG_COPY, open_workdir, require_same_dataset, stored_config_file
 from imp_jax.workdir.results import Results, read_results, recorded_rounds, with_columns
 
-__all__ = ["TABLES", "Run", "compute", "draw", "drop_rounds_from", "load", "outdated", "register", "run"]
+__all__ = [
+    "ANALYSES",
+    "FIGURES",
+    "Run",
+    "compute",
+    "draw",
+    "drop_rounds_from",
+    "load",
+    "outdated",
+    "paper",
+    "register",
+    "register_figure",
+    "run",
+]
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A workdir in a notebook: its config, results.csv, and its tables, empty where they are not computed.
+    """A workdir in a notebook: its config, results.csv, and the tables of its analyses.
 
-    `tables` has all of them by name: those of `TABLES`, of registered analyses, and any other csv file in the
-    folder analysis.
+    Attributes:
+      tables: the csv files in the folder analysis, by name, and an empty table for each registered analysis
+        that is not computed yet. Each is an attribute too: `run.distances` is `run.tables["distances"]`.
     """
 
     workdir: Path
     config: ConfigDict
     results: pd.DataFrame
-    distances: pd.DataFrame
-    paths: pd.DataFrame
-    barriers: pd.DataFrame
-    histograms: pd.DataFrame
-    weights: pd.DataFrame
-    layers: pd.DataFrame
-    tables: dict[str, pd.DataFrame] = dataclasses.field(default_factory=dict)
+    tables: dict[str, pd.DataFrame]
+
+    def __getattr__(self, name: str) -> pd.DataFrame:
+        tables = self.__dict__.get("tables", {})  # empty while the object is copied
+        if name in tables:
+            return tables[name]
+        raise AttributeError(f"a run has no table {name!r}; it has {', '.join(tables)}")
 
     def round(self, number: int) -> RoundNetworks:
         """Return the networks of round `number`, with a leading axis in the order of `members(number)`."""
@@ -72,15 +87,15 @@ class Run:
             return checkpoints.restore(number)
 
     def members(self, number: int) -> tuple[Member, ...]:
-        """The (arm, replicate) pairs that round `number` trained, but for those that diverged."""
+        """Return the (arm, replicate) pairs that round `number` trained, without those that diverged."""
         return members_of_rows(self.results.to_dict("records"), number)
 
 
 def load(workdir: str | os.PathLike) -> Run:
-    """All tables of a workdir; those that are not computed yet are empty.
+    """Load all tables of a workdir; those that are not computed yet are empty.
 
     A column that a table lacks, as one of an earlier version does, is NaN, and a table that cannot be read is
-    empty, both with a warning. Columns that are not in `TABLES` come last.
+    empty, both with a warning. Columns that the analysis does not have come last.
 
     Raises:
       UserError: a folder without a run.
@@ -100,13 +115,12 @@ def load(workdir: str | os.PathLike) -> Run:
             stacklevel=2,
         )
     tables = {}
-    for name in TABLES:
-        path = workdir / "analysis" / f"{name}.csv"
-        tables[name] = with_columns(read_table(workdir, name), TABLES[name], path)
-        if is_unreadable(workdir, name):
+    for name, registered in ANALYSES.items():
+        path = table_path(workdir, name)
+        tables[name] = with_columns(read_table(workdir, registered), registered.columns, path)
+        if is_unreadable(workdir, registered):
             warnings.warn(f"{path} cannot be read; imp_jax.analysis.run computes it again", stacklevel=2)
-    every = {**tables, **load_registered(workdir)}
-    return Run(workdir, config, read_results(workdir), **tables, tables=every)
+    return Run(workdir, config, read_results(workdir), {**tables, **read_other_tables(workdir)})
 
 
 def run(
@@ -150,32 +164,15 @@ def run(
     )
 
 
-def drop_rounds_from(workdir: Path, first: int) -> None:
-    """Drop the rows of rounds from `first` on in all tables, as these rounds will be trained again."""
-    table_files.drop_rounds_from(workdir, first)
-    drop_registered_rounds_from(workdir, first)
-
-
 def draw(run: Run) -> dict[str, bytes]:
-    """Write every figure that the tables give as PNG and PDF; returns the PNGs by name."""
-    drawings = {
-        "accuracy": lambda: figures.accuracy(run.results),
-        "threshold": lambda: figures.threshold(run.results),
-    }
-    if len(run.distances):
-        for metric in similarity.METRICS:
-            drawings[f"distances_{metric}"] = functools.partial(figures.distances, run.distances, metric)
-    if len(run.histograms):
-        drawings["histograms"] = lambda: figures.histograms(run.histograms)
-    if (run.barriers["kind"] == "successive").any():
-        drawings["barriers"] = lambda: figures.barriers(run.paths, run.barriers, run.results)
-    if (run.barriers["kind"] == "instability").any():
-        drawings["instability"] = lambda: figures.instability(run.barriers, run.results)
+    """Draw every registered figure that has something to draw, as PNG and PDF; returns the PNGs by name."""
     pngs = {}
-    for name, draw_figure in drawings.items():
+    for name, registered in FIGURES.items():
         path = run.workdir / "figures" / f"{name}.png"
         try:
-            figure = draw_figure()
+            figure = registered.draw(run)
+            if figure is None:
+                continue
             png, pdf = figures.to_bytes(figure), figures.to_bytes(figure, "pdf")
         except Exception as error:  # as of a font or LaTeX that the user's settings ask for
             print(f"{path} is missing, as it cannot be drawn: {one_line(error)}", file=sys.stderr)
@@ -187,7 +184,7 @@ def draw(run: Run) -> dict[str, bytes]:
 
 
 def _setup(config, workdir, config_file):
-    """The experiment of a workdir, once its config file has registered what it registers."""
+    """Set up the experiment of a workdir, after its config file has been executed."""
     try:
         experiment = setup(config, use_mesh=False)
     except UnknownNameError as error:
@@ -216,7 +213,7 @@ def _execute_config_file(config_file):
 
 
 def _has_old_repulsion(workdir, config):
-    """Whether the last round on disk was trained with an earlier definition of J_r."""
+    """Return whether the last round on disk was trained with an earlier definition of J_r."""
     if not config.repulsion.strength:
         return False
     with contextlib.closing(Checkpoints(workdir)) as checkpoints:

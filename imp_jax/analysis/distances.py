@@ -1,25 +1,72 @@
-"""Rows of the table distances."""
+"""Compute the table distances."""
 
 import functools
+import itertools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from imp_jax import similarity
+from imp_jax.analysis.registry import RunInputs
+
+INITIALISATION = -1  # the "round" of the weights that survivors are reset to, in distances.csv
+
+_INDEX = ["replicate", "arm", "metric", "round_a", "round_b"]
 
 
-def pair_on_disk(config, one, other):
+def compute_distances(inputs: RunInputs) -> Iterator[tuple]:
+    """Return the rows of the table: those that are known, and if one is missing, all of rounds on disk."""
+    known = inputs.tables["distances"]
+    missing = _expected_rows(inputs) - set(known[_INDEX].itertuples(index=False, name=None))
+    computed = list(_compute_matrices(inputs)) if missing else []
+    yield from computed
+    done = {row[:5] for row in computed}
+    for row in known[[*_INDEX, "distance"]].itertuples(index=False, name=None):
+        if row[:5] not in done:
+            yield row
+
+
+def _expected_rows(inputs):
+    trained = {member for members in inputs.rounds.values() for member in members if member.arm != "twin"}
+    return {
+        (replicate, arm, metric, a, b)
+        for arm, replicate in trained
+        for a, b in itertools.product(
+            [number for number, members in inputs.rounds.items() if (arm, replicate) in members], repeat=2
+        )
+        if _is_compared(inputs.config, a, b)
+        for metric in similarity.METRICS
+    }
+
+
+def _is_compared(config, a, b):
     """Return whether two rounds are compared: with `ends`, if every run has both on disk at some time."""
-    return config.keep_checkpoints == "all" or min(one, other) <= 0 or abs(one - other) <= 1
+    return config.keep_checkpoints == "all" or min(a, b) <= 0 or abs(a - b) <= 1
 
 
-def compute_distances(networks, exclude):
-    """Compute the rows of every member's matrix, of the initialisation and the rounds that it trained in."""
+def _compute_matrices(inputs):
+    """Compute the matrix of every member, over the initialisation and the rounds on disk that it trained in."""
+    exclude = tuple(inputs.config.pruning.exclude)
     matrices = jax.jit(functools.partial(similarity.distance_matrices, exclude=exclude))
-    for member in dict.fromkeys(member for of_round in networks.values() for member in of_round):
-        rounds = [number for number, of_round in networks.items() if member in of_round]
+    networks = {
+        number: {
+            member: (network.params, network.mask)
+            for member, network in round_networks.items()
+            if member.arm != "twin"
+        }
+        for number, round_networks in inputs.networks.items()
+    }
+    if 0 in networks:
+        initial = {
+            member: (inputs.networks[0][member].initial, mask) for member, (_, mask) in networks[0].items()
+        }
+        networks = {INITIALISATION: initial, **networks}
+    for member in dict.fromkeys(member for round_networks in networks.values() for member in round_networks):
+        rounds = [number for number, round_networks in networks.items() if member in round_networks]
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(networks[n][member] for n in rounds))
         for metric, matrix in matrices(*stacked).items():
             for (a, b), distance in np.ndenumerate(np.asarray(matrix)):
-                yield member.replicate, member.arm, metric, rounds[a], rounds[b], float(distance)
+                if _is_compared(inputs.config, rounds[a], rounds[b]):
+                    yield member.replicate, member.arm, metric, rounds[a], rounds[b], float(distance)

@@ -1,29 +1,33 @@
-"""Analyses of users: a function that gives rows becomes a table of every run."""
+"""Registers analyses, which compute the tables of a run, and figures, which are drawn from them."""
 
-import contextlib
 import dataclasses
+import functools
 import re
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
-import jax
 import pandas as pd
+from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 
-from imp_jax.analysis.tables import TABLES, reporting_write_errors, save_file
-from imp_jax.arms import Member, members_of_rows
+from imp_jax.arms import Member
 from imp_jax.errors import UserError
 from imp_jax.experiment import Experiment
-from imp_jax.workdir.checkpoints import Checkpoints, DamagedError, move_aside
+from imp_jax.masking import Mask, Params
+from imp_jax.training import Variables
 
-# what an analysis is a function of, with the columns that its table begins with
+# `needs` of an analysis: what it is called for, and the columns that are put before those of its rows
 KEYS = {
-    "round": ("replicate", "arm", "round"),  # one network of one round
-    "successive": ("replicate", "round"),  # imp's networks of a round and of the round before
-    "twin": ("replicate", "round"),  # imp's network and its twin
-    "run": (),  # all tables
+    "round": ("replicate", "arm", "round"),  # each network of each round, but no twins
+    "imp": ("replicate", "round"),  # each network of arm imp, whose mask all arms of the round share
+    "successive": ("replicate", "round"),  # imp in a round, with imp in the round before
+    "twin": ("replicate", "round"),  # imp in a round, with its twin
+    "pair": ("replicate", "kind", "round"),  # both of these pairs; `kind` is successive or instability
+    "run": (),  # once, with all tables and networks
 }
+
+# columns that say what a row is about; the others are values
+_INDEX = ("replicate", "arm", "kind", "metric", "round", "round_a", "round_b", "split", "alpha", "layer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,20 +39,62 @@ class NetworkInputs:
       mask: of the round.
       model_state: the other collections of the model after the training; {} for most.
       threshold: the pruning threshold of this member after the round.
+      config: the config of the run.
+      networks: all networks of the round, by member: this one, the other arms and replicates, and twins.
       get_experiment: returns the `Experiment`; it opens the data set, so call it only if needed.
       other: the network of the round before, or the twin, as `needs` asks.
+      kind: "successive" or "instability", which tells what `other` is; "" without another network.
     """
 
-    params: Any
-    initial: Any
-    mask: Any
+    params: Params
+    initial: Params
+    mask: Mask
     model_state: dict[str, Any]
     arm: str
     replicate: int
     round: int
     threshold: float
+    config: ConfigDict = dataclasses.field(repr=False)
+    networks: "dict[Member, NetworkInputs]" = dataclasses.field(repr=False)
     get_experiment: Callable[[], Experiment] = dataclasses.field(repr=False)
     other: "NetworkInputs | None" = None
+    kind: str = ""
+
+    @property
+    def experiment(self) -> Experiment:
+        """The experiment: model, data set and settings."""
+        return self.get_experiment()
+
+    @property
+    def variables(self) -> Variables:
+        """The variables after the training, as `Module.apply` takes them."""
+        return {"params": self.params, **self.model_state}
+
+
+@dataclasses.dataclass(frozen=True)
+class RunInputs:
+    """What an analysis with `needs="run"` is given.
+
+    Attributes:
+      results: results.csv.
+      tables: all tables by name, with the rows that are known so far; also those of this analysis.
+      config: the config of the run.
+      rounds: the rounds whose checkpoints are on disk, with their members.
+      load_networks: see `networks`.
+      get_experiment: returns the `Experiment`; it opens the data set, so call it only if needed.
+    """
+
+    results: pd.DataFrame
+    tables: dict[str, pd.DataFrame]
+    config: ConfigDict
+    rounds: dict[int, tuple[Member, ...]]
+    load_networks: Callable[[], dict[int, dict[Member, NetworkInputs]]] = dataclasses.field(repr=False)
+    get_experiment: Callable[[], Experiment] = dataclasses.field(repr=False)
+
+    @functools.cached_property
+    def networks(self) -> dict[int, dict[Member, NetworkInputs]]:
+        """The networks of all rounds with a readable checkpoint, which are read on first use."""
+        return self.load_networks()
 
     @property
     def experiment(self) -> Experiment:
@@ -56,57 +102,113 @@ class NetworkInputs:
         return self.get_experiment()
 
 
-@dataclasses.dataclass(frozen=True)
-class RunInputs:
-    """What an analysis with `needs="run"` is given: results.csv, and the other tables by name."""
-
-    results: pd.DataFrame
-    tables: dict[str, pd.DataFrame]
+Function = Callable[[Any], Iterable[Sequence[Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
+    """A registered analysis; see `register`."""
+
     name: str
-    function: Callable[[Any], Iterable[Sequence[Any]]]
-    columns: tuple[str, ...]
+    function: Function
+    value_columns: tuple[str, ...]
     needs: str
+    description: str = ""
+    is_current: Callable[[pd.DataFrame, ConfigDict], pd.Series] | None = None
+    definition: int = 1
 
     @property
     def keys(self) -> tuple[str, ...]:
+        """The columns before those of the rows, which tell what the analysis was called for."""
         return KEYS[self.needs]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All columns of the table."""
+        return (*self.keys, *self.value_columns)
+
+    @property
+    def index(self) -> list[str]:
+        """The columns that identify a row."""
+        return [column for column in self.columns if column in _INDEX]
+
+    def empty_table(self) -> pd.DataFrame:
+        """Return the table without rows."""
+        return pd.DataFrame(columns=list(self.columns))
+
+    def make_table(self, rows: Iterable[Sequence[Any]], key: Sequence[Any] = ()) -> pd.DataFrame:
+        """Return `rows` as a table, with the values of `key` before each.
+
+        Raises:
+          UserError: a row with more or fewer values than columns.
+        """
+        rows = [tuple(row) for row in rows]
+        for row in rows:
+            if len(row) != len(self.value_columns):
+                raise UserError(
+                    f"the analysis {self.name!r} gave a row of {len(row)} values; it should have "
+                    f"{len(self.value_columns)}: {', '.join(self.value_columns)}"
+                )
+        return pd.DataFrame([(*key, *row) for row in rows], columns=list(self.columns))
+
+
+@dataclasses.dataclass(frozen=True)
+class RegisteredFigure:
+    """A registered figure; see `register_figure`."""
+
+    name: str
+    draw: Callable[[Any], Figure | None]
+    caption: str = ""
 
 
 ANALYSES: dict[str, Analysis] = {}
+FIGURES: dict[str, RegisteredFigure] = {}
 
 
 def register(
     name: str,
-    function: Callable[[Any], Iterable[Sequence[Any]]],
+    function: Function | None = None,
     *,
     columns: Sequence[str],
     needs: str = "round",
-) -> None:
+    description: str = "",
+    figure: Callable[[Any], Figure | None] | None = None,
+    caption: str = "",
+    is_current: Callable[[pd.DataFrame, ConfigDict], pd.Series] | None = None,
+    definition: int = 1,
+) -> Any:
     """Make analysis/NAME.csv of every run, with rows that `function` computes.
+
+    The rows of a network are computed once, and again only if they are not current. Without `function` this is
+    a decorator of it.
 
     Args:
       function: of a `NetworkInputs`, or of a `RunInputs` with needs="run"; returns rows, each a sequence of the
         values of `columns`.
       columns: of the rows; the table begins with the columns of `KEYS[needs]`.
-      needs: "round", called for each network of each round, without twins; "successive", for each imp of a
-        round with that of the round before as `other`; "twin", for each imp with its twin as `other`; "run",
-        called once.
+      needs: "round", called for each network of each round, without twins; "imp", for those of arm imp;
+        "successive", for each imp of a round with that of the round before as `other`; "twin", for each imp
+        with its twin as `other`; "pair", for both; "run", called once, each time.
+      description: of the table, one sentence.
+      figure, caption: of `register_figure`, for a figure of the same name.
+      is_current: of the table and the config; returns a boolean series that is False for rows to be computed
+        again, if their networks are on disk.
+      definition: the version of what the columns mean; tables of another version are computed again.
 
     Raises:
-      UserError: a name that is not a plain file name or is a table of imp_jax, an unknown `needs`, columns that
-        repeat each other or the keys.
+      UserError: a name that is not a plain file name or is an analysis of imp_jax, an unknown `needs`, columns
+        that repeat each other or the keys.
     """
-    if not re.fullmatch(r"\w+", name) or name in TABLES:
-        raise UserError(
-            f"the analysis {name!r} should have a name of letters, digits and underscores that is none of "
-            f"{', '.join(TABLES)}"
-        )
-    if not callable(function):
-        raise UserError(f"the analysis {name!r} is a {type(function).__name__}; it should be a function")
+    if function is None:
+        options = {"columns": columns, "needs": needs, "description": description, "figure": figure}
+        options |= {"caption": caption, "is_current": is_current, "definition": definition}
+
+        def decorator(decorated):
+            register(name, decorated, **options)
+            return decorated
+
+        return decorator
+    _check_name("analysis", name, function, {known.name: known.function for known in ANALYSES.values()})
     if needs not in KEYS:
         raise UserError(f"the analysis {name!r} needs {needs!r}; it should need one of {', '.join(KEYS)}")
     every = [*KEYS[needs], *columns]
@@ -115,154 +217,32 @@ def register(
             f"the analysis {name!r} has the columns {columns!r}; they should be names, none twice and none of "
             f"{', '.join(KEYS[needs]) or 'the keys'}, written as ('norm',)"
         )
-    ANALYSES[name] = Analysis(name, function, tuple(columns), needs)
+    if figure:
+        register_figure(name, figure, caption)
+    ANALYSES[name] = Analysis(name, function, tuple(columns), needs, description, is_current, definition)
+    return function
 
 
-def compute_registered(
-    checkpoints: Checkpoints, experiment: Callable[[], Experiment], workdir: Path, results: pd.DataFrame
-) -> None:
-    """Compute the rows that the tables of registered analyses lack, for all rounds on disk."""
-    analyses = [analysis for analysis in ANALYSES.values() if analysis.needs != "run"]
-    tables = {analysis.name: _read(workdir, analysis) for analysis in analyses}
-    finished = [number for number in checkpoints.rounds() if (results["round"] == number).any()]
-    thresholds = results.set_index(["arm", "replicate", "round"])["threshold"].to_dict()
-    before: dict[Member, NetworkInputs] = {}
-    for number in finished:
-        members = members_of_rows(results.to_dict("records"), number)
-        if number - 1 not in finished:  # a round between is deleted: these are no successive rounds
-            before = {}
-        missing = {a.name: _missing_members(a, tables[a.name], members, number, before) for a in analyses}
-        if not any(missing.values()) and not _next_round_needs(analyses, tables, number, finished):
-            before = {}
-            continue
-        try:
-            networks = checkpoints.restore(number)
-        except DamagedError as error:
-            print(f"{error}; it is left out of the analyses", file=sys.stderr)
-            before = {}
-            continue
-        inputs = {
-            member: _network_inputs(networks, i, member, number, thresholds, experiment)
-            for i, member in enumerate(members)
-        }
-        for analysis in analyses:
-            for member in missing[analysis.name]:
-                one = inputs[member]
-                if analysis.needs == "successive":
-                    one = dataclasses.replace(one, other=before[member])
-                if analysis.needs == "twin":
-                    one = dataclasses.replace(one, other=inputs[Member("twin", member.replicate)])
-                key = [getattr(one, column) for column in analysis.keys]
-                rows = _rows(analysis, one, key)
-                tables[analysis.name] = pd.concat([tables[analysis.name], rows], ignore_index=True)
-        before = inputs
-    for analysis in analyses:
-        _write(workdir, analysis, tables[analysis.name])
-    run_inputs = RunInputs(results, load_registered(workdir))
-    for analysis in ANALYSES.values():
-        if analysis.needs == "run":
-            _write(workdir, analysis, _rows(analysis, run_inputs, []))
+def register_figure(name: str, draw: Callable[[Any], Figure | None], caption: str = "") -> None:
+    """Make figures/NAME.png and NAME.pdf of every run, and put the figure into its report.
 
+    Args:
+      draw: of the `analysis.Run`; returns a matplotlib figure, or None if the run has nothing to draw.
+      caption: in the report.
 
-def load_registered(workdir: Path) -> dict[str, pd.DataFrame]:
-    """Read all tables in analysis/ that are not of imp_jax, whether their analysis is registered or not."""
-    tables = {analysis.name: _empty(analysis) for analysis in ANALYSES.values()}
-    for path in sorted((workdir / "analysis").glob("*.csv")):
-        if path.stem not in TABLES and not path.name.startswith("."):
-            with contextlib.suppress(pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeError):
-                tables[path.stem] = pd.read_csv(path)
-    return tables
-
-
-def drop_registered_rounds_from(workdir: Path, first: int) -> None:
-    """Drop the rows of rounds from `first` on, which will be trained again."""
-    for name, table in load_registered(workdir).items():
-        if "round" in table and (table["round"] >= first).any():
-            table = table[table["round"] < first]
-            save_file(workdir, workdir / "analysis" / f"{name}.csv", table.to_csv(index=False).encode())
-
-
-def _next_round_needs(analyses, tables, number, finished):
-    """Return whether the round after `number` is on disk and may lack rows of pairs with this one."""
-    return number + 1 in finished and any(
-        analysis.needs == "successive" and not (tables[analysis.name]["round"] == number + 1).any()
-        for analysis in analyses
-    )
-
-
-def _missing_members(analysis, table, members, number, before):
-    """Return the members of a round for which an analysis has no row, and all that it needs."""
-    known = set(table[list(analysis.keys)].itertuples(index=False, name=None))
-
-    def is_wanted(member):
-        if analysis.needs == "round":
-            key, possible = (member.replicate, member.arm, number), member.arm != "twin"
-        else:
-            key = (member.replicate, number)
-            partners = before if analysis.needs == "successive" else members
-            partner = member if analysis.needs == "successive" else Member("twin", member.replicate)
-            possible = member.arm == "imp" and partner in partners
-        return possible and key not in known
-
-    return [member for member in members if is_wanted(member)]
-
-
-def _network_inputs(networks, index, member, number, thresholds, experiment):
-    initial, trained, mask = jax.tree.map(lambda leaf: leaf[index], tuple(networks))
-    return NetworkInputs(
-        params=trained["params"],
-        initial=initial["params"],
-        mask=mask,
-        model_state={name: leaves for name, leaves in trained.items() if name != "params"},
-        arm=member.arm,
-        replicate=member.replicate,
-        round=number,
-        threshold=thresholds[(*member, number)],
-        get_experiment=experiment,
-    )
-
-
-def _rows(analysis, inputs, key):
-    rows = [tuple(row) for row in analysis.function(inputs)]
-    for row in rows:
-        if len(row) != len(analysis.columns):
-            raise UserError(
-                f"the analysis {analysis.name!r} gave a row of {len(row)} values; it should have "
-                f"{len(analysis.columns)}: {', '.join(analysis.columns)}"
-            )
-    return pd.DataFrame([(*key, *row) for row in rows], columns=[*analysis.keys, *analysis.columns])
-
-
-def _empty(analysis):
-    return pd.DataFrame(columns=[*analysis.keys, *analysis.columns])
-
-
-def _read(workdir, analysis):
-    """Read the table of an analysis, with any further columns that it has.
-
-    A file that cannot be read, or lacks columns, is moved to the folder set-aside and computed again.
+    Raises:
+      UserError: a name that is not a plain file name or is a figure of imp_jax.
     """
-    path, empty = workdir / "analysis" / f"{analysis.name}.csv", _empty(analysis)
-    if not path.exists():
-        return empty
-    with contextlib.suppress(pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeError):
-        table = pd.read_csv(path)
-        if set(empty.columns) <= set(table.columns) and path.read_bytes().endswith(b"\n"):
-            return table
-    with reporting_write_errors(workdir):
-        moved = move_aside(path, workdir)
-    print(
-        f"{path} cannot be read as the table of this analysis; it is moved to {moved}, and computed again for "
-        f"the rounds whose checkpoints are still on disk",
-        file=sys.stderr,
-    )
-    return empty
+    _check_name("figure", name, draw, {known.name: known.draw for known in FIGURES.values()})
+    FIGURES[name] = RegisteredFigure(name, draw, caption)
 
 
-def _write(workdir, analysis, table):
-    if analysis.keys:
-        table = table.sort_values(list(analysis.keys), kind="stable")
-    path, content = workdir / "analysis" / f"{analysis.name}.csv", table.to_csv(index=False).encode()
-    with reporting_write_errors(workdir):
-        if not path.exists() or path.read_bytes() != content:
-            save_file(workdir, path, content)
+def _check_name(kind, name, function, registered):
+    own = [known for known, value in registered.items() if value.__module__.startswith("imp_jax.")]
+    if not re.fullmatch(r"\w+", name) or name in own:
+        raise UserError(
+            f"the {kind} {name!r} should have a name of letters, digits and underscores that is none of "
+            f"{', '.join(own)}"
+        )
+    if not callable(function):
+        raise UserError(f"the {kind} {name!r} is a {type(function).__name__}; it should be a function")

@@ -8,21 +8,10 @@ from typing import Any
 import pandas as pd
 
 from imp_jax import config_files
-from imp_jax.analysis.tables import TABLES
+from imp_jax.analysis.registry import ANALYSES, FIGURES
 
-CAPTIONS = {
-    "accuracy": "Test accuracy over density; mean of the replicates, bars from minimum to maximum.",
-    "threshold": "Pruning threshold, the largest magnitude removed after a round, over density.",
-    "distances_angular": "Angles between the trained networks of all rounds, on the weights that both keep, "
-    "and with the initialisation (last row and column): 0 the same direction, 1 orthogonal.",
-    "distances_cosine": "Cosine distances between the same networks.",
-    "distances_euclidean": "Euclidean distances between the same networks.",
-    "histograms": "Surviving weights after training, all replicates together.",
-    "barriers": "Test error on the linear paths between the optima of successive rounds, and its largest "
-    "increase over the baseline of the config.",
-    "instability": "Instability: the error barrier between two trainings of a ticket that differ in data order "
-    "and augmentation.",
-}
+# tables that are drawn, or summarised beside the results; the others are listed
+_SUMMARISED = {"distances", "paths", "barriers", "histograms", "weights", "layers"}
 STYLE = """
 body { font: 15px/1.5 sans-serif; color: #222; max-width: 60em; margin: 2em auto; padding: 0 1em }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
@@ -33,11 +22,11 @@ pre { background: #f6f6f6; padding: 1em; overflow-x: auto }
 
 
 def html(run: Any, drawn: dict[str, bytes]) -> str:
-    """The report of an `analysis.Run` and its figures, PNG files by name; it needs no other file."""
+    """Return the report of an `analysis.Run` and its figures, PNG files by name, as one self-contained page."""
     title = f"{run.config.model.name} on {run.config.dataset.name}: {run.workdir.resolve().name}"
     pictures = "\n".join(
         f'<figure><img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        f"<figcaption>{markup.escape(CAPTIONS[name])}</figcaption></figure>"
+        f"<figcaption>{markup.escape(FIGURES[name].caption)}</figcaption></figure>"
         for name, png in drawn.items()
     )
     replicates = f"{run.config.replicates} replicate{'s' * (run.config.replicates > 1)}"
@@ -50,7 +39,7 @@ def html(run: Any, drawn: dict[str, bytes]) -> str:
 {_results(run).to_html(index=False, border=0, na_rep="–", justify="right")}
 <h2>Figures</h2>
 {pictures}
-{_registered_tables(run)}
+{_listed_tables(run)}
 <h2>Config</h2>
 <pre>{markup.escape(config)}</pre>
 </body></html>
@@ -58,40 +47,42 @@ def html(run: Any, drawn: dict[str, bytes]) -> str:
 
 
 def _results(run) -> pd.DataFrame:
-    """A row a round: mean and range of the test accuracy of each arm, and its other figures."""
+    """Return one row per round: mean and range of the test accuracy of each arm, and its other quantities."""
     rows = []
     for number, results in run.results.groupby("round"):
         row = {"round": number, "density": f"{results['density'].iloc[0]:.2%}"}
-        for arm, of_arm in results[results["arm"] != "twin"].groupby("arm", sort=False):
-            accuracy = 100 * of_arm["test_accuracy"]
+        for arm, arm_rows in results[results["arm"] != "twin"].groupby("arm", sort=False):
+            accuracy = 100 * arm_rows["test_accuracy"]
             row[f"{arm}: test accuracy (%)"] = (
                 f"{accuracy.mean():.2f} ({accuracy.min():.2f} to {accuracy.max():.2f})"
             )
-            row[f"{arm}: threshold"] = f"{of_arm['threshold'].mean():.4f}"
-            of_weights = run.weights[(run.weights["round"] == number) & (run.weights["arm"] == arm)]
-            if len(of_weights):  # of a damaged or missing round nothing is known
-                row[f"{arm}: bimodality"] = f"{of_weights['bimodality'].mean():.3f}"
-                row[f"{arm}: near zero"] = f"{of_weights['near_zero'].mean():.2%}"
+            row[f"{arm}: threshold"] = f"{arm_rows['threshold'].mean():.4f}"
+            weights = run.weights[(run.weights["round"] == number) & (run.weights["arm"] == arm)]
+            if len(weights):  # of a damaged or missing round nothing is known
+                row[f"{arm}: bimodality"] = f"{weights['bimodality'].mean():.3f}"
+                row[f"{arm}: near zero"] = f"{weights['near_zero'].mean():.2%}"
         layers = run.layers[run.layers["round"] == number]
         if layers["units"].sum():  # not of a damaged round, nor where a model's paths are not known
             row["dead units"] = f"{layers['dead_units'].sum() / layers['units'].sum():.1%}"
         barriers = run.barriers[(run.barriers["round"] == number) & (run.barriers["split"] == "test")]
         for kind, name in (("successive", "barrier (points)"), ("instability", "instability (points)")):
-            of_kind = barriers[barriers["kind"] == kind]["barrier"]
-            row[name] = f"{100 * of_kind.mean():.2f}" if len(of_kind) else None
+            values = barriers[barriers["kind"] == kind]["barrier"]
+            row[name] = f"{100 * values.mean():.2f}" if len(values) else None
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _registered_tables(run) -> str:
-    """Format the tables of users' analyses: means per round and arm where they have these columns."""
+def _listed_tables(run) -> str:
+    """Format the tables of users' analyses: means per round and arm if they have these columns."""
     parts = []
-    for name in sorted(set(run.tables) - set(TABLES)):
-        table = run.tables[name]
+    for name, table in run.tables.items():
+        if name in _SUMMARISED:
+            continue
         keys = [column for column in ("round", "arm") if column in table]
         values = table.select_dtypes("number").columns.difference([*keys, "replicate"], sort=False)
         if keys and len(table):
             table = table.groupby(keys)[list(values)].mean().reset_index()
         text = table.to_html(index=False, border=0, na_rep="–", justify="right", float_format="{:.4g}".format)
-        parts.append(f"<h2>{markup.escape(name)}</h2>\n{text}")
+        description = ANALYSES[name].description if name in ANALYSES else ""
+        parts.append(f"<h2>{markup.escape(name)}</h2>\n<p>{markup.escape(description)}</p>\n{text}")
     return "\n".join(parts)

@@ -159,7 +159,7 @@ def test_dead_units_are_counted_by_layer(copy, run):
 
 def test_only_what_is_missing_is_computed(copy, monkeypatch):
     before = {path.name: path.read_text() for path in (copy / "analysis").glob("*.csv")}
-    assert {f"{name}.csv" for name in analysis.TABLES} == set(before)
+    assert {f"{name}.csv" for name in analysis.ANALYSES} == set(before)
 
     def forbidden(*_, **__):
         raise AssertionError("computed again")
@@ -258,7 +258,7 @@ def test_a_damaged_round_is_left_out_of_the_analyses(copy, capsys):
 
 def test_columns_of_other_versions(copy, capsys):
     """One that a table lacks is NaN when loaded, and computed where it can be; one that only it has stays."""
-    files = {name: copy / "analysis" / f"{name}.csv" for name in analysis.TABLES}
+    files = {name: copy / "analysis" / f"{name}.csv" for name in analysis.ANALYSES}
     before = {name: pd.read_csv(file) for name, file in files.items()}
     before["weights"].drop(columns="near_zero").assign(note="mine").to_csv(files["weights"], index=False)
     before["barriers"].assign(note=range(len(before["barriers"]))).to_csv(files["barriers"], index=False)
@@ -445,7 +445,7 @@ def test_a_run_under_way_is_analysed_as_far_as_it_is(copy):
 def test_a_terminal_has_a_bar(copy, monkeypatch):
     terminal = io.StringIO()
     console = Console(file=terminal, force_terminal=True, width=80)
-    monkeypatch.setattr("imp_jax.analysis.missing.make_console", lambda: console)
+    monkeypatch.setattr("imp_jax.analysis.computation.make_console", lambda: console)
     shutil.rmtree(copy / "analysis")
     analysis.run(copy)
     assert "analysing" in terminal.getvalue()
@@ -488,7 +488,8 @@ def test_the_report_is_one_file_with_everything(analysed, run):
 
 
 def test_the_report_has_no_dead_units_where_paths_are_not_known(run):
-    unknown = dataclasses.replace(run, layers=run.layers.assign(units=np.nan, dead_units=np.nan))
+    layers = run.layers.assign(units=np.nan, dead_units=np.nan)
+    unknown = dataclasses.replace(run, tables={**run.tables, "layers": layers})
     assert "dead units" not in report._results(unknown)
     assert (report._results(run)["dead units"].str.endswith("%")).all()
 

@@ -12,7 +12,7 @@ from experiments.paper import quantities, repellent
 from experiments.paper.claims_report import FAILS, HOLDS, UNKNOWN
 from experiments.paper.quantities import HIGH, LOW, MEDIUM, VERY_HIGH
 from experiments.paper.scales import MINI, PAPER
-from imp_jax import analysis, config_files
+from imp_jax import config_files
 from tests.helpers.tables import tables
 
 RUN = MINI.lenet
@@ -143,8 +143,8 @@ def test_too_little_data_is_no_verdict(finished):
     under_way = finished | {stable: tables(stable, rounds=18)}
     verdicts = [row.verdict for row in claims.measure_claims(PAPER, under_way) if row.claim.id == "C1"]
     assert verdicts[1] == UNKNOWN  # round 20 is not there yet
-    analyses = {name: pd.DataFrame(columns=columns) for name, columns in analysis.TABLES.items()}
-    trained = dataclasses.replace(tables(stable), **analyses)
+    analyses = {name: table.iloc[:0] for name, table in tables(stable).tables.items()}
+    trained = dataclasses.replace(tables(stable), tables=analyses)
     rows = [
         row for row in claims.measure_claims(PAPER, finished | {stable: trained}) if stable in row.quantity.runs
     ]

@@ -78,7 +78,7 @@ def tables(
     )
     there = dict(distances=distances, paths=paths, barriers=barriers, histograms=histograms)
     whole = {
-        name: there.get(name, pd.DataFrame()).reindex(columns=columns)
-        for name, columns in analysis.TABLES.items()
+        name: there.get(name, pd.DataFrame()).reindex(columns=registered.columns)
+        for name, registered in analysis.ANALYSES.items()
     }
-    return analysis.Run(Path(run.name), config, results, **whole)
+    return analysis.Run(Path(run.name), config, results, whole)
