@@ -5,7 +5,7 @@ import re
 import pytest
 
 from configs import conv4, lenet, mnist5k, resnet20, resnet50
-from experiments.paper import config_table
+from experiments.paper import analysis_table, config_table
 from imp_jax import config as configs
 
 # epochs, batch size, optimizer, learning rate, schedule, milestones, weight decay, fraction pruned a round
@@ -74,6 +74,7 @@ def test_a_docstring_has_the_command(module):
 
 def test_the_readme_of_the_configs_is_up_to_date():
     assert config_table.README.read_text() == config_table.format_readme(), f"run {config_table.COMMAND}"
+    assert analysis_table.README.read_text() == analysis_table.format_readme(), f"run {analysis_table.COMMAND}"
     rows = config_table.format_table().splitlines()[2:]
     assert [row.split("`")[1] for row in rows] == [f"{name}.py" for name in config_table.list_config_names()]
     assert rows[0].startswith("| `conv4.py` | Conv-4 | cifar10 | 75 | 128 | 159 | 595.3 million | ")

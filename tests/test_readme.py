@@ -39,7 +39,7 @@ READMES = [
 # what READMEs put in backticks and is not a file of the repository: paths of a run, of a data folder, of a user
 NOT_OF_THE_REPOSITORY = re.compile(
     r"^(runs|checkpoints|events|figures|analysis|progress|set-aside|downloads|PATH|validation|train|~|/)(/|$)"
-    r"|^(accuracy\.png|\w+\.csv|\w+\.html|(config|dataset|execution|statistics)\.json|config_file\.\w+|\*)"
+    r"|^(\w+\.png|\w+\.csv|\w+\.html|(config|dataset|execution|statistics)\.json|config_file\.\w+|\*)"
 )
 SUFFIXES = ("py", "md", "json", "ipynb", "png", "zip", "toml")
 

@@ -3,11 +3,14 @@
 import contextlib
 import shutil
 
+import jax
+import numpy as np
 import pandas as pd
 import pytest
 
-from imp_jax import analysis, runs
+from imp_jax import analysis, figures, masking, runs
 from imp_jax.analysis import registry
+from imp_jax.arms import Member
 from imp_jax.errors import UserError
 from imp_jax.workdir.checkpoints import Checkpoints
 from imp_jax.workdir.results import read_results
@@ -16,19 +19,29 @@ from tests.conftest import quick_config
 
 @pytest.fixture(scope="module")
 def trained(data_dir, tmp_path_factory):
-    """Four rounds of a narrow LeNet, without analyses."""
+    """Four rounds of a narrow LeNet with a twin in round 2, without analyses."""
     workdir = tmp_path_factory.mktemp("run")
-    runs.run(quick_config(data_dir, rounds=4, **{"model.width": 0.1}), workdir)
+    config = quick_config(data_dir, rounds=4, **{"model.width": 0.1})
+    config.instability.rounds = (2,)
+    runs.run(config, workdir)
     return workdir
 
 
 @pytest.fixture
-def workdir(trained, tmp_path, monkeypatch):
-    """A copy of the run, and an empty registry."""
-    for name in list(registry.ANALYSES):
-        monkeypatch.delitem(registry.ANALYSES, name)
-    (copy := tmp_path / "run").mkdir()
-    shutil.copytree(trained, copy, dirs_exist_ok=True)
+def copy(trained, tmp_path):
+    """A copy of the run; what a test registers is dropped after it."""
+    analyses, drawn = dict(registry.ANALYSES), dict(registry.FIGURES)
+    yield shutil.copytree(trained, tmp_path / "run")
+    for registered, before in ((registry.ANALYSES, analyses), (registry.FIGURES, drawn)):
+        registered.clear()
+        registered.update(before)
+
+
+@pytest.fixture
+def workdir(copy):
+    """A copy of the run, without the analyses and figures of the paper."""
+    registry.ANALYSES.clear()
+    registry.FIGURES.clear()
     (copy / "analysis").mkdir(exist_ok=True)
     return copy
 
@@ -82,6 +95,114 @@ def test_nothing_is_read_where_nothing_is_missing(workdir, monkeypatch):
     compute(workdir)
 
 
+def test_an_analysis_of_pairs_has_both_kinds(workdir):
+    @analysis.register("ends", columns=("other_round", "other_arm"), needs="pair")
+    def ends(inputs):
+        yield inputs.other.round, inputs.other.arm
+
+    compute(workdir)
+    table = pd.read_csv(workdir / "analysis" / "ends.csv")
+    assert list(table) == ["replicate", "kind", "round", "other_round", "other_arm"]
+    rows = table.drop(columns="replicate").to_numpy().tolist()
+    successive = [["successive", n, n - 1, "imp"] for n in (1, 2, 3)]
+    assert sorted(rows) == [["instability", 2, 2, "twin"], *successive]
+    assert ends is analysis.ANALYSES["ends"].function
+
+
+def test_an_analysis_of_the_run_has_all_networks_and_tables(workdir):
+    """The share of the first round's weights that survive in each round, from the masks."""
+
+    def kept(inputs):
+        first = inputs.networks[0][Member("imp", 0)].mask
+        for number, networks in inputs.networks.items():
+            shared = jax.tree.map(np.logical_and, first, networks[Member("imp", 0)].mask)
+            yield number, float(masking.density(shared)), len(inputs.tables["kept"])
+
+    analysis.register("kept", kept, columns=("round", "share", "known"), needs="run")
+    compute(workdir)
+    compute(workdir)
+    table = pd.read_csv(workdir / "analysis" / "kept.csv")
+    density = read_results(workdir).groupby("round")["density"].first()
+    np.testing.assert_allclose(table["share"], density, rtol=1e-6)
+    assert set(table["known"]) == {4}  # its own rows of the first time
+
+
+def test_networks_of_a_round_know_each_other(workdir):
+    seen = {}
+    analysis.register("seen", lambda i: seen.setdefault(i.round, set(i.networks)) and [(1,)], columns=("one",))
+    compute(workdir)
+    imp, reinit, twin = (Member(arm, 0) for arm in ("imp", "reinit", "twin"))
+    assert seen == {0: {imp, reinit}, 1: {imp, reinit}, 2: {imp, reinit, twin}, 3: {imp, reinit}}
+
+
+def test_rows_that_are_not_current_are_replaced_if_their_round_is_on_disk(workdir):
+    def register(value):
+        analysis.register(
+            "values",
+            lambda i: [(value,)],
+            columns=("value",),
+            is_current=lambda table, _: table["value"] == value,
+        )
+
+    register(1)
+    compute(workdir)
+    shutil.rmtree(workdir / "checkpoints" / "1")
+    register(2)
+    compute(workdir)
+    table = pd.read_csv(workdir / "analysis" / "values.csv").groupby("round")["value"].unique()
+    assert {number: values.tolist() for number, values in table.items()} == {0: [2], 1: [1], 2: [2], 3: [2]}
+
+
+def test_a_new_definition_computes_the_table_again_and_keeps_the_old_file(workdir, capsys):
+    for definition in (1, 2, 2):
+        analysis.register("values", lambda i, d=definition: [(d,)], columns=("value",), definition=definition)
+        compute(workdir)
+        assert set(pd.read_csv(workdir / "analysis" / "values.csv")["value"]) == {definition}
+    assert capsys.readouterr().err.count("was computed by an earlier version") == 1
+    assert set(pd.read_csv(workdir / "set-aside" / "analysis-values.csv")["value"]) == {1}
+    del registry.ANALYSES["values"]
+    compute(workdir)
+    analysis.register("values", lambda i: [(2,)], columns=("value",), definition=2)
+    compute(workdir)  # the definition is remembered while the analysis is not registered
+    assert "earlier version" not in capsys.readouterr().err
+
+
+def test_long_computations_are_saved_in_between(workdir, monkeypatch):
+    def fail_in_round_2(inputs):
+        if inputs.round == 2:
+            raise RuntimeError("killed")
+        return [(1,)]
+
+    monkeypatch.setattr("imp_jax.analysis.computation._SAVE_EVERY_S", 0)
+    analysis.register("slow", fail_in_round_2, columns=("value",))
+    with pytest.raises(RuntimeError, match="killed"):
+        compute(workdir)
+    assert set(pd.read_csv(workdir / "analysis" / "slow.csv")["round"]) == {0, 1}
+
+
+def test_a_registered_figure_is_drawn_and_in_the_report(copy):
+    registry.FIGURES.clear()
+
+    def draw(run):
+        figure = figures.Figure()
+        figure.subplots().plot(run.norms["round"], run.norms["norm"])
+        return figure
+
+    analysis.register(
+        "norms", lambda i: [(i.threshold,)], columns=("norm",), figure=draw, caption="Norm over <rounds>."
+    )
+    analysis.register("others", lambda i: [(i.threshold,)], columns=("value",), description="A threshold.")
+    analysis.register_figure("nothing", lambda run: None)
+    analysis.run(copy)
+    assert {"norms.pdf", "norms.png"} <= {path.name for path in (copy / "figures").iterdir()}
+    report = (copy / "report.html").read_text()
+    assert "Norm over &lt;rounds&gt;." in report
+    assert "<p>A threshold.</p>" in report
+    assert report.count("<img") == 1
+    with pytest.raises(AttributeError, match="a run has no table 'norm'; it has distances, paths"):
+        analysis.load(copy).norm  # noqa: B018
+
+
 @pytest.mark.parametrize(
     ("name", "options", "sentence"),
     [
@@ -94,3 +215,10 @@ def test_nothing_is_read_where_nothing_is_missing(workdir, monkeypatch):
 def test_a_bad_registration_is_one_sentence(name, options, sentence):
     with pytest.raises(UserError, match=sentence):
         analysis.register(name, lambda i: [], **options)
+
+
+def test_figures_of_imp_jax_are_not_replaced():
+    with pytest.raises(
+        UserError, match=r"the figure 'accuracy' should have a name .* none of accuracy, thresh"
+    ):
+        analysis.register_figure("accuracy", lambda run: None)
