@@ -98,23 +98,13 @@ def _kth_smallest(values: UInt[Array, " n"], where: Bool[Array, " n"], k: Int[Ar
 
 
 def _rounded_share(total: Int[Array, ""], fraction: float) -> Int[Array, ""]:
-    """Compute round-half-even(fraction · total) in exact integer arithmetic; jit-able.
-
-    float32 is off by one from 2²⁴ weights on.
-    """
+    """Compute round-half-even(fraction · total) exactly; float32 would be off by one from 2²⁴ weights on."""
     ratio = Fraction(float(fraction)).limit_denominator(10**9)  # the decimal as it was written, 0.2 = 1/5
-    numerator, denominator = jnp.uint32(ratio.numerator), jnp.uint32(ratio.denominator)
-
-    def append_bit(i, parts):
-        """Extend fraction · (the first i bits of total) = whole + rest / denominator by one bit."""
-        whole, rest = parts
-        bit = (total >> (30 - i)).astype(jnp.uint32) & 1
-        rest = 2 * rest + bit * numerator  # below 3 · 10⁹, so it fits
-        return 2 * whole + rest // denominator, rest % denominator
-
-    whole, rest = jax.lax.fori_loop(0, 31, append_bit, (jnp.uint32(0), jnp.uint32(0)))
-    up = (2 * rest > denominator) | ((2 * rest == denominator) & (whole % 2 == 1))
-    return (whole + up).astype(jnp.int32)
+    with jax.enable_x64(True):
+        product = total.astype(jnp.uint64) * ratio.numerator  # at most 2³¹ · 10⁹, so it fits
+        whole, rest = jnp.divmod(product, ratio.denominator)
+        up = (2 * rest > ratio.denominator) | ((2 * rest == ratio.denominator) & (whole % 2 == 1))
+        return (whole + up).astype(jnp.int32)
 
 
 def _concatenate(tree: PyTree[Array], exclude) -> Array:
