@@ -152,10 +152,10 @@ def train(
         progress = MidRoundState(last, tickets, states, history, progress.seconds + seconds)
         broken = divergence.non_finite_members(history)
         diverged = {state.members[i]: step_and_words for i, step_and_words in broken.items()}
-        raise_if_diverged(experiment, number, state.members, diverged)
         end = EpochEnd(number, state.members, progress, metrics, seconds, compile_time, diverged)
         for callback in on_epoch:
             callback(end)
+        raise_if_diverged(experiment, number, state.members, diverged)
     return progress
 
 

@@ -223,9 +223,8 @@ def _with_unknown_columns(analysis, table, old):
 
 
 def _warn_of_missing_rounds(workdir, tables, not_on_disk):
-    known = {
-        number for name, table in tables.items() if ANALYSES[name].needs == "round" for number in table["round"]
-    }
-    if missing := sorted(not_on_disk - known):
+    tables = [table for name, table in tables.items() if ANALYSES[name].needs == "round"]
+    missing = sorted(n for n in not_on_disk if not all((table["round"] == n).any() for table in tables))
+    if missing:
         numbers = ", ".join(map(str, missing))
         print(f"{workdir} has no checkpoint of round {numbers}; the analyses leave it out", file=sys.stderr)

@@ -239,8 +239,9 @@ class Recorder(contextlib.AbstractContextManager):
             self._write_events(end.round * epochs + step // steps, end.members, scalars)
 
     def save_progress_if_due(self, end: Any) -> None:
-        """Save where a round stands, at the steps that the experiment names."""
-        if end.progress.step in self._experiment.saved_steps:
+        """Save where a round stands, at the steps that the experiment names, unless it ends here."""
+        stops = end.diverged and self._experiment.on_divergence == "stop"
+        if end.progress.step in self._experiment.saved_steps and not stops:
             self.save_progress(end.round, end.progress)
 
     def save_progress(self, number: int, progress: MidRoundState, wait: bool = False) -> None:
