@@ -49,7 +49,8 @@ def require_usable() -> None:
     except (RuntimeError, AssertionError) as error:  # AssertionError: JAX does not know the platform at all
         cause = one_line(error)
         if platforms := jax.config.jax_platforms:
-            cause = f"JAX_PLATFORMS is {platforms!r}, which this machine cannot use; it should be cpu, or unset"
+            cause = f"JAX_PLATFORMS is {platforms!r}, which cannot be used on this machine"
+            cause += "; it should be cpu, or unset"
         raise UserError(f"JAX has no device: {cause}") from error
     if jax.config.jax_enable_x64:
         raise UserError("JAX_ENABLE_X64 is set; training is in single precision, so it should be unset")
