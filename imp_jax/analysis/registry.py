@@ -16,7 +16,7 @@ from imp_jax.experiment import Experiment
 from imp_jax.masking import Mask, Params
 from imp_jax.training import Variables
 
-# by `needs` of an analysis, which sets how often it is called: the columns put before those that it returns
+# columns that precede those that an analysis returns, by its `needs`, which sets how often it is called
 KEYS = {
     "round": ("replicate", "arm", "round"),  # each network of each round, but no twins
     "imp": ("replicate", "round"),  # each network of arm imp, whose mask all arms of the round share

@@ -73,7 +73,7 @@ def compile_seconds() -> float:
 
 @functools.cache
 def _compiler_options():
-    """Return compiler options that speed up CPU programs; {} elsewhere.
+    """Return compiler options that speed up programs on a CPU; {} on other backends.
 
     XLA's defaults (1) send convolutions to YNNPACK, whose weight gradients take twice as long, and (2) remove
     `optimization_barrier`s before fusion, so that a value with two consumers, such as the residual stream, is

@@ -192,7 +192,7 @@ class Recorder(contextlib.AbstractContextManager):
         self._display = self._stack.enter_context(display)
 
     def finish_cleanup(self) -> None:
-        """Do what remains of a run that died after its last round: delete its saved state and rounds."""
+        """Finish a run that died after its last round: delete the saved state and, if asked, rounds."""
         if not self._is_primary:
             return
         with _reporting_write_errors(self.workdir):
