@@ -1,21 +1,21 @@
-"""Fixtures of many tests: a prepared data folder, and an experiment of milliseconds a round."""
+"""Shared fixtures: a prepared data folder, and an experiment whose rounds take milliseconds."""
 
 import os
 import tempfile
 
-# what several tests, or the processes they start, compile alike is compiled once; JAX reads this when imported
-_COMPILED = tempfile.TemporaryDirectory()
+# one compilation cache for all tests and the processes they start; JAX reads these variables when imported
+_CACHE_DIR = tempfile.TemporaryDirectory()
 os.environ |= {
-    "JAX_COMPILATION_CACHE_DIR": _COMPILED.name,
+    "JAX_COMPILATION_CACHE_DIR": _CACHE_DIR.name,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
 
-# no test downloads anything: a proxy that is not there, but for servers of this machine
+# prevent downloads by a proxy that does not exist; servers on this machine stay reachable
 os.environ |= {f"{scheme}_PROXY": "http://127.0.0.1:9" for scheme in ("HTTP", "HTTPS")}
 os.environ["NO_PROXY"] = "127.0.0.1,localhost"
 
-# most programs of the tests run for milliseconds, and would be optimised for a second
+# most programs of the tests run for milliseconds, but optimising one takes a second
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
@@ -32,7 +32,7 @@ from imp_jax import config as configs
 from imp_jax import data, experiment, models
 from imp_jax.models.lenet import LeNet
 
-# the files that take longest, longest first: each runs in one worker, and the last to end decides
+# the slowest files, slowest first: each runs in one worker, so they should start early
 LONGEST = (
     "imp",
     "benchmark",
@@ -48,27 +48,27 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with the files that take longest, so that workers end together."""
-    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    """Begin with the slowest files, so that all workers finish at about the same time."""
+    order = {f"test_{name}": position for position, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.module.__name__.rpartition(".")[2], len(order)))
 
 
 @pytest.fixture
 def optimised(monkeypatch):
-    """Processes that the test starts optimise their programs, as they do for users: it trains for long."""
+    """Let processes that a test starts compile with full optimisation; for tests with long trainings."""
     monkeypatch.setenv("XLA_FLAGS", "")
 
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
-    """A TFDS folder in which mnist5k is prepared."""
+    """Return a TFDS folder in which mnist5k is prepared."""
     path = tmp_path_factory.mktemp("tensorflow_datasets")
     data.prepare("mnist5k", str(path))
     return str(path)
 
 
 def quick_config(data_dir, **overrides):
-    """Three rounds of an epoch of 8 steps on mnist5k."""
+    """Return a config of three rounds on mnist5k, each of one epoch of 8 steps."""
     config = configs.default()
     config.update({"replicates": 1, "rounds": 3, "epochs": 1, "batch_size": 500})
     config.update_from_flattened_dict({"dataset.data_dir": data_dir, **overrides})
@@ -76,15 +76,15 @@ def quick_config(data_dir, **overrides):
 
 
 @pytest.fixture(autouse=True)
-def programs_written():
-    """Compiled programs go to the shared folder again after a test that has used oneDNN."""
+def restore_cache_writes():
+    """Write to the compilation cache again after a test that used oneDNN, which disables writing."""
     yield
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 @pytest.fixture
 def programs_not_kept():
-    """No compiled program is kept on disk, as outside of the tests before anything is set."""
+    """Turn off the compilation cache, which is the default outside of the tests."""
     names = ("dir", "max_size")
     settings = {
         f"jax_compilation_cache_{name}": getattr(jax.config, f"jax_compilation_cache_{name}") for name in names
@@ -99,7 +99,7 @@ def programs_not_kept():
 
 @pytest.fixture
 def tiny_experiment():
-    """The function `make_tiny_experiment`."""
+    """Return the function `make_tiny_experiment`."""
     return make_tiny_experiment
 
 
@@ -107,12 +107,12 @@ models.register("tiny_lenet", functools.partial(LeNet, widths=(6, 5)))
 
 
 def make_tiny_experiment(dataset=None, **overrides):
-    """LeNet 16 → 6 → 5 → 3 on 46 random images of 4 × 4, in batches of 8, with these fields of the config."""
+    """Set up a LeNet 16 → 6 → 5 → 3 on 46 random images of 4 × 4, in batches of 8, with these config fields."""
     return experiment.setup(make_tiny_config(**overrides), dataset or make_tiny_dataset())
 
 
 def make_tiny_config(**overrides):
-    """The config of `make_tiny_experiment`."""
+    """Return the config of `make_tiny_experiment`."""
     config = configs.default()
     with config.unlocked():
         config.update({"replicates": 2, "rounds": 3, "epochs": 2, "batch_size": 8})
@@ -121,8 +121,8 @@ def make_tiny_config(**overrides):
 
 
 def make_tiny_dataset():
-    """46 random images of 4 × 4 in three classes by their brightness; the first 13 are the test set."""
-    draw = np.random.default_rng(0)
-    images = draw.integers(0, 256, (46, 4, 4, 1), np.uint8)
+    """Return 46 random images of 4 × 4 in three classes by brightness; the first 13 are the test set."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (46, 4, 4, 1), np.uint8)
     labels = (images.mean((1, 2, 3)) / 256 * 60).astype(np.int32) % 3
     return data.from_arrays(images, labels, images[:13], labels[:13], num_classes=3)

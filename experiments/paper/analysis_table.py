@@ -1,6 +1,6 @@
 """Generate imp_jax/analysis/README.md: `python -m experiments.paper.analysis_table [--write]`.
 
-The tables are made of the registered analyses and figures. Without --write the page is only printed.
+Its tables list the registered analyses and figures. Without --write the text is only printed.
 """
 
 import argparse
@@ -15,34 +15,34 @@ TEXT = """\
 # Analyses
 
 When all rounds of a run are finished, each registered analysis computes its table, and each registered figure
-is drawn and put into the report. This command does the same, also for an interrupted run:
+is drawn and added to the report. This command does the same, also for an interrupted run:
 
 ```sh
 python -m imp_jax.analysis --workdir=runs/mnist5k
 ```
 
-Rows that are known are not computed again. `--data_dir` names the data folder if it was moved. The config file
-of the run is executed again if it is still at its path, because it may register models, data sets and analyses;
-`--config` names another path. In a notebook, `imp_jax.analysis.load("runs/mnist5k")` has each table as an
-attribute.
+Existing rows are not recomputed. `--data_dir` gives the data folder if it was moved. The config file of the run
+is executed again if it is still at its path, because it may register models, data sets and analyses; `--config`
+gives another path. In a notebook, `imp_jax.analysis.load("runs/mnist5k")` returns an object with each table as
+an attribute.
 
 {analyses}
 
-The argument `needs` of `analysis.register` determines how an analysis is called. With `keep_checkpoints=ends`,
-distances are computed between adjacent rounds and to round 0 only.
+The last column is set by the argument `needs` of `analysis.register`. With `keep_checkpoints=ends`, distances
+are computed only between adjacent rounds, to round 0 and to the initialisation.
 
 {figures}
 
 | file | contents |
 |---|---|
-| `registry.py` | `register`, `register_figure`, and what an analysis is given: `NetworkInputs`, `RunInputs` |
-| `paper.py` | the analyses and figures above, registered as a user registers their own |
-| `distances.py`, `paths.py`, `weights.py` | what these analyses compute |
-| `computation.py` | finds the rows that are missing, reads the networks and calls the analyses |
+| `registry.py` | `register`, `register_figure`, and the inputs of analyses: `NetworkInputs`, `RunInputs` |
+| `paper.py` | the analyses and figures above, registered in the same way as a user's own |
+| `distances.py`, `paths.py`, `weights.py` | the functions of these analyses |
+| `computation.py` | finds missing rows, reads the networks and calls the analyses |
 | `tables.py` | reads and writes the csv files |
 | `report.py` | `report.html` |
 
-`{command}` writes this file.
+This file is written by `{command}`.
 """
 CALLED = {
     "round": "for each network of each round",

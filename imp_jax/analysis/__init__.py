@@ -1,11 +1,11 @@
-"""A finished run → tables, figures and a report: all the paper looks at (section 4, appendices B and E).
+"""Tables, figures and a report of a run: the analyses of the paper (section 4, appendices B and E).
 
     python -m imp_jax.analysis --workdir=runs/mnist5k
 
-computes what `analysis/*.csv` in the workdir lacks, as `imp_jax.main` does at the end of a run, and draws the
-figures. To know what the run's config file registers, it executes that file, if it is still where it was;
---config names another one. No file of the workdir is executed. In a notebook, `load(workdir)` gives the tables,
-and the networks of a round on request.
+computes the rows missing from `analysis/*.csv` in the workdir and draws the figures, as `imp_jax.main` does at
+the end of a run. It first executes the config file of the run, which may register models, data sets and
+analyses, if the file is still at its path; --config gives another path. No file of the workdir is executed. In
+a notebook, `load(workdir)` returns the tables, and the networks of a round on request.
 """
 
 import contextlib
@@ -64,8 +64,8 @@ class Run:
     """A workdir in a notebook: its config, results.csv, and the tables of its analyses.
 
     Attributes:
-      tables: the csv files in the folder analysis, by name, and an empty table for each registered analysis
-        that is not computed yet. Each is an attribute too: `run.distances` is `run.tables["distances"]`.
+      tables: the csv files in the folder analysis, by name; a registered analysis that has not been computed
+        yet has an empty table. Each is an attribute too: `run.distances` is `run.tables["distances"]`.
     """
 
     workdir: Path
@@ -74,7 +74,7 @@ class Run:
     tables: dict[str, pd.DataFrame]
 
     def __getattr__(self, name: str) -> pd.DataFrame:
-        tables = self.__dict__.get("tables", {})  # empty while the object is copied
+        tables = self.__dict__.get("tables", {})  # not set yet while the object is copied
         if name in tables:
             return tables[name]
         raise AttributeError(f"a run has no table {name!r}; it has {', '.join(tables)}")
@@ -94,11 +94,11 @@ class Run:
 def load(workdir: str | os.PathLike) -> Run:
     """Load all tables of a workdir; those that are not computed yet are empty.
 
-    A column that a table lacks, as one of an earlier version does, is NaN, and a table that cannot be read is
-    empty, both with a warning. Columns that the analysis does not have come last.
+    A missing column, as in a table of an earlier version, is filled with NaN, and an unreadable table is empty;
+    both with a warning. Columns that the analysis does not have come last.
 
     Raises:
-      UserError: a folder without a run.
+      UserError: the folder is not the workdir of a run.
     """
     workdir = errors.user_path(workdir, "the workdir")
     config = _stored_config(workdir)
@@ -111,7 +111,7 @@ def load(workdir: str | os.PathLike) -> Run:
     if _has_old_repulsion(workdir, config):
         warnings.warn(
             f"the columns repulsion and cosine of {workdir}/results.csv count biases too, as in the version "
-            f"that trained the run; now J_r counts connections alone",
+            f"that trained the run; this version counts only connections",
             stacklevel=2,
         )
     tables = {}
@@ -126,22 +126,22 @@ def load(workdir: str | os.PathLike) -> Run:
 def run(
     workdir: str | os.PathLike, data_dir: str | os.PathLike | None = None, config_file: str | None = None
 ) -> None:
-    """Compute what the tables of a workdir lack, draw all figures, and write report.html.
+    """Compute the rows missing from the tables of a workdir, draw all figures, and write report.html.
 
     Args:
-      data_dir: where the data set is, if not where the config says.
-      config_file: executed for the models, data sets and analyses that it registers; not needed where they are
-        registered already.
+      data_dir: the folder of the data set; None for that of the config.
+      config_file: executed, because it may register models, data sets and analyses; not needed if they are
+        already registered.
 
     Raises:
-      UserError: a folder without a run or without a finished round, or that cannot be written; another process
-        at work there; the data set is absent; a name that is not registered.
+      UserError: the folder is not the workdir of a run, has no finished round, or cannot be written; another
+        process is writing to it; the data set is missing; a name is not registered.
     """
     workdir = errors.user_path(workdir, "the workdir")
     config = _stored_config(workdir)
-    setting = config.copy_and_resolve_references()
+    setup_config = config.copy_and_resolve_references()
     if data_dir is not None:
-        setting.dataset.data_dir = str(errors.user_path(data_dir, "--data_dir"))
+        setup_config.dataset.data_dir = str(errors.user_path(data_dir, "--data_dir"))
     if config_file:  # it may register analyses
         _execute_config_file(config_file)
     with contextlib.ExitStack() as stack:
@@ -152,20 +152,22 @@ def run(
             raise UserError(f"{workdir} has no finished round to analyse")
         rows = checkpoints.rows(finished[-1])
         if max(recorded_rounds(workdir), default=0) <= finished[-1]:
-            with reporting_write_errors(workdir):  # a run that died may have left it behind its checkpoints
+            with reporting_write_errors(workdir):  # after a crash, results.csv may lack rows of the last round
                 Results(workdir, rows)
         results = read_results(workdir)
-        experiment = functools.cache(lambda: restore_execution(_setup(setting, workdir, config_file), workdir))
+        experiment = functools.cache(
+            lambda: restore_execution(_setup(setup_config, workdir, config_file), workdir)
+        )
         compute(checkpoints, config, experiment, workdir, results, shown=True)
-        done = load(workdir)
-        save_file(workdir, workdir / "report.html", report.html(done, draw(done)))
+        finished_run = load(workdir)
+        save_file(workdir, workdir / "report.html", report.html(finished_run, draw(finished_run)))
     print(
         f"tables:  {workdir / 'analysis'}\nfigures: {workdir / 'figures'}\nreport:  {workdir / 'report.html'}"
     )
 
 
 def draw(run: Run) -> dict[str, bytes]:
-    """Draw every registered figure that has something to draw, as PNG and PDF; returns the PNGs by name."""
+    """Draw all registered figures as PNG and PDF, except those without data; return the PNGs by name."""
     pngs = {}
     for name, registered in FIGURES.items():
         path = run.workdir / "figures" / f"{name}.png"
@@ -174,7 +176,7 @@ def draw(run: Run) -> dict[str, bytes]:
             if figure is None:
                 continue
             png, pdf = figures.to_bytes(figure), figures.to_bytes(figure, "pdf")
-        except Exception as error:  # as of a font or LaTeX that the user's settings ask for
+        except Exception as error:  # for example a font or LaTeX, which the user's settings ask for, is missing
             print(f"{path} is missing, as it cannot be drawn: {one_line(error)}", file=sys.stderr)
             continue
         save_file(run.workdir, path, png)
@@ -184,15 +186,15 @@ def draw(run: Run) -> dict[str, bytes]:
 
 
 def _setup(config, workdir, config_file):
-    """Set up the experiment of a workdir, after its config file has been executed."""
+    """Set up the experiment of a workdir; its config file must have been executed before."""
     try:
         experiment = setup(config, use_mesh=False)
     except UnknownNameError as error:
-        kept = stored_config_file(workdir)
-        if config_file or not kept:
+        stored_file = stored_config_file(workdir)
+        if config_file or not stored_file:
             raise
         raise UserError(
-            f"{error}; if {kept}, the config file of the run, registers it: python -m imp_jax.analysis "
+            f"{error}; if {stored_file}, the config file of the run, registers it: python -m imp_jax.analysis "
             f"--workdir={workdir} --config=PATH executes it, or the copy {workdir / CONFIG_COPY}"
         ) from error
     require_same_dataset(workdir, experiment.dataset.identity())
@@ -205,15 +207,14 @@ def _execute_config_file(config_file):
     try:
         values(["imp_jax.analysis", f"--config={config_file}"])
         getattr(values.config, "items", None)  # a file that could not be read raises here
-    except Exception as error:  # it is code, and may raise anything
+    except Exception as error:  # the file is code and may raise any exception
         raise UserError(
-            f"cannot execute the config file {config_file}: {one_line(error)}; mend it, or name another by "
-            f"--config"
+            f"cannot execute the config file {config_file}: {one_line(error)}; fix it, or give another --config"
         ) from error
 
 
 def _has_old_repulsion(workdir, config):
-    """Return whether the last round on disk was trained with an earlier definition of J_r."""
+    """Return whether the newest round on disk was trained with an earlier definition of J_r."""
     if not config.repulsion.strength:
         return False
     with contextlib.closing(Checkpoints(workdir)) as checkpoints:

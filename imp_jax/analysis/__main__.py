@@ -17,9 +17,11 @@ def main():
     parser = argparse.ArgumentParser(
         prog="python -m imp_jax.analysis", description=analysis.__doc__.split("\n")[0]
     )
-    parser.add_argument("--workdir", required=True, help="of a run of imp_jax.main, finished or not")
-    parser.add_argument("--data_dir", help="where the data set is, if not where the config says")
-    parser.add_argument("--config", help="config file to execute, if not where the run's own was")
+    parser.add_argument(
+        "--workdir", required=True, help="the workdir of a run of imp_jax.main, finished or not"
+    )
+    parser.add_argument("--data_dir", help="the folder of the data set, if it differs from that of the config")
+    parser.add_argument("--config", help="the config file to execute, if that of the run was moved")
     arguments = parser.parse_args()
     logging.set_verbosity(logging.FATAL)
     try:

@@ -1,4 +1,4 @@
-"""Computes the rows that the tables of a workdir lack."""
+"""Computes the missing rows of the tables of a workdir."""
 
 import dataclasses
 import sys
@@ -69,11 +69,12 @@ def compute(
     """Compute the rows missing from `analysis/*.csv` for all checkpointed rounds that are in `results`.
 
     Existing rows are kept, including those of deleted rounds. Unreadable tables are moved to set-aside/ and
-    recomputed; unreadable rounds are skipped; both print a warning.
+    recomputed; damaged rounds are skipped; both print a warning.
 
     Args:
-      experiment: returns the experiment; called only if needed, as it opens the data set.
-      shown: show a progress bar on a terminal.
+      experiment: returns the experiment; called only if needed, because it opens the data set.
+      results: results.csv.
+      shown: whether to show a progress bar on a terminal.
     """
     with reporting_write_errors(workdir):
         (workdir / "analysis").mkdir(exist_ok=True)
@@ -100,7 +101,7 @@ def compute(
 
 
 class NetworkReader:
-    """Reads the networks of rounds; a damaged round is reported once, and has none."""
+    """Reads the networks of rounds; reports a damaged round once and returns no networks for it."""
 
     def __init__(self, checkpoints, config, get_experiment, results, members: Members):
         self._checkpoints = checkpoints
@@ -110,7 +111,7 @@ class NetworkReader:
         self._damaged = set()
 
     def read(self, number: int) -> dict[Member, NetworkInputs]:
-        """Return the networks of a round."""
+        """Return the networks of a round; {} if its checkpoint is damaged."""
         if number in self._damaged:
             return {}
         try:
@@ -142,7 +143,7 @@ class NetworkReader:
 
 
 def _compute_missing(tables, reader, workdir, config, members, shown):
-    """Add to `tables` the rows of analyses that are called for each network or pair, round by round."""
+    """Add missing rows to `tables`, round by round, for analyses that are called per network or pair."""
     missing = {number: [] for number in members}
     for call in _missing_calls(tables, config, members):
         missing[call.round].append(call)
@@ -154,7 +155,7 @@ def _compute_missing(tables, reader, workdir, config, members, shown):
         networks = {n: networks[n] for n in networks if n == number - 1} | {number: reader.read(number)}
         for name in dict.fromkeys(call.analysis.name for call in missing[number]):
             calls = [call for call in missing[number] if call.analysis.name == name]
-            rows = {call.key: _call(call, networks) for call in calls if _is_read(call, networks)}
+            rows = {call.key: _call(call, networks) for call in calls if _can_call(call, networks)}
             if rows:
                 tables[name] = _replace_rows(ANALYSES[name], tables[name], rows)
         if time.monotonic() - saved > _SAVE_EVERY_S:
@@ -164,13 +165,13 @@ def _compute_missing(tables, reader, workdir, config, members, shown):
 
 
 def _missing_calls(tables, config, members: Members) -> Iterator[Call]:
-    """Return the calls whose networks are on disk and whose rows are missing or not current."""
+    """Yield the calls whose networks are on disk and whose rows are missing or not current."""
     for name, analysis in ANALYSES.items():
         if analysis.needs == "run":
             continue
         table = tables[name]
         current = pd.Series(True, table.index)
-        if not set(analysis.columns) <= set(table):  # as in one of an earlier version
+        if not set(analysis.columns) <= set(table):  # a table of an earlier version
             current[:] = False
         elif analysis.is_current and len(table):
             current = analysis.is_current(table, config)
@@ -183,7 +184,7 @@ def _missing_calls(tables, config, members: Members) -> Iterator[Call]:
 
 
 def _calls(analysis, members: Members) -> Iterator[Call]:
-    """Return the calls of an analysis whose networks are on disk."""
+    """Yield the calls of an analysis whose networks are on disk."""
     pairs = {"successive": ["successive"], "twin": ["instability"], "pair": ["successive", "instability"]}
     for number, trained in members.items():
         for member in trained:
@@ -195,7 +196,7 @@ def _calls(analysis, members: Members) -> Iterator[Call]:
                         yield call
 
 
-def _is_read(call, networks):
+def _can_call(call, networks):
     other_round, other_member = call.other
     return call.member in networks[call.round] and other_member in networks.get(other_round, {})
 
@@ -209,7 +210,7 @@ def _call(call, networks):
 
 
 def _replace_rows(analysis, table, rows):
-    """Replace the rows of `table` that have the keys of `rows`, which are tables by key."""
+    """Return `table` with new rows; `rows` maps each key to a table, which replaces the rows of this key."""
     table = table.reindex(columns=[*analysis.columns, *(c for c in table if c not in analysis.columns)])
     new = pd.concat(rows.values())
     kept = table[~pd.MultiIndex.from_frame(table[list(analysis.keys)]).isin(list(rows))]
@@ -217,7 +218,7 @@ def _replace_rows(analysis, table, rows):
 
 
 def _with_unknown_columns(analysis, table, old):
-    """Return `table` with the columns that the file has and the analysis does not."""
+    """Return `table` with the columns of `old`, the table on disk, that the analysis does not have."""
     unknown = [column for column in old if column not in analysis.columns]
     return table.merge(old[analysis.index + unknown], on=analysis.index, how="left") if unknown else table
 

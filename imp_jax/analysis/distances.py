@@ -1,4 +1,4 @@
-"""Compute the table distances."""
+"""Computes the table distances: pairwise distances between the networks of all rounds."""
 
 import functools
 import itertools
@@ -11,20 +11,20 @@ import numpy as np
 from imp_jax import similarity
 from imp_jax.analysis.registry import RunInputs
 
-INITIALISATION = -1  # the "round" of the weights that survivors are reset to, in distances.csv
+INITIALISATION = -1  # in distances.csv, the "round" of the weights to which survivors are reset
 
 _INDEX = ["replicate", "arm", "metric", "round_a", "round_b"]
 
 
 def compute_distances(inputs: RunInputs) -> Iterator[tuple]:
-    """Return the rows of the table: those that are known, and if one is missing, all of rounds on disk."""
+    """Yield the rows of the table: existing rows, and if any is missing, all rows of rounds on disk."""
     known = inputs.tables["distances"]
     missing = _expected_rows(inputs) - set(known[_INDEX].itertuples(index=False, name=None))
     computed = list(_compute_matrices(inputs)) if missing else []
     yield from computed
-    done = {row[:5] for row in computed}
+    computed_keys = {row[:5] for row in computed}
     for row in known[[*_INDEX, "distance"]].itertuples(index=False, name=None):
-        if row[:5] not in done:
+        if row[:5] not in computed_keys:
             yield row
 
 
@@ -42,12 +42,12 @@ def _expected_rows(inputs):
 
 
 def _is_compared(config, a, b):
-    """Return whether two rounds are compared: with `ends`, if every run has both on disk at some time."""
+    """Return whether two rounds are compared; with `ends`, only pairs that every run has on disk together."""
     return config.keep_checkpoints == "all" or min(a, b) <= 0 or abs(a - b) <= 1
 
 
 def _compute_matrices(inputs):
-    """Compute the matrix of every member, over the initialisation and the rounds on disk that it trained in."""
+    """Yield the distances of each member between the initialisation and its rounds on disk."""
     exclude = tuple(inputs.config.pruning.exclude)
     matrices = jax.jit(functools.partial(similarity.distance_matrices, exclude=exclude))
     networks = {

@@ -1,4 +1,4 @@
-"""The analyses and figures of the paper, registered as a user registers their own."""
+"""The analyses and figures of the paper, registered in the same way as a user's own."""
 
 from imp_jax import figures, similarity
 from imp_jax.analysis.distances import compute_distances
@@ -18,7 +18,7 @@ register(
     columns=("replicate", "arm", "metric", "round_a", "round_b", "distance"),
     needs="run",
     description="angular, cosine and Euclidean distance between the optima of all rounds, and to the "
-    "initialisation (round −1), for each arm and replicate, on the weights that both keep",
+    "initialisation (round −1), for each arm and replicate, on the weights that survive in both",
     definition=similarity.DEFINITION,
 )
 register(
@@ -35,20 +35,20 @@ register(
     compute_barriers,
     columns=("replicate", "kind", "round", "split", "barrier", "loss_barrier"),
     needs="run",
-    description="the barriers of error and loss on these paths",
+    description="error and loss barriers of these paths",
 )
 register(
     "histograms",
     compute_histogram,
     columns=("left", "right", "count"),
-    description="surviving weights of every round, counted in intervals that all networks of a round share",
+    description="histograms of the surviving weights; all networks of a round have the same intervals",
     is_current=has_all_bins,
 )
 register(
     "weights",
     compute_statistics,
     columns=("survivors", "bimodality", "near_zero"),
-    description="of the surviving weights: their number, Sarle's coefficient of bimodality, and the share "
+    description="number of surviving weights, their bimodality coefficient (Sarle's), and the share of them "
     "below half of the pruning threshold of the round",
 )
 register(
@@ -56,10 +56,10 @@ register(
     lambda i: compute_layers(i.experiment, i.variables, i.mask),
     columns=("layer", "weights", "survivors", "units", "dead_units"),
     needs="imp",
-    description="surviving weights of every layer, and its dead units, through which no path of surviving "
-    "weights leads; empty if the paths of a model are not known",
+    description="surviving weights and dead units of each layer; a unit is dead if it is on no path of "
+    "surviving weights from input to output; units are empty if the paths of a model are not known",
     is_current=has_all_layers,
-    definition=2,  # 1 found dead units by activations: all of them in a network that normalises layers
+    definition=2,  # 1 used activations, and counted all units of networks with layer normalisation as dead
 )
 
 register_figure(
@@ -73,8 +73,8 @@ register_figure(
     "Pruning threshold, the largest magnitude removed after a round, over density.",
 )
 for _metric, _caption in {
-    "angular": "Angles between the trained networks of all rounds, on the weights that both keep, and with the "
-    "initialisation (last row and column): 0 the same direction, 1 orthogonal.",
+    "angular": "Angles between the trained networks of all rounds and the initialisation (last row and "
+    "column), on the weights that survive in both: 0 is the same direction, 1 is orthogonal.",
     "cosine": "Cosine distances between the same networks.",
     "euclidean": "Euclidean distances between the same networks.",
 }.items():
@@ -86,13 +86,13 @@ for _metric, _caption in {
 register_figure(
     "histograms",
     lambda run: figures.histograms(run.histograms) if len(run.histograms) else None,
-    "Surviving weights after training, all replicates together.",
+    "Histograms of the surviving weights after training, summed over replicates.",
 )
 register_figure(
     "barriers",
     lambda run: figures.barriers(run.paths, run.barriers, run.results) if _has(run, "successive") else None,
-    "Test error on the linear paths between the optima of successive rounds, and its largest increase over the "
-    "baseline of the config.",
+    "Test error on the linear paths between the optima of successive rounds, and the barrier: the largest "
+    "increase over the baseline, which is set in the config.",
 )
 register_figure(
     "instability",

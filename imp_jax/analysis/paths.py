@@ -1,4 +1,4 @@
-"""Compute the tables paths and barriers."""
+"""Computes the tables paths and barriers: linear paths between networks and their error barriers."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,8 @@ from imp_jax.analysis.registry import NetworkInputs, RunInputs
 def compute_path(inputs: NetworkInputs) -> Iterator[tuple]:
     """Compute loss and error on the linear path between two networks, on both splits.
 
-    The path of kind "successive" starts in the round before; that of kind "instability" ends in the twin.
+    A path of kind "successive" starts at the network of the previous round, and a path of kind "instability"
+    ends at the twin.
     """
     settings, experiment = inputs.config.analysis, inputs.experiment
     ends = inputs.variables, inputs.other.variables
@@ -34,13 +35,13 @@ def compute_path(inputs: NetworkInputs) -> Iterator[tuple]:
 
 
 def paths_are_current(table: pd.DataFrame, config: ConfigDict) -> pd.Series:
-    """Return which rows are of paths with the points and statistics of the config, on both splits."""
+    """Return which rows belong to complete paths, with the number of points and `batch_norm` of the config."""
     points = table.groupby(["replicate", "kind", "round"])["alpha"].transform("size")
     return (points == 2 * config.analysis.path_points) & (table["batch_norm"] == config.analysis.batch_norm)
 
 
 def compute_barriers(inputs: RunInputs) -> Iterator[tuple]:
-    """Compute the barriers of error and loss on all paths."""
+    """Compute the error and loss barriers of all paths."""
     for key, points in inputs.tables["paths"].groupby(["replicate", "kind", "round", "split"], sort=False):
         points = points.sort_values("alpha")
         yield (

@@ -16,34 +16,35 @@ from imp_jax.experiment import Experiment
 from imp_jax.masking import Mask, Params
 from imp_jax.training import Variables
 
-# `needs` of an analysis: what it is called for, and the columns that are put before those of its rows
+# columns that precede those that an analysis returns, by its `needs`, which sets how often it is called
 KEYS = {
     "round": ("replicate", "arm", "round"),  # each network of each round, but no twins
     "imp": ("replicate", "round"),  # each network of arm imp, whose mask all arms of the round share
-    "successive": ("replicate", "round"),  # imp in a round, with imp in the round before
+    "successive": ("replicate", "round"),  # imp in a round, with imp in the previous round
     "twin": ("replicate", "round"),  # imp in a round, with its twin
     "pair": ("replicate", "kind", "round"),  # both of these pairs; `kind` is successive or instability
     "run": (),  # once, with all tables and networks
 }
 
-# columns that say what a row is about; the others are values
+# columns that identify a row; the others are values
 _INDEX = ("replicate", "arm", "kind", "metric", "round", "round_a", "round_b", "split", "alpha", "layer")
 
 
 @dataclasses.dataclass(frozen=True)
 class NetworkInputs:
-    """What an analysis is given of one network, as NumPy arrays and without a member axis.
+    """One network as the input of an analysis; arrays are NumPy arrays without a member axis.
 
     Attributes:
       params, initial: parameters after and at the start of the training; both are masked.
-      mask: of the round.
+      mask: the mask of the round.
       model_state: the other collections of the model after the training; {} for most.
       threshold: the pruning threshold of this member after the round.
       config: the config of the run.
       networks: all networks of the round, by member: this one, the other arms and replicates, and twins.
-      get_experiment: returns the `Experiment`; it opens the data set, so call it only if needed.
-      other: the network of the round before, or the twin, as `needs` asks.
-      kind: "successive" or "instability", which tells what `other` is; "" without another network.
+      get_experiment: returns the `Experiment`; call it only if needed, because it opens the data set.
+      other: the network of the previous round or the twin, depending on `needs`.
+      kind: "successive" if `other` is the network of the previous round, "instability" if it is the twin, "" if
+        there is none.
     """
 
     params: Params
@@ -73,15 +74,15 @@ class NetworkInputs:
 
 @dataclasses.dataclass(frozen=True)
 class RunInputs:
-    """What an analysis with `needs="run"` is given.
+    """A run as the input of an analysis with `needs="run"`.
 
     Attributes:
       results: results.csv.
-      tables: all tables by name, with the rows that are known so far; also those of this analysis.
+      tables: all tables by name, with the rows computed so far; also the table of this analysis.
       config: the config of the run.
       rounds: the rounds whose checkpoints are on disk, with their members.
       load_networks: see `networks`.
-      get_experiment: returns the `Experiment`; it opens the data set, so call it only if needed.
+      get_experiment: returns the `Experiment`; call it only if needed, because it opens the data set.
     """
 
     results: pd.DataFrame
@@ -93,7 +94,7 @@ class RunInputs:
 
     @functools.cached_property
     def networks(self) -> dict[int, dict[Member, NetworkInputs]]:
-        """The networks of all rounds with a readable checkpoint, which are read on first use."""
+        """The networks of all rounds with a readable checkpoint; read on first use."""
         return self.load_networks()
 
     @property
@@ -119,7 +120,7 @@ class Analysis:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The columns before those of the rows, which tell what the analysis was called for."""
+        """The columns before those that `function` returns; they identify the network or pair of a row."""
         return KEYS[self.needs]
 
     @property
@@ -133,20 +134,20 @@ class Analysis:
         return [column for column in self.columns if column in _INDEX]
 
     def empty_table(self) -> pd.DataFrame:
-        """Return the table without rows."""
+        """Return a table without rows."""
         return pd.DataFrame(columns=list(self.columns))
 
     def make_table(self, rows: Iterable[Sequence[Any]], key: Sequence[Any] = ()) -> pd.DataFrame:
-        """Return `rows` as a table, with the values of `key` before each.
+        """Return `rows` as a table, with the values of `key` before those of each row.
 
         Raises:
-          UserError: a row with more or fewer values than columns.
+          UserError: a row has more or fewer values than there are columns.
         """
         rows = [tuple(row) for row in rows]
         for row in rows:
             if len(row) != len(self.value_columns):
                 raise UserError(
-                    f"the analysis {self.name!r} gave a row of {len(row)} values; it should have "
+                    f"the analysis {self.name!r} returned a row of {len(row)} values; it should have "
                     f"{len(self.value_columns)}: {', '.join(self.value_columns)}"
                 )
         return pd.DataFrame([(*key, *row) for row in rows], columns=list(self.columns))
@@ -177,27 +178,28 @@ def register(
     is_current: Callable[[pd.DataFrame, ConfigDict], pd.Series] | None = None,
     definition: int = 1,
 ) -> Any:
-    """Make analysis/NAME.csv of every run, with rows that `function` computes.
+    """Register an analysis: every run gets a table analysis/NAME.csv with the rows that `function` returns.
 
-    The rows of a network are computed once, and again only if they are not current. Without `function` this is
-    a decorator of it.
+    The rows of a network are computed once, and again only if they are not current. Without `function`, return
+    a decorator.
 
     Args:
-      function: of a `NetworkInputs`, or of a `RunInputs` with needs="run"; returns rows, each a sequence of the
-        values of `columns`.
-      columns: of the rows; the table begins with the columns of `KEYS[needs]`.
-      needs: "round", called for each network of each round, without twins; "imp", for those of arm imp;
-        "successive", for each imp of a round with that of the round before as `other`; "twin", for each imp
-        with its twin as `other`; "pair", for both; "run", called once, each time.
-      description: of the table, one sentence.
-      figure, caption: of `register_figure`, for a figure of the same name.
-      is_current: of the table and the config; returns a boolean series that is False for rows to be computed
-        again, if their networks are on disk.
-      definition: the version of what the columns mean; tables of another version are computed again.
+      function: takes a `NetworkInputs`, or a `RunInputs` if needs="run"; returns rows, each a sequence with a
+        value for each of `columns`.
+      columns: the columns of these rows; in the table, the columns `KEYS[needs]` precede them.
+      needs: when `function` is called. "round": for each network of each round, except twins; "imp": only for
+        networks of arm imp; "successive": for imp in each round, with imp in the previous round as `other`;
+        "twin": for imp with its twin as `other`; "pair": for both of these pairs; "run": once whenever the
+        analyses are computed.
+      description: of the table, a noun phrase.
+      figure, caption: see `register_figure`; the figure has the name of the table.
+      is_current: takes the table and the config; returns a boolean series that is False for rows to recompute,
+        if their networks are on disk.
+      definition: version of the meaning of the columns; tables with another version are recomputed.
 
     Raises:
-      UserError: a name that is not a plain file name or is an analysis of imp_jax, an unknown `needs`, columns
-        that repeat each other or the keys.
+      UserError: `name` is not a plain file name or is an analysis of imp_jax; `needs` is unknown; or a column
+        occurs twice or is one of the keys.
     """
     if function is None:
         options = {"columns": columns, "needs": needs, "description": description, "figure": figure}
@@ -211,8 +213,8 @@ def register(
     _check_name("analysis", name, function, {known.name: known.function for known in ANALYSES.values()})
     if needs not in KEYS:
         raise UserError(f"the analysis {name!r} needs {needs!r}; it should need one of {', '.join(KEYS)}")
-    every = [*KEYS[needs], *columns]
-    if isinstance(columns, str) or not columns or len(set(every)) < len(every):
+    all_columns = [*KEYS[needs], *columns]
+    if isinstance(columns, str) or not columns or len(set(all_columns)) < len(all_columns):
         raise UserError(
             f"the analysis {name!r} has the columns {columns!r}; they should be names, none twice and none of "
             f"{', '.join(KEYS[needs]) or 'the keys'}, written as ('norm',)"
@@ -224,14 +226,14 @@ def register(
 
 
 def register_figure(name: str, draw: Callable[[Any], Figure | None], caption: str = "") -> None:
-    """Make figures/NAME.png and NAME.pdf of every run, and put the figure into its report.
+    """Register a figure: it is drawn for every run as figures/NAME.png and NAME.pdf and added to the report.
 
     Args:
-      draw: of the `analysis.Run`; returns a matplotlib figure, or None if the run has nothing to draw.
-      caption: in the report.
+      draw: takes an `analysis.Run`; returns a Matplotlib figure, or None if the run has no data for it.
+      caption: the caption in the report.
 
     Raises:
-      UserError: a name that is not a plain file name or is a figure of imp_jax.
+      UserError: `name` is not a plain file name or is a figure of imp_jax.
     """
     _check_name("figure", name, draw, {known.name: known.draw for known in FIGURES.values()})
     FIGURES[name] = RegisteredFigure(name, draw, caption)

@@ -1,4 +1,4 @@
-"""report.html: one file with a run's config, results and figures, to be sent to a colleague."""
+"""report.html: the config, results and figures of a run in one file."""
 
 import base64
 import html as markup
@@ -10,7 +10,7 @@ import pandas as pd
 from imp_jax import config_files
 from imp_jax.analysis.registry import ANALYSES, FIGURES
 
-# tables that are drawn, or summarised beside the results; the others are listed
+# tables that are shown in figures or summarised with the results; the others are listed
 _SUMMARISED = {"distances", "paths", "barriers", "histograms", "weights", "layers"}
 STYLE = """
 body { font: 15px/1.5 sans-serif; color: #222; max-width: 60em; margin: 2em auto; padding: 0 1em }
@@ -22,7 +22,7 @@ pre { background: #f6f6f6; padding: 1em; overflow-x: auto }
 
 
 def html(run: Any, drawn: dict[str, bytes]) -> str:
-    """Return the report of an `analysis.Run` and its figures, PNG files by name, as one self-contained page."""
+    """Return the report of an `analysis.Run` as one self-contained page; `drawn` are its PNGs by name."""
     title = f"{run.config.model.name} on {run.config.dataset.name}: {run.workdir.resolve().name}"
     pictures = "\n".join(
         f'<figure><img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
@@ -47,7 +47,7 @@ def html(run: Any, drawn: dict[str, bytes]) -> str:
 
 
 def _results(run) -> pd.DataFrame:
-    """Return one row per round: mean and range of the test accuracy of each arm, and its other quantities."""
+    """Return one row per round: test accuracies (mean and range) and other quantities of each arm."""
     rows = []
     for number, results in run.results.groupby("round"):
         row = {"round": number, "density": f"{results['density'].iloc[0]:.2%}"}
@@ -58,11 +58,11 @@ def _results(run) -> pd.DataFrame:
             )
             row[f"{arm}: threshold"] = f"{arm_rows['threshold'].mean():.4f}"
             weights = run.weights[(run.weights["round"] == number) & (run.weights["arm"] == arm)]
-            if len(weights):  # of a damaged or missing round nothing is known
+            if len(weights):  # none for a damaged or missing round
                 row[f"{arm}: bimodality"] = f"{weights['bimodality'].mean():.3f}"
                 row[f"{arm}: near zero"] = f"{weights['near_zero'].mean():.2%}"
         layers = run.layers[run.layers["round"] == number]
-        if layers["units"].sum():  # not of a damaged round, nor where a model's paths are not known
+        if layers["units"].sum():  # 0 for a damaged round, or if the paths of the model are not known
             row["dead units"] = f"{layers['dead_units'].sum() / layers['units'].sum():.1%}"
         barriers = run.barriers[(run.barriers["round"] == number) & (run.barriers["split"] == "test")]
         for kind, name in (("successive", "barrier (points)"), ("instability", "instability (points)")):
@@ -73,7 +73,7 @@ def _results(run) -> pd.DataFrame:
 
 
 def _listed_tables(run) -> str:
-    """Format the tables of users' analyses: means per round and arm if they have these columns."""
+    """Format the tables of users' analyses, averaged per round and arm if they have these columns."""
     parts = []
     for name, table in run.tables.items():
         if name in _SUMMARISED:

@@ -12,8 +12,8 @@ from imp_jax.errors import UserError
 from imp_jax.workdir.checkpoints import move_aside
 from imp_jax.workdir.files import write_atomically
 
-_ROUNDS = ("round", "round_a", "round_b")  # columns that hold the number of a round
-_ORDER = ("replicate", "arm", "kind", "metric", *_ROUNDS)  # of rows; rows equal in all of these stay in order
+_ROUNDS = ("round", "round_a", "round_b")  # columns with the number of a round
+_ORDER = ("replicate", "arm", "kind", "metric", *_ROUNDS)  # columns by which rows are sorted (stably)
 _UNREADABLE = (FileNotFoundError, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeError)
 
 
@@ -23,7 +23,7 @@ def table_path(workdir: Path, name: str) -> Path:
 
 
 def read_table(workdir: Path, analysis: Analysis) -> pd.DataFrame:
-    """Return the table on disk, with the columns that it has; an empty one if none can be read."""
+    """Return the table on disk, with the columns that it has; an empty table if it cannot be read."""
     path = table_path(workdir, analysis.name)
     with contextlib.suppress(*_UNREADABLE):
         table = pd.read_csv(path)
@@ -33,7 +33,7 @@ def read_table(workdir: Path, analysis: Analysis) -> pd.DataFrame:
 
 
 def read_other_tables(workdir: Path) -> dict[str, pd.DataFrame]:
-    """Return the tables on disk whose analyses are not registered here, as those of a user's config file."""
+    """Return the tables on disk whose analyses are not registered, such as those of a user's config file."""
     tables = {}
     for path in sorted((workdir / "analysis").glob("*.csv")):
         if path.stem not in ANALYSES and not path.name.startswith("."):
@@ -43,7 +43,7 @@ def read_other_tables(workdir: Path) -> dict[str, pd.DataFrame]:
 
 
 def is_unreadable(workdir: Path, analysis: Analysis) -> bool:
-    """Return whether a table is on disk and cannot be read, or lacks columns that identify its rows."""
+    """Return whether a table on disk cannot be read or lacks columns that identify its rows."""
     path = table_path(workdir, analysis.name)
     return (
         path.exists()
@@ -53,7 +53,7 @@ def is_unreadable(workdir: Path, analysis: Analysis) -> bool:
 
 
 def move_unreadable_tables(workdir: Path) -> None:
-    """Move the unreadable tables to the folder set-aside."""
+    """Move unreadable tables to the folder set-aside."""
     for analysis in ANALYSES.values():
         if is_unreadable(workdir, analysis):
             path = table_path(workdir, analysis.name)
@@ -63,7 +63,7 @@ def move_unreadable_tables(workdir: Path) -> None:
 
 
 def outdated(workdir: Path) -> list[str]:
-    """Return the names of tables that an earlier version computed by another definition."""
+    """Return the names of tables on disk that an earlier version computed with another definition."""
     stored = _read_definitions(workdir)
     return [
         analysis.name
@@ -73,7 +73,7 @@ def outdated(workdir: Path) -> list[str]:
 
 
 def move_outdated_tables(workdir: Path) -> None:
-    """Move the outdated tables to the folder set-aside, and store the definitions of the others."""
+    """Move outdated tables to the folder set-aside, and store the current definitions."""
     for name in outdated(workdir):
         path = table_path(workdir, name)
         moved = move_aside(path, workdir)
@@ -89,7 +89,7 @@ def move_outdated_tables(workdir: Path) -> None:
 
 
 def drop_rounds_from(workdir: Path, first: int) -> None:
-    """Drop the rows of rounds from `first` on in all tables, as these rounds will be trained again."""
+    """Drop the rows of round `first` and later rounds from all tables, because they will be trained again."""
     tables = {name: read_table(workdir, analysis) for name, analysis in ANALYSES.items()}
     for name, table in {**tables, **read_other_tables(workdir)}.items():
         known = (table[[column for column in _ROUNDS if column in table]] < first).all(axis=1)
@@ -98,7 +98,7 @@ def drop_rounds_from(workdir: Path, first: int) -> None:
 
 
 def write_table(workdir: Path, name: str, table: pd.DataFrame) -> None:
-    """Write a table, its rows in an order that does not depend on when they were computed."""
+    """Write a table, with its rows sorted, so that their order does not depend on when they were computed."""
     table = table.sort_values([column for column in _ORDER if column in table], kind="stable")
     path, content = table_path(workdir, name), to_csv(table)
     if not path.exists() or path.read_bytes() != content:
@@ -106,19 +106,19 @@ def write_table(workdir: Path, name: str, table: pd.DataFrame) -> None:
 
 
 def to_csv(table: pd.DataFrame) -> bytes:
-    """Return the content of a csv file: nine digits, which is all that a float32 has."""
+    """Return a table as the content of a csv file, with the nine digits that identify a float32."""
     return table.to_csv(index=False, float_format="%.9g").encode()
 
 
 def save_file(workdir: Path, path: Path, content: str | bytes) -> None:
-    """Write a file of the analyses. Raises as `reporting_write_errors`."""
+    """Write a file of the analyses. Raises: see `reporting_write_errors`."""
     with reporting_write_errors(workdir):
         write_atomically(path, content)
 
 
 @contextlib.contextmanager
 def reporting_write_errors(workdir: Path):
-    """Turn errors of the file system into a UserError that names the workdir."""
+    """Raise errors of the file system as a UserError that names the workdir."""
     try:
         yield
     except OSError as error:

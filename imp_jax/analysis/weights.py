@@ -1,4 +1,4 @@
-"""Compute the tables histograms, weights and layers."""
+"""Computes the tables histograms, weights and layers."""
 
 import functools
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ BINS = 101  # of a histogram; an odd number, so that one is centred on 0
 
 
 def compute_histogram(inputs: NetworkInputs) -> Iterator[tuple]:
-    """Count the surviving weights of a network in the same `BINS` intervals for all networks of a round."""
+    """Compute a histogram of the surviving weights; all networks of a round have the same `BINS` intervals."""
     exclude = tuple(inputs.config.pruning.exclude)
     limit = max(
         np.abs(leaf).max()
@@ -45,7 +45,7 @@ def compute_statistics(inputs: NetworkInputs) -> Iterator[tuple]:
 
 
 def compute_layers(experiment: Experiment, variables: Variables, mask: Mask) -> Iterator[tuple]:
-    """Count weights, survivors, units and dead units of each layer; nan if the units are unknown."""
+    """Count weights, survivors, units and dead units of each layer; NaN for units that are not known."""
     survivors = weights.survivors_by_layer(mask)
     image_shape = experiment.dataset.train.image_shape
     alive = _connectivity_of_units(experiment.spec.model, variables, mask, image_shape)

@@ -1,1 +1,1 @@
-"""What the machine has to do with a run: devices, processes, compilation and signals."""
+"""Devices, processes, compilation and signals: what depends on the machine rather than on the method."""

@@ -1,4 +1,4 @@
-"""Compilation: options of the backend, the persistent compilation cache, and its time."""
+"""Compilation: compiler options, the persistent compilation cache, and the time that compiling takes."""
 
 import contextlib
 import functools
@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 from filelock import FileLock, Timeout
 
-_LOCK_TIMEOUT_S = 10  # as JAX waits for it
+_LOCK_TIMEOUT_S = 10  # the same as in JAX
 
 
 def enable_compilation_cache() -> None:
     """Turn on JAX's persistent compilation cache, of at most 1 GiB, unless the user has configured one.
 
-    The folder in ~/.cache depends on the processor, as nodes that share a home directory may differ.
+    The folder in ~/.cache depends on the processor, because nodes that share a home directory may differ in it.
     """
     if jax.config.jax_compilation_cache_dir is not None:
         return
@@ -50,30 +50,30 @@ def jit_with_backend_options(function: Callable[..., Any], **options: Any) -> Ca
 
 
 class _CompileSpans(threading.local):
-    """When this thread traced and compiled: pairs of start and end in s, without overlaps."""
+    """The times at which this thread traced and compiled: disjoint pairs of start and end, in s."""
 
     def __init__(self):
         self.spans = []
 
-    def note(self, event: str, start: float, end: float, **_: Any) -> None:
+    def record(self, event: str, start: float, end: float, **_: Any) -> None:
         if event.startswith("/jax/core/compile/"):
-            while self.spans and self.spans[-1][0] >= start:  # nested in this one
+            while self.spans and self.spans[-1][0] >= start:  # nested inside the new span
                 self.spans.pop()
             self.spans.append((start, end))
 
 
 _compile_spans = _CompileSpans()
-jax.monitoring.register_event_time_span_listener(_compile_spans.note)
+jax.monitoring.register_event_time_span_listener(_compile_spans.record)
 
 
 def compile_seconds() -> float:
-    """Return how long this thread has traced and compiled programs so far, in s."""
+    """Return the time, in s, that this thread has spent on tracing and compiling so far."""
     return sum(end - start for start, end in _compile_spans.spans)
 
 
 @functools.cache
 def _compiler_options():
-    """Return compiler options that speed up CPU programs; {} elsewhere.
+    """Return compiler options that speed up programs on a CPU; {} on other backends.
 
     XLA's defaults (1) send convolutions to YNNPACK, whose weight gradients take twice as long, and (2) remove
     `optimization_barrier`s before fusion, so that a value with two consumers, such as the residual stream, is
@@ -81,19 +81,20 @@ def _compiler_options():
     """
     if jax.default_backend() != "cpu":
         return {}
-    kinds = ("INDIVIDUAL_DOT", "REDUCE")  # left to YNNPACK; the default has INDIVIDUAL_CONVOLUTION too
+    kinds = ("INDIVIDUAL_DOT", "REDUCE")  # for YNNPACK; the default includes INDIVIDUAL_CONVOLUTION
     options = {
         "xla_cpu_experimental_ynn_fusion_type": ",".join(f"LIBRARY_FUSION_TYPE_{kind}" for kind in kinds),
         "xla_disable_hlo_passes": "cse_barrier_expander",
     }
     try:
         jax.jit(jnp.negative, compiler_options=options)(0.0)
-    except jax.errors.JaxRuntimeError:  # an experimental option that this XLA does not know
+    except jax.errors.JaxRuntimeError:  # this version of XLA does not know one of the options
         return {}
     return options
 
 
 @functools.cache
-def xla_keeps_optimization_barriers():
+def xla_keeps_optimization_barriers() -> bool:
+    """Return whether `optimization_barrier`s are still in a compiled program, as our compiler options ask."""
     program = jit_with_backend_options(lambda x: jax.lax.optimization_barrier(2 * x) + 1)
     return "opt-barrier" in program.lower(1.0).compile().as_text()

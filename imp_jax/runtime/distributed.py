@@ -1,8 +1,8 @@
 """Several processes that train together: initialisation, collective checks and shutdown.
 
 All processes run the same program, each with its own devices. Only the primary process prints and writes files
-other than checkpoints. Values are exchanged over the devices, like gradients, so all processes must call the
-collective functions of this module in the same order.
+other than checkpoints. Values are exchanged by collective operations of the devices, like gradients, so all
+processes must call the functions marked "Collective" in the same order.
 """
 
 import contextlib
@@ -27,17 +27,17 @@ from jax.experimental import multihost_utils
 import imp_jax
 from imp_jax.errors import UserError, one_line
 
-_HEARTBEAT_TIMEOUT_S = 30  # without a heartbeat, after which a process counts as dead
-_SHUTDOWN_TIMEOUT_S = 7 * 24 * 3600  # the others wait this long for the process that analyses the run
-_INIT_TIMEOUT_S = 300  # for the other processes to start
-ABORT_TIMEOUT_S = 10  # for the others to end; without process 0 JAX would abort them
+_HEARTBEAT_TIMEOUT_S = 30  # a process without a heartbeat for this long counts as dead
+_SHUTDOWN_TIMEOUT_S = 7 * 24 * 3600  # the others wait this long for the primary process, which analyses the run
+_INIT_TIMEOUT_S = 300  # until the other processes have started
+ABORT_TIMEOUT_S = 10  # until the others have exited; JAX aborts them once process 0 has exited
 _DISK_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-_MAX_MESSAGE_BYTES = 4000  # of an error that one process sends to the others
+_MAX_MESSAGE_BYTES = 4000  # longer error messages are truncated for the other processes
 _FLAGS_HINT = "give each --coordinator=HOST:PORT of process 0, --processes=NUMBER and --process=0, 1, …"
 
 
 class RemoteUserError(UserError):
-    """A UserError of another process, which reports it itself."""
+    """A UserError that another process has raised and reports."""
 
 
 def initialize(
@@ -45,8 +45,8 @@ def initialize(
 ) -> None:
     """Connect this process to the others that train with it, if it was started as one of several.
 
-    Call it before the first JAX computation. Under srun and mpirun JAX finds the other processes; arguments
-    take precedence over what it finds.
+    Call it before the first JAX computation. Under srun and mpirun, JAX finds the other processes itself; the
+    arguments take precedence.
 
     Args:
       coordinator: host:port of process 0, reachable from all others.
@@ -64,9 +64,9 @@ def initialize(
         _require_reachable(coordinator, seconds=_INIT_TIMEOUT_S if process else 0)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would intercept SIGTERM
-    waiting = "waiting for the other processes, to begin with all of them"
-    told = threading.Timer(10, print, [waiting], {"file": sys.stderr, "flush": True})
-    told.start()
+    message = "waiting for the other processes to start"
+    notice = threading.Timer(10, print, [message], {"file": sys.stderr, "flush": True})
+    notice.start()
     try:
         jax.distributed.initialize(
             coordinator,
@@ -79,23 +79,23 @@ def initialize(
     except (ValueError, RuntimeError) as error:
         raise UserError(f"the processes cannot find each other: {one_line(error)}; {_FLAGS_HINT}") from error
     finally:
-        told.cancel()
+        notice.cancel()
 
 
 def shutdown(seconds: float = _SHUTDOWN_TIMEOUT_S) -> None:
-    """Disconnect from the other processes, once all of them do or `seconds` have passed."""
+    """Disconnect from the other processes, once all of them call this or `seconds` have passed."""
 
-    def part():
-        # JAX's shutdown aborts a process that waits in it for 5 minutes: no process enters it before all can
-        everyone = ocp.multihost.get_barrier_sync_fn(processes=set(range(jax.process_count())))
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another has died
-            everyone(key="leave", timeout_ms=int(1000 * seconds))
+    def disconnect():
+        # JAX's shutdown aborts a process that waits in it for 5 minutes, so all processes wait here first
+        wait_for_all = ocp.multihost.get_barrier_sync_fn(processes=set(range(jax.process_count())))
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process has died
+            wait_for_all(key="leave", timeout_ms=int(1000 * seconds))
         jax.distributed.shutdown()
 
     if jax.distributed.is_initialized():
-        parting = threading.Thread(target=part, daemon=True)
-        parting.start()
-        parting.join(seconds)
+        thread = threading.Thread(target=disconnect, daemon=True)
+        thread.start()
+        thread.join(seconds)
 
 
 @contextlib.contextmanager
@@ -103,8 +103,8 @@ def silence_other_processes() -> Iterator[None]:
     """Discard stdout of all processes but the primary one."""
     with contextlib.ExitStack() as stack:
         if not is_primary():
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            devnull = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(devnull))
         yield
 
 
@@ -115,7 +115,7 @@ def exit_on_failure(debug: bool = False) -> Iterator[None]:
     The others may be blocked in a collective operation that this process will never join.
 
     Args:
-      debug: show the traceback of a UserError too.
+      debug: also print the traceback of a UserError.
     """
     try:
         yield
@@ -130,11 +130,11 @@ def exit_on_failure(debug: bool = False) -> Iterator[None]:
         elif isinstance(error, UserError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         elif is_disk_failure(error):
-            print(f"error: cannot go on: {error}", file=sys.stderr, flush=True)
+            print(f"error: cannot continue: {error}", file=sys.stderr, flush=True)
         elif is_failed_collective(error):
             print(
-                f"error: process {process} of {processes} cannot go on, as when another has died: "
-                f"{one_line(error)}; the same command goes on after what is on disk",
+                f"error: process {process} of {processes} cannot continue, probably because another has died: "
+                f"{one_line(error)}; the same command continues from what is on disk",
                 file=sys.stderr,
                 flush=True,
             )
@@ -147,7 +147,7 @@ def exit_on_failure(debug: bool = False) -> Iterator[None]:
 
 
 def is_failed_collective(error: BaseException | None) -> bool:
-    """Return whether a collective operation failed; JAX raises some failures of Gloo as ValueErrors."""
+    """Return whether an exception is that of a failed collective; JAX raises some of Gloo's as ValueErrors."""
     if isinstance(error, jax.errors.JaxRuntimeError):
         return "RESOURCE_EXHAUSTED" not in str(error)
     return isinstance(error, ValueError) and "Gloo" in str(error)
@@ -159,7 +159,7 @@ def is_disk_failure(error: Exception) -> bool:
 
 
 def count_tasks(environment: Mapping[str, str]) -> int:
-    """Return how many processes srun or mpirun started as one program; 1 if neither did."""
+    """Return the number of processes that srun or mpirun started together; 1 without either of them."""
     names = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
     return max(int(environment.get(name, 1)) for name in names)
 
@@ -179,23 +179,23 @@ def visible_gpus(environment: Mapping[str, str]) -> list[str]:
 def local_gpus(environment: Mapping[str, str]) -> list[int] | None:
     """Return the visible GPUs if this process should use all of them; None leaves the choice to JAX.
 
-    Under srun and mpirun JAX expects one process per GPU. A task that is alone on its node, or that was given
-    GPUs of its own by --gpus-per-task, uses all GPUs that it sees.
+    Under srun and mpirun, JAX expects one process per GPU. A task that is the only one on its node, or to which
+    --gpus-per-task assigned its own GPUs, uses all visible GPUs.
     """
-    of_slurm = [environment.get(f"SLURM_STEP_NUM_{name}") for name in ("NODES", "TASKS")]
-    alone = None not in of_slurm and of_slurm[0] == of_slurm[1]
-    alone |= environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" or "SLURM_GPUS_PER_TASK" in environment
-    return list(range(len(visible_gpus(environment)))) or None if alone else None
+    nodes, tasks = (environment.get(f"SLURM_STEP_NUM_{name}") for name in ("NODES", "TASKS"))
+    uses_all = nodes is not None and nodes == tasks
+    uses_all |= environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1" or "SLURM_GPUS_PER_TASK" in environment
+    return list(range(len(visible_gpus(environment)))) or None if uses_all else None
 
 
 def check_same_everywhere(description: str) -> None:
-    """Check that all processes would train the same.
+    """Check that all processes would train the same. Collective.
 
     Args:
-      description: of what is trained; equal on all processes.
+      description: identifies what is trained, such as the config.
 
     Raises:
-      UserError: another description here than elsewhere, other versions, or another number of devices.
+      UserError: the descriptions, the versions of imp_jax or JAX, or the numbers of devices differ.
     """
     with raise_on_all_processes():
         versions = f"imp_jax {imp_jax.__version__}, jax {jax.__version__}"
@@ -207,16 +207,16 @@ def check_same_everywhere(description: str) -> None:
 
 
 def _require_reachable(coordinator, seconds):
-    """Check that `coordinator` is a HOST:PORT that answers within `seconds`; 0 does not connect."""
+    """Check that `coordinator` is a HOST:PORT that answers within `seconds`; with 0, do not connect."""
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(f"--coordinator is {coordinator!r}; it should be HOST:PORT, such as node1:12345")
-    end = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds
     while seconds:
         try:
             return socket.create_connection((host, int(port)), timeout=5).close()
         except OSError as error:
-            if time.monotonic() > end:
+            if time.monotonic() > deadline:
                 raise UserError(
                     f"process 0 does not answer at {coordinator}: {error}; {_FLAGS_HINT}"
                 ) from error
@@ -225,12 +225,12 @@ def _require_reachable(coordinator, seconds):
 
 
 def is_primary() -> bool:
-    """Return whether this is the process that prints and writes files; True if there is only one."""
+    """Return whether this is the primary process, which prints and writes files; True if there is only one."""
     return jax.process_index() == 0
 
 
 def global_max(value: int) -> int:
-    """Return the largest value of all processes. Collective."""
+    """Return the maximum of `value` over all processes. Collective."""
     if jax.process_count() == 1:
         return int(value)
     return int(multihost_utils.process_allgather(np.int32(value)).max())
@@ -238,8 +238,8 @@ def global_max(value: int) -> int:
 
 def all_processes_equal(value: str) -> bool:
     """Return whether all processes have the same value. Collective."""
-    number = zlib.crc32(value.encode()) >> 1  # fits into an int32
-    highest, lowest = global_max(number), -global_max(-number)  # both calls are made on every process
+    checksum = zlib.crc32(value.encode()) >> 1  # fits into an int32
+    highest, lowest = global_max(checksum), -global_max(-checksum)  # every process must make both calls
     return highest == lowest
 
 
@@ -247,8 +247,10 @@ def all_processes_equal(value: str) -> bool:
 def raise_on_all_processes() -> Iterator[None]:
     """Raise a UserError of one process in all of them, at the end of the context. Collective.
 
+    If several processes fail, all raise the error of the one with the lowest index.
+
     Raises:
-      RemoteUserError: another process failed; if this one did too, one with a lower index.
+      RemoteUserError: that process is another one.
     """
     error = None
     try:
@@ -256,12 +258,12 @@ def raise_on_all_processes() -> Iterator[None]:
     except UserError as raised:
         error = raised
     if jax.process_count() > 1:
-        sentence = str(error).encode() if error else b""
-        padded = sentence[:_MAX_MESSAGE_BYTES].ljust(_MAX_MESSAGE_BYTES, b"\0")
-        sentences = multihost_utils.process_allgather(np.frombuffer(padded, np.uint8))
-        said = [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in sentences]
-        failed = [process for process, sentence in enumerate(said) if sentence]
+        message = str(error).encode() if error else b""
+        padded = message[:_MAX_MESSAGE_BYTES].ljust(_MAX_MESSAGE_BYTES, b"\0")
+        gathered = multihost_utils.process_allgather(np.frombuffer(padded, np.uint8))
+        messages = [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in gathered]
+        failed = [process for process, message in enumerate(messages) if message]
         if failed and failed[0] != jax.process_index():
-            raise RemoteUserError(f"process {failed[0]}: {said[failed[0]]}")
+            raise RemoteUserError(f"process {failed[0]}: {messages[failed[0]]}")
     if error:
         raise error

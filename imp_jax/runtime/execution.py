@@ -22,11 +22,11 @@ from imp_jax.runtime.devices import MEMBER
 
 
 class ExecutionMode(NamedTuple):
-    """How steps and members are compiled; results of all modes differ by rounding only."""
+    """How steps and members are compiled. The results of all modes are equal up to rounding."""
 
     scan: bool = True  # all steps of an epoch in one program; False: one program per step
     unroll: bool = False  # members one after the other in a program; False: vmapped
-    convolutions: str = "flax"  # the kernels of the model, see `models.fast_cpu`
+    convolutions: str = "flax"  # the implementation of convolutions, see `models.fast_cpu`
 
     @property
     def mode(self) -> str:
@@ -45,18 +45,22 @@ EXECUTION_MODES = {
 def choose_execution(
     name: str, dtype: str, model: nn.Module, image_shape: tuple[int, int, int]
 ) -> ExecutionMode:
-    """Choose how a model's steps run on this machine, by the name of a mode and by the convolutions it has.
+    """Choose how a model is executed on this machine, from the name of a mode and the model's convolutions.
 
     `auto` scans over steps and vmaps members. For convolutional networks it unrolls members: vmap over kernels
-    makes grouped convolutions, whose gradients are slow (measured on a CPU, assumed on a GPU). On a CPU each
-    step is a program of its own if a convolution would be slow in a loop: one that is not a plain `nn.Conv`, or
-    any if XLA removes the optimisation barriers of `models.fast_cpu`.
+    makes grouped convolutions, whose gradients are slow (measured on a CPU, assumed on a GPU). On a CPU it uses
+    one program per step if a convolution would be slow in a loop: one that is not a plain `nn.Conv`, or any
+    convolution if XLA removes the optimisation barriers of `models.fast_cpu`.
 
-    On a CPU every plain `nn.Conv` is computed by oneDNN if this XLA has it, else by XLA in forms that are fast
-    there. With oneDNN, this process no longer writes programs to JAX's compilation cache.
+    On a CPU every plain `nn.Conv` is computed by oneDNN if this build of XLA includes it, otherwise by XLA in a
+    form that is fast on a CPU. With oneDNN, this process no longer writes to JAX's compilation cache.
+
+    Args:
+      name: `auto`, or a key of `EXECUTION_MODES`.
+      dtype: of the convolutions.
 
     Raises:
-      UserError: an unknown name.
+      UserError: unknown `name`.
     """
     on_cpu = jax.default_backend() == "cpu"
     plain, others = count_convolutions(model, image_shape)
@@ -73,14 +77,14 @@ def choose_execution(
 
 
 def count_convolutions(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int]:
-    """Count the convolutions of a model that have fast CPU kernels, and the others."""
+    """Return the number of convolutions of a model with fast CPU kernels, and the number of others."""
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     with use_kernels("xla"):
         traced = jax.make_jaxpr(lambda variables, image: model.apply(variables, image, train=False))(
             models.shapes(model, image_shape), image
         )
-    plain, all_of_them = (str(traced).count(text) for text in ("name=_convolve\n", "= conv_general_dilated["))
-    return plain, all_of_them - plain
+    plain, total = (str(traced).count(text) for text in ("name=_convolve\n", "= conv_general_dilated["))
+    return plain, total - plain
 
 
 def python_loop(
@@ -88,18 +92,18 @@ def python_loop(
 ) -> tuple[PyTree, PyTree]:
     """Call `step(states, *inputs)` for all inputs; like `lax.scan`, but one program per step."""
 
-    def all_metrics():
+    def run_steps():
         nonlocal states
         for step_inputs in inputs:
             states, metrics = step(states, *step_inputs)
             yield metrics
 
-    metrics = stack_step_outputs(all_metrics())
+    metrics = stack_step_outputs(run_steps())
     return states, metrics
 
 
 def stack_step_outputs(outputs: Iterable[PyTree]) -> PyTree:
-    """Stack the outputs of successive dispatches. Blocks so that at most two are in flight."""
+    """Stack the outputs of successive dispatches; block so that at most two are in flight."""
     collected = []
     for output in outputs:
         collected.append(output)
@@ -116,14 +120,14 @@ def shard_over_mesh(
     if mesh is None:
         return function
     options = {"in_specs": in_specs, "out_specs": P(MEMBER)}
-    # unchecked: gradients are those of a device's own images until the step averages them
+    # check_vma=False: gradients differ between devices until the step averages them
     return jax.shard_map(function, mesh=mesh, check_vma=False, **options)
 
 
 def vmap_or_unroll_members(
     function: Callable[..., PyTree], in_axes: tuple[int | None, ...], execution: ExecutionMode
 ) -> Callable[..., PyTree]:
-    """Map a function of one member over all members: by `jax.vmap`, or unrolled as `execution` says.
+    """Map a function of one member over all members: by `jax.vmap`, or by a Python loop if `execution.unroll`.
 
     Args:
       in_axes: 0 for arguments with a member axis, None for others.
@@ -132,14 +136,14 @@ def vmap_or_unroll_members(
         return jax.vmap(function, in_axes)
 
     def unrolled(*arguments):
-        def of_member(i):
+        def select_member(i):
             return [
                 jax.tree.map(lambda leaf: leaf[i], argument) if axis == 0 else argument
                 for argument, axis in zip(arguments, in_axes, strict=True)
             ]
 
         members = len(jax.tree.leaves(arguments[0])[0])
-        outputs = [function(*of_member(i)) for i in range(members)]
+        outputs = [function(*select_member(i)) for i in range(members)]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
 
     return unrolled

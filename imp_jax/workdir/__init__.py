@@ -1,1 +1,1 @@
-"""What a run keeps on disk and prints."""
+"""The files and the terminal output of a run."""

@@ -1,4 +1,4 @@
-"""Orbax checkpoints: one per round, and the state of the current round; each is written whole or not at all."""
+"""Orbax checkpoints: one per round, and the state of the current round; each is written atomically."""
 
 import contextlib
 import functools
@@ -24,36 +24,38 @@ from imp_jax.training import TrainState, Variables
 from imp_jax.workdir.checksums import MANIFEST, compute_checksums, digest_tree, find_damage, is_os_error
 from imp_jax.workdir.files import check_workdir_path, write_atomically
 
-_JSON = ("rows", "version")  # items that hold no arrays
-# of a checkpoint. Workdirs should stay usable: raise it only if earlier checkpoints can no longer be read.
-# Additional items, files and keys need no new format.
+_JSON = ("rows", "version")  # items without arrays
+# The format of checkpoints. Raise it only if earlier checkpoints can no longer be read, because workdirs should
+# stay usable. Additional items, files and keys need no new format.
 FORMAT = 2
 
 
 class RoundNetworks(NamedTuple):
-    """The networks of a round; every leaf has a leading member axis, arm by arm as in `config.arms`."""
+    """The networks of a round; every leaf has a leading member axis, sorted by arm as in `config.arms`."""
 
-    initial: Variables  # θ⊙m at the start of training; with rewind_step=k, of the dense network at step k
+    initial: (
+        Variables  # θ⊙m at the start of training; with rewind_step=k, θ is that of the dense network at step k
+    )
     trained: Variables
     mask: Mask
 
 
 class MidRoundState(NamedTuple):
-    """The state of a training: all that is needed to continue to the same bits."""
+    """The state of a training: all that is needed to continue with bitwise equal results."""
 
     step: int  # the next step of the training
     tickets: Variables  # replaced once, at the rewind step of round 0
     states: TrainState
     history: TrainingHistory
-    seconds: float  # trained so far
+    seconds: float  # of training so far
 
 
 class DamagedError(UserError):
-    """A checkpoint with a missing or truncated file, or with other bits than were written."""
+    """A checkpoint with a missing or truncated file, or with bits that differ from those written."""
 
 
 def versions(workdir: str | os.PathLike) -> set[str]:
-    """Return the versions of this package that wrote the rounds of a workdir, as far as they can be read."""
+    """Return the versions of this package that wrote the rounds of a workdir; unreadable ones are skipped."""
     found = set()
     for path in Path(workdir).glob("checkpoints/*/version/metadata"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -64,19 +66,19 @@ def versions(workdir: str | os.PathLike) -> set[str]:
 class Checkpoints:
     """The folders `checkpoints` and `progress` of a workdir.
 
-    Step n of `checkpoints` holds round n's `RoundNetworks` and the rows of results.csv up to it, so that a run
-    that died between the two loses neither. `progress` holds the latest `MidRoundState`. All carry checksums of
-    their content, the number of the format and the version of the package that wrote them.
+    Step n of `checkpoints` contains the `RoundNetworks` of round n and the rows of results.csv up to it, so a
+    crash between writing the two files loses neither. `progress` contains the latest `MidRoundState`. Each
+    checkpoint has checksums of its content, its format and the version of the package that wrote it.
 
     With several processes: each reads on its own; `save*` is collective and every process must call it;
     deleting and moving rounds is done by the primary process only.
     """
 
     def __init__(self, workdir: str | os.PathLike):
-        """Open the checkpoints of `workdir`; creates no folder.
+        """Open the checkpoints of `workdir`, without creating folders.
 
         Raises:
-          UserError: Orbax cannot read back what it writes at such a path.
+          UserError: Orbax cannot read what it writes to such a path.
         """
         check_workdir_path(workdir)
         self._workdir = Path(workdir).absolute()
@@ -97,7 +99,7 @@ class Checkpoints:
         return _progress_manager(self._workdir, _all_processes())
 
     def rounds(self) -> list[int]:
-        """Return the rounds on disk, in order."""
+        """Return the rounds on disk, sorted."""
         return sorted(self._rounds.all_steps())
 
     def save(
@@ -108,11 +110,11 @@ class Checkpoints:
         optima: Optima | None = None,
         next_masks: Mask | None = None,
     ) -> None:
-        """Write round `number`; when this returns, it is on disk under its final name.
+        """Write round `number`; on return, it is on disk under its final name.
 
         Args:
           rows: all of results.csv up to this round.
-          optima: of the next round, if the rounds that they come from will be deleted.
+          optima: for the next round; None if they can be rebuilt from the checkpoints of earlier rounds.
           next_masks: imp's masks of the next round, so that resuming does not prune again.
         """
         items = {"networks": networks._asdict(), "rows": rows}
@@ -129,31 +131,30 @@ class Checkpoints:
 
         Raises:
           DamagedError: a file is missing or short, or a checksum fails.
-          UserError: the file system cannot read it at the moment, or it has a format that this version does not
-            know.
+          UserError: the file system cannot read it at the moment, or its format is unknown to this version.
         """
         networks = _restore(self._rounds, number, "networks")
         return RoundNetworks(**jax.tree.map(jax.numpy.asarray, networks))
 
     def rows(self, number: int) -> list[dict[str, Any]]:
-        """Return the rows of results.csv up to round `number`. Raises as `restore`."""
+        """Return the rows of results.csv up to round `number`. Raises: see `restore`."""
         return _restore(self._rounds, number, "rows")
 
     def next_masks(self, number: int) -> Mask | None:
-        """Return imp's masks of the round after `number`, on the host, or None. Raises as `restore`."""
+        """Return imp's masks of the round after `number`, on the host, or None. Raises: see `restore`."""
         return _restore(self._rounds, number, "next_masks")
 
     def optima(self, number: int) -> Optima | None:
-        """Return the optima saved for the round after `number`, on the host. Raises as `restore`.
+        """Return the optima saved for the round after `number`, on the host.
 
-        None if not saved, or saved under an older definition of J_r.
+        Returns None if they were not saved, or with an older definition of J_r. Raises: see `restore`.
         """
         optima = _restore(self._rounds, number, "optima")
-        known = optima and self.similarity_definition(number) == similarity.DEFINITION
-        return Optima(**optima) if known else None
+        is_current = optima and self.similarity_definition(number) == similarity.DEFINITION
+        return Optima(**optima) if is_current else None
 
     def similarity_definition(self, number: int) -> int:
-        """Return the `similarity.DEFINITION` of round `number`; version 1 was not stored."""
+        """Return the `similarity.DEFINITION` of round `number`; checkpoints do not store definition 1."""
         return _read_json(_folder(self._rounds, number), "version").get("similarity", 1)
 
     def delete_intermediate_rounds(self, last: int) -> None:
@@ -161,12 +162,12 @@ class Checkpoints:
         for number in self.rounds()[1:]:
             if number < last - 1:
                 folder = self._workdir / "checkpoints" / str(number)
-                aside = folder.rename(f"{folder}.dropped")  # a rename is atomic; deleting is not
-                shutil.rmtree(aside)
+                renamed = folder.rename(f"{folder}.dropped")  # a rename is atomic; deleting is not
+                shutil.rmtree(renamed)
         self._rounds.reload()
 
     def save_progress(self, number: int, progress: MidRoundState, steps: int) -> None:
-        """Write the state of round `number`, of `steps` steps; replaces the last state saved."""
+        """Write the state of round `number`, which has `steps` steps; replaces the state saved before."""
         (self._workdir / "progress").mkdir(exist_ok=True)
         _save(
             self._collective_progress_manager,
@@ -175,9 +176,9 @@ class Checkpoints:
         )
 
     def progress(self, number: int, like: MidRoundState, steps: int) -> MidRoundState | None:
-        """Return the state saved of round `number`, of `steps` steps, structured like `like`, or None.
+        """Return the saved state of round `number`, which has `steps` steps; None if not saved.
 
-        Raises as `restore`.
+        `like` is a state with the same tree structure and shapes. Raises: see `restore`.
         """
         latest = self._progress.latest_step()
         if latest is None or latest // (steps + 1) != number:
@@ -190,12 +191,12 @@ class Checkpoints:
     def quarantine_damaged_rounds(self) -> list[str]:
         """Prepare a workdir for resuming; the caller must hold its lock. Returns a sentence per moved round.
 
-        Moves damaged rounds after the last intact one to the folder `set-aside`, and removes partial files of a
-        run that died. Nothing is moved after an exception that does not indicate damage.
+        Moves damaged rounds after the last intact one to the folder `set-aside`, and removes partial files that
+        a crash left. An exception that does not indicate damage is raised, and nothing is moved.
 
         Raises:
-          UserError: all of several rounds are damaged; the newest has an unknown format, or the file system
-            cannot read it at the moment.
+          UserError: there are several rounds and all are damaged; or the newest has an unknown format; or the
+            file system cannot read it at the moment.
         """
         for folder in ("checkpoints", "progress"):
             for name in ("*.orbax-checkpoint-tmp*", "*.dropped"):
@@ -203,7 +204,7 @@ class Checkpoints:
                     shutil.rmtree(leftover)
         for folder in (self._workdir, self._workdir / "analysis", self._workdir / "figures"):
             for leftover in folder.glob(".*.*"):
-                if leftover.suffix[1:].isdigit():  # of write_atomically
+                if leftover.suffix[1:].isdigit():  # a temporary file of write_atomically
                     leftover.unlink()
         damaged = []
         for number in reversed(self.rounds()):
@@ -216,32 +217,33 @@ class Checkpoints:
         else:
             if len(damaged) > 1:
                 raise UserError(f"all {len(damaged)} rounds are damaged; {damaged[0][1]}")
-        return [f"{error}; it is moved to {self._set_aside(self._rounds, n)}" for n, error in damaged]
+        return [f"{error}; it is moved to {self._move_aside(self._rounds, n)}" for n, error in damaged]
 
     def moved_rounds(self) -> set[int]:
-        """Return the rounds of which a damaged checkpoint was moved to the folder `set-aside`."""
+        """Return the rounds whose damaged checkpoints were moved to the folder `set-aside`."""
         names = (path.name.split("-") for path in self._workdir.glob("set-aside/checkpoints-*"))
         return {int(number) for _, number, *_ in names if number.isdigit()}
 
     def set_progress_aside(self) -> Path:
-        """Move the saved state of a round to the folder `set-aside`; returns its new path."""
-        return self._set_aside(self._progress, self._progress.latest_step())
+        """Move the saved state of a round to the folder `set-aside` and return its new path."""
+        return self._move_aside(self._progress, self._progress.latest_step())
 
     def discard_progress(self) -> None:
-        """Delete the saved state of a round."""
+        """Delete the saved state of the current round."""
         self._progress.reload()
         for step in self._progress.all_steps():
             self._progress.delete(step)
 
     def close(self) -> None:
+        """Close the checkpoint managers."""
         for name in ("_rounds", "_progress", "_collective_rounds_manager", "_collective_progress_manager"):
             with contextlib.suppress(Exception):  # a failed save has been reported and is raised again
                 self.__dict__[name].close()
 
-    def _set_aside(self, manager, step):
-        place = move_aside(_folder(manager, step), self._workdir)
+    def _move_aside(self, manager, step):
+        new_path = move_aside(_folder(manager, step), self._workdir)
         manager.reload()
-        return place
+        return new_path
 
 
 def _all_processes():
@@ -264,9 +266,9 @@ def _progress_manager(workdir, processes):
 
 
 def _manager(folder, handlers, processes, **options):
-    # reading must not create folders; writing has a thread of its own
+    # reading must not create folders; the recorder already writes on its own thread
     options |= {"create": False, "save_root_metadata": False, "enable_async_checkpointing": False}
-    # processes that are named synchronise without the devices, which the training uses
+    # naming the active processes makes Orbax synchronise without the devices, which are busy with training
     options["multiprocessing_options"] = ocp.options.MultiprocessingOptions(
         primary_host=min(processes), active_processes=processes
     )
@@ -276,11 +278,11 @@ def _manager(folder, handlers, processes, **options):
 
 
 def move_aside(path: Path, workdir: Path) -> Path:
-    """Move a file or folder to the folder `set-aside` of a workdir; returns its new path."""
-    kept = workdir / "set-aside"
-    kept.mkdir(exist_ok=True)
+    """Move a file or folder to the folder `set-aside` of a workdir and return its new path."""
+    folder = workdir / "set-aside"
+    folder.mkdir(exist_ok=True)
     names = (f"{path.parent.name}-{path.name}{f'-{n}' * (n > 1)}" for n in itertools.count(1))
-    return path.rename(next(kept / name for name in names if not (kept / name).exists()))
+    return path.rename(next(folder / name for name in names if not (folder / name).exists()))
 
 
 def _as_arrays(progress):
@@ -306,16 +308,16 @@ def _save(manager, step, items):
     manager.save(step, args=ocp.args.Composite(**arguments))
     manager.wait_until_finished()
     if distributed.is_primary():
-        # a checkpoint without a manifest, of a process that died here, can be read all the same
+        # if the process dies before this, the checkpoint can still be read, without a manifest
         folder = _folder(manager, step)
         write_atomically(folder / MANIFEST, json.dumps(compute_checksums(folder)))
 
 
 def _restore(manager, step, name, like=None):
-    """Read an item of a step, with NumPy arrays; None if it was not saved.
+    """Return an item of a step, with NumPy arrays; None if it was not saved.
 
     Args:
-      like: a tree with the structure of the item; None makes dicts.
+      like: a tree with the structure of the item; None for nested dicts.
     """
     folder = _folder(manager, step)
     try:
@@ -332,8 +334,8 @@ def _restore(manager, step, name, like=None):
             raise DamagedError(f"the checkpoint {folder} is damaged: {damage}") from error
         if is_os_error(error):
             raise UserError(
-                f"cannot read the checkpoint {folder}: {one_line(error)}; nothing is changed, and once that "
-                f"is mended the same command goes on"
+                f"cannot read the checkpoint {folder}: {one_line(error)}; nothing is changed; "
+                f"once this is fixed, the same command continues"
             ) from error
         raise
 
@@ -349,21 +351,21 @@ def _read(manager, step, name, like):
             f"this is imp_jax {imp_jax.__version__}, which reads format {FORMAT}"
         )
     if not intact:
-        raise DamagedError(f"the checkpoint {folder} is damaged: its version is not what was written")
+        raise DamagedError(f"the checkpoint {folder} is damaged: its version differs from what was written")
     if name not in version["sha256"]:
         return None
     if name in _JSON:
         item = _read_json(folder, name)
     else:
         metadata = manager.item_metadata(step)[name]
-        if metadata is None:  # Orbax does not say why
+        if metadata is None:  # Orbax hides the reason; this raises it
             (folder / name / "_METADATA").read_bytes()
         tree = metadata.tree if like is None else like
         tree = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), tree)
         arguments = ocp.args.PyTreeRestore(tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
         item = manager.restore(step, args=ocp.args.Composite(**{name: arguments}))[name]
     if version["sha256"][name] != digest_tree(item):
-        raise DamagedError(f"the checkpoint {folder} is damaged: {name} are other bits than were written")
+        raise DamagedError(f"the checkpoint {folder} is damaged: the bits of {name} differ from those written")
     return item
 
 

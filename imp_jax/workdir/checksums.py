@@ -1,4 +1,4 @@
-"""Checksums of checkpoints: which file is damaged, and which exceptions come from the file system."""
+"""Checksums of checkpoints, to find damaged files and to tell damage from errors of the file system."""
 
 import hashlib
 import json
@@ -10,17 +10,17 @@ import numpy as np
 
 from imp_jax.errors import one_line
 
-MANIFEST = "files.json"  # in a checkpoint: size and SHA-256 of each of its files, by path
+MANIFEST = "files.json"  # in each checkpoint: size and SHA-256 of its other files, by relative path
 
 
 def compute_checksums(folder):
-    """Compute size and SHA-256 of each file of a checkpoint, by its relative path.
+    """Compute the size and SHA-256 of each file of a checkpoint, by relative path.
 
     Raises:
-      OSError: a file or folder cannot be read now.
+      OSError: a file or folder cannot be read at the moment.
     """
 
-    def fail(error):  # os.walk would skip folders that it cannot read, which would look like missing files
+    def fail(error):  # by default os.walk skips unreadable folders, and their files would seem to be missing
         raise error
 
     checksums = {}
@@ -33,19 +33,19 @@ def compute_checksums(folder):
 
 
 def find_damage(folder, error):
-    """Describe which file of a checkpoint is damaged, after reading raised `error`; empty if none is.
+    """Describe the damaged file of a checkpoint whose reading raised `error`; "" if none is damaged.
 
     Raises:
-      OSError: the files cannot be read now.
+      OSError: the files cannot be read at the moment.
     """
     if not folder.is_dir():
         return "it is missing"
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError:  # of an earlier version, or the process died just before writing it
+    except FileNotFoundError:  # an earlier version wrote the checkpoint, or the process died before this file
         return one_line(error) if _indicates_damage(error) else ""
     except ValueError:
-        return f"{MANIFEST} is not what was written"
+        return f"{MANIFEST} differs from what was written"
     found = compute_checksums(folder)
     for name, (size, digest) in manifest.items():
         if name not in found:
@@ -53,12 +53,12 @@ def find_damage(folder, error):
         if found[name][0] != size:
             return f"{name} has {found[name][0]} bytes, not {size}"
         if found[name][1] != digest:
-            return f"{name} holds other bits than were written"
+            return f"the bits of {name} differ from those written"
     return ""
 
 
 def _indicates_damage(error):
-    """Return whether an exception indicates a missing or damaged file; for checkpoints without a manifest."""
+    """Return whether an exception indicates damage; used for checkpoints without a manifest."""
     if isinstance(error, FileNotFoundError | json.JSONDecodeError | UnicodeDecodeError):
         return True
     codes = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "Invalid JSON")  # of TensorStore
@@ -75,6 +75,7 @@ def is_os_error(error: BaseException | None) -> bool:
 
 
 def digest_tree(item):
+    """Return the SHA-256 of the paths, dtypes, shapes and values of a tree's leaves."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(item):
         leaf = np.ascontiguousarray(leaf)

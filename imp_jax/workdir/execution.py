@@ -1,4 +1,4 @@
-"""execution.json: the execution mode and the kernels that a run was begun with."""
+"""execution.json: the execution mode and the convolutions with which a run was begun."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from imp_jax.runtime import distributed
 from imp_jax.runtime.execution import ExecutionMode
 from imp_jax.workdir.files import write_atomically
 
-_CONVOLUTIONS = {  # in words; the later ones are faster on a CPU
+_CONVOLUTIONS = {  # descriptions, from slow to fast on a CPU
     "flax": "the convolutions of Flax",
     "xla": "convolutions by XLA in forms for a CPU",
     "onednn": "convolutions by oneDNN",
@@ -18,9 +18,9 @@ _CONVOLUTIONS = {  # in words; the later ones are faster on a CPU
 
 
 def restore_execution(experiment: Experiment, workdir: str | os.PathLike) -> Experiment:
-    """Return the experiment with the execution that a workdir was begun with, if this machine has it.
+    """Return the experiment with the execution mode stored in its workdir, if this machine supports it.
 
-    Else, and in a new workdir, with the one that `setup` has chosen; a change is reported on stderr.
+    Otherwise, and for a new workdir, keep the mode that `setup` chose. A change is reported on stderr.
     """
     chosen = experiment.spec.execution
     try:
@@ -30,10 +30,10 @@ def restore_execution(experiment: Experiment, workdir: str | os.PathLike) -> Exp
     possible = ("xla", "onednn") if chosen.convolutions == "onednn" else (chosen.convolutions,)
     if stored.convolutions not in possible:
         if distributed.is_primary():
-            before = _CONVOLUTIONS.get(stored.convolutions, stored.convolutions)
-            why = "are slow" if stored.convolutions == "flax" else "cannot be used"
+            previous = _CONVOLUTIONS.get(stored.convolutions, stored.convolutions)
+            reason = "are slow" if stored.convolutions == "flax" else "cannot be used"
             print(
-                f"{workdir} was begun with {before}, which {why} here: it goes on with "
+                f"{workdir} was begun with {previous}, which {reason} on this machine; it continues with "
                 f"{_CONVOLUTIONS[chosen.convolutions]}, and results differ by rounding",
                 file=sys.stderr,
             )
@@ -42,7 +42,7 @@ def restore_execution(experiment: Experiment, workdir: str | os.PathLike) -> Exp
 
 
 def agree_on_execution(experiment: Experiment) -> Experiment:
-    """Return the experiment with convolutions that all processes have; all of them have to call this."""
+    """Return the experiment with the fastest convolutions that all processes support. Collective."""
     execution, order = experiment.spec.execution, list(_CONVOLUTIONS)
     common = order[-distributed.global_max(-order.index(execution.convolutions))]
     return _with_execution(experiment, execution._replace(convolutions=common))
@@ -63,7 +63,7 @@ def _execution_file(workdir):
 
 
 def describe_execution(execution: ExecutionMode) -> str:
-    """The convolutions and the mode of a run, for the terminal; empty where Flax computes all of them."""
+    """Describe the convolutions and the execution mode of a run; "" if Flax computes the convolutions."""
     if execution.convolutions == "flax":
         return ""
     return f"{_CONVOLUTIONS[execution.convolutions]}; execution {execution.mode}"

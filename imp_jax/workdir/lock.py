@@ -1,4 +1,4 @@
-"""The lock of a workdir, and the files that say which run it holds."""
+"""The lock of a workdir, and the files that identify its run."""
 
 import contextlib
 import json
@@ -19,19 +19,21 @@ from imp_jax.workdir.results import recorded_rounds
 
 _DATASET_FILE = "dataset.json"
 
-_CONFIG_PATH, CONFIG_COPY = "config_file.txt", "config_file.py"  # in a workdir: of the file given by --config
+_CONFIG_PATH, CONFIG_COPY = "config_file.txt", "config_file.py"  # path and copy of the file given by --config
 
-_LOCK_TIMEOUT_S = 1.0  # `experiments.run status` takes the lock for an instant, to see whether it is free
+_LOCK_TIMEOUT_S = 1.0  # `experiments.run status` takes the lock for a moment to test whether it is free
 
 
 @contextlib.contextmanager
 def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Iterator[Path]:
-    """Lock `path` as the workdir of this config, creating it if needed. The lock ends with the process.
+    """Lock `path` as the workdir of this config, creating it if needed.
+
+    The operating system releases the lock when the process ends.
 
     Raises:
-      UserError: it cannot be written or read back; it holds a run of another config (the message has the
-        differences) or results without a config; or another process has locked it. Existing files are then
-        unchanged.
+      UserError: the workdir cannot be written or read back; it holds a run of another config (the message lists
+        the differences) or results without a config; or another process has locked it. Existing files are
+        not changed in these cases.
     """
     workdir = Path(path)
     check_workdir_path(workdir)
@@ -39,7 +41,6 @@ def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Iterator[Path]:
     try:
         for folder in ("figures", "checkpoints"):
             (workdir / folder).mkdir(parents=True, exist_ok=True)
-        # a lock of the operating system: released however the process ends
         lock = FileLock(workdir / ".lock", thread_local=False)  # another thread may release it
         lock.acquire(timeout=_LOCK_TIMEOUT_S)
     except Timeout as error:
@@ -60,7 +61,7 @@ def open_workdir(path: str | os.PathLike, config: ConfigDict) -> Iterator[Path]:
 
 
 def require_same_dataset(workdir: Path, identity: dict[str, Any]) -> None:
-    """Refuse a data set that differs, by `Dataset.identity`, from the one that a workdir was begun with.
+    """Check that a data set has the `Dataset.identity` of the one with which a workdir was begun.
 
     Raises:
       UserError: another number of images or other classes.
@@ -71,15 +72,18 @@ def require_same_dataset(workdir: Path, identity: dict[str, Any]) -> None:
         return
     if stored == identity:
         return
-    there, here = (
-        "{train_examples:,} training and {test_examples:,} test images of {num_classes} classes".format(**one)
-        for one in (stored, identity)
+    stored_text, given_text = (
+        "{train_examples:,} training and {test_examples:,} test images of {num_classes} classes".format(
+            **fields
+        )
+        for fields in (stored, identity)
     )
-    if there == here:
-        other = next(name for name in identity["classes"] if name not in stored["classes"])
-        here = f"as many of other classes, such as {other},"
+    if stored_text == given_text:
+        new_class = next(name for name in identity["classes"] if name not in stored["classes"])
+        given_text = f"as many of other classes, such as {new_class},"
     raise UserError(
-        f"{workdir} was begun with another data set: {there} there, and {here} here; give another --workdir"
+        f"{workdir} was begun with another data set: {stored_text} there, and {given_text} here; give another "
+        f"--workdir"
     )
 
 
@@ -89,30 +93,33 @@ def store_dataset(workdir: Path, identity: dict[str, Any]) -> None:
 
 
 def store_config_file(workdir: Path, config_file: str) -> None:
-    """Store the absolute path of the config file, as given by --config, and a copy of its text.
+    """Store the absolute path of the config file, as given by --config, and a copy of the file.
 
-    `imp_jax.analysis` executes the file at that path, never the copy, which is for readers. Once rounds are
-    recorded the copy no longer changes; a config file with a different text is reported on stderr.
+    `imp_jax.analysis` executes the file at that path, never the copy, which is only to be read. Once rounds are
+    recorded, the copy is no longer replaced; a config file that differs from it is reported on stderr.
     """
     path, colon, argument = config_file.partition(":")
     _write_to_workdir(workdir / _CONFIG_PATH, f"{Path(path).absolute()}{colon}{argument}\n")
     copy = workdir / CONFIG_COPY
     try:
         text = Path(path).read_bytes()
-    except OSError:  # it may have been moved since it was executed
+    except OSError:  # the file may have been moved since it was executed
         return
     if not copy.exists() or not recorded_rounds(workdir):
         _write_to_workdir(copy, text)
     elif copy.read_bytes() != text:
         print(
-            f"{path} is another text than {workdir} was begun with, which {copy} keeps and the rounds on disk "
-            f"are of; give another --workdir if its model or data set has changed",
+            f"{path} has changed since the rounds in {workdir} were trained; {copy} is a copy of the earlier "
+            f"text; give another --workdir if the model or the data set has changed",
             file=sys.stderr,
         )
 
 
 def stored_config_file(workdir: Path, existing: bool = False) -> str | None:
-    """What `store_config_file` was given, absolute; None if nothing, or with `existing` if no file is there."""
+    """Return the --config that `store_config_file` stored, with an absolute path; None if there is none.
+
+    With `existing`, also return None if there is no file at that path.
+    """
     try:
         config_file = (workdir / _CONFIG_PATH).read_text().rstrip("\n")
     except OSError:
@@ -124,7 +131,7 @@ def lock_owner(workdir: Path) -> str:
     """Describe the process that has locked a workdir."""
     try:
         return (workdir / ".holder").read_text()
-    except OSError:  # it is about to write its name, or to exit
+    except OSError:  # the owner has not yet written its name, or is exiting
         return "another process"
 
 
@@ -141,10 +148,12 @@ def _refuse_other_run(workdir, config):
         try:
             differences = config_files.differences(config, json.loads(stored.read_text()))
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"cannot read {stored} as a config; mend it, or give another --workdir") from error
+            raise UserError(
+                f"cannot read {stored} as a config; repair it, or give another --workdir"
+            ) from error
         if differences:
             raise UserError(
                 f"{workdir} holds a run of another config: {'; '.join(differences)}; give another --workdir"
             )
     elif (workdir / "results.csv").exists() or any(workdir.glob("checkpoints/*")):
-        raise UserError(f"{workdir} holds results but no config.json to tell whose; give another --workdir")
+        raise UserError(f"{workdir} holds results but no config.json; give another --workdir")

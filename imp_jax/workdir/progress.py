@@ -1,4 +1,4 @@
-"""What a run prints: a line for each round, a progress bar on a terminal, a summary."""
+"""Terminal output of a run: a line per round, a progress bar, a summary."""
 
 import contextlib
 import os
@@ -15,9 +15,9 @@ from imp_jax.workdir.results import Row
 
 
 def make_console() -> Console:
-    """Make a console for stdout: with colours and bars on a terminal, plain lines elsewhere.
+    """Make a console for stdout: with colours and progress bars on a terminal, with plain lines otherwise.
 
-    FORCE_COLOR is ignored, and a notebook is not a terminal: rich would show each line twice there.
+    FORCE_COLOR is ignored. A notebook does not count as a terminal, because rich would show each line twice.
     """
     try:
         terminal = sys.stdout.isatty()
@@ -29,11 +29,11 @@ def make_console() -> Console:
 class ProgressDisplay:
     """Prints a line for each round and, on a terminal, a progress bar. A context manager.
 
-    Errors of printing are ignored: the results are on disk.
+    Errors while printing are ignored, because the results are on disk.
     """
 
     def __init__(self, rounds: int, steps: int, first_step: int):
-        """Set up a display for `rounds` of `steps` each; the run is at `first_step` of all rounds."""
+        """Set up a display for `rounds` of `steps` each; `first_step` is counted from the first round."""
         self._console = make_console()
         self._rounds, self._steps, self._first_step = rounds, steps, first_step
         self._accuracies = ""
@@ -70,11 +70,12 @@ class ProgressDisplay:
         """Show that round `number` has reached `step`.
 
         Args:
-          images: trained on since the last call, by all members, in `seconds`.
-          compile_seconds: of compilation since the last call, not in `seconds`.
+          images: number trained on since the last call, summed over members.
+          seconds: time of training since the last call, without compilation.
+          compile_seconds: time of compilation since the last call.
         """
         self._compile_seconds[number] = self._compile_seconds.get(number, 0.0) + compile_seconds
-        self._start += compile_seconds  # otherwise every estimate of the time left would include it
+        self._start += compile_seconds  # so that estimates of the time left do not include it
         with _suppress_print_errors():
             self._progress.update(
                 self._task,
@@ -86,7 +87,7 @@ class ProgressDisplay:
             )
 
     def round(self, number: int, rows: Sequence[Row], images: int) -> None:
-        """Print the line of round `number`, which is on disk with `rows`; `images` is that of all members."""
+        """Print the line of round `number` with its `rows`; `images` is the total of all members."""
         means = pd.DataFrame(rows).query("arm != 'twin'").groupby("arm", sort=False)["test_accuracy"].mean()
         self._accuracies = " ".join(f"{arm} {mean:.2%}" for arm, mean in means.items())
         compiled = self._compile_seconds.pop(number, 0.0)
@@ -109,15 +110,15 @@ class ProgressDisplay:
 
 
 def _suppress_print_errors():
-    return contextlib.suppress(OSError, SystemExit)  # rich raises SystemExit where a pipe is closed
+    return contextlib.suppress(OSError, SystemExit)  # rich raises SystemExit if a pipe is closed
 
 
 @contextlib.contextmanager
 def ignore_print_errors() -> Iterator[None]:
-    """Ignore errors of printing once stdout or stderr is closed or full, as after `| head -1`.
+    """Ignore print errors after stdout or stderr was closed or its disk is full, for example with `| head -1`.
 
-    The results are on disk. A full stdout is reported on stderr; a closed pipe is not, as its reader has
-    exited.
+    The results are on disk all the same. A stdout that cannot be written is reported on stderr, except for a
+    closed pipe, whose reader has exited.
     """
     with contextlib.ExitStack() as stack:
         for name, redirect in (("stdout", contextlib.redirect_stdout), ("stderr", contextlib.redirect_stderr)):
@@ -156,22 +157,22 @@ class _LossyStream:
 
     def _drop(self, error):
         if self._name == "stdout" and not isinstance(error, BrokenPipeError) and not self._failed:
-            print(f"stdout cannot be written: {error}; the run goes on without it", file=sys.stderr)
+            print(f"stdout cannot be written: {error}; the run continues without it", file=sys.stderr)
         self._failed = True
-        with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:  # also for what is buffered
-            os.dup2(nowhere.fileno(), self._stream.fileno())
+        with contextlib.suppress(OSError), open(os.devnull, "wb") as devnull:  # also discards what is buffered
+            os.dup2(devnull.fileno(), self._stream.fileno())
 
 
 def print_summary(results: pd.DataFrame) -> None:
-    """Print test accuracy over density, one column per arm, as mean (min to max) of the replicates."""
+    """Print test accuracies, one row per round and one column per arm: mean (min to max) of the replicates."""
     results = results[results["arm"] != "twin"]
     replicates = results["replicate"].nunique()
     title = "Test accuracy in %" + (f", mean (min to max) of {replicates} replicates" if replicates > 1 else "")
     table = Table("round", "density", *results["arm"].unique(), title=title, title_justify="left")
     for (number, density), rows in results.groupby(["round", "density"]):
         cells = []
-        for _, of_arm in rows.groupby("arm", sort=False):
-            accuracy = 100 * of_arm["test_accuracy"]
+        for _, arm_rows in rows.groupby("arm", sort=False):
+            accuracy = 100 * arm_rows["test_accuracy"]
             spread = f" ({accuracy.min():.2f} to {accuracy.max():.2f})" if len(accuracy) > 1 else ""
             cells.append(f"{accuracy.mean():.2f}{spread}")
         table.add_row(str(number), f"{density:.2%}", *cells)

@@ -1,4 +1,4 @@
-"""The recorder: writes a run to its workdir, on a background thread while the training goes on."""
+"""The recorder: writes a run to its workdir on a background thread, while training continues."""
 
 import contextlib
 import os
@@ -34,19 +34,22 @@ from imp_jax.workdir.progress import ProgressDisplay
 from imp_jax.workdir.results import Results, Row, recorded_rounds
 from imp_jax.workdir.tensorboard import TensorBoardWriter
 
-_MAX_POLLS = 30  # of a workdir, 2 s apart: a network file system may be behind on some processes
-_RECORDING_TIMEOUT_S = 300.0  # for pending writes after a device failed, for example out of memory
+_MAX_POLLS = 30  # of a workdir, 2 s apart: a network file system may show new files later on some processes
+_RECORDING_TIMEOUT_S = (
+    300.0  # for pending writes after a device has failed, for example by running out of memory
+)
 
 
 class Recorder(contextlib.AbstractContextManager):
     """Owns a workdir and writes results to it in order, on a background thread.
 
-    `on_epoch`, `save_progress_if_due` and `on_round` are callbacks of `imp.rounds`. After a failed write every
-    later call, and leaving the context, raise the same UserError, or the exception of a bug as it is. Figures,
-    event files and the terminal are optional: a failure to write them is reported once on stderr.
+    `on_epoch`, `save_progress_if_due` and `on_round` are callbacks of `imp.rounds`. After a failed write, every
+    later call and the exit of the context raise the same UserError; an exception that indicates a bug is raised
+    unchanged. Figures, event files and terminal output are optional: a failure to write them is reported once
+    on stderr.
 
-    With several processes all make the same calls and save checkpoints together; the primary process writes and
-    prints everything else.
+    With several processes, all make the same calls and save checkpoints collectively; the primary process
+    writes and prints everything else.
     """
 
     def __init__(
@@ -57,13 +60,13 @@ class Recorder(contextlib.AbstractContextManager):
         config_file: str | None = None,
         analyses: Any = None,
     ):
-        """Open the workdir and repair what a crash has left there.
+        """Open the workdir and repair what a crash has left in it.
 
         Args:
-          config: that `experiment` was made of.
+          config: the config from which `experiment` was set up.
           config_file: see `store_config_file`.
-          analyses: an object with the functions `compute` and `drop_rounds_from` of `imp_jax.analysis`, which
-            are called before rounds are deleted and trained again; None deletes no round.
+          analyses: an object with the functions `compute` and `drop_rounds_from` of `imp_jax.analysis`, called
+            before rounds are deleted and before rounds are trained again; with None, no round is deleted.
 
         Raises:
           UserError: see `open_workdir` and `Checkpoints.quarantine_damaged_rounds`.
@@ -76,10 +79,10 @@ class Recorder(contextlib.AbstractContextManager):
         self._saving: Future | None = None
         self._recording: Future | None = None
         self._thread: ThreadPoolExecutor | None = None
-        self._first, self.workdir = distributed.is_primary(), Path(workdir)
+        self._is_primary, self.workdir = distributed.is_primary(), Path(workdir)
         with contextlib.ExitStack() as stack:
             with distributed.raise_on_all_processes(), _reporting_write_errors(workdir):
-                if self._first:
+                if self._is_primary:
                     stack.enter_context(open_workdir(workdir, config))
                     require_same_dataset(self.workdir, experiment.dataset.identity())
                     store_dataset(self.workdir, experiment.dataset.identity())
@@ -88,26 +91,26 @@ class Recorder(contextlib.AbstractContextManager):
                     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
                         for sentence in checkpoints.quarantine_damaged_rounds():
                             print(sentence, file=sys.stderr)
-            self._require_same(self._workdir_listing)
+            self._wait_until_equal(self._workdir_listing)
             with distributed.raise_on_all_processes(), _reporting_write_errors(workdir):
                 self.checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir)))
                 self.finished = self.checkpoints.rounds()
                 rows = self.checkpoints.rows(self.finished[-1]) if self.finished else []
                 self.rows: list[Row] = list(rows)  # of results.csv
-                if self._first:
-                    self._refuse_or_tell_missing_rounds()
+                if self._is_primary:
+                    self._check_missing_rounds()
                     self._results = Results(self.workdir, rows)
                     if self.finished:
                         self._refresh_figure()  # a run that died may not have drawn it
             self._stack = stack.pop_all()
 
-    def _refuse_or_tell_missing_rounds(self):
-        """Compare results.csv with the rounds on disk, before it is rewritten from them."""
+    def _check_missing_rounds(self):
+        """Report rounds of results.csv without a checkpoint; raise a UserError if none has one."""
         recorded = recorded_rounds(self.workdir)
         missing = sorted(recorded - set(self.finished) - self.checkpoints.moved_rounds())
         if missing and not self.finished:
             raise UserError(
-                f"{self.workdir} has results.csv and no rounds in its folder checkpoints; put those back, or "
+                f"{self.workdir} has results.csv and no rounds in its folder checkpoints; put them back, or "
                 f"remove results.csv to train all rounds again, or give another --workdir"
             )
         last = max(self.finished, default=-1)
@@ -131,23 +134,26 @@ class Recorder(contextlib.AbstractContextManager):
         listed = [sorted(path.name for path in folder.glob("*")) for folder in folders]
         return f"{lock_owner(self.workdir)}, {listed}"
 
-    def _require_same(self, describe: Callable[[], str]):
-        """Refuse a workdir in which the processes do not see the same files, after some patience."""
+    def _wait_until_equal(self, describe: Callable[[], str]):
+        """Wait until `describe` returns the same on all processes; raise a UserError if it never does."""
         with distributed.raise_on_all_processes():
             for _ in range(_MAX_POLLS):
                 if distributed.all_processes_equal(describe()):
                     return
                 time.sleep(2)
             raise UserError(
-                f"the processes do not see the same in {self.workdir}; it should be a folder that all share"
+                f"the processes see different files in {self.workdir}; it should be a folder that they share"
             )
 
     def saved_progress(self, number: int, like: MidRoundState) -> MidRoundState | None:
-        """Return where round `number` stood when the run was stopped, on the mesh; None if it was not saved."""
+        """Return the saved state of round `number`, on the mesh; None if there is none.
+
+        `like` is a state with the same tree structure, such as that of a training that has not begun.
+        """
         progress, damage = None, None
         with distributed.raise_on_all_processes():
             members = len(like.history.loss)
-            # without the places of a mesh that no member has
+            # states on the mesh may have more slots than members; saved states do not
             shapes = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct((members, *leaf.shape[1:]), leaf.dtype),
                 (like.tickets, like.states),
@@ -157,23 +163,23 @@ class Recorder(contextlib.AbstractContextManager):
                 progress = self.checkpoints.progress(number, like, self._experiment.learning_rates.size)
             except DamagedError as error:
                 damage = error
-        self._require_same(lambda: str(progress and progress.step))
+        self._wait_until_equal(lambda: str(progress and progress.step))
         if progress is not None:
-            on_mesh = (progress.tickets, progress.states)
-            tickets, states = devices.shard_members(on_mesh, self._experiment.spec.mesh)
+            trees = (progress.tickets, progress.states)
+            tickets, states = devices.shard_members(trees, self._experiment.spec.mesh)
             return progress._replace(tickets=tickets, states=states)
         with distributed.raise_on_all_processes(), _reporting_write_errors(self.workdir):
-            if self._first and damage:
-                aside = self.checkpoints.set_progress_aside()
-                print(f"{damage}; it is moved to {aside}, and round {number} starts again", file=sys.stderr)
-            elif self._first:
+            if self._is_primary and damage:
+                new_path = self.checkpoints.set_progress_aside()
+                print(f"{damage}; it is moved to {new_path}, and round {number} starts again", file=sys.stderr)
+            elif self._is_primary:
                 self.checkpoints.discard_progress()  # of a finished round, or one that followed a damaged one
         return None
 
     def begin(self, number: int, step: int) -> None:
-        """Prepare for a training that goes on with `step` of round `number`."""
+        """Start the threads, event files and display for a training that begins at `step` of round `number`."""
         self._thread, self._analysis_thread = (ThreadPoolExecutor(max_workers=1) for _ in range(2))
-        if not self._first:
+        if not self._is_primary:
             return
         if self._analyses:
             with _reporting_write_errors(self.workdir):
@@ -186,8 +192,8 @@ class Recorder(contextlib.AbstractContextManager):
         self._display = self._stack.enter_context(display)
 
     def finish_cleanup(self) -> None:
-        """Finish what a run that died after its last round had left to do."""
-        if not self._first:
+        """Finish a run that died after its last round: delete the saved state and, if asked, rounds."""
+        if not self._is_primary:
             return
         with _reporting_write_errors(self.workdir):
             self.checkpoints.discard_progress()
@@ -196,11 +202,11 @@ class Recorder(contextlib.AbstractContextManager):
 
     def __exit__(self, *raised):
         if isinstance(raised[1], DivergedError):
-            with contextlib.suppress(Exception):  # which `_raise_failure` raises, once the workdir is released
+            with contextlib.suppress(Exception):  # a failed write is raised below, after the lock is released
                 self._record_diverged(raised[1].round, raised[1].diverged)
         device_failed = isinstance(raised[1], jax.errors.JaxRuntimeError)
         process_lost = jax.process_count() > 1 and distributed.is_failed_collective(raised[1])
-        stopped = isinstance(raised[1], KeyboardInterrupt)  # the next process computes the remaining analyses
+        stopped = isinstance(raised[1], KeyboardInterrupt)  # the resumed run computes the remaining analyses
         recorded = threading.Event()
 
         def release():
@@ -228,7 +234,7 @@ class Recorder(contextlib.AbstractContextManager):
         """Report an `imp.EpochEnd` on the terminal and in the event files, and record new divergences."""
         self._raise_failure()
         self._record_diverged(end.round, end.diverged)
-        if not self._first:
+        if not self._is_primary:
             return
         epochs, steps = self._experiment.learning_rates.shape
         step, history = end.progress.step, end.progress.history
@@ -239,16 +245,19 @@ class Recorder(contextlib.AbstractContextManager):
             self._write_events(end.round * epochs + step // steps, end.members, scalars)
 
     def save_progress_if_due(self, end: Any) -> None:
-        """Save where a round stands, at the steps that the experiment names, unless it ends here."""
+        """Save the state of the round of an `imp.EpochEnd`, if its step is one of `Experiment.saved_steps`.
+
+        A state that stops the run for divergence is not saved.
+        """
         stops = end.diverged and self._experiment.on_divergence == "stop"
         if end.progress.step in self._experiment.saved_steps and not stops:
             self.save_progress(end.round, end.progress)
 
     def save_progress(self, number: int, progress: MidRoundState, wait: bool = False) -> None:
-        """Save where round `number` stands.
+        """Save the state of round `number`.
 
         Args:
-          wait: return once it is on disk. Without it nothing is saved while an earlier save is under way.
+          wait: return when it is on disk. If False, skip this save while an earlier one is in progress.
         """
         self._raise_failure()
         saving = self._saving is not None and not self._saving.done()
@@ -266,33 +275,39 @@ class Recorder(contextlib.AbstractContextManager):
     def on_round(self, end: Any) -> None:
         """Record an `imp.RoundEnd` while the next round trains."""
         self.wait()
-        # before the round is on disk, which a later process would not train again
+        # before the round is on disk: afterwards it is not trained again, and the divergence would be lost
         self._record_diverged(end.round, end.diverged)
         self._recording = self._submit(end.round, self._record_round, end)
 
     def wait(self) -> None:
-        """Return once the last round is on disk; raises what its recording raised."""
+        """Wait until the last round is on disk; raise the exception of its recording, if any."""
         if self._recording is not None:
             self._recording.result()
 
     def _record_diverged(self, number: int, diverged: dict[Member, tuple[int, str]]) -> None:
-        """Add a line to divergences.csv for each member, unless it is there already."""
+        """Add a row to divergences.csv for each diverged member that has none for this round."""
         rows = [
-            {"replicate": member.replicate, "arm": member.arm, "round": number, "step": step, "what": words}
-            for member, (step, words) in diverged.items()
+            {
+                "replicate": member.replicate,
+                "arm": member.arm,
+                "round": number,
+                "step": step,
+                "what": description,
+            }
+            for member, (step, description) in diverged.items()
         ]
-        if rows and self._first and self._failure is None:
+        if rows and self._is_primary and self._failure is None:
             self._run_guarded(number, self._append_divergences, pd.DataFrame(rows))
 
     def _record_round(self, end):
-        # what a later process could not rebuild from earlier rounds is saved with this one
-        dropped = not set(self._experiment.members) <= set(end.members)
-        gap = self.finished != list(range(len(self.finished)))
-        keep_optima = self._config.keep_checkpoints == "ends" or dropped or gap
+        # save the optima if a resumed run could not rebuild them from the checkpoints of earlier rounds
+        members_dropped = not set(self._experiment.members) <= set(end.members)
+        rounds_missing = self.finished != list(range(len(self.finished)))
+        keep_optima = self._config.keep_checkpoints == "ends" or members_dropped or rounds_missing
         self.rows = [*self.rows, *end.rows]
         optima = end.next_optima if keep_optima else None
         self.checkpoints.save(end.round, end.networks, self.rows, optima, end.next_masks)
-        if not self._first:
+        if not self._is_primary:
             return
         self._results.append(end.rows)
         self._refresh_figure()
@@ -309,15 +324,15 @@ class Recorder(contextlib.AbstractContextManager):
         self._display.round(end.round, end.rows, images)
 
     def _analyse_and_delete(self, number, results):
-        """Compute what analyses need, then delete rounds; on a thread of its own, as it may take long."""
-        # checkpoints of its own: the other thread saves with those of this object
+        """Compute the analyses, then delete intermediate rounds; runs on its own thread, as it may be slow."""
+        # own Checkpoints, because the recording thread uses self.checkpoints at the same time
         with contextlib.closing(Checkpoints(self.workdir)) as checkpoints:
             self._analyses.compute(
                 checkpoints, self._config, lambda: put_on_one_device(self._experiment), self.workdir, results
             )
-            # with repulsion a round without its optima needs all earlier rounds
-            repels = self._experiment.spec.repulsion_strength
-            if not repels or (number and checkpoints.optima(number - 1)):
+            # with repulsion, resuming after a round without saved optima needs all earlier rounds
+            has_repulsion = self._experiment.spec.repulsion_strength
+            if not has_repulsion or (number and checkpoints.optima(number - 1)):
                 checkpoints.delete_intermediate_rounds(number)
 
     def _refresh_figure(self):
@@ -326,28 +341,28 @@ class Recorder(contextlib.AbstractContextManager):
             write_atomically(self.workdir / "figures" / "accuracy.png", figure)
 
     def _write_events(self, epoch, members, scalars):
-        if "event files" not in self._missing:  # a truncated record would hide all later ones
+        if "event files" not in self._missing:  # a truncated record would hide all later records
             with self._optional("event files"):
                 self._events.write(epoch, members, scalars)
                 self._events.flush()
 
     @contextlib.contextmanager
-    def _optional(self, what):
-        """Continue without `what` if it cannot be written."""
+    def _optional(self, part):
+        """Report, once, that the optional `part` of the workdir cannot be written, and continue without it."""
         try:
             yield
         except Exception as error:
-            if what not in self._missing:
+            if part not in self._missing:
                 cause = one_line(error)
-                print(f"{self.workdir} is without {what}, which cannot be written: {cause}", file=sys.stderr)
-            self._missing.add(what)
+                print(f"{self.workdir} is without {part}, which cannot be written: {cause}", file=sys.stderr)
+            self._missing.add(part)
 
-    def _append_divergences(self, lines):
+    def _append_divergences(self, rows):
         path = self.workdir / "divergences.csv"
-        before = pd.read_csv(path) if path.exists() else lines[:0]
-        after = pd.concat([before, lines]).drop_duplicates(["replicate", "arm", "round"])
-        if len(after) > len(before):
-            write_atomically(path, after.to_csv(index=False))
+        known = pd.read_csv(path) if path.exists() else rows[:0]
+        extended = pd.concat([known, rows]).drop_duplicates(["replicate", "arm", "round"])
+        if len(extended) > len(known):
+            write_atomically(path, extended.to_csv(index=False))
 
     def _submit(self, number, task: Callable, *arguments: Any) -> Future:
         return self._thread.submit(self._run_guarded, number, task, *arguments)
@@ -357,15 +372,15 @@ class Recorder(contextlib.AbstractContextManager):
         try:
             return task(*arguments)
         except (Exception, SystemExit) as error:  # SystemExit would end the main thread silently
-            cause, kept = one_line(error), "the rounds before it are kept"
+            cause, consequence = one_line(error), "the rounds before it are kept"
             if is_os_error(error) and not _concerns_other_files(error, self.workdir):
                 self._failure = UserError(
-                    f"cannot record round {number} in {self.workdir}: {cause}; {kept}, and once that is mended "
-                    f"the same command goes on"
+                    f"cannot record round {number} in {self.workdir}: {cause}; {consequence}; "
+                    f"once this is fixed, the same command continues"
                 )
             else:
                 self._failure = error if isinstance(error, Exception) else RuntimeError(cause)
-                self._failure.add_note(f"while recording round {number} in {self.workdir}; {kept}")
+                self._failure.add_note(f"while recording round {number} in {self.workdir}; {consequence}")
             raise self._failure from (error if self._failure is not error else error.__cause__)
 
     def _raise_failure(self):
@@ -374,7 +389,7 @@ class Recorder(contextlib.AbstractContextManager):
 
 
 def _concerns_other_files(error, workdir):
-    """Return whether an OSError names a file outside of the workdir, which indicates a bug."""
+    """Return whether an OSError names a file outside the workdir, which indicates a bug."""
     if not isinstance(error, OSError) or error.filename is None or distributed.is_disk_failure(error):
         return False
     return not Path(os.fsdecode(error.filename)).absolute().is_relative_to(workdir.absolute())

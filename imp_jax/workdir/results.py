@@ -23,20 +23,20 @@ FIELDS = (
     "test_loss",
     "test_accuracy",
     "repulsion",  # J_r at the end of training; empty without repulsion
-    "cosine",  # the mean of those with earlier optima, on the round's mask; empty where there is none
-    "seconds",  # wall time of the round's training, of all members together, without compilation
+    "cosine",  # mean cosine similarity with earlier optima on the round's mask; empty if there are none
+    "seconds",  # wall time in which all members of the round were trained, without compilation
 )
 
-KEYS = ("replicate", "arm", "round")  # of a row
+KEYS = ("replicate", "arm", "round")  # identify a row
 
 Row = dict[str, Any]
 
 
 class Results:
-    """results.csv: appended to once per round, after the checkpoint of the round is on disk."""
+    """Writes results.csv: appends once per round, after the checkpoint of the round is on disk."""
 
     def __init__(self, workdir: Path, rows: Iterable[Row]):
-        """Start from `rows`, those of the rounds on disk; rewrites a file that lacks some of them."""
+        """Start from `rows`, those of the rounds on disk; rewrite the file if its content differs."""
         self._path = workdir / "results.csv"
         self.rows = _with_unknown_columns(rows, self._path)
         self._columns = list(dict.fromkeys([*FIELDS, *(name for row in self.rows for name in row)]))
@@ -61,24 +61,24 @@ class Results:
         writer = csv.DictWriter(text, self._columns, lineterminator="\n")
         if header:
             writer.writeheader()
-        for row in rows:  # nine digits distinguish any two float32
+        for row in rows:  # nine digits distinguish any two values of float32
             writer.writerow({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()})
         return text.getvalue()
 
 
 def recorded_rounds(workdir: Path) -> set[int]:
-    """Return the rounds in results.csv, as far as it can be read."""
+    """Return the rounds in results.csv; the empty set if it cannot be read."""
     try:
         return set(pd.read_csv(workdir / "results.csv")["round"].dropna().astype(int))
-    except (FileNotFoundError, ValueError, KeyError):  # there is none, or it is torn
+    except (FileNotFoundError, ValueError, KeyError):  # no file, or a truncated one
         return set()
 
 
 def read_results(workdir: Path) -> pd.DataFrame:
-    """Read results.csv of a workdir; empty if there is none.
+    """Return results.csv of a workdir as a table; empty if there is no file.
 
-    A missing column of `FIELDS`, as in a file of an earlier version, is filled with NaN, with a warning.
-    Columns that are not in `FIELDS` come last.
+    If a column of `FIELDS` is missing, as in a file of an earlier version, it is filled with NaN, with a
+    warning. Columns that are not in `FIELDS` come last.
     """
     path = workdir / "results.csv"
     if not path.exists():
@@ -87,18 +87,18 @@ def read_results(workdir: Path) -> pd.DataFrame:
 
 
 def with_columns(table: pd.DataFrame, columns: Sequence[str], path: Path) -> pd.DataFrame:
-    """Put `columns` first in a table read from `path`; missing ones are NaN, with a warning."""
+    """Put `columns` first in a table read from `path`; fill missing ones with NaN, with a warning."""
     if missing := [name for name in columns if name not in table]:
-        warnings.warn(f"{path} has no column {', '.join(missing)}; NaN stands there", stacklevel=4)
+        warnings.warn(f"{path} has no column {', '.join(missing)}; filled with NaN", stacklevel=4)
     return table.reindex(columns=[*columns, *(name for name in table if name not in columns)])
 
 
 def _with_unknown_columns(rows, path):
-    """Copy `rows`, with the values of columns that only the file has, such as one added by hand."""
+    """Return copies of `rows` with the values of columns that only the file has, such as one added by hand."""
     rows = [dict(row) for row in rows]
     try:
         table = pd.read_csv(path).set_index(list(KEYS))
-    except (OSError, ValueError, KeyError):  # there is none, or it is torn
+    except (OSError, ValueError, KeyError):  # no file, or a truncated one
         return rows
     unknown = table[[name for name in table if name not in FIELDS]]
     if not len(unknown.columns) or not unknown.index.is_unique:

@@ -264,7 +264,7 @@ def test_columns_of_other_versions(copy, capsys):
     before["barriers"].assign(note=range(len(before["barriers"]))).to_csv(files["barriers"], index=False)
     before["layers"].drop(columns="layer").to_csv(files["layers"], index=False)  # what a row is of
     with pytest.warns(match="layers.csv cannot be read; imp_jax.analysis.run"):  # noqa: SIM117
-        with pytest.warns(match=r"weights\.csv has no column near_zero; NaN stands there"):
+        with pytest.warns(match=r"weights\.csv has no column near_zero; filled with NaN"):
             loaded = analysis.load(copy)
     assert loaded.weights["near_zero"].isna().all()
     pd.testing.assert_series_equal(loaded.weights["bimodality"], before["weights"]["bimodality"])
@@ -339,8 +339,8 @@ def test_the_copy_of_the_config_file_is_that_of_the_rounds(copy, tmp_path, capsy
     assert (copy / "config_file.py").read_text() == "first"
     assert (new / "config_file.py").read_text() == "second"  # nothing is trained yet
     assert capsys.readouterr().err == (
-        f"{own} is another text than {copy} was begun with, which {copy / 'config_file.py'} keeps and the "
-        f"rounds on disk are of; give another --workdir if its model or data set has changed\n"
+        f"{own} has changed since the rounds in {copy} were trained; {copy / 'config_file.py'} is a copy of "
+        f"the earlier text; give another --workdir if the model or the data set has changed\n"
     )
 
 

@@ -442,7 +442,7 @@ def test_ctrl_c_ends_the_command_at_once_and_leaves_nothing_half_made(serve, tmp
     _, err = process.communicate(timeout=10)
     assert time.monotonic() - start < 5
     assert process.returncode == 128 + signal.SIGINT
-    assert err == "stopped at once by SIGINT; the same command goes on after what is on disk\n"
+    assert err == "stopped at once by SIGINT; the same command continues from what is on disk\n"
     assert not (tmp_path / "mnist").exists()
     assert kept(tmp_path) == [*sorted(f"downloads/mnist/{file}" for file in server.files), "ready"]
 

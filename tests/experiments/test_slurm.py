@@ -48,7 +48,7 @@ def test_a_job_that_is_stopped_is_requeued_and_goes_on(cluster, data_dir, tmp_pa
     )
     wait_until(lambda: {state.status for state in sweep.read_states(runs).values()} == {"done"})
     log = sweep.log_path(first).read_text()
-    assert "stopped at once by SIGUSR1" in log or "SIGUSR1: stopping where the run can be taken up" in log
+    assert "stopped at once by SIGUSR1" in log or "SIGUSR1: stopping where the run can be resumed" in log
     assert log.count("report: ") == 1
     job = ["scontrol", "show", "job", sweep.log_path(first, "job").read_text()]
     shown = subprocess.run(job, env=cluster, capture_output=True, text=True, check=True).stdout

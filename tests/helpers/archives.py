@@ -1,4 +1,4 @@
-"""Small random archives in the original formats of MNIST and CIFAR, and a server of the loopback for them."""
+"""Small random archives in the original formats of MNIST and CIFAR, and a local HTTP server for them."""
 
 import contextlib
 import gzip
@@ -21,21 +21,21 @@ CIFAR_FILES = {
 
 
 def random_splits(name, train=30, test=20):
-    """{split: (images, {label feature: labels})} for the set `name`; all pixels and labels are random."""
-    draw = np.random.default_rng(0)
+    """Return random data for the set `name`: {split: (images, {label feature: labels})}."""
+    rng = np.random.default_rng(0)
     shape = (32, 32, 3) if name.startswith("cifar") else (28, 28, 1)
     classes = {"coarse_label": 20, "label": 100} if name == "cifar100" else {"label": 10}
     return {
         split: (
-            draw.integers(0, 256, (size, *shape), np.uint8),
-            {feature: draw.integers(0, count, size, np.uint8) for feature, count in classes.items()},
+            rng.integers(0, 256, (size, *shape), np.uint8),
+            {feature: rng.integers(0, count, size, np.uint8) for feature, count in classes.items()},
         )
         for split, size in (("train", train), ("test", test))
     }
 
 
 def pack(name, splits):
-    """The original files of `splits`, {file name: bytes}."""
+    """Return `splits` in the original files of the set, {file name: bytes}."""
     if not name.startswith("cifar"):
         return {
             f"{IDX_PREFIXES[split]}-{kind}-ubyte.gz": gzip.compress(_idx(array), mtime=0)
@@ -45,7 +45,7 @@ def pack(name, splits):
     number = name.removeprefix("cifar")
     folder = "cifar-10-batches-bin" if number == "10" else "cifar-100-binary"
     contents = {f"{folder}/readme.html": b"<html>not a record</html>"}
-    for feature, file in _names_files(name).items():
+    for feature, file in _class_name_files(name).items():
         contents[f"{folder}/{file}"] = "".join(f"{n}\n" for n in class_names(name, feature)).encode() + b"\n"
     for split, (images, labels) in splits.items():
         planes = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
@@ -63,13 +63,14 @@ def pack(name, splits):
 
 
 def class_names(name, feature):
+    """Return the class names of a label feature of CIFAR-10 or CIFAR-100."""
     return [f"{feature}_{i}" for i in range({"cifar10": 10, "cifar100": 100}[name])][
         : 20 if feature == "coarse_label" else None
     ]
 
 
 def register(patch, name, files, url):
-    """Make `files` the ones that the builder of `name` downloads, from below `url`."""
+    """Make the builder of `name` download `files` from the folder `url`."""
     infos = {
         f"{url}/{file}": UrlInfo(len(content), hashlib.sha256(content).hexdigest(), file)
         for file, content in files.items()
@@ -78,10 +79,11 @@ def register(patch, name, files, url):
 
 
 class Server:
-    """Serves `files` on the loopback, each request as the next of `actions` says, then as a good server.
+    """Serves `files` on localhost. The first requests get `actions`, in order; later ones are served normally.
 
-    An action is a number of bytes after which the connection is closed, ("stall", bytes), an HTTP status,
-    ("html",), ("silent",) without any answer, or ("whole",) without regard to ranges.
+    Actions: ("cut", n) closes the connection after n bytes; ("stall", n) stops sending after n bytes;
+    ("status", code) answers with an HTTP error; ("html",) sends a web page; ("silent",) sends nothing;
+    ("whole",) sends the whole file although a range is requested; ("good",) serves the request normally.
     """
 
     def __init__(self, files, actions=()):
@@ -104,6 +106,7 @@ class Server:
         self._server.server_close()
 
     def wait_for_end(self):
+        """Tell the test that a request has arrived, then keep its connection open until the server ends."""
         self.asked.set()
         self._ended.wait(30)
 
@@ -114,18 +117,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         content = self.owner.files[name]
         start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
         self.owner.requests.append((name, start))
-        action, *sent = self.owner.actions.pop(0) if self.owner.actions else ("good",)
+        action, *values = self.owner.actions.pop(0) if self.owner.actions else ("good",)
         if action == "silent":
             return self.owner.wait_for_end()
         if action == "status":
-            return self.send_error(*sent)
+            return self.send_error(*values)
         if action == "html":
             return self._send(200, b"<html>log in</html>", {"Content-Type": "text/html; charset=utf-8"})
         partial = start > 0 and action != "whole"
         headers = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if partial else {}
         body = content[start:] if partial else content
         with contextlib.suppress(ConnectionError):
-            self._send(206 if partial else 200, body, headers, sent[0] if sent else len(body))
+            self._send(206 if partial else 200, body, headers, values[0] if values else len(body))
             if action == "stall":
                 self.owner.wait_for_end()
         return None
@@ -147,7 +150,7 @@ def _idx(array):
     return header.tobytes() + array.tobytes()
 
 
-def _names_files(name):
+def _class_name_files(name):
     if name == "cifar10":
         return {"label": "batches.meta.txt"}
     return {"coarse_label": "coarse_label_names.txt", "label": "fine_label_names.txt"}

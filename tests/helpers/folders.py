@@ -1,4 +1,4 @@
-"""Prepared folders of TFDS's own sets, small and random, with the real builders' features and file names."""
+"""Small random versions of TFDS data sets, prepared with the features and file names of the real builders."""
 
 import io
 
@@ -8,15 +8,17 @@ from PIL import Image
 
 
 def encoded(pixels, encoding="PNG"):
+    """Return an image file with `pixels`, as a BytesIO."""
     file = io.BytesIO()
     Image.fromarray(pixels.squeeze()).save(file, encoding, **({"quality": 95} if encoding == "JPEG" else {}))
     return io.BytesIO(file.getvalue())
 
 
 def write(name, data_dir, splits, label_names=None):
-    """Prepare the set `name` in `data_dir` from `splits`, {split: list of examples}, as TFDS would leave it.
+    """Prepare the set `name` in `data_dir` from `splits`, {split: list of examples}, in the format of TFDS.
 
-    `label_names` are the names of the classes of label features, where the real builder reads them from a file.
+    `label_names` are the class names of label features, {feature: names}, if the real builder reads them from a
+    file.
     """
     real = tfds.builder_cls(name)
 
@@ -27,27 +29,30 @@ def write(name, data_dir, splits, label_names=None):
         return {split: enumerate(examples) for split, examples in splits.items()}
 
     members = {"name": name, "_split_generators": split_generators, "pkg_dir_path": real.pkg_dir_path}
-    with tfds.core.registered.skip_registration():  # it stands in for the real one, under its name
+    with tfds.core.registered.skip_registration():  # it has the name of the real builder
         builder = type(name.title(), (real,), members)
     builder(data_dir=str(data_dir), file_format="array_record").download_and_prepare()
 
 
 def random_examples(size, shape, num_classes=10, seed=0):
-    """PNG images of noise whose class shows in their brightness, with labels in turn."""
-    draw = np.random.default_rng(seed)
+    """Yield noise images as PNG files, whose brightness depends on their class; classes take turns."""
+    rng = np.random.default_rng(seed)
     for i in range(size):
         label = i % num_classes
         brightness = 25 + 200 * label // num_classes
-        pixels = np.clip(draw.normal(brightness, 20, shape), 0, 255).astype(np.uint8)
+        pixels = np.clip(rng.normal(brightness, 20, shape), 0, 255).astype(np.uint8)
         yield {"image": encoded(pixels), "label": label}
 
 
 def write_mnist(data_dir, train=30, test=20):
+    """Prepare MNIST with random images."""
     sizes = {"train": train, "test": test}
     write("mnist", data_dir, {split: list(random_examples(n, (28, 28, 1))) for split, n in sizes.items()})
 
 
 def write_cifar10(data_dir, train=30, test=20):
+    """Prepare CIFAR-10 with random images."""
+
     def examples(size):
         for i, example in enumerate(random_examples(size, (32, 32, 3))):
             yield {"id": f"{i:05}", **example}
@@ -56,12 +61,12 @@ def write_cifar10(data_dir, train=30, test=20):
 
 
 def write_imagenet(data_dir, train=12, validation=6):
-    """JPEGs of various sizes: smooth, so that a JPEG keeps them, and brighter from class to class."""
+    """Prepare ImageNet with JPEGs of various sizes: smooth, so that JPEG preserves them; blue is the class."""
 
     def examples(size, seed):
-        draw = np.random.default_rng(seed)
+        rng = np.random.default_rng(seed)
         for i in range(size):
-            height, width = draw.integers(60, 140, 2)
+            height, width = rng.integers(60, 140, 2)
             rows, columns = np.mgrid[:height, :width]
             red = 255 * rows / height
             green = 255 * columns / width

@@ -1,4 +1,4 @@
-"""What each of two processes does for test_distributed.py: `python -m tests.helpers.in_processes FOLDER`."""
+"""The program of the two processes of test_distributed.py: `python -m tests.helpers.in_processes FOLDER`."""
 
 import argparse
 import json
@@ -26,52 +26,53 @@ def main():
     for name in ("coordinator", "processes", "process"):
         parser.add_argument(f"--{name}", type=str if name == "coordinator" else int)
     parser.add_argument("--data_dir")
-    given = parser.parse_args()
-    distributed.initialize(given.coordinator, given.processes, given.process)
+    arguments = parser.parse_args()
+    distributed.initialize(arguments.coordinator, arguments.processes, arguments.process)
     with distributed.exit_on_failure():
-        if given.data_dir:
-            differ(given)
-        found = {"most": distributed.global_max(10 * given.process), "errors": errors(given.process)}
-        found["same"] = [distributed.all_processes_equal(value) for value in ("a", f"{given.process}", "b")]
-        found |= stream(given.folder)
-        save(given.folder)
-        (given.folder / f"found-{given.process}.json").write_text(json.dumps(found))
-        leave(given.folder, given.process)
+        if arguments.data_dir:
+            train_differently_and_die(arguments)
+        folder, process = arguments.folder, arguments.process
+        found = {"most": distributed.global_max(10 * process), "errors": collect_errors(process)}
+        found["same"] = [distributed.all_processes_equal(value) for value in ("a", f"{process}", "b")]
+        found |= read_stream(folder)
+        save_checkpoints(folder)
+        (folder / f"found-{process}.json").write_text(json.dumps(found))
+        shut_down(folder, process)
 
 
-def leave(folder, process):
-    """Process 0 a second after the other; each notes when it leaves, and when JAX's shutdown begins."""
-    shutdown, times = jax.distributed.shutdown, []
+def shut_down(folder, process):
+    """Shut down, process 0 one second after the other; store when this and JAX's shutdown begin."""
+    jax_shutdown, times = jax.distributed.shutdown, []
 
-    def noting():
+    def record_and_shut_down():
         times.append(time.time())
-        shutdown()
+        jax_shutdown()
 
-    jax.distributed.shutdown = noting
+    jax.distributed.shutdown = record_and_shut_down
     time.sleep(0 if process else 1)
     times.append(time.time())
     distributed.shutdown()
     (folder / f"left-{process}.json").write_text(json.dumps(times))
 
 
-def differ(given):
-    """Be refused, as the seeds differ; then process 0 dies, and the other waits for it."""
-    config = quick_config(given.data_dir, seed=given.process)
+def train_differently_and_die(arguments):
+    """Start a run, which is refused as the seeds differ; then process 0 dies while the other waits for it."""
+    config = quick_config(arguments.data_dir, seed=arguments.process)
     try:
-        runs.run(config, given.folder / "run")
+        runs.run(config, arguments.folder / "run")
     except distributed.RemoteUserError:
         pass
     except UserError as error:
         print(error, file=sys.stderr, flush=True)
     distributed.global_max(0)
-    if given.process == 0:
+    if arguments.process == 0:
         os._exit(7)
     while True:
         distributed.global_max(0)
 
 
-def errors(process):
-    """Who raises what, where one process, or both, cannot do something."""
+def collect_errors(process):
+    """Return the error that this process raises if none, process 1, or both processes fail."""
     raised = []
     for failing in ((), (1,), (0, 1)):
         try:
@@ -84,15 +85,15 @@ def errors(process):
     return raised
 
 
-def stream(folder):
-    """What both see together of a stream, and the examples that this one decodes."""
+def read_stream(folder):
+    """Return the batches of a stream, gathered from both processes, and how many examples this one decoded."""
     read, decoded = streaming._read, []
 
-    def noting(split, example, draw):
+    def record_and_read(split, example, draw):
         decoded.append(int(example))
         return read(split, example, draw)
 
-    streaming._read = noting
+    streaming._read = record_and_read
     found = {}
     dataset = data.load("imagenet2012", folder, image_side=8, workers=0)
     for name, sizes in (("members", (2, 1)), ("data", (1, 2))):
@@ -115,8 +116,8 @@ def stream(folder):
     return found
 
 
-def save(folder):
-    """A round and the state of one, by both."""
+def save_checkpoints(folder):
+    """Save a round and a state within a round, collectively."""
     (folder / "checkpoints").mkdir(exist_ok=True)
     tree = {
         "params": {"kernel": np.arange(24, dtype=np.float32).reshape(2, 3, 4), "odd": np.ones(3, np.float32)}

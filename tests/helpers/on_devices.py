@@ -1,4 +1,4 @@
-"""What test_devices.py looks at, computed on four devices: python -m tests.helpers.on_devices FILE."""
+"""Compute the results for test_devices.py on four devices: python -m tests.helpers.on_devices FILE."""
 
 import functools
 import os
@@ -10,7 +10,7 @@ if __name__ == "__main__":
     os.environ["XLA_FLAGS"] = " ".join(
         [
             "--xla_force_host_platform_device_count=4",
-            "--xla_backend_optimization_level=0",  # compiled once, run for milliseconds
+            "--xla_backend_optimization_level=0",  # optimising takes longer than it saves
             "--xla_llvm_disable_expensive_passes=true",
         ]
     )
@@ -29,7 +29,7 @@ COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "
 
 
 def lenet(mesh=(1, 1), **overrides):
-    """Four members, with two twins in round 1; all that a round may hold."""
+    """Set up four members with all features of a round: two twins in round 1, repulsion and rewinding."""
     fields = {
         "rounds": 3,
         "rewind_step": 5,
@@ -41,7 +41,7 @@ def lenet(mesh=(1, 1), **overrides):
 
 
 def resnet(mesh=(1, 1), **overrides):
-    """A ResNet-20 of a quarter of the channels, on images of 8 × 8 that are shifted and mirrored."""
+    """Set up a ResNet-20 with a quarter of the channels on 8 × 8 images, with crop and flip augmentation."""
     fields = {
         "batch_size": 16,
         "replicates": 1,
@@ -53,8 +53,8 @@ def resnet(mesh=(1, 1), **overrides):
         "optimizer.learning_rate": 0.02,
         "execution": "scan_vmap",
     }
-    draw = np.random.default_rng(1)
-    images = draw.integers(0, 256, (38, 8, 8, 3), np.uint8)
+    rng = np.random.default_rng(1)
+    images = rng.integers(0, 256, (38, 8, 8, 3), np.uint8)
     labels = np.arange(38, dtype=np.int32) % 3
     arrays = (images, labels, images[::-1], labels[::-1])
     dataset = data.from_arrays(*arrays, augmentation=("crop", "flip"))
@@ -64,11 +64,12 @@ def resnet(mesh=(1, 1), **overrides):
 
 
 def mesh_fields(mesh):
+    """Return the config fields of a mesh (member, data)."""
     return {"mesh.member": mesh[0], "mesh.data": mesh[1]}
 
 
 def run(experiment):
-    """All rounds: of each the networks, the rows of results.csv, and the history of the training."""
+    """Run all rounds; return the networks, the rows of results.csv and the training history of each."""
     histories = []
     ends = imp.rounds(experiment, on_epoch=[lambda end: histories.append((end.round, end.progress.history))])
     return [
@@ -76,8 +77,8 @@ def run(experiment):
     ]
 
 
-def collectives(experiment):
-    """How many there are in the programs of an epoch and of an evaluation."""
+def count_collectives(experiment):
+    """Count the collective operations in the compiled programs of an epoch and of an evaluation."""
     spec, state = experiment.spec, imp.init_state(experiment)
     states = imp.begin_training(experiment, state).states
     keys = devices.shard_members(jax.random.split(jax.random.key(0), len(state.members)), spec.mesh)
@@ -100,15 +101,15 @@ def collectives(experiment):
     return [sum(len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in COLLECTIVES) for text in texts]
 
 
-def compiled(experiment):
-    """How often the program of an epoch is compiled in a run of all rounds."""
+def count_compilations(experiment):
+    """Count how often the program of an epoch is compiled in a run of all rounds."""
     training.programs().scan_steps.clear_cache()
     run(experiment)
     return training.programs().scan_steps._cache_size()
 
 
-def one_step(experiment, images, labels):
-    """The first member after a step of SGD at the rate 1, and its metrics."""
+def train_one_step(experiment, images, labels):
+    """Return the first member after a step of SGD with learning rate 1, and its metrics."""
     spec = experiment.spec
     states = imp.begin_training(experiment, imp.init_state(experiment)).states
     state = jax.tree.map(lambda leaf: leaf[0], states)
@@ -116,19 +117,22 @@ def one_step(experiment, images, labels):
     return step(state, masking.ones_like(state.params), images, labels, 1.0)
 
 
-def of_parts(**fields):
-    """A step on a batch of 8 in two parts, and the mean of a step on each of them: the gradient is linear."""
-    whole = resnet(**fields, **{"model.name": "resnet8", "optimizer.name": "sgd"})
-    images, labels = (leaf[:8] for leaf in whole.dataset.train)
+def compare_divided_batch(**fields):
+    """Return a step on a batch of 8 that is divided in two parts, and the mean of the steps on each part.
+
+    They should be equal, because a step of SGD is linear in the gradient.
+    """
+    divided = resnet(**fields, **{"model.name": "resnet8", "optimizer.name": "sgd"})
+    images, labels = (leaf[:8] for leaf in divided.dataset.train)
     parts = (slice(0, 8, 2), slice(1, 8, 2)) if "accumulate_steps" in fields else (slice(0, 4), slice(4, 8))
-    alone = whole._replace(spec=whole.spec._replace(accumulate_steps=1, norm_parts=1))
-    apart = [one_step(alone, images[part], labels[part]) for part in parts]
-    mean = jax.tree.map(lambda *leaves: sum(leaves) / 2, *apart)
-    return jax.tree.map(np.asarray, (one_step(whole, images, labels), mean))
+    undivided = divided._replace(spec=divided.spec._replace(accumulate_steps=1, norm_parts=1))
+    steps = [train_one_step(undivided, images[part], labels[part]) for part in parts]
+    mean = jax.tree.map(lambda *leaves: sum(leaves) / 2, *steps)
+    return jax.tree.map(np.asarray, (train_one_step(divided, images, labels), mean))
 
 
-def copies():
-    """Where a set and its copies on all devices lie in memory."""
+def buffer_pointers():
+    """Return the memory addresses of a set of images and of its copies on all devices."""
     images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (100, 8, 8, 3), np.uint8))
     replicated = devices.replicate(images, jax.sharding.Mesh(np.array(jax.devices()), ("member",)))
     shards = [shard.data.unsafe_buffer_pointer() for shard in replicated.addressable_shards]
@@ -142,11 +146,11 @@ def main():
         "lenet accumulated": lambda: run(lenet((2, 2), accumulate_steps=2)),
         "resnet": lambda: {mesh: run(resnet(mesh)) for mesh in MESHES},
         "resnet in parts": lambda: {mesh: run(resnet(mesh, **options)) for mesh in ((1, 1), (2, 2))},
-        "collectives": lambda: {mesh: collectives(resnet(mesh)) for mesh in ((4, 1), (2, 2))},
-        "memory": copies,
-        "programs": lambda: compiled(make_tiny_experiment(**mesh_fields((2, 2)))),
-        "accumulated": lambda: of_parts(accumulate_steps=2),
-        "in parts": lambda: of_parts(**{"model.norm_parts": 2}),
+        "collectives": lambda: {mesh: count_collectives(resnet(mesh)) for mesh in ((4, 1), (2, 2))},
+        "memory": buffer_pointers,
+        "programs": lambda: count_compilations(make_tiny_experiment(**mesh_fields((2, 2)))),
+        "accumulated": lambda: compare_divided_batch(accumulate_steps=2),
+        "in parts": lambda: compare_divided_batch(**{"model.norm_parts": 2}),
     }
     return {name: task() for name, task in tasks.items()}
 

@@ -1,4 +1,4 @@
-"""A project of a user: a model, a data set, a score, an arm, an analysis and an optimizer of their own."""
+"""The project of a user, with its own model, data set, score, arm, analysis and optimizer."""
 
 import flax.linen as nn
 import jax
@@ -27,10 +27,10 @@ class Mixer(nn.Module):
 
 
 def blobs(data_dir):
-    """Grey images of 6 × 6 with a bright spot in one of four quarters, which is the label."""
-    draw = np.random.default_rng(0)
-    labels = draw.integers(0, 4, 400)
-    images = draw.integers(0, 100, (400, 6, 6, 1))
+    """Return grey 6 × 6 images with a bright spot in one of four quarters; the quarter is the label."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 400)
+    images = rng.integers(0, 100, (400, 6, 6, 1))
     for image, label in zip(images, labels, strict=True):
         image[3 * (label // 2) :, 3 * (label % 2) :][:3, :3] += 120
     images = images.astype(np.uint8)
@@ -38,11 +38,12 @@ def blobs(data_dir):
 
 
 def taylor(inputs):
-    """|θ · ∂loss/∂θ|, the first-order change of the loss when a weight is removed."""
+    """Return |θ · ∂loss/∂θ|, the first-order change of the loss when a weight is removed."""
     return jax.tree.map(lambda p, g: jnp.abs(p * g), inputs.params, jax.grad(inputs.loss)(inputs.params))
 
 
 def norm(params):
+    """Return the Euclidean norm of all parameters."""
     return float(jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))))
 
 

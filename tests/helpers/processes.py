@@ -1,4 +1,4 @@
-"""Processes that train together, on this machine."""
+"""Several processes on this machine that train together."""
 
 import os
 import socket
@@ -10,17 +10,17 @@ from tests.helpers import ROOT
 
 
 class Processes:
-    """The command `python *arguments`, as several processes that find each other; ended with the context."""
+    """Runs `python *arguments` in `count` processes that train together; kills them on exit of the context."""
 
     def __init__(self, count: int, arguments: Sequence[object]):
-        with socket.socket() as one:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
-        joined = [f"--coordinator=localhost:{port}", f"--processes={count}"]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        coordination = [f"--coordinator=localhost:{port}", f"--processes={count}"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         self.all = [
             subprocess.Popen(
-                [sys.executable, *map(str, arguments), *joined, f"--process={number}"],
+                [sys.executable, *map(str, arguments), *coordination, f"--process={number}"],
                 cwd=ROOT,
                 env=os.environ | {"PYTHONUNBUFFERED": "1"},
                 **pipes,
@@ -36,11 +36,11 @@ class Processes:
             process.kill()
             process.communicate()
 
-    def wait_for_line(self, of_interest: Callable[[str], bool]) -> str:
-        """The first line of process 0 that is of interest."""
-        return next(line for line in self.all[0].stdout if of_interest(line))
+    def wait_for_line(self, predicate: Callable[[str], bool]) -> str:
+        """Return the first line on the stdout of process 0 for which `predicate` is true."""
+        return next(line for line in self.all[0].stdout if predicate(line))
 
     def ended(self, seconds: float = 120) -> list[tuple[int, str, str]]:
-        """Exit status, stdout and stderr of each, once all have ended."""
-        said = [process.communicate(timeout=seconds) for process in self.all]
-        return [(process.returncode, *of) for process, of in zip(self.all, said, strict=True)]
+        """Wait for all processes to end; return the exit status, stdout and stderr of each."""
+        outputs = [process.communicate(timeout=seconds) for process in self.all]
+        return [(process.returncode, *output) for process, output in zip(self.all, outputs, strict=True)]

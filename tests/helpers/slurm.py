@@ -1,4 +1,4 @@
-"""A real Slurm of one node, on this machine, for the tests: as root, from Debian's slurm-wlm and munge."""
+"""A real Slurm cluster of one node, on this machine; needs root and Debian's slurm-wlm and munge."""
 
 import contextlib
 import os
@@ -39,16 +39,16 @@ PartitionName=tests Nodes={host} Default=YES MaxTime=INFINITE State=UP
 
 
 def missing() -> str:
-    """Why there can be no Slurm here, in words; empty if there can."""
+    """Describe why Slurm cannot run on this machine; "" if it can."""
     absent = [name for name in DAEMONS if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")]
     if absent:
         return f"{', '.join(absent)} not installed; on Debian: apt-get install slurm-wlm munge"
-    return "" if os.geteuid() == 0 else "its daemons are to be started as root"
+    return "" if os.geteuid() == 0 else "its daemons must be started as root"
 
 
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator[dict[str, str]]:
-    """The environment in which this Slurm's commands find it; its daemons end with the context."""
+    """Start Slurm; yield the environment variables for its commands. Its daemons end with the context."""
     environment = {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{os.environ['PATH']}:/usr/sbin"}
     for name in ("state", "spool"):
         (folder / name).mkdir(parents=True)
@@ -88,18 +88,18 @@ def _sinfo(environment):
     return listed.stdout
 
 
-def _wait_for(ready, what, folder, seconds=30):
-    end = time.monotonic() + seconds
-    while not ready():
-        if time.monotonic() > end:
+def _wait_for(is_ready, name, folder, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not is_ready():
+        if time.monotonic() > deadline:
             logs = "\n".join(path.read_text()[-2000:] for path in (folder / "output", *folder.glob("*.log")))
-            raise TimeoutError(f"{what} of Slurm did not come up:\n{logs}")
+            raise TimeoutError(f"{name} of Slurm did not start:\n{logs}")
         time.sleep(0.2)
 
 
 def _free_ports(count):
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        for free in sockets:
+            free.bind(("127.0.0.1", 0))
+        return [free.getsockname()[1] for free in sockets]

@@ -1,4 +1,4 @@
-"""Tables of a run that was never trained, made of formulas, for figures and claims to be taken of them."""
+"""Tables of a run from formulas instead of a training, to test figures and claims."""
 
 from itertools import product
 from pathlib import Path
@@ -21,11 +21,11 @@ def tables(
     counts=lambda arm: (1, 2, 1, 2, 1),
     rounds: int | None = None,
 ) -> analysis.Run:
-    """What `analysis.load` would give of `run`, or of its first `rounds`.
+    """Return the tables of `run`, or of its first `rounds`, in the form of `analysis.load`.
 
-    The formulas take the arm, the replicate and the round. An angle is between two rounds. A barrier is that on
-    test images of the path to a round; on training images it is 0. `counts` are of the weights around
-    −2, −1, 0, 1 and 2, in replicate r times r + 1.
+    `accuracy` and `threshold` take the arm, the replicate and the round, `angle` takes the arm and two rounds.
+    `barrier`, of the path that ends in a round, and `instability` are those on test images; on training images
+    they are 0. `counts` are the numbers of weights around −2, −1, 0, 1 and 2, times r + 1 in replicate r.
     """
     config = run.config
     numbers = range(rounds or config.rounds)
@@ -57,8 +57,14 @@ def tables(
     twins = [n for n in config.instability.rounds if n in numbers]
     ends = [("successive", n, barrier) for n in numbers if n] + [("instability", n, instability) for n in twins]
     barriers = pd.DataFrame(
-        {"replicate": r, "kind": kind, "round": n, "split": split, "barrier": of(n) if split == "test" else 0.0}
-        for (kind, n, of), r, split in product(ends, replicates, ("train", "test"))
+        {
+            "replicate": r,
+            "kind": kind,
+            "round": n,
+            "split": split,
+            "barrier": height(n) if split == "test" else 0.0,
+        }
+        for (kind, n, height), r, split in product(ends, replicates, ("train", "test"))
     )
     paths = pd.DataFrame(
         {
@@ -76,9 +82,9 @@ def tables(
         for r, arm, n in product(replicates, arms, numbers)
         for i, count in enumerate(counts(arm))
     )
-    there = dict(distances=distances, paths=paths, barriers=barriers, histograms=histograms)
-    whole = {
-        name: there.get(name, pd.DataFrame()).reindex(columns=registered.columns)
+    computed = dict(distances=distances, paths=paths, barriers=barriers, histograms=histograms)
+    all_tables = {
+        name: computed.get(name, pd.DataFrame()).reindex(columns=registered.columns)
         for name, registered in analysis.ANALYSES.items()
     }
-    return analysis.Run(Path(run.name), config, results, whole)
+    return analysis.Run(Path(run.name), config, results, all_tables)

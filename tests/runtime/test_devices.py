@@ -131,7 +131,7 @@ def test_no_process_is_left_out(mesh_of):
     with pytest.raises(UserError, match=r"is 6 × 1; 2 processes of 4 devices .* such as 8 × 1, 4 × 2, 2 × 4"):
         mesh_of(8, 6, member=6, processes=2)
     with pytest.raises(
-        UserError, match=r"of 4 and mesh\.data one should divide the other: such as 12 × 1, 6 × 2, 3"
+        UserError, match=r"mesh\.data should divide 4 or be a multiple of it, such as 12 × 1, 6 × 2, 3"
     ):
         mesh_of(12, 6, member=4, data=3, processes=3)
 
@@ -172,6 +172,6 @@ def test_the_mesh_in_words(mesh_of, monkeypatch):
     mesh = type("Mesh", (), {"devices": grid})
     words = devices.describe_mesh(mesh, 6)
     assert re.match(
-        r"mesh 4 × 2 \(member × data\) on 8 of 8 devices, .*; 2 members a device, 2 places empty", words
+        r"mesh 4 × 2 \(member × data\) on 8 of 8 devices, .*; 2 members per device, 2 empty slots", words
     )
     assert "mesh 1 × 1 (member × data) on 1 of 8 devices" in devices.describe_mesh(None, 6)

@@ -136,7 +136,10 @@ def test_unlike_processes_do_not_train(data_dir, tmp_path):
     refusal = "the processes differ in their configs"
     assert refusal in first_said
     assert refusal not in second_said  # it is said once
-    assert "cannot go on, as when another has died" in second_said or "another task died" in second_said
+    assert (
+        "cannot continue, probably because another has died" in second_said
+        or "another task died" in second_said
+    )
     assert not (tmp_path / "run").exists()
 
 

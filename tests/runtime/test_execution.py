@@ -101,8 +101,8 @@ def test_a_workdir_goes_on_with_the_execution_it_was_begun_with(tiny_experiment,
     assert capsys.readouterr().err == ""
     assert recalled("xla").spec.execution == (True, True, "xla")
     assert capsys.readouterr().err == (
-        f"{tmp_path} was begun with convolutions by oneDNN, which cannot be used here: it goes on with "
-        "convolutions by XLA in forms for a CPU, and results differ by rounding\n"
+        f"{tmp_path} was begun with convolutions by oneDNN, which cannot be used on this machine; it "
+        "continues with convolutions by XLA in forms for a CPU, and results differ by rounding\n"
     )
     (tmp_path / "execution.json").write_text('{"scan": true, "future": 1}')
     assert recalled("xla").spec.execution == (True, True, "xla")

@@ -29,7 +29,7 @@ def test_a_signal_ends_at_once_what_can_be_done_again(number):
     process.send_signal(number)
     assert process.wait(timeout=10) == 128 + number
     said = process.stderr.read()
-    assert said == f"stopped at once by {number.name}; the same command goes on after what is on disk\n"
+    assert said == f"stopped at once by {number.name}; the same command continues from what is on disk\n"
 
 
 def test_a_training_is_asked_to_stop():
@@ -69,7 +69,7 @@ def test_a_second_signal_ends_the_process_even_while_python_waits():
     """In a call that does not come back to the interpreter, as a compilation does not."""
     process = start(f"with GracefulStop() as i, i.defer_signals():\n    {READY}    {WAIT}")
     process.send_signal(signal.SIGTERM)
-    assert "SIGTERM: stopping where the run can be taken up again" in process.stderr.readline()
+    assert "SIGTERM: stopping where the run can be resumed" in process.stderr.readline()
     time.sleep(0.3)
     sent = time.monotonic()
     process.send_signal(signal.SIGINT)

@@ -90,7 +90,7 @@ def test_after_a_failure_nothing_is_written_and_leaving_says_so(data_dir, tmp_pa
                 recorder.on_epoch(epoch_end(3, BROKEN))
 
     with pytest.raises(
-        UserError, match=r"cannot record round 3 in .*IsADirectoryError.*the same command goes on"
+        UserError, match=r"cannot record round 3 in .*IsADirectoryError.*the same command continues"
     ):
         fail_and_go_on()
     assert not in_the_way.exists()

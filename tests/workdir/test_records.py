@@ -171,7 +171,7 @@ def test_columns_of_other_versions_are_kept(tmp_path):
     table = pd.read_csv(path)
     assert table["note"].tolist() == ["mine", "mine"]
     assert table.drop(columns="cosine").to_csv(path, index=False) is None
-    with pytest.warns(UserWarning, match=r"results\.csv has no column cosine; NaN stands there"):
+    with pytest.warns(UserWarning, match=r"results\.csv has no column cosine; filled with NaN"):
         found = read_results(tmp_path)
     assert found["cosine"].isna().all()
     assert found.columns.tolist() == [*FIELDS, "note"]
@@ -270,7 +270,7 @@ def test_what_cannot_be_printed_is_dropped(capsys, monkeypatch, how):
                     print_summary(pd.DataFrame(rows(0)))
             print("the last")
     said = capsys.readouterr().err
-    full = "stdout cannot be written: [Errno 28] No space left on device; the run goes on without it\n"
+    full = "stdout cannot be written: [Errno 28] No space left on device; the run continues without it\n"
     assert said == (full if how == "full" else "")
 
 
