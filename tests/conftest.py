@@ -34,16 +34,19 @@ from imp_jax.models.lenet import LeNet
 
 # the files that take longest, longest first: each runs in one worker, and the last to end decides
 LONGEST = (
-    "imp",
+    "runs",
     "benchmark",
-    "main",
+    "imp",
     "sweep",
+    "cli",
     "distributed",
+    "command",
     "devices",
     "analysis",
     "slurm",
     "models",
     "repulsion",
+    "divergence",
 )
 
 

@@ -5,13 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imp_jax import arms, imp, masking, runs
+from imp_jax import arms, masking, runs
 from imp_jax.arms import (
     ARMS,
     Arm,
     Member,
     add_scheduled_members,
-    imp_of_each,
     member_keys,
     members_for_next_round,
     members_of_rows,
@@ -19,12 +18,13 @@ from imp_jax.arms import (
     where_members,
 )
 from imp_jax.errors import UserError
-from imp_jax.round_state import repeat_optima, start_round
 from imp_jax.runtime.signals import GracefulStop, Stopped
 from imp_jax.workdir.checkpoints import Checkpoints
 from tests.conftest import make_tiny_config, make_tiny_dataset
 
 MEMBERS = tuple(Member(arm, replicate) for arm in ("imp", "reinit") for replicate in (0, 1))
+
+
 TWINS = {"twin": frozenset({3})}
 
 
@@ -65,22 +65,14 @@ def test_a_key_is_folded_from_seed_replicate_draw_and_numbers():
     np.testing.assert_array_equal(*map(jax.random.key_data, (keys[3], alone[0])))
 
 
-def test_twins_take_the_leaves_of_imp_and_leave_none(tiny_experiment):
-    members = add_scheduled_members(MEMBERS, TWINS, 3)
-    np.testing.assert_array_equal(imp_of_each(members), [0, 1, 0, 1, 0, 1])
-    tree = {"a": np.array([10, 11, 20, 21])}
-    np.testing.assert_array_equal(repeat_optima(tree, MEMBERS, members)["a"], [10, 11, 20, 21, 10, 11])
-    assert repeat_optima(tree, MEMBERS, MEMBERS) is tree
-    assert members_for_next_round(members, ("imp", "reinit")) == MEMBERS
-
-    experiment = tiny_experiment(**{"instability.rounds": (3,)})
-    first = imp.init_state(experiment)
-    tickets, masks = jax.tree.map(lambda leaf: leaf[:2], (first.tickets, first.masks))
-    state = start_round(experiment, 3, MEMBERS, tickets, masks)
-    assert state.members == members
-    for tree in (state.tickets, state.masks):
-        jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf[4:], leaf[:2]), tree)
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[:2], b), state.tickets, tickets)
+def test_data_order_differs_between_rounds_arms_and_replicates(tiny_experiment):
+    experiment = tiny_experiment()
+    keys = [
+        member_keys(experiment.members, experiment.seed, lambda m, n=n: ["data", ARMS[m.arm].number, n])
+        for n in range(2)
+    ]
+    orders = {tuple(np.asarray(jax.random.permutation(key, 46))) for of_round in keys for key in of_round}
+    assert len(orders) == 8
 
 
 def test_where_member_chooses_whole_members():

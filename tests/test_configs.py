@@ -1,5 +1,6 @@
 """The config files are table 1 of the paper."""
 
+import importlib.util
 import re
 
 import pytest
@@ -7,6 +8,10 @@ import pytest
 from configs import conv4, lenet, mnist5k, resnet20, resnet50
 from experiments.paper import analysis_table, config_table
 from imp_jax import config as configs
+from tests.helpers import ROOT
+
+CONFIG_FILES = sorted((ROOT / "configs").glob("*.py"))
+
 
 # epochs, batch size, optimizer, learning rate, schedule, milestones, weight decay, fraction pruned a round
 TABLE_1 = {
@@ -78,3 +83,12 @@ def test_the_readme_of_the_configs_is_up_to_date():
     rows = config_table.format_table().splitlines()[2:]
     assert [row.split("`")[1] for row in rows] == [f"{name}.py" for name in config_table.list_config_names()]
     assert rows[0].startswith("| `conv4.py` | Conv-4 | cifar10 | 75 | 128 | 159 | 595.3 million | ")
+
+
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.stem)
+def test_config_files_are_valid(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    configs.validate(module.get_config())
+    assert f"--config=configs/{path.name}" in module.__doc__

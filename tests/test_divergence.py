@@ -1,9 +1,18 @@
-import itertools
+"""Divergence: found in metrics, and what whole runs do about it."""
 
+import itertools
+import shutil
+
+import jax
+import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 
-from imp_jax import divergence
+from imp_jax import analysis, divergence, training
+from imp_jax.errors import UserError
+from tests.conftest import quick_config
+from tests.helpers.rounds import run
 
 STEPS = 4  # an epoch
 
@@ -51,3 +60,108 @@ def test_a_training_that_is_over_is_judged_by_its_end():
     # 1 fell to chance; 2 had never learnt; 3 is above chance; 4 broke before; 5 broke with its last step
     assert {i: step for i, (step, _) in found.items()} == {1: 8, 4: 6, 5: 8}
     assert found[1][1] == "the accuracy fell to 12.0% after 90.0%"
+
+
+# --- in whole runs, on mnist5k ---
+
+
+def break_in_round_1(monkeypatch, broken, value=np.nan):
+    """The weights of members in round 1 become `value` after its first epoch."""
+    train_steps = training.train_steps
+    calls = itertools.count()
+
+    def break_some(states, *args, **kwargs):
+        states, metrics = train_steps(states, *args, **kwargs)
+        members = len(metrics.loss[0])
+        if next(calls) == 3:  # after the three epochs of round 0
+            hit = jnp.isin(jnp.arange(members), jnp.array(broken))
+            states = states._replace(
+                params=jax.tree.map(
+                    lambda p: jnp.where(hit.reshape(-1, *[1] * (p.ndim - 1)), value, p), states.params
+                )
+            )
+        return states, metrics
+
+    monkeypatch.setattr(training, "train_steps", break_some)
+
+
+def test_divergence_stops_the_run_and_is_recorded(data_dir, tmp_path, monkeypatch):
+    config = quick_config(data_dir, epochs=3, replicates=2)
+    break_in_round_1(monkeypatch, [1, 2])
+    with pytest.raises(
+        UserError, match=r"nan or infinite in round 1, arm imp, replicate 1, at step 8 .* rounds 0 to 0 on disk"
+    ):
+        run(config, tmp_path)
+    assert pd.read_csv(tmp_path / "results.csv")["round"].tolist() == [0] * 4
+    lines = (tmp_path / "divergences.csv").read_text().splitlines()
+    broken = ["1,imp,1,8,the loss became nan or infinite", "0,reinit,1,8,the loss became nan or infinite"]
+    assert lines == ["replicate,arm,round,step,what", *broken]
+
+
+@pytest.mark.parametrize(
+    ("broken", "in_round_1", "in_round_2"),
+    [
+        ([1], [("imp", 0), ("reinit", 0), ("reinit", 1)], [("imp", 0), ("reinit", 0)]),  # imp, replicate 1
+        ([2, 4], [("imp", 0), ("imp", 1), ("reinit", 1), ("twin", 1)], [("imp", 0), ("imp", 1), ("reinit", 1)]),
+    ],
+)
+def test_a_member_that_diverges_is_dropped(data_dir, tmp_path, monkeypatch, broken, in_round_1, in_round_2):
+    """With its replicate if it is the imp, whose masks all use; the others go on as without it."""
+    config = quick_config(data_dir, epochs=3, replicates=2, on_divergence="drop")
+    config.model.width, config.analysis.path_points = 0.1, 3
+    config.instability.rounds = (1,) if 4 in broken else ()
+    config.repulsion.strength = 2.0 if 4 in broken else 0.0
+    run(config, tmp_path / "healthy")
+    break_in_round_1(monkeypatch, broken)
+    run(config, tmp_path / "run")
+    results = pd.read_csv(tmp_path / "run" / "results.csv")
+    members = {
+        n: list(zip(rows["arm"], rows["replicate"], strict=True)) for n, rows in results.groupby("round")
+    }
+    assert members[1] == in_round_1
+    assert members[2] == in_round_2
+    keys = ["arm", "replicate", "round"]
+    healthy = pd.read_csv(tmp_path / "healthy" / "results.csv").merge(results[keys], on=keys)
+    columns = ["density", "threshold", "test_loss", *(["repulsion"] if config.repulsion.strength else [])]
+    np.testing.assert_allclose(results[columns], healthy[columns], rtol=2e-3)
+    divergences = pd.read_csv(tmp_path / "run" / "divergences.csv")
+    assert len(divergences) == len(broken)
+    assert (divergences["step"] == 8).all()
+
+    analysis.run(tmp_path / "run")
+    analysed = analysis.load(tmp_path / "run")
+    assert analysed.members(1) == tuple(in_round_1)
+    rounds = analysed.distances.groupby(["arm", "replicate"])["round_a"].unique()
+    for member_ in members[0]:
+        assert rounds[member_].tolist() == [-1, *(n for n in range(3) if member_ in members[n])]
+    successive = analysed.barriers.query("kind == 'successive' and split == 'test'").groupby("round")[
+        "replicate"
+    ]
+    assert successive.unique().map(list).to_dict() == {
+        n: [r for arm, r in members[n] if arm == "imp"] for n in (1, 2)
+    }
+
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "2")  # to go on without the member
+    ends = []
+    run(config, tmp_path / "run", on_round=[ends.append])
+    (again,) = ends
+    assert [(row["arm"], row["replicate"]) for row in again.rows] == in_round_2
+    resumed = pd.read_csv(tmp_path / "run" / "results.csv")
+    np.testing.assert_allclose(resumed[columns], results[columns], rtol=1e-4)
+
+
+def test_a_member_that_falls_to_chance_is_dropped(data_dir, tmp_path, monkeypatch):
+    config = quick_config(data_dir, epochs=3, on_divergence="drop", rounds=2, replicates=2)
+    break_in_round_1(monkeypatch, [3], value=0.0)  # all weights 0: they stay there
+    run(config, tmp_path)
+    (line,) = pd.read_csv(tmp_path / "divergences.csv").to_dict("records")
+    assert (line["arm"], line["replicate"], line["round"], line["step"]) == ("reinit", 1, 1, 24)
+    assert line["what"].startswith("the accuracy fell to ")
+
+
+def test_a_run_without_any_ticket_left_ends(data_dir, tmp_path, monkeypatch):
+    config = quick_config(data_dir, epochs=3, on_divergence="drop")
+    break_in_round_1(monkeypatch, [0])
+    with pytest.raises(UserError, match=r"no ticket is left: all have diverged, the last in round 1; see div"):
+        run(config, tmp_path)
+    assert pd.read_csv(tmp_path / "results.csv")["round"].tolist() == [0, 0]
