@@ -1,4 +1,4 @@
-"""Flags: the config and its overrides, the folder of a run, errors of one sentence."""
+"""Flags of the command: config files, overridden fields, the folder of a run, one-sentence errors."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ from imp_jax import config as configs
 from tests.helpers import ROOT
 from tests.helpers.commands import CONFIG, QUICK, run
 
-W = "--workdir=W"  # W stands for a folder of the test's own
+W = "--workdir=W"  # the test replaces W by a temporary folder
 
 
 @pytest.mark.parametrize(
@@ -30,11 +30,10 @@ W = "--workdir=W"  # W stands for a folder of the test's own
         (["--config=configs/lenet.py", "--workdir=~/w,~"], "/home/me/w,~"),
     ],
 )  # fmt: skip
-def test_where_a_run_lies(monkeypatch, arguments, workdir):
-    """By the name that sweeps use, unless the user says."""
+def test_find_workdir_uses_the_flag_or_the_name_that_sweeps_use(monkeypatch, arguments, workdir):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("HOME", "/home/me")
-    monkeypatch.setattr(sys, "argv", ["main", *arguments])  # where ml_collections looks for overrides
+    monkeypatch.setattr(sys, "argv", ["main", *arguments])  # ml_collections looks for overrides in it
     values = flags.FlagValues()
     config = cli.define_config(values)
     folder = flags.DEFINE_string("workdir", None, "", flag_values=values)
@@ -50,7 +49,7 @@ def test_where_a_run_lies(monkeypatch, arguments, workdir):
         assert f"runs/{sweep.name}" == workdir
 
 
-def test_the_argument_of_a_config_file_stays_within_the_name(tmp_path, monkeypatch):
+def test_argument_of_a_config_file_cannot_leave_the_runs_folder(tmp_path, monkeypatch):
     (tmp_path / "own.py").write_text("from imp_jax.config import default\ndef get_config(_): return default()")
     arguments = ["main", f"--config={tmp_path}/own.py:../../a b"]
     monkeypatch.setattr(sys, "argv", arguments)
@@ -60,8 +59,8 @@ def test_the_argument_of_a_config_file_stays_within_the_name(tmp_path, monkeypat
     assert cli.find_workdir(None, config.value, values["config"]) == Path("runs/own-..-..-a-b")
 
 
-def test_a_run_without_workdir_on_a_terminal_of_ascii(tmp_path, data_dir):
-    """Signs that the encoding lacks are replaced."""
+def test_ascii_terminal_gets_question_marks_for_other_characters(tmp_path, data_dir):
+    """The command has no --workdir, so the run is in runs/."""
     fields = [*QUICK[1:], "--config.model.width=0.1", f"--config.dataset.data_dir={data_dir}"]
     code, out, err = run(
         f"--config={ROOT / 'configs/mnist5k.py'}",
@@ -78,6 +77,8 @@ def test_a_run_without_workdir_on_a_terminal_of_ascii(tmp_path, data_dir):
 
 @pytest.fixture
 def config_file(tmp_path):
+    """Return a function that writes a config file and returns the flag that names it."""
+
     def write(body):
         path = tmp_path / "config.py"
         path.write_text("from imp_jax.config import default\n\n" + body)
@@ -112,7 +113,7 @@ def config_file(tmp_path):
         ([W, CONFIG, "--config.dataset.name=food101", "--config.dataset.data_dir=W"], "imp_jax.data prepare"),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_sentence_and_a_failure(tmp_path, arguments, sentence):
+def test_bad_input_prints_one_sentence_and_fails(tmp_path, arguments, sentence):
     workdir = tmp_path / "run"
     code, out, err = run(*[argument.replace("=W", f"={workdir}") for argument in arguments])
     assert code != 0
@@ -133,7 +134,7 @@ def test_bad_input_is_one_sentence_and_a_failure(tmp_path, arguments, sentence):
         ("def get_config():\n    c = default()\n    c.rounds = 'five'\n    return c", "TypeError"),
     ],
 )
-def test_a_bad_config_file_is_one_sentence(tmp_path, config_file, body, sentence):
+def test_bad_config_file_prints_one_sentence(tmp_path, config_file, body, sentence):
     code, _, err = run(config_file(body), f"--workdir={tmp_path / 'run'}")
     assert code != 0
     assert sentence in err

@@ -1,4 +1,4 @@
-"""The command that trains and analyses, in processes of its own."""
+"""The command from parsed flags to the exit status, mostly in separate processes."""
 
 import os
 import subprocess
@@ -15,9 +15,11 @@ from tests.helpers import ROOT
 from tests.helpers.commands import CONFIG, QUICK, run
 
 
-def at_home(path):
-    """The environment of a user whose caches are in a folder, with no setting of JAX."""
-    return {k: v for k, v in os.environ.items() if not k.startswith("JAX_")} | {"XDG_CACHE_HOME": str(path)}
+def user_environment(cache_dir):
+    """Return the environment of a user with this cache folder and without settings of JAX."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("JAX_")} | {
+        "XDG_CACHE_HOME": str(cache_dir)
+    }
 
 
 OWN_CONFIG = """
@@ -30,7 +32,7 @@ class Patches(nn.Module):
     @nn.compact
     def __call__(self, x, train=False):
         x = nn.relu(nn.Conv(3, (7, 7), strides=(7, 7), padding="VALID")(x))
-        return nn.Dense(self.num_classes)(x.reshape(len(x), 4 * 4 * 3))  # of 28 × 28 pixels alone
+        return nn.Dense(self.num_classes)(x.reshape(len(x), 4 * 4 * 3))  # works for 28 × 28 pixels only
 
 models.register("patches", Patches)
 
@@ -44,8 +46,8 @@ def get_config():
 """
 
 
-def test_a_run_of_ones_own_model_outlives_the_reader_of_its_output(tmp_path, data_dir):
-    """As of `| head -1`; without --workdir too, the config file is executed once; the same command goes on."""
+def test_run_continues_after_the_reader_of_its_output_has_closed(tmp_path, data_dir):
+    """As with `| head -1`. The config file has a user's model and is executed once per command."""
     (tmp_path / "own.py").write_text(OWN_CONFIG)
     command = f"{sys.executable} -m imp_jax.main --config=own.py --config.dataset.data_dir={data_dir}"
     for number, line in enumerate(("workdir: runs/own", "runs/own is finished"), 1):
@@ -64,18 +66,18 @@ def test_a_run_of_ones_own_model_outlives_the_reader_of_its_output(tmp_path, dat
     assert (tmp_path / "runs/own/report.html").exists()
 
 
-def test_debug_shows_the_traceback_of_a_user_error(tmp_path):
+def test_debug_flag_shows_the_traceback_of_a_user_error(tmp_path):
     code, _, err = run(CONFIG, "--debug", f"--workdir={tmp_path}", "--config.rounds=0")
     assert code != 0
     assert "Traceback" in err
     assert err.strip().endswith("rounds is 0; it should be at least 1")
 
 
-def test_a_second_start_compiles_nothing(tmp_path, data_dir):
+def test_second_run_compiles_nothing(tmp_path, data_dir):
     results, programs = [], []
     for workdir in (tmp_path / "first", tmp_path / "second"):
         arguments = [*QUICK, f"--config.dataset.data_dir={data_dir}", f"--workdir={workdir}"]
-        code, _, stderr = run(*arguments, env=at_home(tmp_path))
+        code, _, stderr = run(*arguments, env=user_environment(tmp_path))
         assert (code, stderr) == (0, "")
         results.append(pd.read_csv(workdir / "results.csv").drop(columns="seconds"))
         programs.append(sorted(path.name for path in (tmp_path / "imp_jax").glob("*/*-cache")))
@@ -84,18 +86,18 @@ def test_a_second_start_compiles_nothing(tmp_path, data_dir):
     pd.testing.assert_frame_equal(*results, check_exact=True)
 
 
-def test_a_run_that_diverged_is_analysed_as_far_as_it_came(tmp_path, monkeypatch):
+def test_finished_rounds_of_a_diverged_run_are_analysed(tmp_path, monkeypatch):
     def diverge(*_, **__):
-        raise DivergedError("it broke in round 3")
+        raise DivergedError("it diverged in round 3")
 
-    analysed = []
+    analysed_workdirs = []
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(imp_runs, "run", diverge)
-    monkeypatch.setattr(analysis, "run", analysed.append)
+    monkeypatch.setattr(analysis, "run", analysed_workdirs.append)
     flags.FLAGS(["main", CONFIG, f"--workdir={tmp_path}"])
-    with pytest.raises(SystemExit, match="error: it broke in round 3"):
+    with pytest.raises(SystemExit, match="error: it diverged in round 3"):
         main.main(["main"])
-    assert analysed == [tmp_path]
+    assert analysed_workdirs == [tmp_path]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +114,7 @@ def test_a_run_that_diverged_is_analysed_as_far_as_it_came(tmp_path, monkeypatch
         ),
     ],
 )
-def test_an_environment_that_does_not_suit_is_one_sentence(tmp_path, variable, sentence):
+def test_unusable_environment_prints_one_sentence(tmp_path, variable, sentence):
     code, out, err = run(*QUICK, f"--workdir={tmp_path / 'run'}", env=os.environ | variable)
     assert (code, out) == (1, "")
     assert err == f"error: {sentence}\n"

@@ -52,7 +52,7 @@ from imp_jax.errors import UserError
             "optimizer.momentum is '0.9'; it should be of type float or of type int or",
         ),
         ("dataset.data_dir", "", "dataset.data_dir is ''; it should be the path of a folder, or None"),
-        # what would do nothing
+        # settings that would have no effect
         (
             "optimizer.schedule",
             "step",
@@ -72,7 +72,7 @@ from imp_jax.errors import UserError
         ("repulsion.dtype", "bfloat16", "repulsion.dtype is 'bfloat16'; without repulsion"),
     ],
 )
-def test_a_wrong_field_is_one_sentence(field, value, sentence):
+def test_wrong_field_raises_one_sentence(field, value, sentence):
     plain = configs.default().to_dict()
     *groups, name = field.split(".")
     group = plain
@@ -93,7 +93,7 @@ def test_every_field_has_a_meaning_and_a_valid_default():
     assert set(configs.flatten(configs.default())) == set(configs.FIELDS)
 
 
-def test_fields_of_more_than_one_type_may_be_set_to_each():
+def test_field_with_several_types_accepts_each():
     config = configs.default()
     for name, field in configs.FIELDS.items():
         for type_ in field.types:
@@ -104,31 +104,31 @@ def test_fields_of_more_than_one_type_may_be_set_to_each():
 
 
 @pytest.mark.parametrize(
-    ("name", "may"),
+    ("name", "allowed"),
     [
         ("mesh.data", True),
         ("dataset.workers", True),
         ("keep_checkpoints", True),
         ("analysis.baseline", True),
-        ("analysis.later", True),  # of another version
+        ("analysis.later", True),  # of a later version
         ("seed", False),
         ("dataset.name", False),
         ("dataset.later", False),
         ("later", False),
     ],
 )
-def test_what_may_change_on_resume(name, may):
-    assert configs.may_change_on_resume(name) is may
+def test_fields_that_may_change_on_resume(name, allowed):
+    assert configs.may_change_on_resume(name) is allowed
 
 
-def test_what_a_field_holds():
+def test_describe_type_names_the_types_of_a_field():
     assert configs.describe_type("batch_size") == "of type int, like 60"
     assert configs.describe_type("dataset.data_dir") == "of type str or None"
     assert configs.describe_type("dataset") == "a group of fields, set one by one"
     assert configs.describe_type("data") == ""
 
 
-def test_a_missing_field_and_no_config_at_all():
+def test_validate_rejects_missing_fields_and_other_types():
     config = configs.default()
     del config.rounds
     with pytest.raises(UserError, match="lacks the field rounds"):
@@ -137,13 +137,13 @@ def test_a_missing_field_and_no_config_at_all():
         configs.validate(3)
 
 
-def test_whole_numbers_serve_where_a_float_is_due():
+def test_float_fields_accept_integers():
     plain = configs.default().to_dict()
     plain["optimizer"]["warmup_epochs"] = 10
     configs.validate(ConfigDict(plain))
 
 
-def test_milestones_lie_within_the_training():
+def test_milestones_beyond_the_training_are_rejected():
     config = configs.default()
     config.update_from_flattened_dict({"optimizer.schedule": "step", "optimizer.milestones": (5, 24)})
     configs.validate(config)

@@ -1,4 +1,4 @@
-"""Configs on disk: config.json of this version and of earlier ones, and names of runs."""
+"""Configs on disk: config.json of this and of earlier versions, and the names of runs."""
 
 import json
 
@@ -25,7 +25,7 @@ def test_differences_name_both_values():
     ]
 
 
-def test_rounds_may_grow_and_not_shrink_and_other_fields_change_no_result():
+def test_more_rounds_and_fields_without_effect_are_no_difference():
     stored = json.loads(config_files.to_json(configs.default()))
     config = configs.default()
     config.update_from_flattened_dict(
@@ -36,7 +36,7 @@ def test_rounds_may_grow_and_not_shrink_and_other_fields_change_no_result():
     assert config_files.differences(config, stored) == ["rounds is 25 there and 24 here"]
 
 
-def test_a_folder_of_images_is_told_by_its_name():
+def test_folder_dataset_is_identified_by_its_folder_name():
     config = configs.default()
     config.update_from_flattened_dict({"dataset.name": "folder", "dataset.data_dir": "/data/birds"})
     stored = json.loads(config_files.to_json(config))
@@ -48,7 +48,7 @@ def test_a_folder_of_images_is_told_by_its_name():
     ]
 
 
-def test_a_field_that_an_earlier_version_lacked_has_its_default():
+def test_field_missing_in_an_earlier_version_gets_its_default():
     stored = configs.default().to_dict()
     del stored["mesh"], stored["seed"], stored["model"]["norm_parts"]
     assert config_files.from_json(json.loads(json.dumps(stored))) == configs.default()
@@ -57,8 +57,8 @@ def test_a_field_that_an_earlier_version_lacked_has_its_default():
     assert config_files.differences(configs.default(), stored) == ["seed is 3 there and 0 here"]
 
 
-def test_what_did_nothing_in_format_1_is_dropped():
-    """The momentum of other optimizers, milestones beyond the training, the memory of no repulsion."""
+def test_format_1_values_that_are_rejected_now_get_defaults():
+    """Momentum of other optimizers, milestones beyond the training, memory without repulsion."""
     stored = configs.default().to_dict()
     stored["epochs"] = 60
     stored["optimizer"] |= {"name": "sgd", "momentum": 0.9, "schedule": "step", "milestones": [56, 71]}
@@ -71,30 +71,30 @@ def test_what_did_nothing_in_format_1_is_dropped():
     stored["optimizer"]["name"] = "momentum"
     assert config_files.from_json(stored).optimizer.momentum == 0.9
     config = config_files.from_json(stored)
-    config.optimizer.momentum = None  # which is 0.9
+    config.optimizer.momentum = None  # means 0.9
     assert config_files.differences(config, stored) == []
     with pytest.raises(UserError, match="format 3, of a later version"):
         config_files.from_json({**stored, "format": 3})
 
 
-def test_what_had_no_influence_in_format_1_is_dropped():
+def test_format_1_fields_that_had_no_effect_get_defaults():
     stored = configs.default().to_dict()
     stored["dataset"] |= {"image_side": 64, "workers": 2}
     stored["model"]["norm_momentum"] = 0.5
     stored["analysis"]["batch_norm"] = "reestimate"
     stored["checkpoint_every_steps"] = 7
     assert config_files.from_json(stored) == configs.default()
-    stored["dataset"]["name"], stored["model"]["name"] = "imagenet2012", "resnet20"  # where they had
+    stored["dataset"]["name"], stored["model"]["name"] = "imagenet2012", "resnet20"  # both use these fields
     config = config_files.from_json(stored)
     assert (config.dataset.image_side, config.model.norm_momentum) == (64, 0.5)
     rates = learning_rates_of(config, 4)
-    stored["optimizer"]["warmup_epochs"] = 2.0 * stored["epochs"]  # refused now, and the same line is not
-    time = np.arange(rates.size) / 4
+    stored["optimizer"]["warmup_epochs"] = 2.0 * stored["epochs"]  # rejected in format 2
+    epochs = np.arange(rates.size) / 4
     upgraded_rates = learning_rates_of(config_files.from_json(stored), 4)
-    np.testing.assert_allclose(upgraded_rates.ravel(), rates.ravel() * time / 50, rtol=1e-6)
+    np.testing.assert_allclose(upgraded_rates.ravel(), rates.ravel() * epochs / 50, rtol=1e-6)
 
 
-def test_run_names():
+def test_run_name_lists_the_overridden_fields():
     base, config = configs.default(), configs.default()
     assert config_files.run_name("conv4", base, config) == "conv4"
     config.update_from_flattened_dict(
@@ -117,10 +117,10 @@ def test_run_names():
     assert config_files.run_name("vgg", base, config) == "vgg,dataset.data_dir=birds,dataset.name=folder"
 
 
-def test_a_long_run_name_fits_into_a_file_system():
-    base, one, other = (configs.default() for _ in range(3))
-    one.pruning.exclude = tuple(f"layer_{i}" for i in range(50))
-    other.pruning.exclude = tuple(f"layer_{i}" for i in range(51))
-    names = [config_files.run_name("vgg", base, config) for config in (one, other)]
+def test_long_run_name_is_shortened_and_unique():
+    base, config, other_config = (configs.default() for _ in range(3))
+    config.pruning.exclude = tuple(f"layer_{i}" for i in range(50))
+    other_config.pruning.exclude = tuple(f"layer_{i}" for i in range(51))
+    names = [config_files.run_name("vgg", base, values) for values in (config, other_config)]
     assert names[0] != names[1]
     assert max(map(len, names)) <= 200

@@ -1,4 +1,4 @@
-"""The rounds: tickets, masks, rewinding, replicates, twins. A tiny network stands in for LeNet."""
+"""Rounds of pruning with a tiny network: masks, tickets, rewinding, replicates, twins."""
 
 import itertools
 import subprocess
@@ -19,74 +19,83 @@ from imp_jax.experiment import setup
 from tests.conftest import quick_config
 from tests.helpers import ROOT, folders
 from tests.helpers.epochs import train_epoch
-from tests.helpers.rounds import assert_trees_close, assert_trees_equal, initial_weights, member, train_all
+from tests.helpers.rounds import (
+    assert_trees_close,
+    assert_trees_equal,
+    initial_weights,
+    take_member,
+    train_rounds,
+)
 
 
 def test_masks_shrink_by_exact_counts_and_are_shared_by_the_arms(tiny_experiment):
     experiment = tiny_experiment()
-    rounds = [networks for networks, _ in train_all(experiment, rounds=4)]
+    rounds = [networks for networks, _ in train_rounds(experiment, rounds=4)]
     expected = 16 * 6 + 6 * 5 + 5 * 3
     for networks in rounds:
         counts = jax.vmap(masking.survivors)(networks.mask)
         np.testing.assert_array_equal(counts, expected)
         expected -= round(0.2 * expected)
         for replicate in range(2):
-            assert_trees_equal(member(networks.mask, replicate), member(networks.mask, 2 + replicate))
+            assert_trees_equal(take_member(networks.mask, replicate), take_member(networks.mask, 2 + replicate))
         assert all(np.all(layer["bias"]) for layer in networks.mask.values())
-    for one, other in itertools.pairwise(rounds):
-        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a & b, b), one.mask, other.mask)
+    for earlier, later in itertools.pairwise(rounds):
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a & b, b), earlier.mask, later.mask)
 
 
-def test_the_mask_is_magnitude_pruning_of_imps_trained_weights(tiny_experiment):
+def test_next_mask_prunes_the_trained_weights_of_imp_by_magnitude(tiny_experiment):
     experiment = tiny_experiment()
-    first, second = (networks for networks, _ in train_all(experiment, rounds=2))
+    first, second = (networks for networks, _ in train_rounds(experiment, rounds=2))
     for i in range(4):
-        mask, _ = pruning.prune_by_magnitude(member(first.trained["params"], i % 2), member(first.mask, i % 2))
-        assert_trees_equal(member(second.mask, i), mask)
+        mask, _ = pruning.prune_by_magnitude(
+            take_member(first.trained["params"], i % 2), take_member(first.mask, i % 2)
+        )
+        assert_trees_equal(take_member(second.mask, i), mask)
 
 
-def test_thresholds_are_each_members_own_largest_removed_magnitude(tiny_experiment):
+def test_threshold_is_the_largest_magnitude_that_pruning_removes(tiny_experiment):
     experiment = tiny_experiment()
-    networks, thresholds = next(train_all(experiment))
+    networks, thresholds = next(train_rounds(experiment))
     for i in range(4):
-        kernels = [layer["kernel"].ravel() for layer in member(networks.trained["params"], i).values()]
+        kernels = [layer["kernel"].ravel() for layer in take_member(networks.trained["params"], i).values()]
         magnitudes = np.sort(np.abs(np.concatenate(kernels)))
         assert thresholds[i] == magnitudes[round(0.2 * len(magnitudes)) - 1]
 
 
-def test_replicate_0_of_3_is_the_run_of_1(tiny_experiment):
-    """And no arm depends on which others there are."""
-    three, one, alone = (
+def test_replicates_do_not_depend_on_their_number(tiny_experiment):
+    """An arm does not depend on the other arms either."""
+    three, one, only_imp = (
         tiny_experiment(**overrides)
         for overrides in ({"replicates": 3}, {"replicates": 1}, {"replicates": 1, "arms": ("imp",)})
     )
-    for (a, _), (b, _), (c, _) in zip(train_all(three), train_all(one), train_all(alone), strict=True):
-        for of_three, of_one in ((0, 0), (3, 1)):  # imp, reinit
-            assert_trees_equal(member(a.mask, of_three), member(b.mask, of_one))
-            assert_trees_close(member(a.trained, of_three), member(b.trained, of_one))
-        assert_trees_close(member(b.trained, 0), member(c.trained, 0))
+    for (a, _), (b, _), (c, _) in zip(
+        train_rounds(three), train_rounds(one), train_rounds(only_imp), strict=True
+    ):
+        for place_of_three, place_of_one in ((0, 0), (3, 1)):  # imp, reinit
+            assert_trees_equal(take_member(a.mask, place_of_three), take_member(b.mask, place_of_one))
+            assert_trees_close(take_member(a.trained, place_of_three), take_member(b.trained, place_of_one))
+        assert_trees_close(take_member(b.trained, 0), take_member(c.trained, 0))
 
 
-def test_same_seed_same_bits_other_seed_other_bits(tiny_experiment):
-    a, b, c = (next(train_all(tiny_experiment(seed=seed)))[0] for seed in (1, 1, 2))
-    assert_trees_equal(a, b)
+def test_networks_are_reproducible_from_the_seed(tiny_experiment):
+    first, same_seed, other_seed = (next(train_rounds(tiny_experiment(seed=seed)))[0] for seed in (1, 1, 2))
+    assert_trees_equal(first, same_seed)
     assert not np.array_equal(
-        a.trained["params"]["Dense_0"]["kernel"], c.trained["params"]["Dense_0"]["kernel"]
+        first.trained["params"]["Dense_0"]["kernel"], other_seed.trained["params"]["Dense_0"]["kernel"]
     )
 
 
-@pytest.mark.parametrize(
-    "rewind_step", [3, 5, 7]
-)  # inside the first epoch of 5 steps, at its end, in the second
-def test_rewinding_to_step_k(tiny_experiment, rewind_step):
-    """Round 0 notes imp's weights at step k; later rounds train them from k on, with a fresh optimizer."""
+# within the first epoch of 5 steps, at its end, and within the second
+@pytest.mark.parametrize("rewind_step", [3, 5, 7])
+def test_imp_rewinds_to_step_k(tiny_experiment, rewind_step):
+    """Round 0 stores imp's weights at step k; later rounds train them from step k, with a fresh optimizer."""
     experiment = tiny_experiment(
         rewind_step=rewind_step, **{"optimizer.schedule": "cosine", "optimizer.learning_rate": 0.01}
     )
     plain = tiny_experiment(**{"optimizer.schedule": "cosine", "optimizer.learning_rate": 0.01})
-    (first, _), (second, _) = train_all(experiment, rounds=2)
-    (plain_first, _), (plain_second, _) = train_all(plain, rounds=2)
-    assert_trees_close(first.trained, plain_first.trained)  # noting changes nothing
+    (first, _), (second, _) = train_rounds(experiment, rounds=2)
+    (plain_first, _), (plain_second, _) = train_rounds(plain, rounds=2)
+    assert_trees_close(first.trained, plain_first.trained)  # storing the ticket does not change the training
 
     def train(states, mask, number, first_step):
         keys = member_keys(experiment.members, experiment.seed, lambda m: ["data", ARMS[m.arm].number, number])
@@ -108,50 +117,51 @@ def test_rewinding_to_step_k(tiny_experiment, rewind_step):
     at_k = train(start, first.mask, number=0, first_step=0).variables
     ticket = masking.apply(first.initial["params"], second.mask)
     for i in range(2):  # imp
-        assert_trees_close(member(first.initial, i), member(at_k, i))
-        assert_trees_equal(member(second.initial["params"], i), member(ticket, i))
+        assert_trees_close(take_member(first.initial, i), take_member(at_k, i))
+        assert_trees_equal(take_member(second.initial["params"], i), take_member(ticket, i))
     start = training.init_states(at_k, second.mask, spec=experiment.spec)
     expected = train(start, second.mask, number=1, first_step=rewind_step).variables
     for i in range(2):
-        assert_trees_close(member(second.trained, i), member(expected, i))
+        assert_trees_close(take_member(second.trained, i), take_member(expected, i))
     control = masking.apply(tickets["params"], second.mask)  # reinit starts from its random initialisation
-    assert_trees_equal(member(second.initial["params"], 2), member(control, 2))
-    assert_trees_close(member(second.trained, 2), member(plain_second.trained, 2))
+    assert_trees_equal(take_member(second.initial["params"], 2), take_member(control, 2))
+    assert_trees_close(take_member(second.trained, 2), take_member(plain_second.trained, 2))
 
 
-def test_no_reset_goes_on_from_the_trained_weights(tiny_experiment):
-    """rewind_step=None; the control is still reset."""
+def test_imp_without_rewinding_continues_from_its_trained_weights(tiny_experiment):
+    """The control is still reset."""
     experiment = tiny_experiment(rewind_step=None)
     initial = initial_weights(experiment)["params"]
-    (first, _), (second, _) = train_all(experiment, rounds=2)
-    goes_on = masking.apply(first.trained["params"], second.mask)
+    (first, _), (second, _) = train_rounds(experiment, rounds=2)
+    continued = masking.apply(first.trained["params"], second.mask)
     control = masking.apply(initial, second.mask)
     for i in range(2):
-        assert_trees_equal(member(second.initial["params"], i), member(goes_on, i))
-        assert_trees_equal(member(second.initial["params"], 2 + i), member(control, 2 + i))
+        assert_trees_equal(take_member(second.initial["params"], i), take_member(continued, i))
+        assert_trees_equal(take_member(second.initial["params"], 2 + i), take_member(control, 2 + i))
 
 
-def test_one_shot_pruning_to_30_percent(tiny_experiment):
+def test_one_shot_pruning_keeps_30_percent_of_the_weights(tiny_experiment):
     experiment = tiny_experiment(**{"pruning.fraction": 0.7})
-    *_, (last, _) = train_all(experiment, rounds=2)
+    *_, (last, _) = train_rounds(experiment, rounds=2)
     np.testing.assert_array_equal(jax.vmap(masking.survivors)(last.mask), 141 - round(0.7 * 141))
 
 
-def test_random_score_ignores_magnitude(tiny_experiment):
-    by_chance, by_magnitude = (
-        [networks for networks, _ in train_all(tiny_experiment(**{"pruning.score": score}), rounds=2)][1]
+def test_random_score_prunes_as_many_weights_as_magnitude_but_others(tiny_experiment):
+    by_random_score, by_magnitude = (
+        [networks for networks, _ in train_rounds(tiny_experiment(**{"pruning.score": score}), rounds=2)][1]
         for score in ("random", "magnitude")
     )
     np.testing.assert_array_equal(
-        jax.vmap(masking.survivors)(by_chance.mask), jax.vmap(masking.survivors)(by_magnitude.mask)
+        jax.vmap(masking.survivors)(by_random_score.mask), jax.vmap(masking.survivors)(by_magnitude.mask)
     )
-    assert not np.array_equal(by_chance.mask["Dense_0"]["kernel"], by_magnitude.mask["Dense_0"]["kernel"])
-    assert_trees_equal(member(by_chance.mask, 0), member(by_chance.mask, 2))  # still shared by the arms
+    assert not np.array_equal(by_random_score.mask["Dense_0"]["kernel"], by_magnitude.mask["Dense_0"]["kernel"])
+    imp_mask, reinit_mask = (take_member(by_random_score.mask, i) for i in (0, 2))
+    assert_trees_equal(imp_mask, reinit_mask)
 
 
 @pytest.fixture
 def compilations():
-    """The programs XLA has compiled so far, counted from here on."""
+    """Return a function that counts the programs that XLA has compiled since the test began."""
     seconds = []
 
     def listen(event, duration, **kwargs):
@@ -164,33 +174,33 @@ def compilations():
 
 
 @pytest.mark.parametrize("execution", ["scan_vmap", "scan_unroll", "step_unroll"])
-def test_rounds_share_one_compilation(tiny_experiment, compilations, execution):
-    experiment = tiny_experiment(execution=execution, batch_size=10)  # compiled by no other test
+def test_rounds_after_the_second_compile_nothing(tiny_experiment, compilations, execution):
+    experiment = tiny_experiment(execution=execution, batch_size=10)  # a batch size that no other test compiles
     counts = []
     for _ in imp.rounds(experiment._replace(rounds=4), on_round=[lambda end: counts.append(compilations())]):
         pass
-    assert counts[0] > 3  # programs were seen
+    assert counts[0] > 3  # the count works
     assert counts[1] == counts[3]
 
 
-def test_compilation_is_no_training(tiny_experiment, monkeypatch):
-    """Each chunk reads the clock of compilation twice; here it is 100 s later each time."""
-    clock, seen = itertools.count(0, 100), []
-    monkeypatch.setattr(imp, "compile_seconds", lambda: next(clock))
+def test_training_time_excludes_compilation_time(tiny_experiment, monkeypatch):
+    """`train` reads the compile time twice per epoch; the fake compile time grows by 100 s at each reading."""
+    compile_clock, epoch_times = itertools.count(0, 100), []
+    monkeypatch.setattr(imp, "compile_seconds", lambda: next(compile_clock))
     experiment = tiny_experiment()
     state = imp.init_state(experiment)
     start = time.perf_counter()
     end = imp.train(
-        experiment, 0, state, on_epoch=[lambda end: seen.append((end.seconds, end.compile_seconds))]
+        experiment, 0, state, on_epoch=[lambda end: epoch_times.append((end.seconds, end.compile_seconds))]
     )
-    taken = time.perf_counter() - start
-    training, compiling = zip(*seen, strict=True)
-    assert compiling == (100, 100)  # two epochs
-    assert sum(training) == end.seconds
-    assert 0 < end.seconds + 200 < taken
+    elapsed = time.perf_counter() - start
+    training_times, compile_times = zip(*epoch_times, strict=True)
+    assert compile_times == (100, 100)  # two epochs
+    assert sum(training_times) == end.seconds
+    assert 0 < end.seconds + 200 < elapsed
 
 
-def test_measured_rows(tiny_experiment):
+def test_rows_hold_the_metrics_of_each_member(tiny_experiment):
     experiment = tiny_experiment()
     state = imp.init_state(experiment)
     for number in range(2):
@@ -206,7 +216,7 @@ def test_measured_rows(tiny_experiment):
     for i, row in enumerate(rows):
         dataset = experiment.dataset
         for split, (images, labels) in (("train", dataset.train), ("test", dataset.test)):
-            logits = np.asarray(experiment.spec.model.apply(member(networks.trained, i), images / 255))
+            logits = np.asarray(experiment.spec.model.apply(take_member(networks.trained, i), images / 255))
             labels = np.asarray(labels)
             assert row[f"{split}_accuracy"] == pytest.approx((logits.argmax(1) == labels).mean())
             losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(len(labels)), labels]
@@ -216,7 +226,7 @@ def test_measured_rows(tiny_experiment):
         assert row["seconds"] == 1.235
 
 
-def test_the_step_of_a_broken_loss_counts_from_the_start_of_the_training(tiny_experiment):
+def test_step_of_a_divergence_counts_from_the_start_of_training(tiny_experiment):
     experiment = tiny_experiment()
     experiment.learning_rates[1] = np.inf  # the second epoch of 5 steps
     with pytest.raises(DivergedError) as error:
@@ -225,51 +235,52 @@ def test_the_step_of_a_broken_loss_counts_from_the_start_of_the_training(tiny_ex
     assert {m: step for m, (step, _) in error.value.diverged.items()} == dict.fromkeys(experiment.members, 6)
 
 
-def test_random_pruning_draws_anew_each_round(tiny_experiment):
+def test_random_pruning_draws_new_scores_each_round(tiny_experiment):
     experiment = tiny_experiment(**{"pruning.score": "random", "pruning.fraction": 0.5})
-    networks, _ = next(train_all(experiment))
-    (one, _), (other, _) = (
+    networks, _ = next(train_rounds(experiment))
+    (first, _), (second, _) = (
         imp.prune(experiment, number, experiment.members, networks.trained, networks.mask) for number in (0, 1)
     )
-    assert not np.array_equal(one["Dense_0"]["kernel"], other["Dense_0"]["kernel"])
+    assert not np.array_equal(first["Dense_0"]["kernel"], second["Dense_0"]["kernel"])
 
 
 @pytest.mark.parametrize("execution", ["scan_unroll", "step_vmap", "step_unroll"])
-def test_every_execution_gives_the_same_rounds(tiny_experiment, execution):
-    for (one, thresholds), (other, expected) in zip(
-        train_all(tiny_experiment(execution=execution)), train_all(tiny_experiment()), strict=True
+def test_execution_modes_train_the_same_networks(tiny_experiment, execution):
+    for (networks, thresholds), (default_networks, default_thresholds) in zip(
+        train_rounds(tiny_experiment(execution=execution)), train_rounds(tiny_experiment()), strict=True
     ):
-        assert_trees_close(one.trained, other.trained)
-        np.testing.assert_allclose(thresholds, expected, rtol=1e-4)
+        assert_trees_close(networks.trained, default_networks.trained)
+        np.testing.assert_allclose(thresholds, default_thresholds, rtol=1e-4)
 
 
 def test_excluded_layers_stay_dense(tiny_experiment):
     experiment = tiny_experiment(**{"pruning.exclude": ("Dense_0",), "pruning.fraction": 0.5})
     _, end = imp.rounds(experiment._replace(rounds=2))
     assert end.networks.mask["Dense_0"]["kernel"].all()
-    assert end.rows[0]["density"] == pytest.approx((45 - 22) / 45)  # of the 6 · 5 + 5 · 3 others
+    # the other layers have 6 · 5 + 5 · 3 weights
+    assert end.rows[0]["density"] == pytest.approx((45 - 22) / 45)
 
 
-def test_few_frames_lie_between_a_training_and_its_loss(tiny_experiment, monkeypatch):
-    """While it is traced: who steps through the code comes to the loss soon."""
-    loss_fn, between = training.loss_fn, []
+def test_train_reaches_the_loss_in_few_stack_frames(tiny_experiment, monkeypatch):
+    """A person who steps through the traced code finds the loss after a few calls."""
+    loss_fn, stacks = training.loss_fn, []
 
-    def look(*args, **kwargs):
+    def record_stack(*args, **kwargs):
         package = str(ROOT / "imp_jax")
         frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(package)]
         (train,) = (i for i, f in enumerate(frames) if f.name == "train" and f.filename.endswith("/imp.py"))
-        between.append([frame.name for frame in frames[train + 1 :]])
+        stacks.append([frame.name for frame in frames[train + 1 :]])
         return loss_fn(*args, **kwargs)
 
-    monkeypatch.setattr(training, "loss_fn", look)
-    experiment = tiny_experiment(batch_size=9)  # not traced before
+    monkeypatch.setattr(training, "loss_fn", record_stack)
+    experiment = tiny_experiment(batch_size=9)  # a batch size that no other test traces
     imp.train(experiment, 0, imp.init_state(experiment))
-    assert between
-    assert max(map(len, between)) <= 5, between
+    assert stacks
+    assert max(map(len, stacks)) <= 5, stacks
 
 
-def test_a_stream_trains_on_the_batches_it_serves(tmp_path):
-    """Against `train_step` of each member on the batches, read apart."""
+def test_streamed_training_applies_train_step_to_each_batch(tmp_path):
+    """The expected networks come from `train_step` on separately read batches, one member at a time."""
     folders.write_imagenet(tmp_path)
     config = quick_config(str(tmp_path), epochs=2, batch_size=4, execution="step_vmap")
     config.update_from_flattened_dict(
@@ -283,23 +294,25 @@ def test_a_stream_trains_on_the_batches_it_serves(tmp_path):
         }
     )
     experiment = setup(config)
-    begun = imp.init_state(experiment)
+    round_state = imp.init_state(experiment)
     optima = repulsion.add_optimum(
-        None, jax.tree.map(jnp.cos, begun.tickets["params"]), begun.masks, max_optima=1
+        None, jax.tree.map(jnp.cos, round_state.tickets["params"]), round_state.masks, max_optima=1
     )
-    trained = imp.train(experiment, 0, begun._replace(optima=optima)).states.params
+    trained = imp.train(experiment, 0, round_state._replace(optima=optima)).states.params
     keys = member_keys(experiment.members, experiment.seed, lambda m: ["data", ARMS[m.arm].number, 0])
-    states = training.init_states(begun.tickets, begun.masks, spec=experiment.spec)
+    states = training.init_states(round_state.tickets, round_state.masks, spec=experiment.spec)
     for i in range(2):
-        state, mask, known = (member(tree, i) for tree in (states, begun.masks, optima))
+        state, mask, member_optima = (take_member(tree, i) for tree in (states, round_state.masks, optima))
         batches = experiment.dataset.train.training_batches(jax.random.key_data(keys)[i : i + 1], 2, 4)
         for (images, labels), rate in zip(batches, experiment.learning_rates.ravel(), strict=True):
-            state, _ = training.train_step(state, mask, images[0], labels[0], rate, known, spec=experiment.spec)
-        assert_trees_close(member(trained, i), state.params)
+            state, _ = training.train_step(
+                state, mask, images[0], labels[0], rate, member_optima, spec=experiment.spec
+            )
+        assert_trees_close(take_member(trained, i), state.params)
 
 
 def test_imp_beats_its_control_on_mnist5k(optimised, data_dir, tmp_path):
-    """The lottery ticket itself, cut to 7 rounds: at a density of 1.6 % the ticket wins."""
+    """The lottery ticket effect in 7 rounds: at a density of 1.6 % the ticket is better than its control."""
     fields = {"rounds": 7, "epochs": 8, "replicates": 2, "pruning.fraction": 0.5, "instability.rounds": "()"}
     fields |= {"dataset.normalize": False, "dataset.data_dir": data_dir, "analysis.path_points": 2}
     command = [sys.executable, "-m", "imp_jax.main", "--config=configs/mnist5k.py", f"--workdir={tmp_path}"]
@@ -314,64 +327,67 @@ def test_imp_beats_its_control_on_mnist5k(optimised, data_dir, tmp_path):
 # --- twins ---
 
 
-def train_with_twins(experiment, number=1):
-    """What rounds 0 to `number` leave, twins in the last."""
-    return list(rounds_with_twins(experiment, number + 1))[number]
+def train_round(experiment, number=1):
+    """Train rounds 0 to `number` in memory; return the networks of the last one."""
+    return list(train_networks(experiment, number + 1))[number]
 
 
-def rounds_with_twins(experiment, rounds):
+def train_networks(experiment, rounds):
+    """Train in memory; yield the networks of each round, twins included."""
     for end in imp.rounds(experiment._replace(rounds=rounds)):
         assert len(end.rows) == len(end.members) == len(end.networks.mask["Dense_0"]["kernel"])
         yield end.networks
 
 
-def test_a_twin_differs_in_its_data_keys_only(tiny_experiment, monkeypatch):
+def test_twin_with_the_random_keys_of_imp_equals_imp(tiny_experiment, monkeypatch):
     monkeypatch.setitem(ARMS, "twin", ARMS["imp"])
-    networks = train_with_twins(tiny_experiment(**{"instability.rounds": (1,)}))
+    networks = train_round(tiny_experiment(**{"instability.rounds": (1,)}))
     for replicate in range(2):
-        assert_trees_equal(member(networks.trained, replicate), member(networks.trained, 4 + replicate))
+        assert_trees_equal(
+            take_member(networks.trained, replicate), take_member(networks.trained, 4 + replicate)
+        )
 
 
-def test_without_order_and_augmentation_there_is_no_instability(tiny_experiment):
-    """All images in one batch: the order is that of a sum."""
+def test_full_batch_training_has_no_instability(tiny_experiment):
+    """If one batch holds all images, their order matters only for the rounding of sums."""
     experiment = tiny_experiment(**{"instability.rounds": (1,), "batch_size": 46})
-    networks = train_with_twins(experiment)
-    assert_trees_close(member(networks.trained, 0), member(networks.trained, 4))
-    ends = (member(networks.trained, i) for i in (0, 4))
+    networks = train_round(experiment)
+    assert_trees_close(take_member(networks.trained, 0), take_member(networks.trained, 4))
+    ends = (take_member(networks.trained, i) for i in (0, 4))
     _, errors = connectivity.path_metrics(*ends, experiment.dataset.train, spec=experiment.spec)
     assert connectivity.error_barrier(errors) == 0
 
 
 @pytest.mark.parametrize("rewind_step", [None, 3])
-def test_twins_leave_no_trace_in_the_others(tiny_experiment, rewind_step):
-    """But for rounding, as another number of members is another program."""
-    plain, twins = (
-        list(rounds_with_twins(tiny_experiment(**{"instability.rounds": r, "rewind_step": rewind_step}), 3))
+def test_twins_do_not_change_other_members(tiny_experiment, rewind_step):
+    """Up to rounding, because another number of members is another program."""
+    without_twins, with_twins = (
+        list(train_networks(tiny_experiment(**{"instability.rounds": r, "rewind_step": rewind_step}), 3))
         for r in ((), (0, 1))
     )
-    for a, b in zip(plain, twins, strict=True):
+    for a, b in zip(without_twins, with_twins, strict=True):
         b = jax.tree.map(lambda leaf: leaf[:4], b)
         assert_trees_close(tuple(a[:2]), tuple(b[:2]))
         assert_trees_equal(a.mask, b.mask)
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_twin_of_a_rewound_ticket_parts_at_the_rewind_step(tiny_experiment, number):
-    """With nothing left to train after it, it ends where imp does."""
+def test_twin_differs_from_imp_only_after_the_rewind_step(tiny_experiment, number):
+    """The fewer steps follow the rewind step, the closer the twin ends to imp."""
     steps = 2 * (46 // 8)
-    apart, together = (
-        train_with_twins(tiny_experiment(**{"instability.rounds": (number,), "rewind_step": step}), number)
+    two_steps_left, one_step_left = (
+        train_round(tiny_experiment(**{"instability.rounds": (number,), "rewind_step": step}), number)
         for step in (steps - 2, steps - 1)
     )
-    # of the last step only the batch differs: the difference is that of one step, and smaller than of two
+    # in the last step only the batch differs, so the difference is smaller than after two steps
     one, two = (
         np.abs(
-            member(n.trained, 0)["params"]["Dense_0"]["kernel"]
-            - member(n.trained, 4)["params"]["Dense_0"]["kernel"]
+            take_member(n.trained, 0)["params"]["Dense_0"]["kernel"]
+            - take_member(n.trained, 4)["params"]["Dense_0"]["kernel"]
         )
-        for n in (together, apart)
+        for n in (one_step_left, two_steps_left)
     )
     assert 0 < one.max() <= 2 * 12e-4 * 1.01  # Adam moves a weight by at most about the learning rate
     assert one.max() < two.max() <= 4 * 12e-4 * 1.5
-    for networks in (apart, together):
-        assert_trees_equal(member(networks.initial, 0), member(networks.initial, 4))
+    for networks in (two_steps_left, one_step_left):
+        assert_trees_equal(take_member(networks.initial, 0), take_member(networks.initial, 4))

@@ -1,4 +1,4 @@
-"""The command as a user types it, in processes of its own."""
+"""The command as a user types it, in a separate process."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ from tests.helpers import ROOT
 from tests.helpers.commands import CONFIG, run
 
 
-def test_help_needs_no_jax():
+def test_help_does_not_import_jax():
     code = (
         "import runpy, sys; sys.argv = ['main', '--help']\n"
         "try: runpy.run_module('imp_jax.main', run_name='__main__')\n"
@@ -20,7 +20,7 @@ def test_help_needs_no_jax():
     assert "--workdir" in done.stdout
 
 
-def test_fields_are_overridden_from_the_command_line(tmp_path, data_dir):
+def test_flags_override_config_fields(tmp_path, data_dir):
     code, out, err = run(
         CONFIG,
         f"--workdir={tmp_path}",
@@ -39,5 +39,5 @@ def test_fields_are_overridden_from_the_command_line(tmp_path, data_dir):
     assert code == 0, err
     assert len(pd.read_csv(tmp_path / "results.csv")) == 2
     assert "Test accuracy in %" in out
-    assert f"report:  {tmp_path / 'report.html'}" in out  # the analyses follow by themselves
+    assert f"report:  {tmp_path / 'report.html'}" in out  # the command runs the analyses after the training
     assert set(pd.read_csv(tmp_path / "analysis" / "barriers.csv")["round"]) == {1}

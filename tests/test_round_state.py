@@ -1,4 +1,4 @@
-"""What a round begins with and what it leaves. A tiny network stands in for LeNet."""
+"""The tickets, masks and earlier optima that the members of a round start from, with a tiny network."""
 
 import itertools
 
@@ -9,7 +9,7 @@ import numpy as np
 from imp_jax import imp, masking
 from imp_jax.arms import Member, add_scheduled_members, imp_of_each, members_for_next_round
 from imp_jax.round_state import repeat_optima, start_round
-from tests.helpers.rounds import assert_trees_equal, initial_weights, member, train_all
+from tests.helpers.rounds import assert_trees_equal, initial_weights, take_member, train_rounds
 
 MEMBERS = tuple(Member(arm, replicate) for arm in ("imp", "reinit") for replicate in (0, 1))
 TWINS = {"twin": frozenset({3})}
@@ -18,21 +18,21 @@ TWINS = {"twin": frozenset({3})}
 def test_survivors_start_each_round_from_their_initial_values(tiny_experiment):
     experiment = tiny_experiment()
     initial = initial_weights(experiment)["params"]
-    for networks, _ in train_all(experiment):
+    for networks, _ in train_rounds(experiment):
         assert_trees_equal(networks.initial["params"], masking.apply(initial, networks.mask))
         pruned = jax.tree.map(jnp.logical_not, networks.mask)
         assert not any(np.any(x) for x in jax.tree.leaves(masking.apply(networks.trained["params"], pruned)))
 
 
-def test_arms_and_replicates_all_start_and_train_differently(tiny_experiment):
-    networks, _ = next(train_all(tiny_experiment()))
+def test_arms_and_replicates_start_and_train_differently(tiny_experiment):
+    networks, _ = next(train_rounds(tiny_experiment()))
     for tree in (networks.initial, networks.trained):
         kernels = tree["params"]["Dense_0"]["kernel"]
         for i, j in itertools.combinations(range(4), 2):
             assert not np.array_equal(kernels[i], kernels[j])
 
 
-def test_a_twin_is_the_ticket_trained_with_other_noise(tiny_experiment):
+def test_twin_trains_the_ticket_of_imp_with_other_sgd_noise(tiny_experiment):
     experiment = tiny_experiment(**{"instability.rounds": (1,)})
     _, end = imp.rounds(experiment._replace(rounds=2))
     members = end.members
@@ -40,14 +40,14 @@ def test_a_twin_is_the_ticket_trained_with_other_noise(tiny_experiment):
     networks = end.networks
     for replicate in range(2):
         ticket, twin = (members.index(Member(arm, replicate)) for arm in ("imp", "twin"))
-        assert_trees_equal(member(networks.initial, ticket), member(networks.initial, twin))
-        assert_trees_equal(member(networks.mask, ticket), member(networks.mask, twin))
-        a, b = (member(networks.trained, i)["params"]["Dense_0"]["kernel"] for i in (ticket, twin))
+        assert_trees_equal(take_member(networks.initial, ticket), take_member(networks.initial, twin))
+        assert_trees_equal(take_member(networks.mask, ticket), take_member(networks.mask, twin))
+        a, b = (take_member(networks.trained, i)["params"]["Dense_0"]["kernel"] for i in (ticket, twin))
         assert np.abs(a - b).max() > 1e-3
         np.testing.assert_array_equal(a == 0, b == 0)
 
 
-def test_twins_take_the_leaves_of_imp_and_leave_none(tiny_experiment):
+def test_twins_take_ticket_mask_and_optima_of_imp_for_one_round(tiny_experiment):
     members = add_scheduled_members(MEMBERS, TWINS, 3)
     np.testing.assert_array_equal(imp_of_each(members), [0, 1, 0, 1, 0, 1])
     tree = {"a": np.array([10, 11, 20, 21])}
@@ -56,8 +56,8 @@ def test_twins_take_the_leaves_of_imp_and_leave_none(tiny_experiment):
     assert members_for_next_round(members, ("imp", "reinit")) == MEMBERS
 
     experiment = tiny_experiment(**{"instability.rounds": (3,)})
-    first = imp.init_state(experiment)
-    tickets, masks = jax.tree.map(lambda leaf: leaf[:2], (first.tickets, first.masks))
+    initial = imp.init_state(experiment)
+    tickets, masks = jax.tree.map(lambda leaf: leaf[:2], (initial.tickets, initial.masks))
     state = start_round(experiment, 3, MEMBERS, tickets, masks)
     assert state.members == members
     for tree in (state.tickets, state.masks):

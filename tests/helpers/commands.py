@@ -12,6 +12,7 @@ QUICK = [CONFIG, *(f"--config.{override}" for override in QUICK)]
 
 
 def run(*arguments, cwd=ROOT, env=None):
+    """Run the command; return its exit status, stdout and stderr."""
     command = [sys.executable, "-m", "imp_jax.main", *arguments]
     env = {**(env or os.environ), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120, check=False)

@@ -1,4 +1,4 @@
-"""Rounds in memory and in a workdir, and trees of members compared."""
+"""Train rounds in memory or into a workdir, and compare the networks of members."""
 
 import jax
 import numpy as np
@@ -7,11 +7,12 @@ from imp_jax import analysis, imp, runs
 
 
 def run(config, workdir, *args, **options):
+    """Call `runs.run` with the analyses, as the command does."""
     runs.run(config, workdir, *args, analyses=analysis, **options)
 
 
-def train_all(experiment, rounds=3):
-    """The rounds in memory: what each left behind, and its thresholds."""
+def train_rounds(experiment, rounds=3):
+    """Train in memory; yield the networks and the thresholds of each round."""
     for end in imp.rounds(experiment._replace(rounds=rounds)):
         yield end.networks, [row["threshold"] for row in end.rows]
 
@@ -20,7 +21,7 @@ def initial_weights(experiment):
     return imp.init_state(experiment).tickets
 
 
-def member(tree, i):
+def take_member(tree, i):
     return jax.tree.map(lambda x: np.asarray(x[i]), tree)
 
 
@@ -29,5 +30,5 @@ def assert_trees_equal(a, b):
 
 
 def assert_trees_close(a, b):
-    """To rounding: XLA may sum in another order where another number of members or steps is compiled."""
+    """Compare up to rounding: the order of sums depends on the number of members and steps in a program."""
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-6), a, b)
