@@ -72,9 +72,8 @@ def test_docstring_has_the_command(module):
     if module not in (lenet, mnist5k):
         assert "\nExpected" in module.__doc__
         assert "\nCost: " in module.__doc__
-        assert (
-            "python -m experiments.run list" in module.__doc__
-        )  # this command shows the times, so the docstring has none
+        # this command lists the times, so the docstring has none
+        assert "python -m experiments.run list" in module.__doc__
         assert not re.search(r"\d (days|hours|images/s)", module.__doc__)
 
 

@@ -380,14 +380,14 @@ def test_twin_differs_from_imp_only_after_the_rewind_step(tiny_experiment, numbe
         for step in (steps - 2, steps - 1)
     )
     # in the last step only the batch differs, so the difference is smaller than after two steps
-    one, two = (
+    one_step, two_steps = (
         np.abs(
             take_member(n.trained, 0)["params"]["Dense_0"]["kernel"]
             - take_member(n.trained, 4)["params"]["Dense_0"]["kernel"]
         )
         for n in (one_step_left, two_steps_left)
     )
-    assert 0 < one.max() <= 2 * 12e-4 * 1.01  # Adam moves a weight by at most about the learning rate
-    assert one.max() < two.max() <= 4 * 12e-4 * 1.5
+    assert 0 < one_step.max() <= 2 * 12e-4 * 1.01  # Adam moves a weight by at most about the learning rate
+    assert one_step.max() < two_steps.max() <= 4 * 12e-4 * 1.5
     for networks in (two_steps_left, one_step_left):
         assert_trees_equal(take_member(networks.initial, 0), take_member(networks.initial, 4))

@@ -160,7 +160,7 @@ def test_random_score_is_uniform_over_layers():
     first, second = (scores.random(random_inputs(params, seed)) for seed in (0, 1))
     mask, _ = pruning.prune_by_score(first, params, masking.ones_like(params), 0.5)
     assert masking.survivors(mask) == 5_000
-    kept = int(mask["b"]["kernel"].sum())  # 1,000 expected, 20 standard deviations are 400
+    kept = int(mask["b"]["kernel"].sum())  # 1,000 expected, with a standard deviation of 20
     assert 800 < kept < 1_200
     assert not np.array_equal(first["a"]["kernel"], second["a"]["kernel"])
 

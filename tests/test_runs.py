@@ -56,12 +56,12 @@ def test_resuming_restores_the_saved_masks(tmp_path, monkeypatch):
     """It does not compute scores again, which may take long."""
     config = make_tiny_config(**{"pruning.score": "random"})
     run(config, tmp_path / "whole", dataset=make_tiny_dataset())
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     for number in (1, 2):
-        shutil.rmtree(tmp_path / "cut" / "checkpoints" / str(number))
+        shutil.rmtree(tmp_path / "resumed" / "checkpoints" / str(number))
     monkeypatch.setattr(runs, "prune", None)  # `resume` would call it for the last finished round
-    run(config, tmp_path / "cut", dataset=make_tiny_dataset())
-    assert_same_runs(tmp_path / "whole", tmp_path / "cut")
+    run(config, tmp_path / "resumed", dataset=make_tiny_dataset())
+    assert_same_runs(tmp_path / "whole", tmp_path / "resumed")
 
 
 def test_resuming_restores_dense_tickets(data_dir, tmp_path):
@@ -95,20 +95,20 @@ def without_seconds(workdir):
 def test_resumed_run_has_the_results_of_an_uninterrupted_one(data_dir, tmp_path, capsys):
     config = quick_config(data_dir)
     run(config, tmp_path / "whole")
-    run_one_round(config, tmp_path / "cut")
+    run_one_round(config, tmp_path / "resumed")
     capsys.readouterr()
-    run(config, tmp_path / "cut")
+    run(config, tmp_path / "resumed")
     assert "has rounds 0 to 0; going on with round 1" in capsys.readouterr().out
-    pd.testing.assert_frame_equal(without_seconds(tmp_path / "whole"), without_seconds(tmp_path / "cut"))
-    assert (tmp_path / "cut" / "figures" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    pd.testing.assert_frame_equal(without_seconds(tmp_path / "whole"), without_seconds(tmp_path / "resumed"))
+    assert (tmp_path / "resumed" / "figures" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
-    results = (tmp_path / "cut" / "results.csv").read_bytes()
+    results = (tmp_path / "resumed" / "results.csv").read_bytes()
     # as if the process were killed before it drew the figure
-    (tmp_path / "cut" / "figures" / "accuracy.png").unlink()
-    run(config, tmp_path / "cut")
-    assert (tmp_path / "cut" / "figures" / "accuracy.png").exists()
+    (tmp_path / "resumed" / "figures" / "accuracy.png").unlink()
+    run(config, tmp_path / "resumed")
+    assert (tmp_path / "resumed" / "figures" / "accuracy.png").exists()
     assert "is finished: all 3 rounds are trained" in capsys.readouterr().out
-    assert (tmp_path / "cut" / "results.csv").read_bytes() == results
+    assert (tmp_path / "resumed" / "results.csv").read_bytes() == results
 
 
 class StopsAfter(GracefulStop):
@@ -158,14 +158,14 @@ def assert_same_runs(one, other):
 def test_run_stopped_within_rounds_resumes_to_the_same_bits(data_dir, tmp_path, rewind_step):
     config = quick_config(data_dir, rounds=2, epochs=3, rewind_step=rewind_step)
     run(config, tmp_path / "whole")
-    messages = run_with_stops(config, tmp_path / "cut", 0)
+    messages = run_with_stops(config, tmp_path / "resumed", 0)
     stops = {8, 16, 24, *([rewind_step] if rewind_step else [])}  # epochs have 8 steps
     places = [f"in round {number} at step {step} of 24" for number in (0, 1) for step in sorted(stops)]
     assert [
         message[len("stopped by SIGTERM ") :].split(";")[0] for message in messages if "step" in message
     ] == places
-    assert_same_runs(tmp_path / "whole", tmp_path / "cut")
-    assert not any((tmp_path / "cut" / "progress").iterdir())
+    assert_same_runs(tmp_path / "whole", tmp_path / "resumed")
+    assert not any((tmp_path / "resumed" / "progress").iterdir())
 
 
 def test_convolutional_network_trains_on_grey_images(data_dir, tmp_path, capsys):
@@ -210,11 +210,11 @@ def test_streamed_run_resumes_to_the_same_results(tmp_path):
     )
     run(config, tmp_path / "whole")
     with pytest.raises(Stopped, match="in round 0 at step 3 of"):
-        run(config, tmp_path / "cut", StopsAfter(0))
+        run(config, tmp_path / "resumed", StopsAfter(0))
     config.checkpoint_every_steps = 2  # may change while the run is stopped, even if 3 is not a multiple of it
-    messages = run_with_stops(config, tmp_path / "cut", 0)
+    messages = run_with_stops(config, tmp_path / "resumed", 0)
     assert "in round 0 at step 4 of" in messages[0]  # the rewind step
-    assert_same_runs(tmp_path / "whole", tmp_path / "cut")
+    assert_same_runs(tmp_path / "whole", tmp_path / "resumed")
     results = without_seconds(tmp_path / "whole")
     assert results["density"].round(2).tolist() == [1, 1, 0.8, 0.8]
     assert np.isfinite(results["train_loss"]).all()
@@ -237,9 +237,8 @@ def test_keep_checkpoints_may_change_while_a_run_is_stopped(data_dir, tmp_path):
     pd.testing.assert_frame_equal(
         without_seconds(tmp_path / "whole"), without_seconds(tmp_path / "run"), check_exact=True
     )
-    (tmp_path / "run" / "progress" / "7").mkdir(
-        parents=True
-    )  # as if the process were killed after the last round
+    # as if the process were killed after the last round
+    (tmp_path / "run" / "progress" / "7").mkdir(parents=True)
     config.keep_checkpoints = "ends"
     run(config, tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["0", "4", "5"]
@@ -247,9 +246,8 @@ def test_keep_checkpoints_may_change_while_a_run_is_stopped(data_dir, tmp_path):
 
     with contextlib.closing(checkpoints.Checkpoints(tmp_path / "run")) as stored:
         assert set(stored.optima(5).count) == {6}
-    config.rounds = (
-        7  # a finished run may get more rounds, even if only the last checkpoint has the earlier optima
-    )
+    # a finished run may get more rounds, even if only the last checkpoint has the earlier optima
+    config.rounds = 7
     run(config, tmp_path / "run")
     config.keep_checkpoints = "all"
     run(config, tmp_path / "whole")
@@ -302,8 +300,8 @@ def test_run_with_twins_and_repulsion_resumes_to_the_same_results(data_dir, tmp_
     config.instability.rounds = (1, 9)
     config.repulsion.strength = 2.0
     run(config, tmp_path / "whole")
-    run_with_stops(config, tmp_path / "cut", 3)
-    assert_same_runs(tmp_path / "whole", tmp_path / "cut")
+    run_with_stops(config, tmp_path / "resumed", 3)
+    assert_same_runs(tmp_path / "whole", tmp_path / "resumed")
     config.keep_checkpoints = "ends"
     run_with_stops(config, tmp_path / "ends", 3)
     results = without_seconds(tmp_path / "whole")
@@ -312,7 +310,8 @@ def test_run_with_twins_and_repulsion_resumes_to_the_same_results(data_dir, tmp_
     analysis.run(tmp_path / "whole")
     analysis.run(tmp_path / "ends")
     whole, ends = analysis.load(tmp_path / "whole"), analysis.load(tmp_path / "ends")
-    for table in set(whole.tables) - {"distances"}:  # distances to rounds that were deleted before are missing
+    # `ends` has no distance between rounds 1 and 3, because keep_checkpoints=ends deletes round 1
+    for table in set(whole.tables) - {"distances"}:
         pd.testing.assert_frame_equal(getattr(whole, table), getattr(ends, table), check_exact=True)
     pairs = {(-1, n) for n in range(4)} | {(0, 1), (0, 2), (1, 2), (0, 3), (2, 3)}
     keys = ["replicate", "arm", "metric", "round_a", "round_b"]
