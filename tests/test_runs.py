@@ -17,8 +17,8 @@ from imp_jax.runtime.signals import GracefulStop, Stopped
 from imp_jax.workdir import checkpoints
 from tests.conftest import make_tiny_config, make_tiny_dataset, quick_config
 from tests.helpers import folders
+from tests.helpers.checkpoints import forget_definition
 from tests.helpers.rounds import assert_trees_equal, initial_weights, run
-from tests.helpers.workdirs import forget_definition
 
 
 class KilledError(Exception):

@@ -15,7 +15,7 @@ from imp_jax import divergence, repulsion
 from imp_jax.errors import UserError
 from imp_jax.training import TrainState
 from imp_jax.workdir.checkpoints import Checkpoints, DamagedError, MidRoundState, RoundNetworks
-from tests.helpers.workdirs import forget_definition
+from tests.helpers.checkpoints import forget_definition
 
 ROWS = [{"replicate": 0, "arm": "imp", "round": 0, "threshold": 0.1234567, "cosine": float("nan")}]
 STEPS = 10  # of a training
