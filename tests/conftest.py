@@ -34,16 +34,19 @@ from imp_jax.models.lenet import LeNet
 
 # the slowest files, slowest first: each runs in one worker, so they should start early
 LONGEST = (
-    "imp",
+    "runs",
     "benchmark",
-    "main",
+    "imp",
     "sweep",
+    "cli",
     "distributed",
+    "command",
     "devices",
     "analysis",
     "slurm",
     "models",
     "repulsion",
+    "divergence",
 )
 
 

@@ -5,13 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imp_jax import arms, imp, masking, runs
+from imp_jax import arms, masking, runs
 from imp_jax.arms import (
     ARMS,
     Arm,
     Member,
     add_scheduled_members,
-    imp_of_each,
     member_keys,
     members_for_next_round,
     members_of_rows,
@@ -19,16 +18,17 @@ from imp_jax.arms import (
     where_members,
 )
 from imp_jax.errors import UserError
-from imp_jax.round_state import repeat_optima, start_round
 from imp_jax.runtime.signals import GracefulStop, Stopped
 from imp_jax.workdir.checkpoints import Checkpoints
 from tests.conftest import make_tiny_config, make_tiny_dataset
 
 MEMBERS = tuple(Member(arm, replicate) for arm in ("imp", "reinit") for replicate in (0, 1))
+
+
 TWINS = {"twin": frozenset({3})}
 
 
-def test_members_come_arm_by_arm_and_twins_last(tiny_experiment):
+def test_members_are_ordered_by_arm_with_twins_last(tiny_experiment):
     experiment = tiny_experiment(**{"instability.rounds": (3,)})
     assert (experiment.members, experiment.scheduled_arms) == (MEMBERS, TWINS)
     assert add_scheduled_members(MEMBERS, TWINS, 2) == MEMBERS
@@ -36,7 +36,7 @@ def test_members_come_arm_by_arm_and_twins_last(tiny_experiment):
     assert add_scheduled_members([Member("imp", 1)], TWINS, 3) == (("imp", 1), ("twin", 1))
 
 
-def test_members_without_an_imp_do_not_go_on():
+def test_replicates_without_imp_are_not_trained_in_the_next_round():
     rows = [{"arm": arm, "replicate": r, "round": 4} for arm, r in (("imp", 1), ("reinit", 0), ("reinit", 1))]
     members = members_of_rows([*rows, {"arm": "imp", "replicate": 0, "round": 3}], 4)
     assert members == (("imp", 1), ("reinit", 0), ("reinit", 1))
@@ -46,46 +46,38 @@ def test_members_without_an_imp_do_not_go_on():
     )
 
 
-def test_select_takes_the_leaves_of_members():
+def test_take_members_selects_their_leaves():
     members = MEMBERS
     tree = {"a": np.array([10, 11, 20, 21])}
     np.testing.assert_array_equal(take_members(tree, members, [members[3], members[0]])["a"], [21, 10])
     assert take_members(tree, members, list(members)) is tree
 
 
-def test_a_key_is_folded_from_seed_replicate_draw_and_numbers():
+def test_member_keys_fold_in_seed_replicate_stream_and_numbers():
     members = add_scheduled_members(MEMBERS, TWINS, 3)
     keys = member_keys(members, 7, lambda member: ["data", ARMS[member.arm].number, 3])
     expected = jax.random.key(7)
-    for number in (1, 2, ARMS["reinit"].number, 3):  # replicate, the draw called data, arm, round
+    for number in (1, 2, ARMS["reinit"].number, 3):  # replicate, the stream "data", arm, round
         expected = jax.random.fold_in(expected, number)
     np.testing.assert_array_equal(*map(jax.random.key_data, (keys[3], expected)))
     assert len(np.unique(jax.random.key_data(keys), axis=0)) == len(members)
-    alone = member_keys([Member("reinit", 1)], 7, lambda member: ["data", ARMS[member.arm].number, 3])
-    np.testing.assert_array_equal(*map(jax.random.key_data, (keys[3], alone[0])))
+    only_one = member_keys([Member("reinit", 1)], 7, lambda member: ["data", ARMS[member.arm].number, 3])
+    np.testing.assert_array_equal(*map(jax.random.key_data, (keys[3], only_one[0])))
 
 
-def test_twins_take_the_leaves_of_imp_and_leave_none(tiny_experiment):
-    members = add_scheduled_members(MEMBERS, TWINS, 3)
-    np.testing.assert_array_equal(imp_of_each(members), [0, 1, 0, 1, 0, 1])
-    tree = {"a": np.array([10, 11, 20, 21])}
-    np.testing.assert_array_equal(repeat_optima(tree, MEMBERS, members)["a"], [10, 11, 20, 21, 10, 11])
-    assert repeat_optima(tree, MEMBERS, MEMBERS) is tree
-    assert members_for_next_round(members, ("imp", "reinit")) == MEMBERS
-
-    experiment = tiny_experiment(**{"instability.rounds": (3,)})
-    first = imp.init_state(experiment)
-    tickets, masks = jax.tree.map(lambda leaf: leaf[:2], (first.tickets, first.masks))
-    state = start_round(experiment, 3, MEMBERS, tickets, masks)
-    assert state.members == members
-    for tree in (state.tickets, state.masks):
-        jax.tree.map(lambda leaf: np.testing.assert_array_equal(leaf[4:], leaf[:2]), tree)
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[:2], b), state.tickets, tickets)
+def test_data_order_differs_between_rounds_arms_and_replicates(tiny_experiment):
+    experiment = tiny_experiment()
+    keys = [
+        member_keys(experiment.members, experiment.seed, lambda m, n=n: ["data", ARMS[m.arm].number, n])
+        for n in range(2)
+    ]
+    orders = {tuple(np.asarray(jax.random.permutation(key, 46))) for round_keys in keys for key in round_keys}
+    assert len(orders) == 8
 
 
-def test_where_member_chooses_whole_members():
-    one, other = {"a": jnp.ones((3, 2, 2)), "b": jnp.ones(3)}, {"a": jnp.zeros((3, 2, 2)), "b": jnp.zeros(3)}
-    chosen = where_members(jnp.array([True, False, True]), one, other)
+def test_where_members_selects_whole_members():
+    ones, zeros = {"a": jnp.ones((3, 2, 2)), "b": jnp.ones(3)}, {"a": jnp.zeros((3, 2, 2)), "b": jnp.zeros(3)}
+    chosen = where_members(jnp.array([True, False, True]), ones, zeros)
     np.testing.assert_array_equal(chosen["b"], [1, 0, 1])
     np.testing.assert_array_equal(chosen["a"], np.array([1, 0, 1])[:, None, None] * np.ones((3, 2, 2)))
 
@@ -93,8 +85,8 @@ def test_where_member_chooses_whole_members():
 # --- arms of users ---
 
 
-def shuffle(inputs):
-    """Imp's mask with the kernels' places drawn anew by the key of this arm, replicate and round."""
+def permute_mask(inputs):
+    """Permute every leaf of imp's mask, by the key of this arm, replicate and round."""
     leaves, treedef = jax.tree.flatten(inputs.mask)
     keys = jax.random.split(inputs.key, len(leaves))
     return treedef.unflatten(
@@ -106,15 +98,15 @@ def shuffle(inputs):
 
 
 @pytest.fixture
-def registered(monkeypatch):
-    """A user's arm called negated: the negated ticket on a shuffle of its mask."""
+def negated_arm(monkeypatch):
+    """Register a user's arm `negated`: the negated ticket under a permuted mask."""
     monkeypatch.setattr(arms, "ARMS", dict(ARMS))
     monkeypatch.setattr("tests.test_arms.ARMS", arms.ARMS)
-    arms.register("negated", Arm(100, lambda inputs: jax.tree.map(jnp.negative, inputs.ticket), shuffle))
+    arms.register("negated", Arm(100, lambda inputs: jax.tree.map(jnp.negative, inputs.ticket), permute_mask))
 
 
-class StopsAtOnce(GracefulStop):
-    """A signal that has come by the end of the first epoch, or wherever else the host looks."""
+class StopsAtFirstCheck(GracefulStop):
+    """Simulates a signal that arrives before the first check for signals."""
 
     def signal_on_any_process(self, _):
         self.requested = 15
@@ -122,49 +114,51 @@ class StopsAtOnce(GracefulStop):
 
 
 @pytest.mark.parametrize("rewind_step", [0, 3, None])
-def test_an_arm_of_a_user_trains_and_resumes_and_leaves_imp_as_it_is(registered, tmp_path, rewind_step):
-    plain, more = (
+def test_user_arm_trains_and_resumes_and_does_not_change_imp(negated_arm, tmp_path, rewind_step):
+    plain_config, config = (
         make_tiny_config(arms=names, rewind_step=rewind_step)
         for names in (("imp", "reinit"), ("imp", "reinit", "negated"))
     )
     dataset = make_tiny_dataset()
-    whole, cut, without = (tmp_path / name for name in ("whole", "cut", "without"))
-    runs.run(plain, without, dataset=dataset)
-    runs.run(more, whole, dataset=dataset)
+    whole, resumed, plain = (tmp_path / name for name in ("whole", "resumed", "plain"))
+    runs.run(plain_config, plain, dataset=dataset)
+    runs.run(config, whole, dataset=dataset)
     stops = 0
     while True:
         try:
-            runs.run(more, cut, StopsAtOnce(), dataset=dataset)
+            runs.run(config, resumed, StopsAtFirstCheck(), dataset=dataset)
             break
         except Stopped:
             stops += 1
     assert stops >= 6
     with (
         contextlib.closing(Checkpoints(whole)) as a,
-        contextlib.closing(Checkpoints(cut)) as b,
-        contextlib.closing(Checkpoints(without)) as c,
+        contextlib.closing(Checkpoints(resumed)) as b,
+        contextlib.closing(Checkpoints(plain)) as c,
     ):
         assert a.rounds() == b.rounds() == c.rounds() == [0, 1, 2]
         for number in a.rounds():
             networks, plain_networks = a.restore(number), c.restore(number)
             jax.tree.map(np.testing.assert_array_equal, networks, b.restore(number))
-            of_imp, of_negated = (
+            imp_networks, negated_networks = (
                 jax.tree.map(lambda leaf, s=s: np.asarray(leaf[s]), networks) for s in (slice(2), slice(4, 6))
             )
-            jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y[:2]), of_imp.mask, plain_networks.mask)
+            jax.tree.map(
+                lambda x, y: np.testing.assert_array_equal(x, y[:2]), imp_networks.mask, plain_networks.mask
+            )
             jax.tree.map(
                 lambda x, y: np.testing.assert_allclose(x, y[:2], rtol=1e-3, atol=1e-6),
-                (of_imp.initial, of_imp.trained),
+                (imp_networks.initial, imp_networks.trained),
                 (plain_networks.initial, plain_networks.trained),
             )
             counts = [
                 np.array([np.sum(layer["kernel"], (1, 2)) for layer in tree.mask.values()])
-                for tree in (of_imp, of_negated)
+                for tree in (imp_networks, negated_networks)
             ]
             np.testing.assert_array_equal(*counts)
-            kernels = [tree.mask["Dense_0"]["kernel"] for tree in (of_imp, of_negated)]
+            kernels = [tree.mask["Dense_0"]["kernel"] for tree in (imp_networks, negated_networks)]
             assert np.array_equal(*kernels) == (number == 0)
-            trained = of_negated.trained["params"]["Dense_0"]["kernel"]
+            trained = negated_networks.trained["params"]["Dense_0"]["kernel"]
             assert not np.any(trained[~kernels[1]])
             if rewind_step is not None:
                 dense = a.restore(0).initial["params"]
@@ -172,9 +166,9 @@ def test_an_arm_of_a_user_trains_and_resumes_and_leaves_imp_as_it_is(registered,
                     lambda leaf, ticket, mask: np.testing.assert_array_equal(
                         leaf, np.where(mask, -np.asarray(ticket)[:2], 0)
                     ),
-                    of_negated.initial["params"],
+                    negated_networks.initial["params"],
                     dense,
-                    of_negated.mask,
+                    negated_networks.mask,
                 )
 
 
@@ -193,12 +187,12 @@ def test_an_arm_of_a_user_trains_and_resumes_and_leaves_imp_as_it_is(registered,
         ("own", Arm(100, lambda inputs: inputs.ticket), "has the number 100, which is that of 'negated'"),
     ],
 )
-def test_a_bad_arm_is_refused_in_one_sentence(registered, name, arm, sentence):
-    known = dict(arms.ARMS)
+def test_register_rejects_a_bad_arm_in_one_sentence(negated_arm, name, arm, sentence):
+    arms_before = dict(arms.ARMS)
     with pytest.raises(UserError, match=sentence) as error:
         arms.register(name, arm)
     assert len(str(error.value).splitlines()) == 1
-    assert known == arms.ARMS
+    assert arms_before == arms.ARMS
 
 
 @pytest.mark.parametrize(
@@ -211,7 +205,7 @@ def test_a_bad_arm_is_refused_in_one_sentence(registered, name, arm, sentence):
         Arm(101, lambda inputs: inputs.ticket, lambda inputs: masking.survivors(inputs.mask)),
     ],
 )
-def test_an_arm_whose_trees_have_other_shapes_is_refused_before_training(registered, tiny_experiment, arm):
+def test_arm_that_returns_other_shapes_is_rejected_before_training(negated_arm, tiny_experiment, arm):
     arms.register("odd", arm)
     with pytest.raises(
         UserError, match="arms has 'odd', which should return trees like the ticket and"

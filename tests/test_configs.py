@@ -1,5 +1,6 @@
-"""The config files are table 1 of the paper."""
+"""The config files have the hyperparameters of table 1 of the paper."""
 
+import importlib.util
 import re
 
 import pytest
@@ -7,8 +8,11 @@ import pytest
 from configs import conv4, lenet, mnist5k, resnet20, resnet50
 from experiments.paper import analysis_table, config_table
 from imp_jax import config as configs
+from tests.helpers import ROOT
 
-# epochs, batch size, optimizer, learning rate, schedule, milestones, weight decay, fraction pruned a round
+CONFIG_FILES = sorted((ROOT / "configs").glob("*.py"))
+# model, data set, epochs, batch size, optimizer, learning rate, schedule, milestones, weight decay,
+# pruned fraction
 TABLE_1 = {
     lenet: ("lenet", "mnist", 25, 60, "adam", 12e-4, "constant", (), 0, 0.2),
     resnet20: ("resnet20", "cifar10", 85, 128, "momentum", 0.1, "step", (56, 71), 1e-5, 0.2),
@@ -18,7 +22,7 @@ TABLE_1 = {
 
 
 @pytest.mark.parametrize("module", TABLE_1, ids=lambda module: module.__name__)
-def test_table_1(module):
+def test_config_has_the_values_of_table_1(module):
     config = module.get_config()
     configs.validate(config)
     optimizer = config.optimizer
@@ -34,7 +38,7 @@ def test_table_1(module):
         optimizer.weight_decay,
         config.pruning.fraction,
     )
-    assert config.model.norm_affine is False  # the paper's choice, as we read it
+    assert config.model.norm_affine is False  # our reading of the paper
     assert config.model.width == 1
     assert config.dataset.normalize is True
     assert config.dataset.augmentation is None
@@ -46,13 +50,13 @@ def test_table_1(module):
     assert config.rounds == (2 if module is resnet50 else 25)
 
 
-def test_inputs_of_lenet_are_normalised():
+def test_mnist5k_normalises_its_images():
     """As in OpenLTH, from which table 1 is taken."""
     assert mnist5k.get_config().dataset.normalize is True
 
 
 @pytest.mark.parametrize("module", [conv4, resnet20, resnet50], ids=lambda module: module.__name__)
-def test_costs_in_docstrings_are_those_of_the_config(module):
+def test_docstring_has_the_cost_of_the_config(module):
     config, train_images = module.get_config(), {"cifar10": 50_000, "imagenet2012": 1_281_167}
     steps = train_images[config.dataset.name] // config.batch_size
     members = len(config.arms) * config.replicates * config.rounds
@@ -62,19 +66,29 @@ def test_costs_in_docstrings_are_those_of_the_config(module):
 
 
 @pytest.mark.parametrize("module", [*TABLE_1, mnist5k], ids=lambda module: module.__name__)
-def test_a_docstring_has_the_command(module):
+def test_docstring_has_the_command(module):
     name = module.__name__.replace("configs.", "")
     assert f"python -m imp_jax.main --config=configs/{name}.py" in module.__doc__
     if module not in (lenet, mnist5k):
         assert "\nExpected" in module.__doc__
         assert "\nCost: " in module.__doc__
-        assert "python -m experiments.run list" in module.__doc__  # times are kept in one place
+        # this command lists the times, so the docstring has none
+        assert "python -m experiments.run list" in module.__doc__
         assert not re.search(r"\d (days|hours|images/s)", module.__doc__)
 
 
-def test_the_readme_of_the_configs_is_up_to_date():
+def test_generated_readmes_are_up_to_date():
     assert config_table.README.read_text() == config_table.format_readme(), f"run {config_table.COMMAND}"
     assert analysis_table.README.read_text() == analysis_table.format_readme(), f"run {analysis_table.COMMAND}"
     rows = config_table.format_table().splitlines()[2:]
     assert [row.split("`")[1] for row in rows] == [f"{name}.py" for name in config_table.list_config_names()]
     assert rows[0].startswith("| `conv4.py` | Conv-4 | cifar10 | 75 | 128 | 159 | 595.3 million | ")
+
+
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda path: path.stem)
+def test_config_files_are_valid(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    configs.validate(module.get_config())
+    assert f"--config=configs/{path.name}" in module.__doc__

@@ -25,62 +25,63 @@ def test_path_has_exact_ends_and_equidistant_points():
     np.testing.assert_allclose(path["b"][:, 0], np.arange(20), rtol=1e-6)
 
 
-def test_a_path_keeps_the_type_of_its_ends():
+def test_path_keeps_the_dtype_of_its_ends():
     ends = {"w": jnp.ones(3, jnp.bfloat16)}
     assert connectivity.linear_path(ends, ends)["w"].dtype == jnp.bfloat16
 
 
-def test_the_ends_of_a_path_are_exact_where_they_are_not_finite():
+def test_path_ends_are_exact_for_non_finite_weights():
     a, b = {"w": jnp.array([jnp.inf, 1.0])}, {"w": jnp.array([2.0, -jnp.inf])}
     path = connectivity.linear_path(a, b, 3)["w"]
     np.testing.assert_array_equal(path, [[np.inf, 1], [np.inf, -np.inf], [2, -np.inf]])
 
 
-def test_ends_of_different_shapes_are_refused():
+def test_path_rejects_ends_of_different_shapes():
     with pytest.raises(ValueError, match=r"shape \(4, 1\) in one tree and \(4, 3\) in another"):
         connectivity.linear_path({"w": jnp.ones((4, 1))}, {"w": jnp.ones((4, 3))})
 
 
-def test_a_path_needs_two_points():
+def test_path_rejects_fewer_than_two_points():
     with pytest.raises(ValueError, match="num_points is 1"):
         connectivity.linear_path({"w": jnp.ones(1)}, {"w": jnp.ones(1)}, num_points=1)
 
 
 @pytest.mark.parametrize(
     ("baseline", "expected"),
-    # f(α) = 4α(1 − α) + 2α: ends 0 and 2, top 9/4 at α = 3/4; less the line 2α, top 1 at α = 1/2
+    # f(α) = 4α(1 − α) + 2α has the ends 0 and 2 and the maximum 9/4 at α = 3/4;
+    # f(α) − 2α has the maximum 1 at α = 1/2
     [("mean", 9 / 4 - 1), ("linear", 1.0), ("max", 9 / 4 - 2)],
 )
-def test_barrier_of_a_parabola(baseline, expected):
+def test_error_barrier_of_a_parabola(baseline, expected):
     alpha = np.linspace(0, 1, 101)
     errors = 4 * alpha * (1 - alpha) + 2 * alpha
     assert connectivity.error_barrier(errors, baseline=baseline) == pytest.approx(expected, abs=1e-5)
 
 
-def test_no_barrier_in_a_bowl_and_many_paths_at_once():
+def test_error_barrier_of_several_paths():
     alpha = np.linspace(-1, 1, 21)
     errors = np.stack([alpha**2, 1 - alpha**2, np.ones(21)])
     np.testing.assert_allclose(connectivity.error_barrier(errors, "linear"), [0, 1, 0], atol=1e-6)
     np.testing.assert_allclose(jax.jit(connectivity.error_barrier)(errors), [0, 1, 0], atol=1e-6)
 
 
-def test_unknown_baseline_is_refused():
+def test_error_barrier_rejects_an_unknown_baseline():
     with pytest.raises(ValueError, match="baseline is 'median'"):
         connectivity.error_barrier(jnp.ones(3), baseline="median")
 
 
-# --- the networks on a path ---
+# --- metrics of the networks on a path ---
 
 
 def random_split(examples=30, side=8, channels=3):
-    draw = np.random.default_rng(0)
-    images = draw.integers(0, 256, (examples, side, side, channels), np.uint8)
-    return data.InMemory(jnp.asarray(images), jnp.asarray(draw.integers(0, 10, examples, np.int32)))
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (examples, side, side, channels), np.uint8)
+    return data.InMemory(jnp.asarray(images), jnp.asarray(rng.integers(0, 10, examples, np.int32)))
 
 
 @functools.cache
-def two_networks(model, shape=(8, 8, 3)):
-    """With biases and statistics that count."""
+def make_two_networks(model, shape=(8, 8, 3)):
+    """Return variables of two networks, with random biases and statistics."""
 
     def init(key):
         variables = jax.jit(model.init)(key, jnp.zeros((1, *shape)))
@@ -96,31 +97,31 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize(("name", "execution"), [("lenet", "scan_vmap"), ("resnet8", "scan_unroll")])
-def test_path_metrics_are_those_of_the_points_one_by_one(name, execution):
+def test_path_metrics_equal_those_of_single_points(name, execution):
     model, split = NETWORKS[name], random_split()
-    a, b = two_networks(model)
+    a, b = make_two_networks(model)
     spec = TrainSpec(
         model, normalize=data.Normalize((0.4,) * 3, (0.3,) * 3), execution=EXECUTION_MODES[execution]
     )
     losses, errors = connectivity.path_metrics(a, b, split, spec=spec, num_points=5)
-    points = connectivity.linear_path(a, b, 5)  # statistics too
+    points = connectivity.linear_path(a, b, 5)  # also interpolates batch statistics
     apply = jax.jit(lambda variables: model.apply(variables, spec.normalize(split.images)))
     logits = np.stack([apply(jax.tree.map(lambda leaf, i=i: leaf[i], points)) for i in range(5)])
-    chosen = jax.nn.log_softmax(logits)[:, np.arange(30), split.labels]
-    np.testing.assert_allclose(losses, -chosen.mean(-1), rtol=1e-4)
+    log_likelihoods = jax.nn.log_softmax(logits)[:, np.arange(30), split.labels]
+    np.testing.assert_allclose(losses, -log_likelihoods.mean(-1), rtol=1e-4)
     np.testing.assert_allclose(errors, np.mean(logits.argmax(-1) != split.labels, axis=-1), atol=1e-6)
 
 
 class StdConv(nn.Conv):
-    """Standardises its kernel (Qiao et al. 2019), so that it is not affine in it."""
+    """Standardises its kernel (Qiao et al. 2019), so its output is not affine in the kernel."""
 
     def param(self, name, *arguments, **options):
         value = super().param(name, *arguments, **options)
         return (value - value.mean((0, 1, 2))) / value.std((0, 1, 2)) if name == "kernel" else value
 
 
-class WithFirst(nn.Module):
-    """A network of one first layer and an output."""
+class WithFirstLayer(nn.Module):
+    """A network of two layers with a first layer of the kind `first`."""
 
     first: str
 
@@ -151,9 +152,9 @@ class WithFirst(nn.Module):
         ("after a norm", True),
     ],
 )
-def test_paths_of_any_first_layer_are_those_of_the_points(first, affine, monkeypatch):
-    """Where it is not affine in its weights, or not certainly, it is evaluated at each point."""
-    model, split, found = WithFirst(first), random_split(12), []
+def test_path_metrics_are_right_for_any_first_layer(first, affine, monkeypatch):
+    """A layer that is not certainly affine in its weights is evaluated at each point."""
+    model, split, found = WithFirstLayer(first), random_split(12), []
     ends = [jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 8, 8, 3))) for seed in (0, 1)]
     is_affine = connectivity._is_affine
     monkeypatch.setattr(connectivity, "_is_affine", lambda *a: found.append(is_affine(*a)) or found[-1])
@@ -166,36 +167,36 @@ def test_paths_of_any_first_layer_are_those_of_the_points(first, affine, monkeyp
     assert losses[1] == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_the_ends_of_a_path_are_the_networks_themselves():
-    split = random_split(2500)  # the last batch is half empty
-    ends = two_networks(NETWORKS["lenet"])
+def test_path_ends_have_the_metrics_of_the_networks():
+    split = random_split(2500)  # the last batch is not full
+    ends = make_two_networks(NETWORKS["lenet"])
     spec = TrainSpec(NETWORKS["lenet"])
     losses, errors = connectivity.path_metrics(*ends, split, spec=spec)
     for end, variables in zip((0, -1), ends, strict=True):
-        own_loss, correct = training.evaluate(
+        end_loss, correct = training.evaluate(
             jax.tree.map(lambda leaf: leaf[None], variables), split, spec=spec
         )
-        assert losses[end] == pytest.approx(float(own_loss[0]), rel=1e-6)
+        assert losses[end] == pytest.approx(float(end_loss[0]), rel=1e-6)
         assert errors[end] == pytest.approx(1 - int(correct[0]) / 2500, abs=1e-9)
     assert errors.shape == (20,)
 
 
-def test_chunks_of_points_change_nothing(monkeypatch):
-    split, (a, b), spec = random_split(), two_networks(NETWORKS["lenet"]), TrainSpec(NETWORKS["lenet"])
-    at_once = connectivity.path_metrics(a, b, split, spec=spec, num_points=7)
+def test_path_metrics_do_not_depend_on_points_per_pass(monkeypatch):
+    split, (a, b), spec = random_split(), make_two_networks(NETWORKS["lenet"]), TrainSpec(NETWORKS["lenet"])
+    one_pass = connectivity.path_metrics(a, b, split, spec=spec, num_points=7)
     weights = 192 * 20 + 20 + 20 * 10 + 10 + 10 * 10 + 10
     outputs = 30 * (20 + 10 + 10 + 10)  # of three layers and the whole network
     monkeypatch.setattr(data, "device_memory", lambda: 4 * 4 * (3 * (weights + outputs) + 1))
     assert connectivity._max_points_per_pass(a["params"], {}, split, 30, spec) == 3
     np.testing.assert_allclose(
-        connectivity.path_metrics(a, b, split, spec=spec, num_points=7), at_once, rtol=1e-6
+        connectivity.path_metrics(a, b, split, spec=spec, num_points=7), one_pass, rtol=1e-6
     )
 
 
-def test_reestimated_statistics_are_the_mean_over_batches():
-    """The first 500 of 600 images, in batches of 250."""
+def test_reestimated_statistics_are_means_over_batches():
+    """Over the first 500 of 600 images, in batches of 250."""
     model, train, split = NETWORKS["resnet8"], random_split(600), random_split(20)
-    ends = two_networks(model)
+    ends = make_two_networks(model)
     spec = TrainSpec(model, execution=EXECUTION_MODES["scan_unroll"])
     losses, _ = connectivity.path_metrics(
         *ends, split, spec=spec, num_points=2, batch_norm="reestimate", train=train
@@ -203,7 +204,7 @@ def test_reestimated_statistics_are_the_mean_over_batches():
     images = spec.normalize(train.images)
     variables = {**ends[1], "batch_stats": jax.tree.map(jnp.zeros_like, ends[1]["batch_stats"])}
 
-    def statistics(images):  # from zero a step goes a tenth of the way
+    def statistics(images):  # from zero, one update with momentum 0.9 gives a tenth of the statistics
         _, state = model.apply(variables, images, train=True, mutable=["batch_stats"])
         return jax.tree.map(lambda leaf: 10 * leaf, state["batch_stats"])
 
@@ -211,31 +212,31 @@ def test_reestimated_statistics_are_the_mean_over_batches():
     means = jax.tree.map(lambda *leaves: sum(leaves) / 2, *halves)
     apply = jax.jit(model.apply)
     logits = apply({**ends[1], "batch_stats": means}, spec.normalize(split.images))
-    assert np.abs(logits - apply(ends[1], spec.normalize(split.images))).max() > 0.1  # it makes a difference
+    assert np.abs(logits - apply(ends[1], spec.normalize(split.images))).max() > 0.1  # the statistics matter
     assert losses[-1] == pytest.approx(
         float(-jax.nn.log_softmax(logits)[np.arange(20), split.labels].mean()), rel=1e-3
     )
 
 
-def test_a_path_on_a_stream_is_the_path_on_its_images(tmp_path):
+def test_path_metrics_of_a_streamed_split_equal_those_in_memory(tmp_path):
     folders.write_imagenet(tmp_path)
     streamed = data.load("imagenet2012", tmp_path, image_side=16, workers=0).test
     images, labels = map(jnp.concatenate, zip(*streamed.evaluation_batches(4), strict=True))
     model = CifarResNet(depth=8, width=0.25)
-    ends = two_networks(model, (16, 16, 3))
+    ends = make_two_networks(model, (16, 16, 3))
     spec = TrainSpec(model, execution=EXECUTION_MODES["scan_unroll"])
     for options in ({}, {"batch_norm": "reestimate", "train": streamed}):
         on_stream = connectivity.path_metrics(*ends, streamed, spec=spec, num_points=3, **options)
         if options:
             options["train"] = data.InMemory(images, labels)
-        held = connectivity.path_metrics(
+        in_memory = connectivity.path_metrics(
             *ends, data.InMemory(images, labels), spec=spec, num_points=3, **options
         )
-        np.testing.assert_allclose(on_stream, held, rtol=1e-4)
+        np.testing.assert_allclose(on_stream, in_memory, rtol=1e-4)
 
 
-def test_bad_ways_to_have_statistics_are_said():
-    a, b = two_networks(NETWORKS["resnet8"])
+def test_path_metrics_rejects_bad_batch_norm_options():
+    a, b = make_two_networks(NETWORKS["resnet8"])
     spec = TrainSpec(NETWORKS["resnet8"])
     with pytest.raises(ValueError, match="batch_norm is 'recompute'; it should be one of 'interpolate'"):
         connectivity.path_metrics(a, b, random_split(), spec=spec, batch_norm="recompute")

@@ -1,4 +1,4 @@
-"""What a config names: checked and loaded."""
+"""`setup` resolves what a config names and rejects what does not fit together."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from tests.conftest import quick_config
 from tests.helpers import folders
 
 
-def test_a_step_normalises_and_augments_as_the_config_says(data_dir, tmp_path):
+def test_spec_has_the_normalization_and_augmentation_of_the_config(data_dir, tmp_path):
     folders.write_cifar10(tmp_path)
     config = quick_config(str(tmp_path), batch_size=10, **{"model.name": "conv4", "dataset.name": "cifar10"})
     assert experiment.setup(config).spec.normalize == data.Normalize()
@@ -40,7 +40,7 @@ def test_a_step_normalises_and_augments_as_the_config_says(data_dir, tmp_path):
         ({"checkpoint_every_steps": 5}, "checkpoint_every_steps is 5; only streamed sets read it"),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_written(data_dir, tmp_path, overrides, sentence):
+def test_bad_config_is_rejected_before_anything_is_written(data_dir, tmp_path, overrides, sentence):
     with pytest.raises(UserError, match=sentence):
         runs.run(quick_config(data_dir, **overrides), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""A project outside of the repository adds one of everything by one config file."""
+"""A project outside of the repository adds one extension of every kind in one config file."""
 
 import os
 import shutil
@@ -15,6 +15,7 @@ CONFIG = ROOT / "tests" / "helpers" / "outside_config.py"
 
 
 def run(folder, module, *arguments):
+    """Run a module of the repository in a folder; return its stdout."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
     environment = {"PYTHONPATH": str(ROOT)}
 
@@ -27,17 +28,18 @@ def run(folder, module, *arguments):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
+    """The workdir of a finished run of the project."""
     folder = tmp_path_factory.mktemp("project")
     shutil.copy(CONFIG, folder / "mine.py")
     run(folder, "imp_jax.main", f"--config={folder / 'mine.py'}")
     return folder / "runs" / "mine"
 
 
-def test_the_config_file_is_short():
+def test_config_file_has_at_most_80_lines():
     assert len(CONFIG.read_text().splitlines()) <= 80
 
 
-def test_all_arms_train_on_the_masks_of_the_score(workdir):
+def test_all_arms_train_under_the_masks_of_the_users_score(workdir):
     results = pd.read_csv(workdir / "results.csv")
     assert list(results[results["round"] == 1]["arm"].unique()) == ["imp", "reinit", "negated", "twin"]
     by_round = results.groupby("round")["density"].unique().map(list)
@@ -47,21 +49,21 @@ def test_all_arms_train_on_the_masks_of_the_score(workdir):
     assert (accuracy > 0.6).all()  # chance is 0.25
 
 
-def test_the_analysis_has_a_table_of_all_networks(workdir):
+def test_users_analysis_writes_a_table_of_all_networks(workdir):
     table = pd.read_csv(workdir / "analysis" / "norms.csv")
     assert list(table.columns) == ["replicate", "arm", "round", "norm"]
     assert len(table) == 3 * 2 * 3  # arms, replicates, rounds
     assert (table["norm"] > 0).all()
 
 
-def test_it_is_drawn_and_reported(workdir):
+def test_figures_and_report_are_written(workdir):
     assert "norms" in (workdir / "report.html").read_text()
     assert (workdir / "figures" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_analysis_command_computes_what_is_missing(workdir):
+def test_analysis_command_computes_a_missing_table(workdir):
     table = workdir / "analysis" / "norms.csv"
-    before = pd.read_csv(table)
+    expected = pd.read_csv(table)
     table.unlink()
     run(workdir.parents[1], "imp_jax.analysis", f"--workdir={workdir}")
-    pd.testing.assert_frame_equal(pd.read_csv(table), before)
+    pd.testing.assert_frame_equal(pd.read_csv(table), expected)

@@ -10,18 +10,19 @@ from IPython.core.formatters import DisplayFormatter
 from imp_jax import figures
 
 
-def results():
-    draw = np.random.default_rng(0)
+def make_results():
+    """Return random results of 25 rounds, two arms and three replicates."""
+    rng = np.random.default_rng(0)
     return pd.DataFrame(
-        {"arm": arm, "replicate": replicate, "density": 0.8**number, "test_accuracy": draw.uniform(0.8, 0.9)}
+        {"arm": arm, "replicate": replicate, "density": 0.8**number, "test_accuracy": rng.uniform(0.8, 0.9)}
         for number in range(25)
         for arm in ("imp", "reinit")
         for replicate in range(3)
     )
 
 
-def test_accuracy_draws_means_with_min_and_max():
-    table = results()
+def test_accuracy_shows_the_mean_with_min_and_max():
+    table = make_results()
     axes = figures.accuracy(table).axes[0]
     assert axes.get_xscale() == "log"
     assert axes.xaxis_inverted()
@@ -38,41 +39,41 @@ def test_accuracy_draws_means_with_min_and_max():
         assert line.get_linestyle() == {"imp": "-", "reinit": "--"}[arm]
 
 
-def test_one_round_and_an_unknown_arm_are_drawn_too():
+def test_accuracy_accepts_one_round_and_an_unknown_arm():
     table = pd.DataFrame({"arm": ["other"], "density": [1.0], "test_accuracy": [0.5]})
     assert figures.to_bytes(figures.accuracy(table)).startswith(b"\x89PNG")
 
 
-def test_equal_replicates_are_drawn():
-    """The mean of equal values can lie outside them, by rounding."""
+def test_accuracy_accepts_equal_replicates():
+    """By rounding, the mean of equal values can differ from them, so that error bars would be negative."""
     accuracies = np.linspace(0.1, 0.9, 50).repeat(3)
     densities = np.geomspace(1, 0.01, 50).repeat(3)
     figures.accuracy(pd.DataFrame({"arm": "imp", "density": densities, "test_accuracy": accuracies}))
 
 
-def test_a_notebook_shows_a_picture():
-    data, _ = DisplayFormatter().format(figures.accuracy(results()))
+def test_notebook_displays_a_figure_as_png():
+    data, _ = DisplayFormatter().format(figures.accuracy(make_results()))
     assert data["image/png"].startswith(b"\x89PNG")
 
 
-def test_styles_of_the_user_change_nothing():
-    """Nor end anything: without LaTeX `text.usetex` is an error when a figure is drawn."""
+def test_matplotlib_styles_of_the_user_do_not_change_figures():
+    """Nor do they raise: `text.usetex` would be an error on a machine without LaTeX."""
     pairs = [(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1)]
     table = pd.DataFrame(pairs, columns=["round_a", "round_b"])
     table = table.assign(arm="imp", metric="angular", distance=abs(table["round_a"] - table["round_b"]) / 2)
 
-    def drawn():
-        yield from (figures.to_bytes(figures.accuracy(results()), kind) for kind in ("png", "pdf"))
+    def draw_figures():
+        yield from (figures.to_bytes(figures.accuracy(make_results()), kind) for kind in ("png", "pdf"))
         figure = figures.distances(table)
         yield figure._repr_png_()
-        figure.savefig(own := io.BytesIO(), dpi=50)
-        yield own.getvalue()
+        figure.savefig(file := io.BytesIO(), dpi=50)
+        yield file.getvalue()
 
-    expected = list(drawn())
+    expected = list(draw_figures())
     with matplotlib.rc_context({"text.usetex": True, "lines.linewidth": 9, "axes.facecolor": "k"}):
-        assert list(drawn()) == expected
+        assert list(draw_figures()) == expected
 
 
-def test_figures_need_no_jax():
+def test_figures_do_not_import_jax():
     code = "import sys, imp_jax.figures; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""Imports go downwards only, and no module is too long to be one idea."""
+"""Modules import only from their own or lower layers, and no module is too long."""
 
 import ast
 
@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers import ROOT
 
-# from the bottom to the top; a package stands for its modules, and a module may import those beside it
+# from bottom to top; a package stands for all its modules; modules of one layer may import each other
 LAYERS = (
     ("errors",),
     ("config", "config_files", "runtime", "figures"),
@@ -24,19 +24,20 @@ LAYERS = (
 )
 EXCEPTIONS = {
     ("runtime", "models"),  # the execution mode depends on the convolutions of a model
-    ("data", "cli"),  # its command line
+    ("data", "cli"),  # the command `imp_jax.data`
     ("data", "workdir"),
     ("analysis", "cli"),
 }
 PACKAGE = ROOT / "imp_jax"
 
 
-def layer(name):
+def layer_number(name):
+    """Return the place of a top-level module in `LAYERS`, from the bottom."""
     return next(number for number, names in enumerate(LAYERS) if name in names)
 
 
-def imports(path):
-    """The top-level modules of imp_jax that a file imports, anywhere in it."""
+def find_imports(path):
+    """Yield the top-level modules of imp_jax that a file imports, also within functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
             package, _, rest = node.module.partition(".")
@@ -50,10 +51,10 @@ MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_module_imports_nothing_above_it(path):
+def test_module_imports_nothing_from_higher_layers(path):
     own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    for name in set(imports(path)) - {own, "__version__"}:
-        assert layer(name) <= layer(own) or (own, name) in EXCEPTIONS, f"{own} imports {name}"
+    for name in set(find_imports(path)) - {own, "__version__"}:
+        assert layer_number(name) <= layer_number(own) or (own, name) in EXCEPTIONS, f"{own} imports {name}"
 
 
 def test_training_imports_neither_analyses_nor_reports():
@@ -65,11 +66,11 @@ def test_training_imports_neither_analyses_nor_reports():
             "runs.py",
             "workdir",
         ):
-            assert "analysis" not in imports(path), path
+            assert "analysis" not in find_imports(path), path
 
 
-def test_ml_collections_is_imported_by_the_ends_only():
-    """A config ends in `setup`; below it are resolved parts."""
+def test_only_modules_that_handle_configs_import_ml_collections():
+    """`setup` resolves a config; lower layers do not see it."""
     importing = {
         str(path.relative_to(PACKAGE))
         for path in MODULES

@@ -13,6 +13,7 @@ from imp_jax.models.lenet import LeNet
 
 
 def small_params():
+    """Return parameters with 20 prunable weights."""
     return {
         "conv": {"kernel": jnp.arange(1.0, 13.0).reshape(3, 4), "bias": jnp.ones(4)},
         "norm": {"scale": jnp.ones(4), "bias": jnp.zeros(4)},
@@ -28,13 +29,13 @@ def test_only_kernels_are_prunable():
     }
 
 
-def test_works_on_whole_flax_variables_and_on_lists():
+def test_size_accepts_flax_variables_lists_and_tuples():
     variables = LeNet().init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
     assert masking.size(variables) == 784 * 300 + 300 * 100 + 100 * 10
     assert masking.size([{"kernel": jnp.ones(3)}, ({"kernel": jnp.ones((2, 2))}, jnp.ones(9))]) == 7
 
 
-def test_notebook_surface_is_reached_from_the_package():
+def test_package_imports_its_modules_on_access():
     assert imp_jax.masking is masking
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = imp_jax.nothing
@@ -47,7 +48,7 @@ def test_density_counts_prunable_weights_only():
     mask["conv"]["kernel"] = mask["conv"]["kernel"].at[0].set(False)
     assert masking.survivors(mask) == 16
     assert masking.density(mask) == pytest.approx(16 / 20)
-    mask["norm"]["scale"] = jnp.zeros(4, bool)  # not a weight: no influence
+    mask["norm"]["scale"] = jnp.zeros(4, bool)  # not prunable, so not counted
     assert masking.density(mask) == pytest.approx(16 / 20)
 
 
@@ -60,7 +61,7 @@ def test_excluded_layers_are_not_prunable():
     params = small_params()
     assert not any(jax.tree.leaves(masking.prunable(params, ["*"])))
     assert masking.prunable(params, ["co*"])["conv"] == {"kernel": False, "bias": False}
-    assert masking.prunable(params, ["kernel"]) == masking.prunable(params)  # patterns are of layers
+    assert masking.prunable(params, ["kernel"]) == masking.prunable(params)  # patterns match layers, not leaves
     mask = masking.ones_like(params)
     mask["head"]["kernel"] = jnp.zeros((4, 2), bool)
     assert masking.size(mask, ["conv"]) == 8
@@ -70,12 +71,12 @@ def test_excluded_layers_are_not_prunable():
         masking.density(mask, ["conv", "head"])
 
 
-def test_nothing_to_prune_is_an_error():
+def test_density_rejects_trees_without_kernels():
     with pytest.raises(ValueError, match="no leaf called 'kernel'"):
         masking.density({"bias": jnp.ones(3, bool)})
 
 
-def test_apply_gives_exact_zeros_also_for_nan():
+def test_apply_gives_exact_zeros_for_nan_and_inf():
     params = {"kernel": jnp.array([jnp.nan, -2.0, jnp.inf, 3.0])}
     out = masking.apply(params, {"kernel": jnp.array([False, True, False, True])})
     np.testing.assert_array_equal(out["kernel"], [0, -2, 0, 3])
@@ -91,17 +92,17 @@ def test_apply_gives_exact_zeros_also_for_nan():
     ],
     ids=["adam", "momentum", "decay", "clip"],
 )
-def test_masked_is_the_inner_transform_on_the_survivors_alone(inner):
-    """The algebra: masking commutes with leaving the pruned weights out of the tree altogether."""
-    draw = np.random.default_rng(1)
-    keep = draw.random(40) < 0.4
-    start = np.where(keep, draw.normal(size=40), 0).astype(np.float32)
+def test_masked_equals_the_inner_transform_on_survivors_only(inner):
+    """Masked weights and a tree without the pruned weights are trained to the same values."""
+    rng = np.random.default_rng(1)
+    keep = rng.random(40) < 0.4
+    start = np.where(keep, rng.normal(size=40), 0).astype(np.float32)
     full, mask = {"kernel": jnp.asarray(start)}, {"kernel": jnp.asarray(keep)}
     dense = {"kernel": jnp.asarray(start[keep])}
     tx = masking.masked(inner)
     full_state, dense_state = tx.init(full), inner.init(dense)
     for _ in range(6):
-        gradient = draw.normal(size=40).astype(np.float32)
+        gradient = rng.normal(size=40).astype(np.float32)
         updates, full_state = tx.update({"kernel": jnp.asarray(gradient)}, full_state, full, mask=mask)
         full = optax.apply_updates(full, updates)
         updates, dense_state = inner.update({"kernel": jnp.asarray(gradient[keep])}, dense_state, dense)
@@ -110,7 +111,7 @@ def test_masked_is_the_inner_transform_on_the_survivors_alone(inner):
         np.testing.assert_allclose(full["kernel"][keep], dense["kernel"], rtol=1e-5)
 
 
-def test_masked_holds_weights_at_zero_when_old_moments_would_move_them():
+def test_masked_keeps_pruned_weights_zero_despite_momentum():
     params = {"kernel": jnp.array([1.0, 2.0])}
     tx = masking.masked(optax.sgd(0.1, momentum=0.9))
     state = tx.init(params)
@@ -124,42 +125,42 @@ def test_masked_holds_weights_at_zero_when_old_moments_would_move_them():
         assert params["kernel"][1] == 0
 
 
-def test_masked_demands_a_mask():
+def test_masked_requires_a_mask():
     tx = masking.masked(optax.sgd(0.1))
     params = {"kernel": jnp.ones(2)}
     with pytest.raises(TypeError, match="mask"):
         tx.update(params, tx.init(params), params)
 
 
-# --- parameters of every kind, in all functions of trees ---
+# --- all functions of trees, on parameters of other containers and shapes ---
 
 
-def boxed(params):
-    """The kernels of one layer partitioned, those of the other not."""
+def box_one_kernel(params):
+    """Return the parameters with the kernel of `conv` in a `nn.Partitioned` box."""
     kernel = nn.Partitioned(params["conv"]["kernel"], names=(None, "model"))
     return {**params, "conv": {**params["conv"], "kernel": kernel}}
 
 
-def state(params):
+def make_nnx_state(params):
     return nnx.State(jax.tree.map(nnx.Param, params))
 
 
-@pytest.mark.parametrize("kind", [flax.core.freeze, boxed, state])
-def test_parameters_of_every_kind_are_pruned_counted_and_compared_alike(kind):
+@pytest.mark.parametrize("convert", [flax.core.freeze, box_one_kernel, make_nnx_state])
+def test_functions_of_trees_accept_flax_containers(convert):
     keys = jax.random.split(jax.random.key(0))
     a, b = (jax.tree.map(lambda p, k=k: p + jax.random.normal(k, p.shape), small_params()) for k in keys)
 
-    def numbers(a, b, convert=lambda tree: tree):
+    def compute_all(a, b):
         dense = masking.ones_like(a)
         mask, threshold = pruning.prune_by_magnitude(a, dense, 0.5, exclude="no such layer")
         a = masking.apply(a, mask)
         stacked = [jax.tree.map(lambda leaf: leaf[None], tree) for tree in (b, mask)]
         optima = repulsion.add_optimum(None, *stacked, max_optima=1)
-        one = jax.tree.map(lambda leaf: leaf[0], optima)
-        gradient = repulsion.add_gradient(jax.tree.map(jnp.zeros_like, a), a, one, 2.0)
-        plain = jax.grad(repulsion.repulsion_loss)(a, mask, [b])
+        member_optima = jax.tree.map(lambda leaf: leaf[0], optima)
+        gradient = repulsion.add_gradient(jax.tree.map(jnp.zeros_like, a), a, member_optima, 2.0)
+        reference_gradient = jax.grad(repulsion.repulsion_loss)(a, mask, [b])
         updates, _ = masking.masked(optax.sgd(1.0)).update(b, optax.sgd(1.0).init(b), b, mask=mask)
-        trees = [mask, gradient, plain, updates, connectivity.linear_path(a, b, 3)]
+        trees = [mask, gradient, reference_gradient, updates, connectivity.linear_path(a, b, 3)]
         scalars = [
             threshold,
             masking.density(mask),
@@ -173,21 +174,21 @@ def test_parameters_of_every_kind_are_pruned_counted_and_compared_alike(kind):
         ]
         return [*scalars, *(np.asarray(leaf) for tree in trees for leaf in jax.tree.leaves(tree))]
 
-    got, expected = numbers(kind(a), kind(b)), numbers(a, b)
+    got, expected = compute_all(convert(a), convert(b)), compute_all(a, b)
     assert len(got) == len(expected) == 9 + 5 * 6
-    assert masking.prunable_by_name(kind(a)).keys() == {"conv/kernel", "head/kernel"}
-    for one, other in zip(got, expected, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
+    assert masking.prunable_by_name(convert(a)).keys() == {"conv/kernel", "head/kernel"}
+    for value, expected_value in zip(got, expected, strict=True):
+        np.testing.assert_allclose(value, expected_value, rtol=1e-5, atol=1e-7)
 
 
-def test_a_kernel_in_an_unknown_container_is_refused_by_name():
+def test_unknown_container_of_a_kernel_is_rejected_by_name():
     quantised = {"Dense_0": {"kernel": [jnp.ones((2, 2)), jnp.ones(2)]}}
     with pytest.raises(ValueError, match="Dense_0/kernel is a container of an unknown kind"):
         masking.size(quantised)
 
 
-def test_trees_of_other_shapes_are_refused():
-    """JAX would broadcast them: the distance between ones of (4, 1) and ones of (4, 3) was 0."""
+def test_functions_of_trees_reject_different_shapes():
+    """JAX would broadcast: the distance between ones of shape (4, 1) and of shape (4, 3) would be 0."""
     a, b = ({"d": {"kernel": jnp.ones((4, width)), "bias": jnp.ones(2)}} for width in (1, 3))
     mask_a, mask_b = masking.ones_like(a), masking.ones_like(b)
     stacked = [jax.tree.map(lambda leaf: leaf[None], tree) for tree in (a, mask_b)]

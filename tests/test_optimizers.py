@@ -1,4 +1,4 @@
-"""Learning rates (table 1) and optimizers against closed forms and optax."""
+"""Learning rates (table 1) and optimizers, compared with closed forms and with optax."""
 
 import functools
 
@@ -13,25 +13,25 @@ from imp_jax.errors import UserError
 from tests.helpers.epochs import learning_rates_of
 
 
-def optimizer_of(config):
+def make_optimizer(config):
     fields = ("learning_rate", "momentum", "weight_decay")
     return optimizers.make_optimizer(config.optimizer.name, **{f: config.optimizer[f] for f in fields})
 
 
-def settings(**overrides):
+def make_config(**overrides):
     config = configs.default()
     config.update_from_flattened_dict(overrides)
     configs.validate(config)
     return config
 
 
-def test_constant_schedule():
-    rates = learning_rates_of(settings(epochs=3, **{"optimizer.learning_rate": 12e-4}), 4)
+def test_constant_schedule_has_the_base_rate():
+    rates = learning_rates_of(make_config(epochs=3, **{"optimizer.learning_rate": 12e-4}), 4)
     np.testing.assert_allclose(rates, np.full((3, 4), 12e-4), rtol=1e-6)
 
 
-def test_step_schedule_divides_by_ten_from_each_milestone_on():
-    config = settings(
+def test_step_schedule_divides_by_ten_at_each_milestone():
+    config = make_config(
         epochs=85,
         **{"optimizer.learning_rate": 0.1, "optimizer.schedule": "step", "optimizer.milestones": (56, 71)},
     )
@@ -42,42 +42,42 @@ def test_step_schedule_divides_by_ten_from_each_milestone_on():
 
 
 def test_cosine_schedule_falls_from_the_base_rate_to_zero():
-    config = settings(epochs=75, **{"optimizer.learning_rate": 0.01, "optimizer.schedule": "cosine"})
+    config = make_config(epochs=75, **{"optimizer.learning_rate": 0.01, "optimizer.schedule": "cosine"})
     rates = learning_rates_of(config, 10).ravel()
     t = np.arange(750)
     np.testing.assert_allclose(rates, 0.01 * np.cos(np.pi * t / 1500) ** 2, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
-def test_warm_up_multiplies_by_a_line_from_zero(schedule):
-    without = settings(epochs=20, **{"optimizer.schedule": schedule})
-    warm = settings(epochs=20, **{"optimizer.schedule": schedule, "optimizer.warmup_epochs": 10.0})
-    ratio = learning_rates_of(warm, 5) / learning_rates_of(without, 5)
+def test_warmup_multiplies_the_schedule_by_a_line_from_zero(schedule):
+    plain = make_config(epochs=20, **{"optimizer.schedule": schedule})
+    warm = make_config(epochs=20, **{"optimizer.schedule": schedule, "optimizer.warmup_epochs": 10.0})
+    ratio = learning_rates_of(warm, 5) / learning_rates_of(plain, 5)
     np.testing.assert_allclose(ratio.ravel()[:50], np.arange(50) / 50, rtol=1e-5)
     np.testing.assert_allclose(ratio[10:], 1)
 
 
-def test_unknown_schedule_and_optimizer():
+def test_unknown_schedule_or_optimizer_is_rejected():
     with pytest.raises(UserError, match=r"optimizer.schedule is 'stepp'.*did you mean step"):
-        learning_rates_of(settings(**{"optimizer.schedule": "stepp"}), 5)
+        learning_rates_of(make_config(**{"optimizer.schedule": "stepp"}), 5)
     with pytest.raises(UserError, match=r"optimizer.name is 'adamw'.*adam, momentum, sgd"):
-        optimizer_of(settings(**{"optimizer.name": "adamw"}))
+        make_optimizer(make_config(**{"optimizer.name": "adamw"}))
 
 
-def draw_tree(step, scale=1.0):
-    keys = jax.random.split(jax.random.key(step))
+def random_tree(seed, scale=1.0):
+    keys = jax.random.split(jax.random.key(seed))
     return {
         "kernel": scale * jax.random.normal(keys[0], (4, 3)),
         "bias": scale * jax.random.normal(keys[1], (3,)),
     }
 
 
-def test_adam_is_optax_adam():
-    params = jax.tree.map(np.zeros_like, draw_tree(0))
+def test_adam_equals_adam_of_optax():
+    params = jax.tree.map(np.zeros_like, random_tree(0))
     ours, theirs = optimizers.scale_by_adam(), optax.scale_by_adam()
     state, expected_state = ours.init(params), theirs.init(params)
     for step in range(50):
-        gradients = draw_tree(step, 10.0 ** (step % 9 - 6))  # some so small that ε counts
+        gradients = random_tree(step, 10.0 ** (step % 9 - 6))  # some so small that ε matters
         directions, state = ours.update(gradients, state, params)
         expected, expected_state = theirs.update(gradients, expected_state, params)
         for a, b in zip(*map(jax.tree.leaves, ((directions, state), (expected, expected_state))), strict=True):
@@ -98,22 +98,22 @@ def test_adam_is_optax_adam():
         ({"name": "rprop"}, optax.rprop),
     ],
 )
-def test_optimizers_step_as_those_of_optax(monkeypatch, fields, expected):
-    """With a rate that changes, under jit; those of optax are registered, of which some need the parameters."""
+def test_optimizers_make_the_updates_of_optax(monkeypatch, fields, expected):
+    """Under jit and with a rate that changes at every step; some registered optimizers need the parameters."""
     monkeypatch.setattr(optimizers, "OPTIMIZERS", dict(optimizers.OPTIMIZERS))
     optimizers.register("decoupled", functools.partial(optax.adamw, weight_decay=0.1))
     injected = functools.partial(optax.adamw, weight_decay=0.2)
     optimizers.register("injected", optax.inject_hyperparams(injected))
     optimizers.register("rprop", optax.rprop)
     fields["learning_rate"] = 0.1
-    optimizer = optimizer_of(settings(**{f"optimizer.{k}": v for k, v in fields.items()}))
-    params = draw_tree(99)
+    optimizer = make_optimizer(make_config(**{f"optimizer.{k}": v for k, v in fields.items()}))
+    params = random_tree(99)
     mask = masking.ones_like(params)
     state, expected_params = optimizer.init(params), params
     expected_state = expected(0.1).init(params)
     update = jax.jit(optimizer.update)
     for step in range(5):
-        gradients, rate = draw_tree(step), 0.1 / (step + 1)
+        gradients, rate = random_tree(step), 0.1 / (step + 1)
         updates, state = update(gradients, state, params, mask=mask, learning_rate=rate)
         params = optax.apply_updates(params, updates)
         updates, expected_state = expected(rate).update(gradients, expected_state, expected_params)
@@ -122,34 +122,34 @@ def test_optimizers_step_as_those_of_optax(monkeypatch, fields, expected):
 
 
 def test_weight_decay_is_added_to_the_gradient():
-    optimizer = optimizer_of(settings(**{"optimizer.name": "sgd", "optimizer.weight_decay": 0.5}))
-    params, gradients = draw_tree(0), draw_tree(1)
+    optimizer = make_optimizer(make_config(**{"optimizer.name": "sgd", "optimizer.weight_decay": 0.5}))
+    params, gradients = random_tree(0), random_tree(1)
     mask = masking.ones_like(params)
     updates, _ = optimizer.update(gradients, optimizer.init(params), params, mask=mask, learning_rate=0.1)
     expected = jax.tree.map(lambda p, g: -0.1 * (g + 0.5 * p), params, gradients)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), updates, expected)
 
 
-def test_momentum_is_refused_where_there_is_none():
+def test_momentum_is_rejected_for_adam():
     with pytest.raises(
         UserError, match=r"optimizer.momentum is 0.5; adam has no momentum, so it should be None"
     ):
-        optimizer_of(settings(**{"optimizer.momentum": 0.5}))
+        make_optimizer(make_config(**{"optimizer.momentum": 0.5}))
 
 
-def test_a_rate_by_another_name_is_refused():
+def test_register_requires_an_argument_called_learning_rate():
     with pytest.raises(UserError, match=r"'lion' takes \(lr\); it should take learning_rate by this name"):
         optimizers.register("lion", lambda lr: optax.lion(lr))
 
 
-def test_a_milestone_after_the_last_step_is_refused():
-    config = settings(epochs=1, **{"optimizer.schedule": "step", "optimizer.milestones": (0.99,)})
+def test_milestone_after_the_last_step_is_rejected():
+    config = make_config(epochs=1, **{"optimizer.schedule": "step", "optimizer.milestones": (0.99,)})
     with pytest.raises(UserError, match=r"last step of a training begins at epoch 0.875, so they should be"):
         learning_rates_of(config, 8)
     assert learning_rates_of(config, 100).ravel()[-1] == np.float32(1.2e-4)
 
 
-def test_a_finished_transform_is_refused():
-    """Its rate is fixed, so that `config.optimizer.learning_rate` would do nothing."""
+def test_register_rejects_a_transform_with_a_fixed_learning_rate():
+    """`config.optimizer.learning_rate` would have no effect."""
     with pytest.raises(UserError, match=r"'adamw' is a .*it should be a function of the learning rate"):
         optimizers.register("adamw", optax.adamw(1e-3))

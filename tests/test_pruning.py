@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from imp_jax import masking, pruning, scores
 
-# few distinct magnitudes, so that ties and zeros are the rule
+# few distinct magnitudes, so that most trees have ties and zeros
 weights = st.sampled_from([0.0, -0.0, 0.5, -0.5, 0.25, 1.0, -1.0, 3.0, 1e-30, -1e30])
 fractions = st.sampled_from([0.0, 0.01, 0.125, 0.2, 0.25, 0.5, 0.7, 0.99, 1.0])
 
 
 @st.composite
 def trees(draw):
-    """Parameter trees with kernels of 1 to 12 weights, and masks of them."""
+    """Draw parameters with kernels of 1 to 12 weights, and a mask of them."""
     params, mask = {}, {}
     for layer in range(draw(st.integers(1, 3))):
         shape = draw(st.sampled_from([(1,), (2, 1), (3, 4), (1, 2, 3)]))
@@ -31,41 +31,43 @@ def trees(draw):
     return params, mask
 
 
-def reference(params, mask, fraction):
-    """NumPy's stable sort: sorted(range(n), key=|θ|) with ties by position, the first round(f·n) removed."""
+def prune_by_stable_sort(params, mask, fraction):
+    """Remove the smallest surviving weights, ties by position; return the survivors and the threshold."""
     alive = np.concatenate([mask[name]["kernel"].ravel() for name in sorted(params)])
-    size = np.abs(np.concatenate([params[name]["kernel"].ravel() for name in sorted(params)]))
-    order = [i for i in np.argsort(size, kind="stable") if alive[i]]
+    magnitude = np.abs(np.concatenate([params[name]["kernel"].ravel() for name in sorted(params)]))
+    order = [i for i in np.argsort(magnitude, kind="stable") if alive[i]]
     removed = order[: round(fraction * len(order))]
     alive[removed] = False
-    return alive, max((size[i] for i in removed), default=0.0)
+    return alive, max((magnitude[i] for i in removed), default=0.0)
 
 
 @settings(max_examples=60, deadline=None)
 @given(trees(), fractions)
-def test_matches_a_stable_sort(tree, fraction):
+def test_prune_by_magnitude_equals_a_stable_sort(tree, fraction):
     params, mask = tree
-    expected, expected_threshold = reference(params, mask, fraction)
-    new, threshold = pruning.prune_by_magnitude(params, mask, fraction)
-    np.testing.assert_array_equal(np.concatenate([np.ravel(m) for m in masking.prunable_leaves(new)]), expected)
+    expected, expected_threshold = prune_by_stable_sort(params, mask, fraction)
+    next_mask, threshold = pruning.prune_by_magnitude(params, mask, fraction)
+    np.testing.assert_array_equal(
+        np.concatenate([np.ravel(m) for m in masking.prunable_leaves(next_mask)]), expected
+    )
     assert threshold == np.float32(expected_threshold)
-    assert all(np.all(layer["bias"]) for layer in new.values())
-    assert jax.tree.all(jax.tree.map(lambda n, m: np.all(np.asarray(n) <= m), new, mask))  # a subset
+    assert all(np.all(layer["bias"]) for layer in next_mask.values())
+    assert jax.tree.all(jax.tree.map(lambda n, m: np.all(np.asarray(n) <= m), next_mask, mask))  # a subset
 
 
-def test_counts_of_lenet_over_25_rounds():
-    """Densities 0.8ⁿ to within half a weight a round, the counts exact integers."""
+def test_lenet_has_exact_counts_over_25_rounds():
+    """The density after n rounds is 0.8ⁿ up to the rounding of counts to integers."""
     sizes = {"a": (784, 300), "b": (300, 100), "c": (100, 10)}
     keys = jax.random.split(jax.random.key(0), 3)
     params = {n: {"kernel": jax.random.normal(k, s)} for k, (n, s) in zip(keys, sizes.items(), strict=True)}
     prune = jax.jit(pruning.prune_by_magnitude)
-    mask, expected, previous = masking.ones_like(params), 266_200, 0.0
+    mask, expected, last_threshold = masking.ones_like(params), 266_200, 0.0
     for number in range(25):
         assert masking.survivors(mask) == expected
         assert masking.density(mask) == pytest.approx(0.8**number, abs=3 / 266_200)
         mask, threshold = prune(params, mask)
-        assert threshold >= previous  # the weights stand still, so the cut climbs
-        expected, previous = expected - round(0.2 * expected), threshold
+        assert threshold >= last_threshold  # the weights do not change, so the threshold increases
+        expected, last_threshold = expected - round(0.2 * expected), threshold
 
 
 @pytest.mark.parametrize(
@@ -81,25 +83,25 @@ def test_counts_of_lenet_over_25_rounds():
         (9, np.float32(0.2), 2),
     ],
 )
-def test_rounded_share_of_odd_fractions(total, fraction, share):
+def test_rounded_share_of_fractions_near_ties(total, fraction, share):
     assert int(pruning._rounded_share(jnp.int32(total), fraction)) == share
 
 
 @given(st.integers(0, 2**31 - 1), st.floats(1e-6, 1))
 @settings(max_examples=100, deadline=None)
-def test_rounded_share_of_any_float(total, fraction):
+def test_rounded_share_is_within_half_a_weight_for_any_float(total, fraction):
     assert abs(int(pruning._rounded_share(jnp.int32(total), fraction)) - Fraction(fraction) * total) <= 0.50001
 
 
 @given(st.integers(0, 2**31 - 1), st.integers(0, 10_000))
 @settings(max_examples=100, deadline=None)
-def test_rounded_share_is_exact(total, numerator):
+def test_rounded_share_is_exact_for_decimal_fractions(total, numerator):
     fraction = numerator / 10_000
     share = pruning._rounded_share(jnp.int32(total), fraction)
     assert int(share) == round(Fraction(numerator, 10_000) * total)
 
 
-def test_ties_fall_by_position():
+def test_ties_are_pruned_in_order_of_position():
     params = {"a": {"kernel": jnp.array([1.0, -1.0, 1.0])}, "b": {"kernel": jnp.array([-1.0, 1.0])}}
     mask, threshold = pruning.prune_by_magnitude(params, masking.ones_like(params), fraction=0.6)
     np.testing.assert_array_equal(mask["a"]["kernel"], [False, False, False])
@@ -107,7 +109,7 @@ def test_ties_fall_by_position():
     assert threshold == 1
 
 
-def test_pruned_weights_do_not_come_back():
+def test_pruned_weights_stay_pruned():
     params = {"kernel": jnp.array([5.0, 0.0, 1.0, 2.0, 3.0])}
     mask = {"kernel": jnp.array([False, True, True, True, True])}
     mask, threshold = pruning.prune_by_magnitude(params, mask, fraction=0.5)
@@ -127,26 +129,26 @@ def test_excluded_layers_keep_their_weights():
     assert threshold == 5
 
 
-def test_vmapped_over_members_equals_one_by_one():
+def test_vmap_over_members_equals_single_members():
     params = {"kernel": jax.random.normal(jax.random.key(0), (4, 50))}
     mask = {"kernel": jax.random.bernoulli(jax.random.key(1), 0.7, (4, 50))}
     masks, thresholds = jax.jit(jax.vmap(pruning.prune_by_magnitude))(params, mask)
     for i in range(4):
-        one, threshold = pruning.prune_by_magnitude(
+        expected, threshold = pruning.prune_by_magnitude(
             {"kernel": params["kernel"][i]}, {"kernel": mask["kernel"][i]}
         )
-        np.testing.assert_array_equal(masks["kernel"][i], one["kernel"])
+        np.testing.assert_array_equal(masks["kernel"][i], expected["kernel"])
         assert thresholds[i] == threshold
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_scores_of_either_sign_and_any_width(dtype):
-    """As SynFlow's or GraSP's may be: the lowest go, negative ones first."""
+def test_lowest_scores_are_pruned_also_negative_ones(dtype):
+    """GraSP, for example, has negative scores."""
     scores = {"kernel": jnp.array([0.5, -2.0, 3.0, -0.5, 0.0, -0.0], dtype)}
     params = {"kernel": jnp.arange(1.0, 7.0)}
     mask, threshold = pruning.prune_by_score(scores, params, masking.ones_like(params), 0.5)
     np.testing.assert_array_equal(mask["kernel"], [True, False, True, False, False, True])
-    assert threshold == 5  # the threshold is of the weights, whatever the score
+    assert threshold == 5  # the threshold is a magnitude of weights, not a score
 
 
 def random_inputs(params, seed):
@@ -155,23 +157,23 @@ def random_inputs(params, seed):
 
 def test_random_score_is_uniform_over_layers():
     params = {"a": {"kernel": jnp.ones(8_000)}, "b": {"kernel": 100 * jnp.ones(2_000)}}
-    first, other = (scores.random(random_inputs(params, seed)) for seed in (0, 1))
+    first, second = (scores.random(random_inputs(params, seed)) for seed in (0, 1))
     mask, _ = pruning.prune_by_score(first, params, masking.ones_like(params), 0.5)
     assert masking.survivors(mask) == 5_000
-    kept = int(mask["b"]["kernel"].sum())  # 1,000 expected, 20 standard deviations are 400
+    kept = int(mask["b"]["kernel"].sum())  # 1,000 expected, with a standard deviation of 20
     assert 800 < kept < 1_200
-    assert not np.array_equal(first["a"]["kernel"], other["a"]["kernel"])
+    assert not np.array_equal(first["a"]["kernel"], second["a"]["kernel"])
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])
-def test_fraction_outside_is_refused(fraction):
+def test_fraction_outside_0_to_1_is_rejected(fraction):
     params = {"kernel": jnp.ones(3)}
     with pytest.raises(ValueError, match="fraction"):
         pruning.prune_by_magnitude(params, masking.ones_like(params), fraction)
 
 
 @pytest.mark.parametrize("dtype", ["int32", "uint32"])
-def test_scores_that_are_no_floats_are_refused(dtype):
+def test_integer_scores_are_rejected(dtype):
     params = {"kernel": jnp.asarray([1.0, 2.0, 3.0, 4.0])}
     scores = {"kernel": jnp.asarray([3, 1, 4, 2], dtype)}
     with pytest.raises(ValueError, match=f"scores are of type {dtype}; they should be floating-point"):
@@ -179,7 +181,7 @@ def test_scores_that_are_no_floats_are_refused(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_nan_is_last_whatever_its_sign(dtype):
+def test_nan_scores_are_pruned_last(dtype):
     nan = np.float32([np.nan, -np.nan])
     assert list(np.signbit(nan)) == [False, True]
     scores = {"kernel": jnp.asarray([1.0, *nan, -np.inf, 2.0, np.inf, 0.5]).astype(dtype)}
@@ -189,14 +191,14 @@ def test_nan_is_last_whatever_its_sign(dtype):
         np.testing.assert_array_equal(np.flatnonzero(mask["kernel"]), kept)
 
 
-def test_a_string_is_one_pattern():
-    """Not the patterns D, e, n, s, …, of which D is a layer too."""
+def test_exclude_accepts_a_string_as_one_pattern():
+    """Its characters are not patterns: layer `D` is pruned."""
     params = {name: {"kernel": jnp.arange(1.0, 5.0)} for name in ("Dense_0", "Dense_1", "D")}
     mask, _ = pruning.prune_by_magnitude(params, masking.ones_like(params), 0.5, exclude="Dense_1")
     assert [int(mask[name]["kernel"].sum()) for name in params] == [2, 4, 2]
 
 
-def test_without_jit_and_in_double_precision():
+def test_prune_by_magnitude_without_jit_and_in_double_precision():
     params = {"kernel": np.random.default_rng(0).normal(size=40)}
     expected = np.abs(params["kernel"]) > np.sort(np.abs(params["kernel"]))[9]
     mask = {"kernel": np.ones(40, bool)}

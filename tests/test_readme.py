@@ -1,4 +1,4 @@
-"""The READMEs are true: their Python blocks run, their quick commands too, and what they name exists."""
+"""The Python blocks and the quick commands of the READMEs run, and the files and fields they name exist."""
 
 import ast
 import functools
@@ -36,7 +36,7 @@ READMES = [
         for path in (ROOT / top).rglob("README.md")
     ),
 ]
-# what READMEs put in backticks and is not a file of the repository: paths of a run, of a data folder, of a user
+# paths in backticks that are not files of the repository: those of a run, a data folder or a user
 NOT_OF_THE_REPOSITORY = re.compile(
     r"^(runs|checkpoints|events|figures|analysis|progress|set-aside|downloads|PATH|validation|train|~|/)(/|$)"
     r"|^(\w+\.png|\w+\.csv|\w+\.html|(config|dataset|execution|statistics)\.json|config_file\.\w+|\*)"
@@ -48,31 +48,31 @@ def relative(path):
     return str(path.relative_to(ROOT))
 
 
-def blocks(language):
-    """The blocks of a language in all READMEs, as parameters: path, text and the HTML comment before each."""
-    found, pattern = [], rf"(?:<!-- ([\w ]+) -->\n)?^```{language}\n(.*?)^```"
+def find_blocks(language):
+    """Return the blocks of a language in all READMEs as parameters: path, text, HTML comment before it."""
+    parameters, pattern = [], rf"(?:<!-- ([\w ]+) -->\n)?^```{language}\n(.*?)^```"
     for path in READMES:
         for number, match in enumerate(re.finditer(pattern, path.read_text(), re.DOTALL | re.MULTILINE)):
             comment, text = match.groups()
-            found.append(pytest.param(path, text, comment or "", id=f"{relative(path)}-{number}"))
-    return found
+            parameters.append(pytest.param(path, text, comment or "", id=f"{relative(path)}-{number}"))
+    return parameters
 
 
-def programs():
-    """The Python blocks of all READMEs, each with those that continue it; a list of texts a program."""
-    found = []
-    for parameter in blocks("python"):
+def find_programs():
+    """Return the Python programs of all READMEs as parameters: path, texts of a block and its continuations."""
+    parameters = []
+    for parameter in find_blocks("python"):
         path, text, comment = parameter.values
         if comment == "continues":
-            found[-1].values[1].append(text)
+            parameters[-1].values[1].append(text)
         else:
-            found.append(pytest.param(path, [text], id=parameter.id))
-    return found
+            parameters.append(pytest.param(path, [text], id=parameter.id))
+    return parameters
 
 
 @functools.cache
-def contents(path):
-    """A README without its blocks of code."""
+def read_prose(path):
+    """Return the text of a README without its code blocks."""
     return re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
@@ -88,24 +88,24 @@ def project(data_dir, tmp_path_factory):
 
 @pytest.fixture
 def registries():
-    """What a test registers is gone after it."""
-    before = [dict(entries) for entries in REGISTRIES]
+    """Restore all registries after the test."""
+    saved = [dict(entries) for entries in REGISTRIES]
     yield
-    for entries, earlier in zip(REGISTRIES, before, strict=True):
+    for entries, saved_entries in zip(REGISTRIES, saved, strict=True):
         entries.clear()
-        entries.update(earlier)
+        entries.update(saved_entries)
 
 
-@pytest.mark.parametrize(("path", "texts"), programs())
+@pytest.mark.parametrize(("path", "texts"), find_programs())
 @pytest.mark.usefixtures("registries")
-def test_a_python_block_runs_and_gives_what_it_says(path, texts, project, data_dir, monkeypatch, capsys):
+def test_python_block_runs_and_gives_the_documented_result(path, texts, project, data_dir, monkeypatch, capsys):
     code = "".join(texts)
     monkeypatch.chdir(project)
     monkeypatch.setenv("TFDS_DATA_DIR", data_dir)
     names = {"__name__": relative(path)}
     exec(compile(code, relative(path), "exec"), names)
-    for first_name, check in RESULTS.items():
-        if first_name in code:
+    for text, check in CHECKS.items():
+        if text in code:
             check(names, capsys.readouterr().out)
 
 
@@ -151,8 +151,8 @@ def check_loaded_run(names, printed):
     assert names["imp_0"]["Dense_0"]["kernel"].ndim == 2
 
 
-# what a block is checked by, by a text that only this block has
-RESULTS = {
+# checks of a block's result, by a text that only this block contains
+CHECKS = {
     "repulsion.repulsion_loss": check_pure_functions,
     "train_members": check_algorithm,
     "imp.rounds(": check_rounds,
@@ -161,7 +161,7 @@ RESULTS = {
 
 
 @pytest.mark.usefixtures("registries")
-def test_the_worked_examples_of_extending_work_together(data_dir):
+def test_examples_of_extending_work_together(data_dir):
     text = (ROOT / "imp_jax" / "README.md").read_text().partition("\n## Extending\n")[2]
     examples = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     for example in examples:
@@ -184,27 +184,27 @@ def test_the_worked_examples_of_extending_work_together(data_dir):
     assert "norms" in analysis.ANALYSES
 
 
-def test_every_check_belongs_to_a_block():
-    codes = ["".join(parameter.values[1]) for parameter in programs()]
-    for text in RESULTS:
+def test_every_check_belongs_to_one_block():
+    codes = ["".join(parameter.values[1]) for parameter in find_programs()]
+    for text in CHECKS:
         assert sum(text in code for code in codes) == 1, text
 
 
-def test_the_algorithm_has_at_most_60_lines():
-    (algorithm,) = ("".join(p.values[1]) for p in programs() if "train_members" in "".join(p.values[1]))
+def test_algorithm_of_the_readme_has_at_most_60_lines():
+    (algorithm,) = ("".join(p.values[1]) for p in find_programs() if "train_members" in "".join(p.values[1]))
     assert len(algorithm.splitlines()) <= 60
     assert "config" not in algorithm
 
 
 QUICK = [
     pytest.param(parameter.values[1], id=parameter.id)
-    for parameter in blocks("sh")
+    for parameter in find_blocks("sh")
     if parameter.values[2] == "runs"
 ]
 
 
 @pytest.mark.parametrize("text", QUICK)
-def test_a_quick_command_runs(text):
+def test_quick_command_runs(text):
     for line in text.splitlines():
         words = shlex.split(line, comments=True)
         if not words:
@@ -217,14 +217,14 @@ def test_a_quick_command_runs(text):
         assert done.stdout
 
 
-def test_some_commands_are_marked_as_quick():
+def test_at_least_three_blocks_of_commands_run():
     assert len(QUICK) >= 3
 
 
 @pytest.mark.parametrize("path", READMES, ids=relative)
-def test_every_path_that_it_names_exists(path):
-    """Of links, and of backticks: from the folder of the README, the root of the repository, or imp_jax."""
-    text = contents(path)
+def test_every_path_in_a_readme_exists(path):
+    """Paths in backticks start at the folder of the README, the root of the repository, or imp_jax."""
+    text = read_prose(path)
     links = re.findall(r"\]\(([^)\s]+)\)", text)
     for link in links:
         target, _, anchor = link.partition("#")
@@ -238,18 +238,18 @@ def test_every_path_that_it_names_exists(path):
         if NOT_OF_THE_REPOSITORY.match(name) or not re.fullmatch(r"[\w.*/-]+", name) or name.startswith("**"):
             continue
         if name.endswith("/") or re.search(rf"\.({'|'.join(SUFFIXES)})$", name):
-            places = (path.parent, ROOT, ROOT / "imp_jax")
-            assert any(any(place.glob(name.rstrip("/"))) for place in places), f"{name} in {relative(path)}"
+            folders = (path.parent, ROOT, ROOT / "imp_jax")
+            assert any(any(folder.glob(name.rstrip("/"))) for folder in folders), f"{name} in {relative(path)}"
 
 
 @pytest.mark.parametrize("path", READMES, ids=relative)
-def test_every_module_that_it_runs_exists(path):
+def test_every_module_run_by_a_readme_exists(path):
     for module in re.findall(r"python -m ([\w.]+)", path.read_text()):
         file = ROOT / module.replace(".", "/")
         assert file.with_suffix(".py").exists() or (file / "__main__.py").exists(), module
 
 
-def test_every_override_they_show_is_a_field():
+def test_every_override_in_a_readme_is_a_field():
     fields = {field for path in READMES for field in re.findall(r"--config\.([\w.]+)=", path.read_text())}
     assert len(fields) > 15
     for field in fields:
@@ -257,15 +257,15 @@ def test_every_override_they_show_is_a_field():
 
 
 @pytest.mark.parametrize("path", READMES, ids=relative)
-def test_every_field_in_backticks_is_a_field(path):
-    """Such as `mesh.data=8` or `optimizer.name`."""
+def test_every_field_in_backticks_exists(path):
+    """For example `mesh.data=8` or `optimizer.name`."""
     groups = {name for name, value in configs.default().items() if hasattr(value, "items")} - {"analysis"}
-    for name, _ in re.findall(r"`([a-z_]+\.[a-z_]+)(=[^`]*)?`", contents(path)):
+    for name, _ in re.findall(r"`([a-z_]+\.[a-z_]+)(=[^`]*)?`", read_prose(path)):
         if name.split(".")[0] in groups and not name.endswith((".py", ".md", ".json", ".png")):
             assert configs.describe_type(name), name
 
 
-def test_the_readme_is_short():
+def test_readme_has_at_most_220_lines():
     assert len((ROOT / "README.md").read_text().splitlines()) <= MAX_LINES
 
 

@@ -1,4 +1,4 @@
-"""J_r: the plain form against NumPy, and the compact store against the plain form."""
+"""J_r: the plain form compared with NumPy, and the store of optima compared with the plain form."""
 
 import itertools
 
@@ -17,7 +17,7 @@ SHAPES = {"a": {"kernel": (9, 8), "bias": (8,)}, "b": {"kernel": (8, 3), "bias":
 
 
 def random_trees(count, seed=0):
-    """Networks of `MEMBERS` members each."""
+    """Return random parameter trees, each with a leading axis of `MEMBERS` members."""
     draw = np.random.default_rng(seed)
 
     def leaf(shape):
@@ -27,7 +27,7 @@ def random_trees(count, seed=0):
 
 
 def shrinking_masks(count, seed=1):
-    """Masks of `count` rounds, each within the one before, not the same for the members."""
+    """Return masks of `count` rounds, each a subset of the previous one; the members have different masks."""
     draw = np.random.default_rng(seed)
     masks = [jax.tree.map(lambda p: np.ones(p.shape, bool), random_trees(1)[0])]
     for _ in range(count):
@@ -38,8 +38,8 @@ def shrinking_masks(count, seed=1):
     return masks[1:]
 
 
-def remembered(earlier, masks, max_optima=100, dtype="float32", exclude=()):
-    """The store after rounds that ended in `earlier`, each pruned to the mask at its place."""
+def make_store(earlier, masks, max_optima=100, dtype="float32", exclude=()):
+    """Return the store after rounds that ended in `earlier` and were then pruned to `masks`."""
     optima = None
     for params, mask in zip(earlier, masks, strict=True):
         optima = repulsion.add_optimum(
@@ -48,68 +48,68 @@ def remembered(earlier, masks, max_optima=100, dtype="float32", exclude=()):
     return optima
 
 
-def member(tree, i):
+def take_member(tree, i):
     return jax.tree.map(lambda leaf: jnp.asarray(leaf[i]), tree)
 
 
-def flat(tree, mask):
-    """The connections: kernels on the mask, no biases."""
+def flatten_connections(tree, mask):
+    """Return the masked kernels as one vector, without biases."""
     kernels = [np.ravel(np.where(mask[layer]["kernel"], tree[layer]["kernel"], 0)) for layer in sorted(tree)]
     return np.concatenate(kernels).astype(float)
 
 
-def plain(params, mask, earlier, strength, exclude=()):
-    """Value and gradient of the plain form."""
+def plain_form(params, mask, earlier, strength, exclude=()):
+    """Compute value and gradient of J_r in the plain form."""
     return jax.value_and_grad(repulsion.repulsion_loss)(params, mask, earlier, strength, exclude)
 
 
-def compact(params, mask, earlier, strength, exclude=()):
-    """Value and gradient of the compact form; the gradient comes on top of another one."""
+def store_form(params, mask, earlier, strength, exclude=()):
+    """Compute value and gradient of J_r with the store, which adds the gradient to another one."""
     masks = [jax.tree.map(lambda m: np.ones_like(m)[None], mask)] * (len(earlier) - 1)
     masks.append(jax.tree.map(lambda m: np.asarray(m)[None], mask))
-    optima = remembered([jax.tree.map(lambda p: p[None], tree) for tree in earlier], masks, exclude=exclude)
-    optima = member(optima, 0)
+    optima = make_store([jax.tree.map(lambda p: p[None], tree) for tree in earlier], masks, exclude=exclude)
+    optima = take_member(optima, 0)
     params = masking.apply(params, mask)
     value = repulsion.survivor_loss(repulsion.gather_survivors(params, optima), optima, strength)
 
-    # as large as the gradient of J_r, which goes as 1/θ; bfloat16 would lose the latter in the sum
-    def like_gradient(p):
+    # as large as the gradient of J_r, about 1/|θ|; 0 for bfloat16, in which the sum would lose its digits
+    def other_gradient(p):
         return jnp.full_like(p, 1 / max(1e-30, np.linalg.norm(p)) if p.dtype == "float32" else 0)
 
-    others = jax.tree.map(like_gradient, params)
+    others = jax.tree.map(other_gradient, params)
     gradient = repulsion.add_gradient(others, params, optima, strength)
     return value, jax.tree.map(jnp.subtract, gradient, others)
 
 
-FORMS = pytest.mark.parametrize("form", [plain, compact])
+FORMS = pytest.mark.parametrize("form", [plain_form, store_form])
 
 
 @FORMS
-def test_value_and_gradient_against_numpy(form):
-    params, *earlier = (member(tree, 0) for tree in random_trees(4))
-    mask = member(shrinking_masks(3)[-1], 0)
-    u = flat(params, mask)
+def test_value_and_gradient_equal_numpy(form):
+    params, *earlier = (take_member(tree, 0) for tree in random_trees(4))
+    mask = take_member(shrinking_masks(3)[-1], 0)
+    u = flatten_connections(params, mask)
     expected, gradient = 0.0, np.zeros_like(u)
     for tree in earlier:
-        v = flat(tree, mask)
+        v = flatten_connections(tree, mask)
         cosine = u @ v / np.linalg.norm(u) / np.linalg.norm(v)
         expected += cosine**2
         # d cos²/du = 2 cos · (v/|u||v| − cos · u/|u|²)
         gradient += 2 * cosine * (v / np.linalg.norm(u) / np.linalg.norm(v) - cosine * u / (u @ u))
     value, got = form(params, mask, earlier, -1.0)
     assert value == pytest.approx(-expected / 3, rel=1e-5)
-    np.testing.assert_allclose(flat(got, mask), -gradient / 3, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(flatten_connections(got, mask), -gradient / 3, rtol=1e-4, atol=1e-6)
     np.testing.assert_array_equal(got["a"]["kernel"][~mask["a"]["kernel"]], 0)
     for layer in ("a", "b"):
         np.testing.assert_array_equal(got[layer]["bias"], 0)
 
 
 @FORMS
-def test_layers_that_are_excluded_do_not_count(form):
-    params, *earlier = (member(tree, 0) for tree in random_trees(3))
-    mask = member(shrinking_masks(2)[-1], 0)
-    alone = [{"b": tree["b"]} for tree in (params, mask, *earlier)]
-    value, gradient = form(alone[0], alone[1], alone[2:], 2.0)
+def test_excluded_layers_do_not_count(form):
+    params, *earlier = (take_member(tree, 0) for tree in random_trees(3))
+    mask = take_member(shrinking_masks(2)[-1], 0)
+    only_b = [{"b": tree["b"]} for tree in (params, mask, *earlier)]
+    value, gradient = form(only_b[0], only_b[1], only_b[2:], 2.0)
     got, got_gradient = form(params, mask, earlier, 2.0, exclude=("a",))
     assert got == pytest.approx(float(value), rel=1e-6)
     np.testing.assert_allclose(got_gradient["b"]["kernel"], gradient["b"]["kernel"], rtol=1e-5, atol=1e-7)
@@ -117,26 +117,33 @@ def test_layers_that_are_excluded_do_not_count(form):
 
 
 @FORMS
-def test_scale_does_not_matter(form):
-    params, *earlier = (member(tree, 0) for tree in random_trees(3))
-    mask = member(shrinking_masks(2)[-1], 0)
+def test_value_does_not_depend_on_the_scale_of_the_weights(form):
+    params, *earlier = (take_member(tree, 0) for tree in random_trees(3))
+    mask = take_member(shrinking_masks(2)[-1], 0)
     scaled = jax.tree.map(lambda p: 7.5 * p, params)
     value, gradient = form(params, mask, earlier, 2.0)
     scaled_value, scaled_gradient = form(scaled, mask, earlier, 2.0)
     assert scaled_value == pytest.approx(float(value), rel=1e-5)
-    np.testing.assert_allclose(7.5 * flat(scaled_gradient, mask), flat(gradient, mask), rtol=1e-3, atol=1e-5)
-    # no scale, no slope along the network itself
-    assert abs(flat(gradient, mask) @ flat(params, mask)) < 1e-4 * np.linalg.norm(flat(params, mask))
+    np.testing.assert_allclose(
+        7.5 * flatten_connections(scaled_gradient, mask),
+        flatten_connections(gradient, mask),
+        rtol=1e-3,
+        atol=1e-5,
+    )
+    # so the gradient is orthogonal to the weights
+    assert abs(flatten_connections(gradient, mask) @ flatten_connections(params, mask)) < 1e-4 * np.linalg.norm(
+        flatten_connections(params, mask)
+    )
 
 
 @FORMS
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_weights_of_any_size_have_a_value_and_a_gradient(form, dtype):
-    """1,000 weights from 1e-7 to 1e15; products of their squared norms would leave float32."""
+def test_value_and_gradient_are_exact_for_very_small_and_large_weights(form, dtype):
+    """1,000 weights of size 1e-12 to 1e15; products of their squared norms overflow or underflow float32."""
     draws = jax.random.normal(jax.random.key(0), (2, 1000))
     params, earlier = ({"kernel": (draw + 0.5).astype(dtype)} for draw in draws)
     mask = masking.ones_like(params)
-    u, v = (flat({"a": tree}, {"a": mask}) for tree in (params, earlier))
+    u, v = (flatten_connections({"a": tree}, {"a": mask}) for tree in (params, earlier))
     cosine = u @ v / np.linalg.norm(u) / np.linalg.norm(v)
     gradient = 4 * cosine * (v / np.linalg.norm(u) / np.linalg.norm(v) - cosine * u / (u @ u))
     rtol = 1e-4 if dtype == "float32" else 1e-2
@@ -149,7 +156,7 @@ def test_weights_of_any_size_have_a_value_and_a_gradient(form, dtype):
 
 
 @FORMS
-def test_orthogonal_is_free_equal_costs_the_strength(form):
+def test_value_is_0_if_orthogonal_and_the_strength_if_parallel(form):
     mask = {"kernel": jnp.ones(2, bool)}
     along, across = {"kernel": jnp.array([3.0, 0.0])}, {"kernel": jnp.array([0.0, 2.0])}
     assert form(along, mask, [across], 2.0)[0] == 0
@@ -158,15 +165,15 @@ def test_orthogonal_is_free_equal_costs_the_strength(form):
     assert form(along, mask, [along], -1.0)[0] == pytest.approx(-1)
 
 
-def test_no_earlier_optima_no_term():
+def test_value_without_earlier_optima_is_0():
     params = random_trees(1)[0]
     assert repulsion.repulsion_loss(params, shrinking_masks(1)[0], []) == 0
 
 
 @FORMS
-def test_no_nan_at_zero_norm(form):
-    params = member(random_trees(1)[0], 0)
-    mask = member(shrinking_masks(1)[0], 0)
+def test_value_and_gradient_are_0_at_zero_norm(form):
+    params = take_member(random_trees(1)[0], 0)
+    mask = take_member(shrinking_masks(1)[0], 0)
     zero = jax.tree.map(jnp.zeros_like, params)
     for theta, earlier in ((zero, params), (params, zero)):
         value, gradient = form(theta, mask, [earlier], 2.0)
@@ -174,8 +181,8 @@ def test_no_nan_at_zero_norm(form):
         assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(gradient))
 
 
-def test_the_store_equals_the_plain_form_in_every_round():
-    """Of members with masks of their own, under jit and vmap, whatever slots and rows lie unused."""
+def test_store_equals_the_plain_form_in_every_round():
+    """Under jit and vmap, with different masks of members and with unused slots and rows."""
     params, *earlier = random_trees(9)
     masks = shrinking_masks(8)
 
@@ -187,40 +194,43 @@ def test_the_store_equals_the_plain_form_in_every_round():
         return repulsion.survivor_loss(repulsion.gather_survivors(params, optima), optima, 2.0), gradient
 
     for count in range(1, 9):
-        optima, mask = remembered(earlier[:count], masks[:count]), masks[count - 1]
+        optima, mask = make_store(earlier[:count], masks[:count]), masks[count - 1]
         theta = masking.apply(params, mask)
         values, gradients = value_and_gradient(theta, optima)
         losses, cosines = repulsion.summary(theta, optima, 2.0)
         for i in range(MEMBERS):
-            known = [member(tree, i) for tree in earlier[:count]]
-            value, gradient = plain(member(theta, i), member(mask, i), known, 2.0)
+            member_optima = [take_member(tree, i) for tree in earlier[:count]]
+            value, gradient = plain_form(take_member(theta, i), take_member(mask, i), member_optima, 2.0)
             assert values[i] == pytest.approx(float(value), rel=1e-5)
             assert losses[i] == pytest.approx(float(value), rel=1e-5)
             jax.tree.map(
                 lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7),
-                member(gradients, i),
+                take_member(gradients, i),
                 gradient,
             )
-            u, known = flat(member(theta, i), member(mask, i)), [flat(t, member(mask, i)) for t in known]
-            expected = np.mean([u @ v / np.linalg.norm(u) / np.linalg.norm(v) for v in known])
+            u, *optimum_vectors = (
+                flatten_connections(tree, take_member(mask, i))
+                for tree in (take_member(theta, i), *member_optima)
+            )
+            expected = np.mean([u @ v / np.linalg.norm(u) / np.linalg.norm(v) for v in optimum_vectors])
             assert cosines[i] == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("max_optima", [1, 2])
-def test_the_last_optima_alone_are_those_of_a_store_of_them(max_optima):
+def test_bounded_store_holds_only_the_last_optima(max_optima):
     params, *earlier = random_trees(6)
     masks = shrinking_masks(5)
     theta = masking.apply(params, masks[-1])
-    last = remembered(earlier, masks, max_optima=max_optima)
-    alone = remembered(earlier[-max_optima:], masks[-max_optima:])
+    last = make_store(earlier, masks, max_optima=max_optima)
+    expected = make_store(earlier[-max_optima:], masks[-max_optima:])
     assert last.shape[0] == max_optima
     np.testing.assert_allclose(
-        repulsion.summary(theta, last, 2.0), repulsion.summary(theta, alone, 2.0), rtol=1e-6
+        repulsion.summary(theta, last, 2.0), repulsion.summary(theta, expected, 2.0), rtol=1e-6
     )
 
 
-def rounds_of_lenet(max_optima):
-    """The stores of 24 pruned rounds of LeNet, random weights of its layers' scales in the place of trained."""
+def lenet_stores(max_optima):
+    """Yield the stores after 24 rounds of LeNet, with random weights instead of trained ones."""
     initial = LeNet().init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
     masks = jax.tree.map(lambda p: jnp.ones((MEMBERS, *p.shape), bool), initial)
     prune = jax.jit(jax.vmap(lambda p, m: pruning.prune_by_magnitude(p, m, fraction=0.2)[0]))
@@ -237,57 +247,57 @@ def rounds_of_lenet(max_optima):
         yield optima
 
 
-def test_the_store_is_bounded_and_takes_few_shapes():
-    """At max_optima 1.7 P numbers, where 24 copies would be 24 P; a program serves all rounds of one shape."""
-    parameters = 266_200  # that may be pruned
-    stores = list(rounds_of_lenet(max_optima=24))
+def test_store_is_small_and_has_few_shapes():
+    """For P weights it has at most 1.7 P numbers; 24 copies would be 24 P. Each shape compiles one program."""
+    parameters = 266_200  # prunable ones
+    stores = list(lenet_stores(max_optima=24))
     numbers = [rows * sum(slots) for rows, *slots in (optima.shape for optima in stores)]
     assert max(numbers) <= 1.7 * parameters
     for optima in stores:
-        for positions in jax.tree.leaves(optima.positions):  # sorted and unique, unused ones included
-            assert (np.diff(positions) > 0).all()
+        for positions in jax.tree.leaves(optima.positions):
+            assert (np.diff(positions) > 0).all()  # sorted and unique, also in unused slots
     assert len({optima.shape for optima in stores}) <= 8
     assert [int(optima.count[0]) for optima in stores] == list(range(1, 25))
-    used = [np.count_nonzero(np.concatenate(jax.tree.leaves(o.values), -1)) / MEMBERS for o in stores]
-    for number, numbers in enumerate(used, start=1):
-        assert numbers == pytest.approx(number * parameters * 0.8**number, abs=3 * number)
+    used_slots = [np.count_nonzero(np.concatenate(jax.tree.leaves(o.values), -1)) / MEMBERS for o in stores]
+    for number, used in enumerate(used_slots, start=1):
+        assert used == pytest.approx(number * parameters * 0.8**number, abs=3 * number)
 
-    last = list(rounds_of_lenet(max_optima=1))
+    last = list(lenet_stores(max_optima=1))
     assert max(sum(optima.shape[1:]) for optima in last) <= 0.81 * parameters
     assert len({optima.shape for optima in last}) <= 4
-    for number, optima in enumerate(last, start=1):  # never mostly empty, unless small
+    for number, optima in enumerate(last, start=1):  # not mostly empty, unless it is small
         needed = parameters * 0.8**number
         assert sum(optima.shape[1:]) <= max(4.1 * needed, 0.1 * parameters)
 
 
 @pytest.mark.parametrize(
-    ("fraction", "shapes", "max_optima"), [(0.05, 8, 9.3), (0.1, 8, 4.5), (0.2, 8, 1.7), (0.5, 2, 1.7)]
+    ("fraction", "max_shapes", "max_size"), [(0.05, 8, 9.3), (0.1, 8, 4.5), (0.2, 8, 1.7), (0.5, 2, 1.7)]
 )
-def test_any_fraction_takes_few_shapes(fraction, shapes, max_optima):
-    """Slower pruning needs more numbers, n · (1 − fraction)ⁿ · P, but no shape a round."""
-    shape, seen = None, []
+def test_store_has_few_shapes_for_any_pruned_fraction(fraction, max_shapes, max_size):
+    """Slower pruning needs more numbers, n · (1 − fraction)ⁿ · P, but not a new shape in every round."""
+    shape, shapes = None, []
     for count in range(1, 25):
         shape = repulsion.next_store_shape(
             shape, count, 24, [round((1 - fraction) ** count * 100_000), 100], 100_100
         )
         assert shape[0] >= count
-        seen.append(shape)
-    assert len(set(seen)) <= shapes
-    assert max(rows * sum(slots) for rows, *slots in seen) <= max_optima * 100_100
+        shapes.append(shape)
+    assert len(set(shapes)) <= max_shapes
+    assert max(rows * sum(slots) for rows, *slots in shapes) <= max_size * 100_100
 
 
-def test_masks_that_grow_are_refused():
+def test_growing_masks_are_rejected():
     earlier, masks = random_trees(2), shrinking_masks(2)
     with pytest.raises(ValueError, match="had pruned"):
-        remembered(earlier, masks[::-1])
+        make_store(earlier, masks[::-1])
 
 
-def test_bfloat16_rounds_the_cosines_by_a_hundredth_of_themselves_at_most():
+def test_bfloat16_store_changes_cosines_by_at_most_one_percent():
     params, *earlier = random_trees(6)
     masks = shrinking_masks(5)
-    earlier = [jax.tree.map(lambda p, e: p + e, params, tree) for tree in earlier]  # cosines about 0.7
+    earlier = [jax.tree.map(lambda p, e: p + e, params, tree) for tree in earlier]  # the cosines are about 0.7
     theta = masking.apply(params, masks[-1])
-    exact, rounded = (remembered(earlier, masks, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    exact, rounded = (make_store(earlier, masks, dtype=dtype) for dtype in ("float32", "bfloat16"))
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(rounded.values))
     (losses, cosines), (rounded_losses, rounded_cosines) = (
         repulsion.summary(theta, optima, 2.0) for optima in (exact, rounded)
@@ -297,24 +307,24 @@ def test_bfloat16_rounds_the_cosines_by_a_hundredth_of_themselves_at_most():
     np.testing.assert_allclose(rounded_losses, losses, rtol=0.02)
 
 
-# --- in training ---
+# --- training with repulsion ---
 
 
 def train_rounds(experiment, rounds):
-    """The ends of some rounds, each with the earlier optima that it repelled, without those of twins."""
-    known = None
+    """Yield the end of each round with the earlier optima that repelled it, without those of twins."""
+    optima = None
     for end in itertools.islice(imp.rounds(experiment), rounds):
-        yield end, known
-        known = end.next_optima
+        yield end, optima
+        optima = end.next_optima
 
 
 @pytest.mark.parametrize("memory", ["all", "last"])
-def test_five_rounds_equal_those_of_a_store_of_whole_networks(tiny_experiment, memory):
-    """By `jax.grad` of the sum of both losses, over all earlier networks as they were."""
+def test_rounds_equal_training_with_the_plain_form(tiny_experiment, memory):
+    """The expected networks come from `jax.grad` of cross-entropy + J_r over all earlier networks."""
     experiment = tiny_experiment(
         rounds=5,
         **{
-            "optimizer.name": "sgd",  # Adam would blow up the rounding of small gradients
+            "optimizer.name": "sgd",  # Adam would amplify the rounding of small gradients
             "optimizer.learning_rate": 0.3,
             "repulsion.strength": 2.0,
             "repulsion.memory": memory,
@@ -338,7 +348,7 @@ def test_five_rounds_equal_those_of_a_store_of_whole_networks(tiny_experiment, m
         networks = end.networks
         keys = member_keys(experiment.members, 0, lambda m, n=number: ["data", ARMS[m.arm].number, n])
         for i in range(len(experiment.members)):
-            params, mask = member((networks.initial["params"], networks.mask), i)
+            params, mask = take_member((networks.initial["params"], networks.mask), i)
             for epoch, rates in enumerate(experiment.learning_rates):
                 key, _ = jax.random.split(jax.random.fold_in(keys[i], epoch))
                 batches = jax.random.permutation(key, len(labels))[: 8 * len(rates)].reshape(-1, 8)
@@ -347,14 +357,14 @@ def test_five_rounds_equal_those_of_a_store_of_whole_networks(tiny_experiment, m
             jax.tree.map(
                 lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-6),
                 params,
-                member(networks.trained["params"], i),
+                take_member(networks.trained["params"], i),
             )
-            trained = member(networks.trained["params"], i)
+            trained = take_member(networks.trained["params"], i)
             earlier[i] = [trained] if memory == "last" else [*earlier[i], trained]
 
 
-def test_repulsion_drives_rounds_apart_and_attraction_together(tiny_experiment):
-    """Mean cosine with the earlier optima after the third round: repelled < left alone < attracted."""
+def test_repulsion_decreases_and_attraction_increases_the_cosine(tiny_experiment):
+    """The mean cosine with the earlier optima after round 2."""
     cosines = {}
     for strength in (2.0, 0.0, -2.0):
         experiment = tiny_experiment(
@@ -362,15 +372,15 @@ def test_repulsion_drives_rounds_apart_and_attraction_together(tiny_experiment):
         )
         rounds = [end.networks for end, _ in train_rounds(experiment, 3)]
         optima = None
-        for before, after in itertools.pairwise(rounds):
-            optima = repulsion.add_optimum(optima, before.trained["params"], after.mask, max_optima=2)
+        for previous, following in itertools.pairwise(rounds):
+            optima = repulsion.add_optimum(optima, previous.trained["params"], following.mask, max_optima=2)
         _, cosine = repulsion.summary(rounds[-1].trained["params"], optima, 2.0)
         cosines[strength] = cosine
     assert np.all(np.abs(cosines[2.0]) < cosines[0.0] - 0.1)
     assert np.all(cosines[0.0] < cosines[-2.0])
 
 
-def test_without_strength_there_is_nothing_of_it(tiny_experiment, monkeypatch):
+def test_strength_0_computes_nothing_of_repulsion(tiny_experiment, monkeypatch):
     for name in ("add_optimum", "add_gradient", "summary"):
         monkeypatch.setattr(repulsion, name, None)
     experiment = tiny_experiment(rounds=2)
@@ -379,47 +389,47 @@ def test_without_strength_there_is_nothing_of_it(tiny_experiment, monkeypatch):
         assert not {"repulsion", "cosine"} & set(end.rows[0])
 
 
-def test_the_rows_hold_the_term_at_the_end_of_training(tiny_experiment):
+def test_rows_hold_the_term_at_the_end_of_training(tiny_experiment):
     experiment = tiny_experiment(**{"repulsion.strength": -1.0})
     ends = list(imp.rounds(experiment))
     assert len(ends) == 3
     for number, end in enumerate(ends):
         networks = end.networks
         for i, row in enumerate(end.rows):
-            earlier = [member(before.networks.trained["params"], i) for before in ends[:number]]
-            params, mask = member((networks.trained["params"], networks.mask), i)
+            earlier = [take_member(earlier_end.networks.trained["params"], i) for earlier_end in ends[:number]]
+            params, mask = take_member((networks.trained["params"], networks.mask), i)
             expected = repulsion.repulsion_loss(params, mask, earlier, -1.0)
             assert row["repulsion"] == pytest.approx(float(expected), rel=1e-5)
             assert ("cosine" in row) == bool(number)
             if number:
-                u, known = flat(params, mask), [flat(tree, mask) for tree in earlier]
-                expected = np.mean([u @ v / np.linalg.norm(u) / np.linalg.norm(v) for v in known])
+                u, *optimum_vectors = (flatten_connections(tree, mask) for tree in (params, *earlier))
+                expected = np.mean([u @ v / np.linalg.norm(u) / np.linalg.norm(v) for v in optimum_vectors])
                 assert row["cosine"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_each_arm_knows_its_own_optima_and_a_twin_those_of_imp(tiny_experiment, monkeypatch):
-    """A twin that draws imp's data equals imp, repulsion and all."""
+def test_each_arm_has_its_own_optima_and_twins_those_of_imp(tiny_experiment, monkeypatch):
+    """A twin with the random keys of imp equals imp, also with repulsion."""
     monkeypatch.setitem(ARMS, "twin", ARMS["imp"])
     experiment = tiny_experiment(**{"repulsion.strength": 2.0, "instability.rounds": (1, 2)})
     (first, _), (second, optima), (third, _) = train_rounds(experiment, 3)
     first, second_networks = first.networks, second.networks
     for i in range(len(experiment.members)):
-        known = member(optima, i).values["Dense_0/kernel"][0]
-        there = np.asarray(second_networks.mask["Dense_0"]["kernel"][i]).ravel()
+        stored = take_member(optima, i).values["Dense_0/kernel"][0]
+        mask = np.asarray(second_networks.mask["Dense_0"]["kernel"][i]).ravel()
         trained = np.asarray(first.trained["params"]["Dense_0"]["kernel"][i]).ravel()
-        np.testing.assert_array_equal(known[: there.sum()], trained[there])
+        np.testing.assert_array_equal(stored[: mask.sum()], trained[mask])
     for end in (second, third):
         assert [m.arm for m in end.members] == ["imp"] * 2 + ["reinit"] * 2 + ["twin"] * 2
         for replicate in range(2):
             jax.tree.map(
                 np.testing.assert_array_equal,
-                member(end.networks.trained, replicate),
-                member(end.networks.trained, 4 + replicate),
+                take_member(end.networks.trained, replicate),
+                take_member(end.networks.trained, 4 + replicate),
             )
         assert [row["cosine"] for row in end.rows[:2]] == [row["cosine"] for row in end.rows[4:]]
 
 
-def test_one_program_serves_the_rounds_of_one_shape(tiny_experiment):
+def test_rounds_with_one_store_shape_share_a_program(tiny_experiment):
     experiment = tiny_experiment(
         rounds=12,
         epochs=1,

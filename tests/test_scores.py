@@ -1,4 +1,4 @@
-"""Scores of users, against second derivations on the same batch."""
+"""Scores of users, compared with independent implementations on the same batch."""
 
 import jax
 import jax.numpy as jnp
@@ -14,40 +14,41 @@ IMAGES = 20
 
 
 def saliency(inputs):
-    """|θ ∂L/∂θ|, as SNIP."""
+    """Compute |θ ∂L/∂θ|, the score of SNIP."""
     return jax.tree.map(lambda p, g: jnp.abs(p * g), inputs.params, jax.grad(inputs.loss)(inputs.params))
 
 
 def curvature(inputs):
-    """θ Hθ, by a Hessian-vector product."""
+    """Compute θ Hθ with a Hessian-vector product."""
     _, products = jax.jvp(jax.grad(inputs.loss), (inputs.params,), (inputs.params,))
     return jax.tree.map(jnp.multiply, inputs.params, products)
 
 
 def synaptic_flow(inputs):
-    """|θ| ∂R/∂|θ|, as SynFlow."""
+    """Compute |θ| ∂R/∂|θ|, the score of SynFlow."""
     positive = jax.tree.map(jnp.abs, inputs.params)
     return jax.tree.map(jnp.multiply, positive, jax.grad(inputs.flow)(positive))
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    """Scores that are registered in a test are known in no other."""
+def registered_scores(monkeypatch):
+    """Register the scores above; undo all registrations after the test."""
     monkeypatch.setattr(scores, "SCORES", dict(scores.SCORES))
     for score in (saliency, curvature, synaptic_flow):
         scores.register(score.__name__, score)
 
 
-def batch(experiment, number):
-    """Images and labels that scores are given in a round, drawn by the seed and the round."""
+def score_batch(experiment, number):
+    """Return the images and labels that scores get in round `number`, drawn by the seed and the round."""
     key = jax.random.fold_in(jax.random.key(experiment.seed), arms.stream_number("score images"))
     examples = jax.random.permutation(jax.random.fold_in(key, number), 46)[:IMAGES]
     images, labels = experiment.dataset.train
     return images[examples] / 255, labels[examples]
 
 
-def plain_loss(experiment, number):
-    images, labels = batch(experiment, number)
+def make_loss(experiment, number):
+    """Return the mean cross-entropy on the score batch as a function of the parameters."""
+    images, labels = score_batch(experiment, number)
 
     def loss(params):
         logits = experiment.spec.model.apply({"params": params}, images)
@@ -56,9 +57,9 @@ def plain_loss(experiment, number):
     return loss
 
 
-def saliency_by_hand(experiment, number, params):
-    """Backpropagation in NumPy."""
-    images, labels = batch(experiment, number)
+def numpy_saliency(experiment, number, params):
+    """Compute the saliency with backpropagation in NumPy."""
+    images, labels = score_batch(experiment, number)
     weights = [np.asarray(params[f"Dense_{i}"]["kernel"], float) for i in range(3)]
     biases = [np.asarray(params[f"Dense_{i}"]["bias"], float) for i in range(3)]
     inputs = [np.asarray(images, float).reshape(IMAGES, -1)]
@@ -66,45 +67,47 @@ def saliency_by_hand(experiment, number, params):
         inputs.append(np.maximum(inputs[-1] @ weights[i] + biases[i], 0))
     logits = inputs[-1] @ weights[2] + biases[2]
     error = np.exp(logits) / np.exp(logits).sum(1, keepdims=True) - np.eye(3)[np.asarray(labels)]
-    found = []
+    values = []
     for i in (2, 1, 0):
-        found.append(np.abs(weights[i] * (inputs[i].T @ error / IMAGES)))
+        values.append(np.abs(weights[i] * (inputs[i].T @ error / IMAGES)))
         error = (error @ weights[i].T) * (inputs[i] > 0)
-    return found[::-1]
+    return values[::-1]
 
 
-def curvature_by_hand(experiment, number, params):
-    """By the whole Hessian."""
+def full_hessian_curvature(experiment, number, params):
+    """Compute θ Hθ with the full Hessian."""
     flat, unravel = ravel_pytree(params)
-    loss = plain_loss(experiment, number)
+    loss = make_loss(experiment, number)
     hessian = jax.hessian(lambda flat: loss(unravel(flat)))(flat)
     products = unravel(flat * (hessian @ flat))
     return [np.asarray(products[f"Dense_{i}"]["kernel"]) for i in range(3)]
 
 
-def synaptic_flow_by_hand(experiment, number, params):
-    """In NumPy: on positive weights the network is linear."""
+def numpy_synaptic_flow(experiment, number, params):
+    """Compute synaptic flow in NumPy: with positive weights the network is linear."""
     weights = [np.abs(np.asarray(params[f"Dense_{i}"]["kernel"], float)) for i in range(3)]
     biases = [np.abs(np.asarray(params[f"Dense_{i}"]["bias"], float)) for i in range(3)]
     inputs = [np.ones(16)]
     for i in range(2):
         inputs.append(inputs[-1] @ weights[i] + biases[i])
-    slope, found = np.ones(3), []
+    slope, values = np.ones(3), []
     for i in (2, 1, 0):
-        found.append(weights[i] * np.outer(inputs[i], slope))
+        values.append(weights[i] * np.outer(inputs[i], slope))
         slope = weights[i] @ slope
-    return found[::-1]
+    return values[::-1]
 
 
 @pytest.mark.parametrize(
-    ("score", "by_hand", "uses_images"),
+    ("score", "reference", "uses_images"),
     [
-        (saliency, saliency_by_hand, True),
-        (curvature, curvature_by_hand, True),
-        (synaptic_flow, synaptic_flow_by_hand, False),
+        (saliency, numpy_saliency, True),
+        (curvature, full_hessian_curvature, True),
+        (synaptic_flow, numpy_synaptic_flow, False),
     ],
 )
-def test_a_score_prunes_as_a_second_derivation_says(tiny_experiment, score, by_hand, uses_images):
+def test_score_prunes_the_weights_with_the_lowest_reference_values(
+    tiny_experiment, score, reference, uses_images
+):
     fields = {"pruning.images": IMAGES} if uses_images else {}
     experiment = tiny_experiment(rounds=2, **{"pruning.score": score.__name__, **fields})
     assert experiment.pruning.images == (IMAGES if uses_images else 0)
@@ -113,24 +116,24 @@ def test_a_score_prunes_as_a_second_derivation_says(tiny_experiment, score, by_h
             params, mask = jax.tree.map(
                 lambda leaf, i=i: leaf[i], (end.networks.trained["params"], end.networks.mask)
             )
-            values = np.concatenate([leaf.ravel() for leaf in by_hand(experiment, end.round, params)])
+            values = np.concatenate([leaf.ravel() for leaf in reference(experiment, end.round, params)])
             alive = np.concatenate([mask[f"Dense_{i}"]["kernel"].ravel() for i in range(3)])
             kept = np.concatenate([end.next_masks[f"Dense_{n}"]["kernel"][i].ravel() for n in range(3)])
             removed = alive & ~kept
             assert removed.sum() == round(0.2 * alive.sum())
             assert not (kept & ~alive).any()
-            # to rounding: a unit that is dead has scores of exactly 0
+            # up to rounding: a dead unit has scores of exactly 0
             assert values[removed].max() <= values[kept].min() + 1e-5 * np.abs(values).max()
             assert values[kept].max() > values[removed].max()
 
 
-def test_a_score_of_another_shape_is_refused_before_training(tiny_experiment):
-    odd = {
+def test_score_with_other_shapes_is_rejected_before_training(tiny_experiment):
+    wrong_scores = {
         "first_layer": lambda inputs: {"Dense_0": inputs.params["Dense_0"]},
         "sums": lambda inputs: jax.tree.map(jnp.sum, inputs.params),
         "nothing": lambda inputs: None,
     }
-    for name, score in odd.items():
+    for name, score in wrong_scores.items():
         scores.register(name, score)
         with pytest.raises(
             UserError, match=f"{name}', which should return a tree like the parameters"
@@ -139,14 +142,14 @@ def test_a_score_of_another_shape_is_refused_before_training(tiny_experiment):
         assert len(str(error.value).splitlines()) == 1
 
 
-def test_images_that_a_score_does_not_use_are_refused(tiny_experiment):
+def test_images_for_a_score_that_uses_none_are_rejected(tiny_experiment):
     for name in ("magnitude", "random", "synaptic_flow"):
         sentence = f"pruning.images is 20; the score {name} uses no images, so it should be 256"
         with pytest.raises(UserError, match=sentence):
             tiny_experiment(**{"pruning.score": name, "pruning.images": IMAGES})
-    assert tiny_experiment(**{"pruning.score": "saliency"}).pruning.images == 46  # all that there are
+    assert tiny_experiment(**{"pruning.score": "saliency"}).pruning.images == 46  # all training images
 
 
-def test_a_score_that_is_no_function_is_refused():
+def test_register_rejects_a_score_that_is_not_a_function():
     with pytest.raises(UserError, match="the score 'mine' is a float; it should be a function of"):
         scores.register("mine", 0.5)

@@ -8,11 +8,13 @@ from imp_jax import masking, similarity
 DISTANCES = (similarity.angular_distance, similarity.cosine_distance, similarity.euclidean_distance)
 
 
-def vector(*values):
+def make_vector(*values):
+    """Return parameters with one kernel."""
     return {"kernel": jnp.array(values, jnp.float32)}
 
 
-def dense(distance, a, b):
+def dense_distance(distance, a, b):
+    """Compute the distance between networks without pruned weights."""
     return distance(a, masking.ones_like(a), b, masking.ones_like(b))
 
 
@@ -26,8 +28,8 @@ def dense(distance, a, b):
         ((3, 4), (3, 4), 0, 0, 0),
     ],
 )
-def test_closed_forms(a, b, angular, cosine, euclidean):
-    got = [dense(distance, vector(*a), vector(*b)) for distance in DISTANCES]
+def test_distances_equal_closed_forms(a, b, angular, cosine, euclidean):
+    got = [dense_distance(distance, make_vector(*a), make_vector(*b)) for distance in DISTANCES]
     np.testing.assert_allclose(got, [angular, cosine, euclidean], atol=1e-6)
 
 
@@ -35,13 +37,15 @@ def test_closed_forms(a, b, angular, cosine, euclidean):
 def test_parallel_and_opposite_networks_give_no_nan(scale):
     a = {"kernel": jax.random.normal(jax.random.key(0), (1000,))}
     b = jax.tree.map(lambda x: scale * x, a)
-    assert dense(similarity.angular_distance, a, b) == pytest.approx(0, abs=1e-5)
-    assert dense(similarity.angular_distance, a, jax.tree.map(jnp.negative, b)) == pytest.approx(2, abs=1e-5)
+    assert dense_distance(similarity.angular_distance, a, b) == pytest.approx(0, abs=1e-5)
+    assert dense_distance(similarity.angular_distance, a, jax.tree.map(jnp.negative, b)) == pytest.approx(
+        2, abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_distances_of_weights_of_any_size(dtype):
-    """Weights whose squares leave float32, or whose type is too short to sum in."""
+def test_distances_are_exact_for_very_small_and_large_weights(dtype):
+    """Squares of the weights overflow or underflow float32; sums in 16 bits would lose most digits."""
     draws = jax.random.normal(jax.random.key(0), (2, 3000)).astype(dtype)
     a, b = ({"kernel": draw} for draw in draws)
     u, v = np.asarray(draws, float)
@@ -50,14 +54,14 @@ def test_distances_of_weights_of_any_size(dtype):
         scale = 2.0**exponent
         scaled = [jax.tree.map(lambda p: (p * scale).astype(dtype), tree) for tree in (a, b)]  # noqa: B023
         expected = [2 * np.arccos(cosine) / np.pi, 1 - cosine, scale * np.linalg.norm(u - v)]
-        got = [dense(distance, *scaled) for distance in DISTANCES]
+        got = [dense_distance(distance, *scaled) for distance in DISTANCES]
         np.testing.assert_allclose(got, expected, rtol=1e-5)
         masks = [masking.ones_like(a)] * 2
         got = [similarity.distance_matrix(scaled, masks, distance)[0, 1] for distance in DISTANCES]
         np.testing.assert_allclose(got, expected, rtol=1e-4)
 
 
-def test_without_jit_and_in_double_precision():
+def test_distances_without_jit_and_in_double_precision():
     params, masks = random_networks(2)
     arguments = params[0], masks[0], params[1], masks[1]
     expected = [distance(*arguments) for distance in DISTANCES]
@@ -71,23 +75,23 @@ def test_without_jit_and_in_double_precision():
         np.testing.assert_allclose([matrix[0, 1] for matrix in matrices.values()], expected, rtol=1e-4)
 
 
-def test_small_angles_keep_their_digits():
-    """arccos of a float32 cosine would say 0 here."""
+def test_small_angles_are_precise():
+    """The arccos of the cosine in float32 would be 0."""
     angle = 1e-4
-    a, b = vector(1, 0), vector(np.cos(angle), np.sin(angle))
-    assert dense(similarity.angular_distance, a, b) == pytest.approx(2 * angle / np.pi, rel=1e-3)
+    a, b = make_vector(1, 0), make_vector(np.cos(angle), np.sin(angle))
+    assert dense_distance(similarity.angular_distance, a, b) == pytest.approx(2 * angle / np.pi, rel=1e-3)
 
 
-def test_against_numpy_on_the_intersection_of_masks():
-    draw = np.random.default_rng(0)
+def test_distances_on_the_intersection_of_masks_equal_numpy():
+    rng = np.random.default_rng(0)
 
-    def tree():
-        return {"a": {"kernel": draw.normal(size=(7, 5)), "bias": draw.normal(size=5)}}
+    def random_tree():
+        return {"a": {"kernel": rng.normal(size=(7, 5)), "bias": rng.normal(size=5)}}
 
-    a, b = tree(), tree()
-    mask_a, mask_b = ({"a": {"kernel": draw.random((7, 5)) < 0.6, "bias": np.ones(5, bool)}} for _ in range(2))
+    a, b = random_tree(), random_tree()
+    mask_a, mask_b = ({"a": {"kernel": rng.random((7, 5)) < 0.6, "bias": np.ones(5, bool)}} for _ in range(2))
     keep = (mask_a["a"]["kernel"] & mask_b["a"]["kernel"]).ravel()
-    u, v = (t["a"]["kernel"].ravel()[keep] for t in (a, b))  # no biases
+    u, v = (t["a"]["kernel"].ravel()[keep] for t in (a, b))  # biases do not count
     cosine = u @ v / np.linalg.norm(u) / np.linalg.norm(v)
     expected = [2 * np.arccos(cosine) / np.pi, 1 - cosine, np.linalg.norm(u - v)]
     a, b = (jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), t) for t in (a, b))
@@ -96,28 +100,28 @@ def test_against_numpy_on_the_intersection_of_masks():
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_connections_alone_count(distance):
-    """Networks that differ in biases, scales and excluded layers only are the same."""
+def test_only_prunable_weights_count(distance):
+    """Networks that differ only in biases, scales and excluded layers have the distance 0."""
 
-    def network(key):
-        other, bias = (jax.random.normal(k, (3, 3)) for k in jax.random.split(key))
+    def make_network(key):
+        stem, bias = (jax.random.normal(k, (3, 3)) for k in jax.random.split(key))
         head = {"kernel": jnp.arange(9.0).reshape(3, 3), "bias": bias[0]}
-        return {"head": head, "norm": {"scale": bias[1], "bias": bias[2]}, "stem": {"kernel": other}}
+        return {"head": head, "norm": {"scale": bias[1], "bias": bias[2]}, "stem": {"kernel": stem}}
 
-    a, b = network(jax.random.key(0)), network(jax.random.key(1))
+    a, b = make_network(jax.random.key(0)), make_network(jax.random.key(1))
     masks = masking.ones_like(a), masking.ones_like(b)
     assert distance(a, masks[0], b, masks[1], exclude=("stem",)) == 0
     assert distance(a, masks[0], b, masks[1]) > 0.01
     matrix = similarity.distance_matrix([a, b], masks, distance, exclude="stem")
     np.testing.assert_allclose(matrix, 0, atol=1e-3)
-    heads = [{"stem": tree["stem"]} for tree in (a, b)]
-    expected = similarity.distance_matrix(heads, [masking.ones_like(head) for head in heads], distance)
+    stems = [{"stem": tree["stem"]} for tree in (a, b)]
+    expected = similarity.distance_matrix(stems, [masking.ones_like(stem) for stem in stems], distance)
     got = similarity.distance_matrix([a, b], masks, distance, exclude=["head"])
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
-def test_empty_intersection():
-    a, b = vector(1, 2), vector(3, 4)
+def test_distances_on_an_empty_intersection_of_masks():
+    a, b = make_vector(1, 2), make_vector(3, 4)
     mask_a, mask_b = {"kernel": jnp.array([True, False])}, {"kernel": jnp.array([False, True])}
     assert np.isnan(similarity.angular_distance(a, mask_a, b, mask_b))
     assert np.isnan(similarity.cosine_distance(a, mask_a, b, mask_b))
@@ -132,7 +136,7 @@ def random_networks(count=5):
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_matrix_is_the_pairwise_function(distance):
+def test_distance_matrix_equals_pairwise_distances(distance):
     params, masks = random_networks()
     matrix = jax.jit(lambda *trees: similarity.distance_matrix(*trees, distance=distance))(params, masks)
     expected = [
@@ -144,21 +148,21 @@ def test_matrix_is_the_pairwise_function(distance):
     np.testing.assert_array_equal(matrix, matrix.T)
 
 
-def test_a_nan_where_a_network_is_pruned_does_not_count():
+def test_nan_in_pruned_weights_does_not_count():
     params, masks = random_networks()
-    poisoned = [
+    params_with_nan = [
         jax.tree.map(lambda p, m: jnp.where(m, p, jnp.nan), *pair) for pair in zip(params, masks, strict=True)
     ]
     for distance in similarity.METRICS.values():
         np.testing.assert_allclose(
-            similarity.distance_matrix(poisoned, masks, distance=distance),
+            similarity.distance_matrix(params_with_nan, masks, distance=distance),
             similarity.distance_matrix(params, masks, distance=distance),
             rtol=1e-5,
             atol=1e-6,
         )
 
 
-def test_matrices_are_those_of_each_distance():
+def test_distance_matrices_has_the_matrix_of_each_distance():
     params, masks = random_networks()
     stacked = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) for trees in (params, masks)]
     matrices = jax.jit(similarity.distance_matrices)(*stacked)
@@ -168,7 +172,7 @@ def test_matrices_are_those_of_each_distance():
         np.testing.assert_allclose(matrix, expected, atol=1e-6)
 
 
-def test_matrix_of_parallel_opposite_and_disjoint_networks():
+def test_distance_matrix_of_parallel_opposite_and_disjoint_networks():
     a = {"kernel": jax.random.normal(jax.random.key(0), (100_000,)).at[0].set(2.0)}
     params = [a, a, jax.tree.map(lambda x: 1e-3 * x, a), jax.tree.map(jnp.negative, a)]
     matrix = similarity.distance_matrix(params, [masking.ones_like(a)] * 4)
@@ -176,28 +180,28 @@ def test_matrix_of_parallel_opposite_and_disjoint_networks():
     np.testing.assert_allclose(matrix, expected, atol=1e-3)
 
     first = {"kernel": jnp.zeros(100_000, bool).at[0].set(True)}
-    others = jax.tree.map(jnp.logical_not, first)
-    nothing = {"kernel": jnp.zeros(100_000, bool)}
+    all_others = jax.tree.map(jnp.logical_not, first)
+    empty = {"kernel": jnp.zeros(100_000, bool)}
     for distance in (similarity.angular_distance, similarity.cosine_distance):
-        matrix = similarity.distance_matrix([a, a, a], [first, others, nothing], distance=distance)
+        matrix = similarity.distance_matrix([a, a, a], [first, all_others, empty], distance=distance)
         np.testing.assert_array_equal(matrix, np.where(np.diag([1, 1, 0]) == 1, 0, np.nan))
-    matrix = similarity.distance_matrix([a] * 3, [first, others, nothing], similarity.euclidean_distance)
+    matrix = similarity.distance_matrix([a] * 3, [first, all_others, empty], similarity.euclidean_distance)
     np.testing.assert_array_equal(matrix, 0)
 
 
-def test_euclidean_distances_of_near_networks_do_not_cancel():
+def test_euclidean_distance_of_close_networks_is_precise():
     a = {"kernel": jax.random.normal(jax.random.key(0), (100_000,))}
     b = jax.tree.map(lambda x: x + 1e-4 * jax.random.normal(jax.random.key(1), x.shape), a)
     matrix = similarity.distance_matrix([a, b], [masking.ones_like(a)] * 2, similarity.euclidean_distance)
     assert matrix[0, 1] == pytest.approx(1e-4 * np.sqrt(100_000), rel=0.01)
 
 
-def test_matrix_of_a_distance_of_ones_own():
+def test_distance_matrix_accepts_a_users_distance():
     params, masks = random_networks()
 
-    def biases(params_a, mask_a, params_b, mask_b):
+    def bias_distance(params_a, mask_a, params_b, mask_b):
         return jnp.abs(params_a["bias"] - params_b["bias"]).sum()
 
-    matrix = similarity.distance_matrix(params, masks, distance=biases)
-    each = np.stack([p["bias"] for p in params])
-    np.testing.assert_allclose(matrix, np.abs(each[:, None] - each).sum(-1), rtol=1e-5)
+    matrix = similarity.distance_matrix(params, masks, distance=bias_distance)
+    biases = np.stack([p["bias"] for p in params])
+    np.testing.assert_allclose(matrix, np.abs(biases[:, None] - biases).sum(-1), rtol=1e-5)

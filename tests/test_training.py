@@ -1,4 +1,4 @@
-"""The step, the data order and the optimizers against NumPy written out by hand."""
+"""Training steps, data order and optimizers, compared with an implementation in NumPy."""
 
 import functools
 
@@ -23,6 +23,7 @@ LAYERS = ("Dense_0", "Dense_1", "Dense_2")
 
 
 def forward(params, x):
+    """Return the logits and the inputs of all layers."""
     inputs = []
     for name in LAYERS:
         inputs.append(x)
@@ -38,24 +39,25 @@ def cross_entropy(logits, labels):
 
 
 def gradient(params, x, labels):
+    """Compute the gradient of the mean cross-entropy by backpropagation."""
     logits, inputs = forward(params, x)
     p = np.exp(logits - logits.max(1, keepdims=True))
     delta = p / p.sum(1, keepdims=True)
     delta[np.arange(len(labels)), labels] -= 1
     delta /= len(labels)
-    out = {}
+    gradients = {}
     for name, z in reversed(list(zip(LAYERS, inputs, strict=True))):
-        out[name] = {"kernel": z.T @ delta, "bias": delta.sum(0)}
+        gradients[name] = {"kernel": z.T @ delta, "bias": delta.sum(0)}
         delta = (delta @ params[name]["kernel"].T) * (z > 0)
-    return out
+    return gradients
 
 
-def leaves(tree):
+def list_leaves(tree):
     return [tree[layer][kind] for layer in LAYERS for kind in ("kernel", "bias")]
 
 
-def numpy_training(config, params, mask, images, labels, orders, rates):
-    """Plain SGD, heavy-ball momentum or Adam, L2 in the gradient, pruned weights held at zero, in float64."""
+def train_in_numpy(config, params, mask, images, labels, orders, rates):
+    """Train in float64 with SGD, momentum or Adam, weight decay in the gradient, and pruned weights of zero."""
     params = jax.tree.map(lambda p, m: np.float64(p) * m, params, mask)
     first, second = (jax.tree.map(np.zeros_like, params) for _ in range(2))
     losses, count = [], 0
@@ -65,7 +67,7 @@ def numpy_training(config, params, mask, images, labels, orders, rates):
             x = images[batch].reshape(len(batch), -1) / 255.0
             losses.append(cross_entropy(forward(params, x)[0], labels[batch]).mean())
             grads, count = gradient(params, x, labels[batch]), count + 1
-            for p, g, m, v, keep in zip(*map(leaves, (params, grads, first, second, mask)), strict=True):
+            for p, g, m, v, keep in zip(*map(list_leaves, (params, grads, first, second, mask)), strict=True):
                 g = (g + config.optimizer.weight_decay * p) * keep
                 if config.optimizer.name == "adam":
                     m[...] = 0.9 * m + 0.1 * g
@@ -78,8 +80,8 @@ def numpy_training(config, params, mask, images, labels, orders, rates):
     return params, losses
 
 
-def order(key, epoch):
-    """How a member visits the 46 examples of the tiny experiment in an epoch."""
+def data_order(key, epoch):
+    """Return the order in which a member sees the 46 examples of the tiny experiment in an epoch."""
     key, _ = jax.random.split(jax.random.fold_in(key, epoch))
     return np.asarray(jax.random.permutation(key, 46))
 
@@ -93,8 +95,8 @@ def order(key, epoch):
         ("sgd", 0.1, 0.0, "step_unroll"),
     ],
 )
-def test_two_epochs_against_numpy(tiny_experiment, name, rate, decay, execution):
-    """Optimizer, schedule with warm-up, masks and data order, for every member of the batched program."""
+def test_two_epochs_equal_numpy(tiny_experiment, name, rate, decay, execution):
+    """Covers optimizer, schedule with warmup, masks and data order, for every member of a batched program."""
     config = make_tiny_config(
         execution=execution,
         **{
@@ -127,8 +129,8 @@ def test_two_epochs_against_numpy(tiny_experiment, name, rate, decay, execution)
 
     images, labels = (np.asarray(array) for array in dataset.train)
     for i in range(members):
-        orders = [order(keys[i], epoch) for epoch in range(2)]
-        params, expected = numpy_training(
+        orders = [data_order(keys[i], epoch) for epoch in range(2)]
+        params, expected = train_in_numpy(
             config,
             jax.tree.map(lambda x, i=i: np.asarray(x[i]), variables["params"]),
             jax.tree.map(lambda x, i=i: np.asarray(x[i]), mask),
@@ -138,7 +140,7 @@ def test_two_epochs_against_numpy(tiny_experiment, name, rate, decay, execution)
             experiment.learning_rates,
         )
         np.testing.assert_allclose(losses[:, i], expected, rtol=2e-4)
-        for got, want in zip(leaves(states.params), leaves(params), strict=True):
+        for got, want in zip(list_leaves(states.params), list_leaves(params), strict=True):
             np.testing.assert_allclose(got[i], want, rtol=2e-3, atol=2e-5)
 
 
@@ -155,10 +157,10 @@ def test_pruned_weights_are_zero_after_every_step(tiny_experiment, name):
     for i in range(5):
         batch = slice(8 * i, 8 * i + 8)
         images, labels = (array[batch] for array in experiment.dataset.train)
-        before = state
+        previous = state
         state, _ = step(state, mask, images, labels, 0.01)
         np.testing.assert_array_equal(np.asarray(state.params["Dense_0"]["kernel"])[pruned], 0)
-        assert not np.array_equal(before.params["Dense_0"]["bias"], state.params["Dense_0"]["bias"])
+        assert not np.array_equal(previous.params["Dense_0"]["bias"], state.params["Dense_0"]["bias"])
 
 
 def add_member_axis(tree):
@@ -166,17 +168,16 @@ def add_member_axis(tree):
 
 
 @pytest.mark.parametrize(
-    ("execution", "repelled"),
+    ("execution", "with_repulsion"),
     [*((execution, True) for execution in EXECUTION_MODES), ("scan_vmap", False), ("step_unroll", False)],
 )
-def test_every_program_equals_the_step_of_each_member(tiny_experiment, execution, repelled):
-    """`train_steps` over members is `train_step` of each, one after the other."""
+def test_train_steps_equals_train_step_of_each_member(tiny_experiment, execution, with_repulsion):
     experiment = tiny_experiment(execution=execution)
     spec = experiment.spec._replace(
         repulsion_strength=2.0,
         normalize=Normalize((0.4,), (0.3,)),
         augmentation=("crop", "flip"),
-        model=Normalised(),
+        model=DenseBatchNorm(),
     )
     keys = jax.random.split(jax.random.key(0), 3)
     variables = jax.vmap(lambda key: dict(spec.model.init(key, jnp.zeros((1, 4, 4, 1)))))(keys)
@@ -187,7 +188,7 @@ def test_every_program_equals_the_step_of_each_member(tiny_experiment, execution
     split = experiment.dataset.train
     optima = (
         repulsion.add_optimum(None, jax.tree.map(jnp.cos, variables["params"]), masks, max_optima=1)
-        if repelled
+        if with_repulsion
         else None
     )
     states, metrics = train_epoch(states, masks, split, keys, 0, 0, rates, optima, batch_size=8, spec=spec)
@@ -195,37 +196,37 @@ def test_every_program_equals_the_step_of_each_member(tiny_experiment, execution
     step = jax.jit(functools.partial(training.train_step, spec=spec))
     for i, state in enumerate(singles):
         _, augmentation_key = jax.random.split(jax.random.fold_in(keys[i], 0))
-        mask, known = jax.tree.map(lambda x, i=i: x[i], (masks, optima))
+        mask, member_optima = jax.tree.map(lambda x, i=i: x[i], (masks, optima))
         for number, rate in enumerate(rates):
-            batch = order(keys[i], 0)[8 * number : 8 * number + 8]
+            batch = data_order(keys[i], 0)[8 * number : 8 * number + 8]
             key = jax.random.fold_in(augmentation_key, number)
             images = augment(key, split.images[batch], ("crop", "flip"))
-            state, one = step(state, mask, images, split.labels[batch], rate, known)
-            assert one.loss == pytest.approx(float(metrics.loss[number, i]), rel=1e-5)
-            assert one.accuracy == pytest.approx(float(metrics.accuracy[number, i]))
+            state, step_metrics = step(state, mask, images, split.labels[batch], rate, member_optima)
+            assert step_metrics.loss == pytest.approx(float(metrics.loss[number, i]), rel=1e-5)
+            assert step_metrics.accuracy == pytest.approx(float(metrics.accuracy[number, i]))
         jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a, b[i], rtol=1e-4, atol=1e-6), state, states)
 
 
 @pytest.mark.parametrize("execution", ["scan_vmap", "step_unroll"])
-def test_an_epoch_in_two_pieces_is_the_epoch(tiny_experiment, execution):
+def test_epoch_in_two_parts_equals_the_whole_epoch(tiny_experiment, execution):
     experiment = tiny_experiment(execution=execution)
     spec = experiment.spec._replace(augmentation=("crop",))
     keys = jax.random.split(jax.random.key(0), 2)
     variables = jax.vmap(lambda key: experiment.spec.model.init(key, jnp.zeros((1, 4, 4, 1))))(keys)
     masks = masking.ones_like(variables["params"])
 
-    def run(*pieces):
+    def train(*parts):
         states = training.init_states(variables, masks, spec=experiment.spec)
-        for first, last in pieces:
+        for first, last in parts:
             split, rates = experiment.dataset.train, experiment.learning_rates[1, first:last]
             states, _ = train_epoch(states, masks, split, keys, 1, first, rates, batch_size=8, spec=spec)
         return states.params
 
-    jax.tree.map(np.testing.assert_array_equal, run((0, 5)), run((0, 2), (2, 5)))
+    jax.tree.map(np.testing.assert_array_equal, train((0, 5)), train((0, 2), (2, 5)))
 
 
-class Normalised(nn.Module):
-    """A model with a collection besides its parameters."""
+class DenseBatchNorm(nn.Module):
+    """A model with a second collection of variables, `batch_stats`."""
 
     @nn.compact
     def __call__(self, images, train=False):
@@ -233,9 +234,9 @@ class Normalised(nn.Module):
         return nn.Dense(3)(nn.BatchNorm(use_running_average=not train, momentum=0.9)(x))
 
 
-def test_running_statistics_are_carried_and_never_masked(tiny_experiment):
+def test_running_statistics_are_updated_and_not_masked(tiny_experiment):
     experiment = tiny_experiment()
-    model = Normalised()
+    model = DenseBatchNorm()
     variables = add_member_axis(dict(model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))))
     masks = masking.ones_like(variables["params"])
     states = training.init_states(variables, masks, spec=experiment.spec)
@@ -243,7 +244,7 @@ def test_running_statistics_are_carried_and_never_masked(tiny_experiment):
     spec = experiment.spec._replace(model=model)
     key = jax.random.split(jax.random.key(0), 1)
     kernel = np.asarray(variables["params"]["Dense_0"]["kernel"][0])
-    x = np.asarray(split.images)[order(key[0], 0)[:8]].reshape(8, -1) / 255 @ kernel
+    x = np.asarray(split.images)[data_order(key[0], 0)[:8]].reshape(8, -1) / 255 @ kernel
     states, _ = train_epoch(states, masks, split, key, 0, 0, rates, batch_size=8, spec=spec)
     np.testing.assert_allclose(
         states.model_state["batch_stats"]["BatchNorm_0"]["mean"][0], 0.1 * x.mean(0), rtol=1e-4
@@ -256,7 +257,7 @@ def test_running_statistics_are_carried_and_never_masked(tiny_experiment):
 @pytest.mark.parametrize("execution", EXECUTION_MODES)
 @pytest.mark.parametrize("batch_size", [7, 23, None])
 def test_evaluation_counts_every_example_once(tiny_experiment, batch_size, execution):
-    """Also where the last batch is not full."""
+    """Also if the last batch is not full."""
     experiment = tiny_experiment(execution=execution)
     keys = jax.random.split(jax.random.key(0), 2)
     variables = jax.vmap(lambda key: experiment.spec.model.init(key, jnp.zeros((1, 4, 4, 1))))(keys)
@@ -269,7 +270,7 @@ def test_evaluation_counts_every_example_once(tiny_experiment, batch_size, execu
         assert correct[i] == (logits.argmax(1) == y).sum()
 
 
-def test_bfloat16_keeps_float32_state(tiny_experiment):
+def test_bfloat16_model_has_float32_state_and_loss(tiny_experiment):
     experiment = tiny_experiment()
     model = LeNet(num_classes=3, widths=(6, 5), dtype=jnp.bfloat16)
     variables = add_member_axis(model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1))))

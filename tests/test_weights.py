@@ -1,4 +1,4 @@
-"""Distributions of surviving weights against NumPy, and dead units against a search over paths."""
+"""Distributions of surviving weights compared with NumPy, and dead units compared with a search over paths."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -18,20 +18,21 @@ from imp_jax.models.resnet import CifarResNet
 jitted_dead_units = jax.jit(weights.dead_units, static_argnums=(0, 3))
 
 
-def layer(kernel, mask=None):
+def make_layer(kernel, mask=None):
+    """Return the parameters of a layer and their mask."""
     kernel = jnp.asarray(kernel, jnp.float32)
     mask = jnp.ones(kernel.shape, bool) if mask is None else jnp.asarray(mask)
     bias = jnp.full(2, 100.0)
     return {"kernel": kernel, "bias": bias}, {"kernel": mask, "bias": jnp.ones(2, bool)}
 
 
-def test_histogram_is_numpys_of_the_survivors():
+def test_histogram_of_survivors_equals_numpy():
     draw = np.random.default_rng(0)
     kernels, masks = draw.normal(size=(2, 40, 30)), draw.random((2, 40, 30)) < 0.3
     params, mask = (
         {name: tree for name, tree in zip("ab", trees, strict=True)}
         for trees in zip(
-            *(layer(kernel, keep) for kernel, keep in zip(kernels, masks, strict=True)), strict=True
+            *(make_layer(kernel, keep) for kernel, keep in zip(kernels, masks, strict=True)), strict=True
         )
     )
     counts = jax.jit(weights.histogram, static_argnums=3)(params, mask, 5.0, 21)
@@ -41,8 +42,8 @@ def test_histogram_is_numpys_of_the_survivors():
     np.testing.assert_array_equal(weights.histogram(params, mask, 5.0, 21, exclude=("b",)), only_a)
 
 
-def test_the_ends_of_a_histogram_hold_what_lies_on_or_beyond_them():
-    counts = weights.histogram(*layer([[-9.0, -1.0, 0.0, 1.0, 9.0]]), limit=1.0, bins=3)
+def test_outer_bins_of_a_histogram_count_values_beyond_the_limit():
+    counts = weights.histogram(*make_layer([[-9.0, -1.0, 0.0, 1.0, 9.0]]), limit=1.0, bins=3)
     np.testing.assert_array_equal(counts, [2, 1, 2])
 
 
@@ -52,16 +53,16 @@ def test_the_ends_of_a_histogram_hold_what_lies_on_or_beyond_them():
         (np.random.default_rng(0).normal(3, 2, 200_000), 1 / 3),
         (np.random.default_rng(0).uniform(-1, 5, 200_000), 5 / 9),
         (np.tile([-0.1, 0.1], 500), 1),
-        (np.array([0.0, 0, 0, 1]), 1),  # two points at any odds: skewness² + 1 = kurtosis
+        (np.array([0.0, 0, 0, 1]), 1),  # for two points with any weights, skewness² + 1 = kurtosis
     ],
 )
-def test_bimodality_in_closed_form(values, expected):
-    assert weights.bimodality(*layer(values[None])) == pytest.approx(expected, rel=0.02)
+def test_bimodality_equals_closed_forms(values, expected):
+    assert weights.bimodality(*make_layer(values[None])) == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_bimodality_has_no_scale_and_none_of_equal_weights(dtype):
-    """Fourth powers of small or large weights leave float32; sums of bfloat16 lose most digits."""
+def test_bimodality_does_not_depend_on_scale_and_is_nan_for_equal_weights(dtype):
+    """Fourth powers of small or large weights overflow or underflow float32; bfloat16 sums lose most digits."""
     values = np.asarray(jnp.asarray(np.random.default_rng(0).normal(1, 1, (1, 5000)), dtype), float)
     z = (values - values.mean()) / values.std()
     expected = (np.mean(z**3) ** 2 + 1) / np.mean(z**4)
@@ -72,34 +73,37 @@ def test_bimodality_has_no_scale_and_none_of_equal_weights(dtype):
     assert np.isnan(weights.bimodality({"kernel": jnp.full((1, 5000), 0.1, dtype)}, mask))
 
 
-def test_bimodality_and_share_near_zero_are_of_the_survivors():
+def test_bimodality_and_share_near_zero_count_only_survivors():
     values = np.array([[-3.0, 0.1, 3.0, -0.2, 3.0, 0.9]])
     keep = np.array([[True, False, True, True, True, True]])
-    left = values[keep]
-    z = (left - left.mean()) / left.std()
+    survivors = values[keep]
+    z = (survivors - survivors.mean()) / survivors.std()
     expected = (np.mean(z**3) ** 2 + 1) / np.mean(z**4)
-    assert weights.bimodality(*layer(values, keep)) == pytest.approx(expected, rel=1e-5)
-    assert weights.share_near_zero(*layer(values, keep), threshold=2.0) == pytest.approx(2 / 5)
+    assert weights.bimodality(*make_layer(values, keep)) == pytest.approx(expected, rel=1e-5)
+    assert weights.share_near_zero(*make_layer(values, keep), threshold=2.0) == pytest.approx(2 / 5)
 
 
-def test_survivors_by_layer():
-    mask = {"a": layer(np.ones((2, 3)), np.eye(2, 3) > 0)[1], "block": {"b": layer(np.ones((2, 2)))[1]}}
+def test_survivors_by_layer_counts_each_kernel():
+    mask = {
+        "a": make_layer(np.ones((2, 3)), np.eye(2, 3) > 0)[1],
+        "block": {"b": make_layer(np.ones((2, 2)))[1]},
+    }
     assert weights.survivors_by_layer(mask) == {"a": 2, "block/b": 4}
 
 
-def dead_units_of_a_chain(masks):
-    """By following paths: units that the input reaches, and that reach the output, layer by layer."""
-    reached = [np.ones(masks[0].shape[0], bool)]
+def count_dead_units(masks):
+    """Count the units of each layer that are on no path from the input to the output."""
+    from_input = [np.ones(masks[0].shape[0], bool)]
     for mask in masks:
-        reached.append((mask & reached[-1][:, None]).any(0))
-    reaching = [np.ones(masks[-1].shape[1], bool)]
+        from_input.append((mask & from_input[-1][:, None]).any(0))
+    to_output = [np.ones(masks[-1].shape[1], bool)]
     for mask in masks[:0:-1]:
-        reaching.insert(0, (mask & reaching[0]).any(1))
-    return [int((~(a & b)).sum()) for a, b in zip(reached[1:], reaching, strict=True)]
+        to_output.insert(0, (mask & to_output[0]).any(1))
+    return [int((~(a & b)).sum()) for a, b in zip(from_input[1:], to_output, strict=True)]
 
 
 @pytest.mark.parametrize("density", [0.01, 0.05, 0.2, 1.0])
-def test_dead_units_of_lenet_are_those_no_path_leads_through(density):
+def test_dead_units_of_lenet_are_on_no_path(density):
     model = LeNet(widths=(30, 20))
     variables = model.init(jax.random.key(0), jnp.zeros((1, 6, 6, 1)))
     draw = np.random.default_rng(1)
@@ -107,38 +111,39 @@ def test_dead_units_of_lenet_are_those_no_path_leads_through(density):
         lambda leaf: draw.random(leaf.shape) < (density if leaf.ndim > 1 else 1), variables["params"]
     )
     dead = jitted_dead_units(model, variables, mask, (6, 6, 1))
-    expected = dead_units_of_a_chain([mask[f"Dense_{i}"]["kernel"] for i in range(3)])
+    expected = count_dead_units([mask[f"Dense_{i}"]["kernel"] for i in range(3)])
     assert [int(dead[f"Dense_{i}"]) for i in range(3)] == expected
     assert (sum(expected) > 0) == (density < 1)
 
 
-def test_dead_channels_of_conv4():
+def test_dead_channels_of_conv4_have_no_input_or_no_output():
     model = Conv4(width=0.1)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     mask = masking.ones_like(variables["params"])
-    mask["Conv_1"]["kernel"] = mask["Conv_1"]["kernel"].at[..., 2].set(False)  # no way in
-    mask["Conv_3"]["kernel"] = (
-        mask["Conv_3"]["kernel"].at[:, :, 4].set(False)
-    )  # no way out for Conv_2's channel 4
+    # channel 2 of Conv_1 has no input
+    mask["Conv_1"]["kernel"] = mask["Conv_1"]["kernel"].at[..., 2].set(False)
+    # channel 4 of Conv_2 has no output
+    mask["Conv_3"]["kernel"] = mask["Conv_3"]["kernel"].at[:, :, 4].set(False)
     dead = jitted_dead_units(model, variables, mask, (8, 8, 3))
     assert {name: int(count) for name, count in dead.items() if count} == {"Conv_1": 1, "Conv_2": 1}
 
 
 @pytest.mark.parametrize("affine", [False, True])
-def test_dead_channels_of_residual_networks(affine):
+def test_dead_channels_of_resnet_are_those_within_blocks(affine):
     model = CifarResNet(depth=8, width=0.25, norm_affine=affine)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     mask = masking.ones_like(variables["params"])
     assert not any(jitted_dead_units(model, variables, mask, (8, 8, 3)).values())
-    # Conv_1 opens a block: what it loses is dead. Conv_4 ends one: its shortcut lives on, the block is dead
+    # Conv_1 is the first layer of a block: its pruned channels are dead. Conv_4 is the last one of a block:
+    # without it the whole block is dead, but the shortcut is not.
     mask["Conv_1"]["kernel"] = mask["Conv_1"]["kernel"].at[..., :3].set(False)
     mask["Conv_4"]["kernel"] = jnp.zeros_like(mask["Conv_4"]["kernel"])
     dead = {name: int(n) for name, n in jitted_dead_units(model, variables, mask, (8, 8, 3)).items() if n}
     assert dead == {"Conv_1": 3, "Conv_3": 8, "Conv_4": 8}
 
 
-def test_a_deep_dense_network_has_no_dead_units():
-    """Products of many fan-ins would leave float32."""
+def test_deep_dense_network_has_no_dead_units():
+    """Products of many fan-ins would overflow float32."""
     model = CifarResNet(depth=32, width=0.5)
     variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     mask = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, bool), variables["params"])
@@ -146,10 +151,10 @@ def test_a_deep_dense_network_has_no_dead_units():
     assert not any(jitted_dead_units(model, variables, mask, (8, 8, 3)).values())
 
 
-# --- connectivity of units in networks of any kind ---
+# --- connectivity of units in models of users ---
 
 
-class OwnNorm(nn.LayerNorm):
+class SubclassedNorm(nn.LayerNorm):
     pass
 
 
@@ -174,12 +179,12 @@ class Between(nn.Module):
     [
         lambda x: nn.LayerNorm()(x),
         lambda x: nn.LayerNorm()(x=x),
-        lambda x: OwnNorm()(x),
+        lambda x: SubclassedNorm()(x),
         lambda x: DoubledNorm()(x),
         lambda x: nn.GroupNorm(num_groups=3)(x),
     ],
 )
-def test_statistics_of_a_layer_are_no_paths_whoever_normalises(layer):
+def test_normalisation_statistics_are_no_paths(layer):
     model = Between(layer)
     variables = model.init(jax.random.key(0), jnp.zeros((1, 2, 2, 1)))
     mask = masking.ones_like(variables["params"])
@@ -189,7 +194,7 @@ def test_statistics_of_a_layer_are_no_paths_whoever_normalises(layer):
 
 
 class Mixer(nn.Module):
-    """Dense layers over patches and over channels in turn (Tolstikhin et al. 2021)."""
+    """MLP-Mixer: dense layers over patches and over channels (Tolstikhin et al. 2021)."""
 
     norm: bool = True
     activation: Callable = nn.gelu
@@ -221,31 +226,31 @@ class Assorted(nn.Module):
 
 
 def alive_by_derivatives(model, classes, mask, image_shape, unit_axes):
-    """A unit is alive if the output depends on its surviving weights, for weights drawn at random.
+    """Find the units whose surviving weights have a gradient, for random weights.
 
-    Without normalisation, and with biases of 0 and an activation that is 0 at 0, paths are all there is.
+    These are exactly the units on paths if there is no normalisation, biases are 0 and activations map 0 to 0.
     """
     draw = np.random.default_rng(3)
 
-    def random(path, keep):
+    def random_kernel(path, keep):
         return np.where(keep, draw.normal(size=keep.shape), 0) * (path[-1].key == "kernel")
 
     with jax.enable_x64(True):
-        kernels = jax.tree_util.tree_map_with_path(random, mask)
+        kernels = jax.tree_util.tree_map_with_path(random_kernel, mask)
         images = jnp.asarray(draw.normal(size=(4, *image_shape)))
         probes = jnp.asarray(draw.normal(size=10))
         loss = lambda kernels: (model.apply({"params": kernels}, images) @ probes[:classes]).sum()  # noqa: E731
         slopes = jax.jit(jax.grad(loss))(kernels)
-        found = {}
+        alive = {}
         for layer, leaves in slopes.items():
             axes = unit_axes.get(layer, (-1,))
             inputs = [i for i in range(leaves["kernel"].ndim) if i - leaves["kernel"].ndim not in axes]
-            found[layer] = ((np.abs(leaves["kernel"]) > 0) & mask[layer]["kernel"]).any(tuple(inputs))
-    return found
+            alive[layer] = ((np.abs(leaves["kernel"]) > 0) & mask[layer]["kernel"]).any(tuple(inputs))
+    return alive
 
 
-def dense_variables(model, image_shape):
-    """In their shapes; no value counts."""
+def zero_variables(model, image_shape):
+    """Return variables of the right shapes; the values do not matter."""
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *image_shape)))
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), shapes)
 
@@ -264,8 +269,8 @@ def random_mask(params, density, seed=0):
         (Assorted(), 3, {"DenseGeneral_0": (-2, -1)}),
     ],
 )
-def test_units_are_alive_where_the_output_depends_on_their_weights(model, classes, unit_axes):
-    variables = dense_variables(model, (8, 8, 3))
+def test_units_are_alive_if_the_output_depends_on_their_weights(model, classes, unit_axes):
+    variables = zero_variables(model, (8, 8, 3))
     connectivity = jax.jit(weights.connectivity_of_units, static_argnums=(0, 3))
     for density in (0.04, 0.12, 0.3):
         mask = random_mask(variables["params"], density)
@@ -277,10 +282,10 @@ def test_units_are_alive_where_the_output_depends_on_their_weights(model, classe
         assert any(not units.all() for units in alive.values())
 
 
-def test_normalisation_and_a_softmax_hide_no_unit():
-    """Case of dense networks in which every unit was called dead, and their statistics are no paths."""
+def test_normalisation_and_softmax_do_not_change_dead_units():
+    """Their statistics and sums over units are no paths."""
     model, plain = Mixer(), Mixer(norm=False)
-    variables = dense_variables(model, (8, 8, 3))
+    variables = zero_variables(model, (8, 8, 3))
     dense = masking.ones_like(variables["params"])
     dead = jitted_dead_units(model, variables, dense, (8, 8, 3))
     assert len(dead) == 10
@@ -293,7 +298,7 @@ def test_normalisation_and_a_softmax_hide_no_unit():
 
 
 @pytest.mark.parametrize("kind", ["attention", "standardised", "scanned", "transposed"])
-def test_where_paths_are_not_known_there_is_no_number(kind):
+def test_models_with_unknown_paths_get_no_counts(kind):
     class Standardised(nn.Conv):
         def param(self, name, *arguments, **options):
             value = super().param(name, *arguments, **options)
@@ -320,7 +325,7 @@ def test_where_paths_are_not_known_there_is_no_number(kind):
                 x = layer(x) @ layer.variables["params"]["kernel"].T
             return nn.Dense(3)(x.reshape(len(x), -1))
 
-    variables = dense_variables(Net(), (4, 4, 8))
+    variables = zero_variables(Net(), (4, 4, 8))
     assert weights.dead_units(Net(), variables, masking.ones_like(variables["params"]), (4, 4, 8)) == {}
     dataset = SimpleNamespace(train=SimpleNamespace(image_shape=(4, 4, 8)))
     experiment = SimpleNamespace(spec=SimpleNamespace(model=Net()), dataset=dataset)
@@ -329,7 +334,7 @@ def test_where_paths_are_not_known_there_is_no_number(kind):
     assert np.isnan([row[3:] for row in rows]).all()
 
 
-def test_layers_without_a_way_out_are_dead_and_those_not_evaluated_have_no_number():
+def test_unread_layers_are_dead_and_unevaluated_layers_are_left_out():
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x, train=False):
@@ -339,6 +344,6 @@ def test_layers_without_a_way_out_are_dead_and_those_not_evaluated_have_no_numbe
                 nn.Dense(7, name="auxiliary")(x)
             return nn.Dense(3, name="head")(x)
 
-    variables = dense_variables(Net(), (2, 2, 1))
+    variables = zero_variables(Net(), (2, 2, 1))
     dead = weights.dead_units(Net(), variables, masking.ones_like(variables["params"]), (2, 2, 1))
     assert dead == {"head": 0, "unread": 5}
