@@ -26,8 +26,8 @@ from imp_jax.runtime.signals import GracefulStop, Stopped
 from imp_jax.workdir import checkpoints
 from tests.conftest import make_tiny_config, make_tiny_dataset, quick_config
 from tests.helpers import ROOT, folders
+from tests.helpers.checkpoints import forget_definition
 from tests.helpers.epochs import train_epoch
-from tests.workdir.test_checkpoints import forget_definition
 
 
 def train_all(experiment, rounds=3):

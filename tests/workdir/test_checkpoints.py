@@ -1,6 +1,5 @@
 import contextlib
 import errno
-import json
 import os
 import random
 import shutil
@@ -16,7 +15,7 @@ from imp_jax import divergence, repulsion
 from imp_jax.errors import UserError
 from imp_jax.training import TrainState
 from imp_jax.workdir.checkpoints import Checkpoints, DamagedError, MidRoundState, RoundNetworks
-from imp_jax.workdir.checksums import digest_tree
+from tests.helpers.checkpoints import forget_definition
 
 ROWS = [{"replicate": 0, "arm": "imp", "round": 0, "threshold": 0.1234567, "cosine": float("nan")}]
 STEPS = 10  # of a training
@@ -60,14 +59,6 @@ def reopened(tmp_path):
     yield reopen
     for checkpoints in opened:
         checkpoints.close()
-
-
-def forget_definition(folder):
-    """Write the version of a checkpoint as it was when distances and J_r still counted biases."""
-    path = folder / "version" / "metadata"
-    version = json.loads(path.read_text())
-    del version["digest"], version["similarity"]
-    path.write_text(json.dumps({**version, "digest": digest_tree(version)}))
 
 
 def assert_same(got, expected):
