@@ -1,7 +1,8 @@
-"""Rows of results.csv."""
+"""Made-up rows of results.csv."""
 
 
-def rows(number):
+def make_rows(number):
+    """Make the rows of round `number`, of imp and reinit in replicate 0."""
     return [
         {
             "replicate": 0,

@@ -1,3 +1,5 @@
+"""Atomic writes."""
+
 import pytest
 
 from imp_jax.workdir.files import write_atomically

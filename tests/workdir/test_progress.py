@@ -1,3 +1,5 @@
+"""What a run prints: lines of rounds, the progress bar, and the summary."""
+
 import contextlib
 import os
 import pty
@@ -9,50 +11,50 @@ import pandas as pd
 import pytest
 
 from imp_jax.workdir.progress import ProgressDisplay, ignore_print_errors, print_summary
-from tests.helpers.results import rows
+from tests.helpers.results import make_rows
 
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """A function that runs another with a terminal as stdout, and returns what that is sent."""
+    """Return a function that calls another with a terminal as stdout, and returns the output."""
 
-    def run(function):
-        ours, theirs = pty.openpty()
-        sent = []
+    def capture(function):
+        controller_fd, terminal_fd = pty.openpty()
+        chunks = []
 
         def read():
-            with contextlib.suppress(OSError):  # the end, on Linux
-                while content := os.read(ours, 4096):
-                    sent.append(content)
+            with contextlib.suppress(OSError):  # on Linux, the end of the output
+                while content := os.read(controller_fd, 4096):
+                    chunks.append(content)
 
         reader = threading.Thread(target=read)
         reader.start()
-        with open(theirs, "w") as stdout, monkeypatch.context() as patch:
+        with open(terminal_fd, "w") as stdout, monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", stdout)
             patch.setenv("TERM", "xterm")
             patch.setenv("COLUMNS", "200")
             function()
         reader.join()
-        os.close(ours)
-        return b"".join(sent).decode()
+        os.close(controller_fd)
+        return b"".join(chunks).decode()
 
-    return run
+    return capture
 
 
 def show_two_rounds():
     with ProgressDisplay(rounds=2, steps=10, first_step=0) as display:
         for number in range(2):
             display.chunk(number, 10, images=1000, seconds=0.5)
-            display.round(number, rows(number), images=3000)
+            display.round(number, make_rows(number), images=3000)
 
 
-def test_lines_of_rounds_stay_above_the_bar_of_a_terminal(terminal):
-    sent = terminal(show_two_rounds)
-    assert "━" in sent  # the bar
+def test_lines_of_rounds_stay_above_the_progress_bar(terminal):
+    output = terminal(show_two_rounds)
+    assert "━" in output  # the bar
     screen = []
-    for line in re.sub(r"\x1b\[\?25[lh]", "", sent).split("\n"):
+    for line in re.sub(r"\x1b\[\?25[lh]", "", output).split("\n"):
         for part in re.split(r"(\x1b\[1A)", line):
-            if part == "\x1b[1A":  # up, to be cleared and written again
+            if part == "\x1b[1A":  # cursor up: the previous line is cleared and rewritten
                 screen.pop()
             elif "\x1b[2K" in part:
                 screen.append(part.rpartition("\x1b[2K")[2])
@@ -63,23 +65,23 @@ def test_lines_of_rounds_stay_above_the_bar_of_a_terminal(terminal):
     assert shown == ["round 0/1", "round 1/1"]
 
 
-@pytest.mark.parametrize("how", ["pipe", "FORCE_COLOR", "notebook"])
-def test_lines_are_plain_and_come_once_elsewhere(capsys, monkeypatch, how):
-    if how == "FORCE_COLOR":
+@pytest.mark.parametrize("output", ["pipe", "FORCE_COLOR", "notebook"])
+def test_lines_are_plain_and_printed_once_without_a_terminal(capsys, monkeypatch, output):
+    if output == "FORCE_COLOR":
         monkeypatch.setenv("FORCE_COLOR", "1")
-    if how == "notebook":
+    if output == "notebook":
         monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     show_two_rounds()
-    print_summary(pd.DataFrame(rows(0)))
+    print_summary(pd.DataFrame(make_rows(0)))
     out = capsys.readouterr().out
     assert [line[:9] for line in out.splitlines()[:3]] == ["round 0/1", "round 1/1", "Test accu"]
     assert "\x1b" not in out
 
 
-@pytest.mark.parametrize("how", ["closed", "full", "closed, without help"])
-def test_what_cannot_be_printed_is_dropped(capsys, monkeypatch, how):
-    """As after `| head -1`, also where rich prints; nothing is left to be printed at the end of the process."""
-    if how == "full":
+@pytest.mark.parametrize("state", ["closed", "full", "closed, display alone"])
+def test_output_to_a_closed_or_full_stdout_is_dropped(capsys, monkeypatch, state):
+    """As after `| head -1`. This includes what rich prints and what is still buffered at the end."""
+    if state == "full":
         stdout = open("/dev/full", "w")  # noqa: SIM115
     else:
         reader, writer = os.pipe()
@@ -87,7 +89,7 @@ def test_what_cannot_be_printed_is_dropped(capsys, monkeypatch, how):
         stdout = open(writer, "w")  # noqa: SIM115
     with stdout, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stdout)
-        if "without help" in how:
+        if "display alone" in state:
             show_two_rounds()
             os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
         else:
@@ -95,19 +97,19 @@ def test_what_cannot_be_printed_is_dropped(capsys, monkeypatch, how):
                 for _ in range(2):
                     print("a line", flush=True)
                     show_two_rounds()
-                    print_summary(pd.DataFrame(rows(0)))
+                    print_summary(pd.DataFrame(make_rows(0)))
             print("the last")
-    said = capsys.readouterr().err
-    full = "stdout cannot be written: [Errno 28] No space left on device; the run goes on without it\n"
-    assert said == (full if how == "full" else "")
+    stderr = capsys.readouterr().err
+    message = "stdout cannot be written: [Errno 28] No space left on device; the run goes on without it\n"
+    assert stderr == (message if state == "full" else "")
 
 
-def test_one_plain_line_a_round_without_a_terminal(capsys):
+def test_one_line_per_round_without_a_terminal(capsys):
     with ProgressDisplay(rounds=2, steps=10, first_step=0) as display:
         for number in range(2):
             for step in (5, 10):
                 display.chunk(number, step, images=500, seconds=0.5, compile_seconds=1.6 - number - step / 10)
-            display.round(number, rows(number), images=3000)
+            display.round(number, make_rows(number), images=3000)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert lines[1].startswith(
@@ -117,17 +119,18 @@ def test_one_plain_line_a_round_without_a_terminal(capsys):
     assert lines[1].endswith(" left")
 
 
-def test_summary_has_a_row_a_density(capsys):
-    print_summary(pd.DataFrame(rows(0) + rows(10)))
+def test_summary_has_one_row_per_density(capsys):
+    print_summary(pd.DataFrame(make_rows(0) + make_rows(10)))
     out = capsys.readouterr().out
     assert out.startswith("Test accuracy in %\n")
     assert "10.74%" in out
     assert out.count(" 92.90 ") == 4
 
 
-def test_summary_of_replicates_is_their_mean_and_range(capsys):
-    one, other = pd.DataFrame(rows(0)), pd.DataFrame(rows(0)).assign(replicate=1, test_accuracy=0.949)
-    print_summary(pd.concat([one, other]))
+def test_summary_shows_mean_and_range_of_the_replicates(capsys):
+    first = pd.DataFrame(make_rows(0))
+    second = first.assign(replicate=1, test_accuracy=0.949)
+    print_summary(pd.concat([first, second]))
     out = capsys.readouterr().out
     assert "mean (min to max) of 2 replicates" in out
     assert out.count("93.90 (92.90 to 94.90)") == 2

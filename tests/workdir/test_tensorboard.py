@@ -1,3 +1,5 @@
+"""TensorBoard event files."""
+
 import struct
 
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -5,8 +7,11 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from imp_jax.workdir.tensorboard import TensorBoardWriter
 
 
-def events_of(folder):
-    """Every event of a folder's files, read record by record: length, two checksums, an `Event`."""
+def read_events(folder):
+    """Yield every event in the files of a folder.
+
+    A record is the length of the event (8 bytes), a checksum (4), the event and a checksum (4).
+    """
     for path in sorted(folder.iterdir()):
         content = path.read_bytes()
         while content:
@@ -21,14 +26,14 @@ def test_event_files_hold_the_scalars_of_each_member(tmp_path):
     events.write(3, members, {"test_accuracy": [0.5, 0.75, 0.0], "loss": [1.0, 2.0, 3.0]})
     events.close()
     assert {path.name for path in (tmp_path / "events").iterdir()} == {"imp-0", "reinit-0"}
-    version, start, scalars = events_of(tmp_path / "events" / "reinit-0")
+    version, start, scalars = read_events(tmp_path / "events" / "reinit-0")
     assert version.file_version == "brain.Event:2"
     assert (start.step, start.session_log.status) == (3, SessionLog.START)
     assert scalars.step == 3
     assert {v.tag: v.simple_value for v in scalars.summary.value} == {"test_accuracy": 0.75, "loss": 2.0}
 
 
-def test_event_files_of_one_second_do_not_meet(tmp_path):
+def test_event_files_made_in_the_same_second_have_different_names(tmp_path):
     for _ in range(2):
         events = TensorBoardWriter(tmp_path, first_epoch=0)
         events.write(0, [("imp", 0)], {"loss": [1.0]})
