@@ -161,13 +161,13 @@ def test_only_missing_rows_are_computed(copy, monkeypatch):
     original = {path.name: path.read_text() for path in (copy / "analysis").glob("*.csv")}
     assert {f"{name}.csv" for name in analysis.ANALYSES} == set(original)
 
-    def forbidden(*_, **__):
+    def refuse(*_, **__):
         raise AssertionError("computed again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(connectivity, "path_metrics", forbidden)
-        patch.setattr(similarity, "distance_matrices", forbidden)
-        patch.setattr(analysis, "setup", forbidden)  # the data set is not even opened
+        patch.setattr(connectivity, "path_metrics", refuse)
+        patch.setattr(similarity, "distance_matrices", refuse)
+        patch.setattr(analysis, "setup", refuse)  # the data set is not even opened
         analysis.run(copy)
         (copy / "analysis" / "barriers.csv").unlink()  # computed from paths.csv
         analysis.run(copy)
@@ -256,7 +256,7 @@ def test_a_damaged_round_is_left_out_of_the_analyses(copy, capsys):
     assert 1 not in set(run.distances["round_a"])
 
 
-def test_columns_of_other_versions(copy, capsys):
+def test_missing_columns_are_computed_and_unknown_ones_kept(copy, capsys):
     """A missing column is NaN when loaded, and is computed for rounds on disk; an unknown column is kept."""
     files = {name: copy / "analysis" / f"{name}.csv" for name in analysis.ANALYSES}
     original = {name: pd.read_csv(file) for name, file in files.items()}

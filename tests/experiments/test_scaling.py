@@ -33,7 +33,7 @@ def test_the_fastest_distribution_of_runs_over_devices_is_found(runs, devices, m
     assert (fastest.concurrent_runs, fastest.member, fastest.data) == plan_sizes
 
 
-def test_batches_are_divided_if_the_plan_may():
+def test_batches_are_divided_only_if_allowed():
     runs = FIGURES["tablec"].runs(PAPER)
     run_seconds = cost.estimate_seconds(runs[0], DEVICE)
     # two runs of one member each, which train concurrently

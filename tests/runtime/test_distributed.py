@@ -149,7 +149,7 @@ def test_two_processes_can_die_or_stop_and_resume_with_the_results_of_one(data_d
         "--config.instability.rounds=(1,)",
         f"--config.dataset.data_dir={data_dir}",
     ]
-    workdir = tmp_path / "together"
+    workdir = tmp_path / "two"
     command = ["-m", "imp_jax.main", "--config=configs/mnist5k.py", f"--workdir={workdir}", *flags]
     command += ["--config.mesh.data=2", "--config.checkpoint_every_epochs=1"]
 
@@ -176,10 +176,10 @@ def test_two_processes_can_die_or_stop_and_resume_with_the_results_of_one(data_d
 
     config.mesh.data = -1  # resume on one device, in the middle of a round
     runs.run(config, workdir)
-    runs.run(config, tmp_path / "alone")
-    together, alone = (pd.read_csv(path / "results.csv") for path in (workdir, tmp_path / "alone"))
-    assert together[["round", "arm", "density"]].equals(alone[["round", "arm", "density"]])
+    runs.run(config, tmp_path / "one")
+    two, one = (pd.read_csv(path / "results.csv") for path in (workdir, tmp_path / "one"))
+    assert two[["round", "arm", "density"]].equals(one[["round", "arm", "density"]])
     # sums are taken in another order; in later rounds this changes which of two nearly equal weights is pruned
-    for rows, loss, accuracy in ((together["round"] < 4, 2e-3, 5e-3), (together["round"] >= 4, 0.1, 0.05)):
-        np.testing.assert_allclose(together["train_loss"][rows], alone["train_loss"][rows], atol=loss)
-        np.testing.assert_allclose(together["test_accuracy"][rows], alone["test_accuracy"][rows], atol=accuracy)
+    for rows, loss, accuracy in ((two["round"] < 4, 2e-3, 5e-3), (two["round"] >= 4, 0.1, 0.05)):
+        np.testing.assert_allclose(two["train_loss"][rows], one["train_loss"][rows], atol=loss)
+        np.testing.assert_allclose(two["test_accuracy"][rows], one["test_accuracy"][rows], atol=accuracy)

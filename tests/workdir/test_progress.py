@@ -78,7 +78,7 @@ def test_lines_are_plain_and_printed_once_without_a_terminal(capsys, monkeypatch
     assert "\x1b" not in out
 
 
-@pytest.mark.parametrize("state", ["closed", "full", "closed, display alone"])
+@pytest.mark.parametrize("state", ["closed", "full", "closed, display only"])
 def test_output_to_a_closed_or_full_stdout_is_dropped(capsys, monkeypatch, state):
     """As after `| head -1`. This includes what rich prints and what is still buffered at the end."""
     if state == "full":
@@ -89,7 +89,7 @@ def test_output_to_a_closed_or_full_stdout_is_dropped(capsys, monkeypatch, state
         stdout = open(writer, "w")  # noqa: SIM115
     with stdout, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stdout)
-        if "display alone" in state:
+        if "display only" in state:
             show_two_rounds()
             os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
         else:
