@@ -1,4 +1,4 @@
-"""The tables, figures and report of a small real run, against the networks in its checkpoints."""
+"""Tables, figures and report of a small trained run, compared with the networks in its checkpoints."""
 
 import contextlib
 import dataclasses
@@ -50,7 +50,7 @@ def analysed(data_dir, tmp_path_factory):
 
 @pytest.fixture
 def copy(analysed, tmp_path):
-    """A copy of it that a test may harm."""
+    """A copy of the analysed run that a test may change."""
     return shutil.copytree(analysed, tmp_path / "run")
 
 
@@ -59,18 +59,18 @@ def run(analysed):
     return analysis.load(analysed)
 
 
-def network(run, number, arm, replicate):
+def get_network(run, number, arm, replicate):
     index = run.members(number).index((arm, replicate))
     networks = run.round(number)
     return jax.tree.map(lambda leaf: leaf[index], networks)
 
 
-def test_distances_are_the_pairwise_function_of_the_networks(run):
+def test_distances_match_the_pairwise_functions_of_the_networks(run):
     assert len(run.distances) == 2 * 2 * 3 * (ROUNDS + 1) ** 2
     distance = run.distances.set_index(["metric", "arm", "replicate", "round_a", "round_b"])["distance"]
     for arm, replicate in (("imp", 1), ("reinit", 0)):
-        early, late = (network(run, number, arm, replicate) for number in (1, 3))
-        initial = network(run, 0, arm, replicate)
+        early, late = (get_network(run, number, arm, replicate) for number in (1, 3))
+        initial = get_network(run, 0, arm, replicate)
         for metric, function in similarity.METRICS.items():
             expected = function(early.trained["params"], early.mask, late.trained["params"], late.mask)
             assert distance[metric, arm, replicate, 1, 3] == pytest.approx(float(expected), rel=1e-4)
@@ -80,21 +80,21 @@ def test_distances_are_the_pairwise_function_of_the_networks(run):
             assert distance[metric, arm, replicate, 2, 2] == 0
 
 
-def test_the_ends_of_paths_are_the_results(run):
+def test_both_ends_of_a_path_match_the_results(run):
     paths = run.paths[run.paths["kind"] == "successive"]
     assert len(run.paths) == (ROUNDS - 1 + 1) * 2 * 2 * 5
-    accuracy = run.results[run.results["arm"] == "imp"].set_index(["replicate", "round"])
+    results = run.results[run.results["arm"] == "imp"].set_index(["replicate", "round"])
     for (replicate, number, split), path in paths.groupby(["replicate", "round", "split"]):
         np.testing.assert_allclose(path["alpha"], np.linspace(0, 1, 5))
-        for row, end in ((0, number - 1), (-1, number)):
-            result = accuracy.loc[(replicate, end)]
+        for row, end_round in ((0, number - 1), (-1, number)):
+            result = results.loc[(replicate, end_round)]
             assert path["error"].iloc[row] == pytest.approx(1 - result[f"{split}_accuracy"], abs=1e-6)
             assert path["loss"].iloc[row] == pytest.approx(result[f"{split}_loss"], rel=1e-5)
 
 
-def test_instability_is_the_barrier_between_a_ticket_and_its_twin(run):
+def test_instability_is_the_barrier_between_imp_and_its_twin(run):
     experiment = setup(run.config, use_mesh=False)
-    ends = (network(run, 2, arm, 1).trained for arm in ("imp", "twin"))
+    ends = (get_network(run, 2, arm, 1).trained for arm in ("imp", "twin"))
     points = connectivity.linear_path(*ends, 5)
     losses, correct = training.evaluate(points, experiment.dataset.test, spec=experiment.spec)
     row = run.barriers.query("kind == 'instability' and replicate == 1 and split == 'test'")
@@ -105,22 +105,22 @@ def test_instability_is_the_barrier_between_a_ticket_and_its_twin(run):
     assert row["loss_barrier"].item() == pytest.approx(losses.max() - (losses[0] + losses[-1]) / 2, abs=1e-5)
 
 
-def test_barriers_are_there_for_every_round_but_the_first(run):
+def test_every_round_but_the_first_has_successive_barriers(run):
     successive = run.barriers[run.barriers["kind"] == "successive"]
     assert sorted(successive["round"]) == sorted([*range(1, ROUNDS)] * 4)
 
 
-def test_weights_are_those_of_the_networks(run):
+def test_weight_statistics_match_the_networks(run):
     threshold = run.results.set_index(["arm", "replicate", "round"])["threshold"]
-    of_network = run.weights.set_index(["arm", "replicate", "round"])
+    statistics = run.weights.set_index(["arm", "replicate", "round"])
     for arm, replicate, number in (("imp", 0, 0), ("reinit", 1, 3)):
-        trained, mask = network(run, number, arm, replicate)[1:]
+        trained, mask = get_network(run, number, arm, replicate)[1:]
         pairs = zip(*(masking.prunable_leaves(tree) for tree in (trained["params"], mask)), strict=True)
         values = np.concatenate([np.asarray(leaf)[np.asarray(keep)] for leaf, keep in pairs])
-        row = of_network.loc[(arm, replicate, number)]
+        row = statistics.loc[(arm, replicate, number)]
         assert row["survivors"] == len(values)
-        near = np.mean(np.abs(values) < threshold[arm, replicate, number] / 2)
-        assert row["near_zero"] == pytest.approx(near, abs=1e-6)
+        near_zero = np.mean(np.abs(values) < threshold[arm, replicate, number] / 2)
+        assert row["near_zero"] == pytest.approx(near_zero, abs=1e-6)
         z = (values - values.mean()) / values.std()
         assert row["bimodality"] == pytest.approx((np.mean(z**3) ** 2 + 1) / np.mean(z**4), rel=1e-3)
         bins = run.histograms.query("arm == @arm and replicate == @replicate and round == @number")
@@ -129,7 +129,7 @@ def test_weights_are_those_of_the_networks(run):
         assert abs(bins["count"].iloc[60] - inside.sum()) <= 1  # a value on an edge may round to either side
 
 
-def test_layers_add_up_to_the_survivors(run):
+def test_survivors_of_the_layers_sum_to_those_of_the_network(run):
     survivors = run.weights.query("arm == 'imp'").set_index(["replicate", "round"])["survivors"]
     by_layer = run.layers.groupby(["replicate", "round"])
     pd.testing.assert_series_equal(by_layer["survivors"].sum(), survivors.sort_index())
@@ -138,7 +138,7 @@ def test_layers_add_up_to_the_survivors(run):
 
 
 def test_dead_units_are_counted_by_layer(copy, run):
-    """In a checkpoint whose mask has no way into two units, and none out of a third."""
+    """In a checkpoint whose mask leaves two units without inputs and a third one without outputs."""
     networks = run.round(3)
     kernels = {name: np.array(layer["kernel"]) for name, layer in networks.mask.items()}
     kernels["Dense_0"][:, :, :2] = False
@@ -152,97 +152,97 @@ def test_dead_units_are_counted_by_layer(copy, run):
     (copy / "analysis" / "layers.csv").unlink()
     analysis.run(copy)
     layers = analysis.load(copy).layers.query("round == 3 and replicate == 0").set_index("layer")["dead_units"]
-    before = run.layers.query("round == 3 and replicate == 0").set_index("layer")["dead_units"]
-    assert layers["Dense_0"] == before["Dense_0"] + 3
-    assert before["Dense_0"] == 0
+    original = run.layers.query("round == 3 and replicate == 0").set_index("layer")["dead_units"]
+    assert layers["Dense_0"] == original["Dense_0"] + 3
+    assert original["Dense_0"] == 0
 
 
-def test_only_what_is_missing_is_computed(copy, monkeypatch):
-    before = {path.name: path.read_text() for path in (copy / "analysis").glob("*.csv")}
-    assert {f"{name}.csv" for name in analysis.ANALYSES} == set(before)
+def test_only_missing_rows_are_computed(copy, monkeypatch):
+    original = {path.name: path.read_text() for path in (copy / "analysis").glob("*.csv")}
+    assert {f"{name}.csv" for name in analysis.ANALYSES} == set(original)
 
-    def forbidden(*_, **__):
+    def refuse(*_, **__):
         raise AssertionError("computed again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(connectivity, "path_metrics", forbidden)
-        patch.setattr(similarity, "distance_matrices", forbidden)
-        patch.setattr(analysis, "setup", forbidden)  # the data set is not even opened
+        patch.setattr(connectivity, "path_metrics", refuse)
+        patch.setattr(similarity, "distance_matrices", refuse)
+        patch.setattr(analysis, "setup", refuse)  # the data set is not even opened
         analysis.run(copy)
-        (copy / "analysis" / "barriers.csv").unlink()  # it comes from the paths
+        (copy / "analysis" / "barriers.csv").unlink()  # computed from paths.csv
         analysis.run(copy)
     paths = pd.read_csv(copy / "analysis" / "paths.csv")
     paths[paths["round"] != 2].to_csv(copy / "analysis" / "paths.csv", index=False)
-    (copy / "analysis" / "layers.csv").write_text("torn")
+    (copy / "analysis" / "layers.csv").write_text("damaged")
     (copy / "analysis" / "distances.csv").unlink()
-    computed = []
+    calls = []
     path_metrics = connectivity.path_metrics
 
-    def counted(*ends_and_split, **options):
-        computed.append(1)
+    def count_and_compute(*ends_and_split, **options):
+        calls.append(1)
         return path_metrics(*ends_and_split, **options)
 
-    monkeypatch.setattr(connectivity, "path_metrics", counted)
+    monkeypatch.setattr(connectivity, "path_metrics", count_and_compute)
     analysis.run(copy)
-    assert len(computed) == 2 * 2 * 2  # kinds, replicates and splits of round 2
-    for name, content in before.items():
+    assert len(calls) == 2 * 2 * 2  # kinds, replicates and splits of round 2
+    for name, content in original.items():
         a, b = (pd.read_csv(file) for file in (copy / "analysis" / name, pd.io.common.StringIO(content)))
         pd.testing.assert_frame_equal(a, b, rtol=1e-5)
 
 
-def test_tables_cut_within_a_round_are_completed_and_unreadable_ones_kept(copy, capsys):
+def test_truncated_tables_are_completed_and_unreadable_ones_moved(copy, capsys):
     folder = copy / "analysis"
-    before = {path.name: path.read_text() for path in folder.glob("*.csv")}
+    original = {path.name: path.read_text() for path in folder.glob("*.csv")}
     for name in ("histograms", "weights", "layers", "distances", "paths"):
-        lines = before[f"{name}.csv"].splitlines(keepends=True)
+        lines = original[f"{name}.csv"].splitlines(keepends=True)
         (folder / f"{name}.csv").write_text("".join(lines[: len(lines) - 2]))
     analysis.run(copy)
-    for name, content in before.items():
+    for name, content in original.items():
         a, b = (pd.read_csv(file) for file in (folder / name, pd.io.common.StringIO(content)))
         pd.testing.assert_frame_equal(a, b, rtol=1e-5)
     capsys.readouterr()
-    (folder / "weights.csv").write_bytes(b"\xff" + before["weights.csv"].encode()[1:-1])
+    (folder / "weights.csv").write_bytes(b"\xff" + original["weights.csv"].encode()[1:-1])
     analysis.run(copy)
     assert f"{folder / 'weights.csv'} cannot be read; it is moved to" in capsys.readouterr().err
     assert (copy / "set-aside" / "analysis-weights.csv").exists()
     pd.testing.assert_frame_equal(
         pd.read_csv(folder / "weights.csv"),
-        pd.read_csv(pd.io.common.StringIO(before["weights.csv"])),
+        pd.read_csv(pd.io.common.StringIO(original["weights.csv"])),
         rtol=1e-5,
     )
 
 
-def test_tables_of_an_older_definition_are_computed_anew(copy, capsys):
-    """As those that counted biases; what they held of rounds that are gone is in the file that is set aside."""
+def test_tables_of_an_older_definition_are_moved_and_computed_again(copy, capsys):
+    """An older definition counted biases. The moved file keeps the rows of rounds that are not on disk."""
     folder = copy / "analysis"
     names = ("distances", "layers")
-    before = {name: pd.read_csv(folder / f"{name}.csv") for name in names}
+    original = {name: pd.read_csv(folder / f"{name}.csv") for name in names}
     for name, column in zip(names, ("distance", "dead_units"), strict=True):
-        before[name].assign(**{column: 7}).to_csv(folder / f"{name}.csv", index=False)
+        original[name].assign(**{column: 7}).to_csv(folder / f"{name}.csv", index=False)
     (folder / "definitions.json").unlink()
     with pytest.warns(UserWarning, match="earlier version, which defined it differently"):
         assert set(analysis.load(copy).distances["distance"]) == {7}
     analysis.run(copy)
     errors = capsys.readouterr().err
     for name in names:
-        pd.testing.assert_frame_equal(pd.read_csv(folder / f"{name}.csv"), before[name], rtol=1e-5)
-        place = copy / "set-aside" / f"analysis-{name}.csv"
+        pd.testing.assert_frame_equal(pd.read_csv(folder / f"{name}.csv"), original[name], rtol=1e-5)
+        moved = copy / "set-aside" / f"analysis-{name}.csv"
         assert f"{folder / name}.csv was computed by an earlier version" in errors
-        assert str(place) in errors
-        assert place.exists()
+        assert str(moved) in errors
+        assert moved.exists()
     analysis.run(copy)
     assert len(list((copy / "set-aside").iterdir())) == 2
     with warnings.catch_warnings(action="error"):
         analysis.load(copy)
 
 
-def test_rows_have_one_order_however_they_came(copy):
+def test_rows_in_another_order_are_sorted(copy):
     path = copy / "analysis" / "distances.csv"
-    before = path.read_bytes()
+    original = path.read_bytes()
     pd.read_csv(path).sample(frac=1, random_state=0).to_csv(path, index=False, float_format="%.9g")
-    assert path.read_bytes() != before
+    assert path.read_bytes() != original
     analysis.run(copy)
-    assert path.read_bytes() == before
+    assert path.read_bytes() == original
 
 
 def test_a_damaged_round_is_left_out_of_the_analyses(copy, capsys):
@@ -256,95 +256,97 @@ def test_a_damaged_round_is_left_out_of_the_analyses(copy, capsys):
     assert 1 not in set(run.distances["round_a"])
 
 
-def test_columns_of_other_versions(copy, capsys):
-    """One that a table lacks is NaN when loaded, and computed where it can be; one that only it has stays."""
+def test_missing_columns_are_computed_and_unknown_ones_kept(copy, capsys):
+    """A missing column is NaN when loaded, and is computed for rounds on disk; an unknown column is kept."""
     files = {name: copy / "analysis" / f"{name}.csv" for name in analysis.ANALYSES}
-    before = {name: pd.read_csv(file) for name, file in files.items()}
-    before["weights"].drop(columns="near_zero").assign(note="mine").to_csv(files["weights"], index=False)
-    before["barriers"].assign(note=range(len(before["barriers"]))).to_csv(files["barriers"], index=False)
-    before["layers"].drop(columns="layer").to_csv(files["layers"], index=False)  # what a row is of
+    original = {name: pd.read_csv(file) for name, file in files.items()}
+    original["weights"].drop(columns="near_zero").assign(note="mine").to_csv(files["weights"], index=False)
+    original["barriers"].assign(note=range(len(original["barriers"]))).to_csv(files["barriers"], index=False)
+    # `layer` identifies the rows: without it the table is of no use
+    original["layers"].drop(columns="layer").to_csv(files["layers"], index=False)
     with pytest.warns(match="layers.csv cannot be read; imp_jax.analysis.run"):  # noqa: SIM117
         with pytest.warns(match=r"weights\.csv has no column near_zero; filled with NaN"):
             loaded = analysis.load(copy)
     assert loaded.weights["near_zero"].isna().all()
-    pd.testing.assert_series_equal(loaded.weights["bimodality"], before["weights"]["bimodality"])
+    pd.testing.assert_series_equal(loaded.weights["bimodality"], original["weights"]["bimodality"])
     assert (loaded.weights["note"] == "mine").all()
 
     shutil.move(copy / "checkpoints" / "0", copy / "0")
     config = loaded.config
     with contextlib.closing(Checkpoints(copy)) as checkpoints:
         analysis.compute(checkpoints, config, lambda: setup(config, use_mesh=False), copy, read_results(copy))
-    loaded = analysis.load(copy)  # without a warning, which would be an error
-    gone = loaded.weights["round"] == 0
-    assert loaded.weights["near_zero"].isna().equals(gone)
+    loaded = analysis.load(copy)
+    deleted = loaded.weights["round"] == 0
+    assert loaded.weights["near_zero"].isna().equals(deleted)
     pd.testing.assert_frame_equal(
-        loaded.weights[~gone].drop(columns="note"), before["weights"][~gone], rtol=1e-5
+        loaded.weights[~deleted].drop(columns="note"), original["weights"][~deleted], rtol=1e-5
     )
-    assert (loaded.weights["note"][gone] == "mine").all()
-    assert loaded.barriers["note"].tolist() == list(range(len(before["barriers"])))
+    assert (loaded.weights["note"][deleted] == "mine").all()
+    assert loaded.barriers["note"].tolist() == list(range(len(original["barriers"])))
     pd.testing.assert_frame_equal(
-        loaded.layers, before["layers"][before["layers"]["round"] > 0].reset_index(drop=True)
+        loaded.layers, original["layers"][original["layers"]["round"] > 0].reset_index(drop=True)
     )
-    moved = f"it is moved to {copy / 'set-aside' / 'analysis-layers.csv'}"
-    assert f"{files['layers']} cannot be read; {moved}, and computed again\n" == capsys.readouterr().err
+    destination = f"it is moved to {copy / 'set-aside' / 'analysis-layers.csv'}"
+    assert f"{files['layers']} cannot be read; {destination}, and computed again\n" == capsys.readouterr().err
 
 
 def test_the_config_file_of_the_run_is_executed(copy, tmp_path, monkeypatch):
-    """For what it registers; the workdir has its path, and a copy that is never executed by itself."""
+    """It may register a model. The workdir stores its path, and a copy that is executed only on request."""
     monkeypatch.setattr("imp_jax.models.MODELS", dict(models.MODELS))
     monkeypatch.setattr(analysis, "draw", lambda run: {})
     stored = json.loads((copy / "config.json").read_text())
     stored["model"]["name"] = "mine"
     (copy / "config.json").write_text(json.dumps(stored))
     (copy / "analysis" / "layers.csv").unlink()
-    own = tmp_path / "own.py"
-    own.write_text(
+    config_file = tmp_path / "own.py"
+    config_file.write_text(
         "from imp_jax import config, models\n\n"
         "def get_config(name):\n"
         "    models.MODELS[name] = models.MODELS['lenet']\n"
         "    return config.default()\n"
     )
-    store_config_file(copy, f"{own}:mine")
-    assert (copy / "config_file.py").read_text() == own.read_text()
+    store_config_file(copy, f"{config_file}:mine")
+    assert (copy / "config_file.py").read_text() == config_file.read_text()
 
-    def command(*arguments):
+    def analyse(*arguments):
         monkeypatch.setattr(sys, "argv", ["analysis", f"--workdir={copy}", *arguments])
         analysis_main.main()
 
-    moved = own.rename(tmp_path / "moved.py")
-    with pytest.raises(SystemExit) as exit:
-        command()
-    said = str(exit.value)
-    assert said.startswith("error: model.name is 'mine'; it should be one of lenet,")
-    assert f"if {own}:mine, the config file of the run, registers it" in said
-    assert f"--config=PATH executes it, or the copy {copy / 'config_file.py'}" in said
+    moved = config_file.rename(tmp_path / "moved.py")
+    with pytest.raises(SystemExit) as error:
+        analyse()
+    message = str(error.value)
+    assert message.startswith("error: model.name is 'mine'; it should be one of lenet,")
+    assert f"if {config_file}:mine, the config file of the run, registers it" in message
+    assert f"--config=PATH executes it, or the copy {copy / 'config_file.py'}" in message
     with pytest.raises(SystemExit, match=r"cannot execute the config file .*/moved.py: .*get_config"):
-        command(f"--config={moved}")
-    command(f"--config={moved}:mine")
+        analyse(f"--config={moved}")
+    analyse(f"--config={moved}:mine")
     layers = (copy / "analysis" / "layers.csv").read_bytes()
     del models.MODELS["mine"]
     (copy / "analysis" / "layers.csv").unlink()
-    moved.rename(own)
-    command()
+    moved.rename(config_file)
+    analyse()
     assert (copy / "analysis" / "layers.csv").read_bytes() == layers
 
 
-def test_the_copy_of_the_config_file_is_that_of_the_rounds(copy, tmp_path, capsys):
-    own, new = tmp_path / "own.py", tmp_path / "new"
+def test_the_copy_of_the_config_file_stays_once_a_round_is_recorded(copy, tmp_path, capsys):
+    config_file, new = tmp_path / "own.py", tmp_path / "new"
     new.mkdir()
     for text in ("first", "second"):
-        own.write_text(text)
+        config_file.write_text(text)
         for workdir in (copy, new):
-            store_config_file(workdir, str(own))
+            store_config_file(workdir, str(config_file))
     assert (copy / "config_file.py").read_text() == "first"
-    assert (new / "config_file.py").read_text() == "second"  # nothing is trained yet
+    assert (new / "config_file.py").read_text() == "second"  # no round is recorded
     assert capsys.readouterr().err == (
-        f"{own} has changed since the rounds in {copy} were trained; {copy / 'config_file.py'} is a copy of "
-        f"the earlier text; give another --workdir if the model or the data set has changed\n"
+        f"{config_file} has changed since the rounds in {copy} were trained; "
+        f"{copy / 'config_file.py'} is a copy of the earlier text; give another --workdir if the model or the "
+        f"data set has changed\n"
     )
 
 
-def test_other_errors_than_unknown_names_do_not_name_the_config_file(copy, tmp_path):
+def test_the_config_file_is_only_named_in_errors_about_unknown_names(copy, tmp_path):
     store_config_file(copy, f"{tmp_path}/own.py")
     stored = json.loads((copy / "config.json").read_text())
     stored["batch_size"] = 5000
@@ -355,7 +357,7 @@ def test_other_errors_than_unknown_names_do_not_name_the_config_file(copy, tmp_p
     assert "own.py" not in str(error.value)
 
 
-def test_another_data_set_is_not_analysed(copy):
+def test_a_run_on_another_data_set_is_refused(copy):
     stored = json.loads((copy / "dataset.json").read_text())
     assert stored == {"train_examples": 4000, "test_examples": 1000, "num_classes": 10, "classes": []}
     (copy / "dataset.json").write_text(json.dumps(stored | {"train_examples": 5000}))
@@ -364,7 +366,7 @@ def test_another_data_set_is_not_analysed(copy):
         analysis.run(copy)
 
 
-def test_a_run_without_a_readable_round_has_a_report_all_the_same(copy, capsys):
+def test_a_run_without_a_readable_round_still_has_a_report(copy, capsys):
     shutil.rmtree(copy / "analysis")
     for number in range(ROUNDS):
         shutil.rmtree(copy / "checkpoints" / str(number) / "networks")
@@ -374,7 +376,7 @@ def test_a_run_without_a_readable_round_has_a_report_all_the_same(copy, capsys):
     assert "accuracy" in (copy / "report.html").read_text()
 
 
-def test_a_figure_that_cannot_be_drawn_is_missing(copy, monkeypatch, capsys):
+def test_a_figure_that_cannot_be_drawn_is_skipped_with_a_message(copy, monkeypatch, capsys):
     def fail_once(figure, *arguments):
         if not failed:
             failed.append(figure)
@@ -386,23 +388,23 @@ def test_a_figure_that_cannot_be_drawn_is_missing(copy, monkeypatch, capsys):
     pngs = analysis.draw(analysis.load(copy))
     assert "accuracy" not in pngs
     assert len(pngs) == 7
-    said = capsys.readouterr().err
-    assert said.startswith(
+    message = capsys.readouterr().err
+    assert message.startswith(
         f"{copy / 'figures' / 'accuracy.png'} is missing, as it cannot be drawn: RuntimeError"
     )
-    assert said.count("\n") == 1
+    assert message.count("\n") == 1
 
 
-def test_a_single_missing_round_of_paths(copy):
-    """Nothing else asks for the round before it."""
+def test_a_single_missing_round_of_paths_is_computed(copy):
+    """Its paths start in the round before, whose networks no other missing row needs."""
     file = copy / "analysis" / "paths.csv"
-    before = pd.read_csv(file)
-    before[(before["round"] != 2) | (before["kind"] != "successive")].to_csv(file, index=False)
+    original = pd.read_csv(file)
+    original[(original["round"] != 2) | (original["kind"] != "successive")].to_csv(file, index=False)
     analysis.run(copy)
-    pd.testing.assert_frame_equal(pd.read_csv(file), before, rtol=1e-5)
+    pd.testing.assert_frame_equal(pd.read_csv(file), original, rtol=1e-5)
 
 
-def test_other_settings_of_the_analysis_need_no_other_run(copy):
+def test_analysis_settings_of_a_finished_run_may_change(copy):
     config = analysis.load(copy).config
     config.analysis.baseline, config.analysis.path_points = "max", 3
     runs.run(config, copy, analyses=analysis)
@@ -414,25 +416,25 @@ def test_other_settings_of_the_analysis_need_no_other_run(copy):
         row = run.barriers.set_index(["replicate", "kind", "round", "split"]).loc[key]
         assert row["barrier"] == pytest.approx(errors.max() - max(errors[0], errors[-1]), abs=1e-6)
     experiment = setup(config, use_mesh=False)
-    config.analysis.batch_norm = "reestimate"  # which a network without statistics, as this one, refuses
-    asked = []
+    config.analysis.batch_norm = "reestimate"  # after `setup`, which refuses it for networks without BatchNorm
+    calls = []
     with pytest.MonkeyPatch.context() as patch:
         path_metrics = connectivity.path_metrics
-        patch.setattr(connectivity, "path_metrics", lambda *a, **k: asked.append(k) or path_metrics(*a, **k))
+        patch.setattr(connectivity, "path_metrics", lambda *a, **k: calls.append(k) or path_metrics(*a, **k))
         with contextlib.closing(Checkpoints(copy)) as checkpoints:
             analysis.compute(checkpoints, config, lambda: experiment, copy, read_results(copy))
-    assert {(k["batch_norm"], k["train"].examples) for k in asked} == {("reestimate", 4000)}
+    assert {(k["batch_norm"], k["train"].examples) for k in calls} == {("reestimate", 4000)}
     assert set(analysis.load(copy).paths["batch_norm"]) == {"reestimate"}
 
 
-def test_results_that_were_cut_off_are_mended(copy):
-    whole = (copy / "results.csv").read_text()
-    (copy / "results.csv").write_text(whole[: len(whole) // 2])
+def test_truncated_results_are_repaired(copy):
+    content = (copy / "results.csv").read_text()
+    (copy / "results.csv").write_text(content[: len(content) // 2])
     analysis.run(copy)
-    assert (copy / "results.csv").read_text() == whole
+    assert (copy / "results.csv").read_text() == content
 
 
-def test_a_run_under_way_is_analysed_as_far_as_it_is(copy):
+def test_the_finished_rounds_of_an_unfinished_run_are_analysed(copy):
     for number in (2, 3):
         shutil.rmtree(copy / "checkpoints" / str(number))
     shutil.rmtree(copy / "analysis")
@@ -442,7 +444,7 @@ def test_a_run_under_way_is_analysed_as_far_as_it_is(copy):
     assert set(run.paths["round"]) == {1}
 
 
-def test_a_terminal_has_a_bar(copy, monkeypatch):
+def test_a_terminal_shows_a_progress_bar(copy, monkeypatch):
     terminal = io.StringIO()
     console = Console(file=terminal, force_terminal=True, width=80)
     monkeypatch.setattr("imp_jax.analysis.computation.make_console", lambda: console)
@@ -451,11 +453,11 @@ def test_a_terminal_has_a_bar(copy, monkeypatch):
     assert "analysing" in terminal.getvalue()
 
 
-def test_an_analysis_asks_nothing_of_other_processes(copy, monkeypatch):
-    def ask(value):
-        raise AssertionError("process 0 alone analyses; it would wait for an answer")
+def test_analyses_use_no_collectives(copy, monkeypatch):
+    def refuse(value):
+        raise AssertionError("only process 0 analyses: a collective would wait for the other processes")
 
-    monkeypatch.setattr(distributed, "global_max", ask)
+    monkeypatch.setattr(distributed, "global_max", refuse)
     shutil.rmtree(copy / "analysis")
     analysis.run(copy)
     assert set(analysis.load(copy).distances["round_a"]) == {-1, *range(ROUNDS)}
@@ -471,7 +473,7 @@ def test_every_figure_is_drawn_as_png_and_pdf(analysed):
     assert (analysed / "figures" / "barriers.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_the_report_is_one_file_with_everything(analysed, run):
+def test_the_report_is_one_file_with_all_figures_and_numbers(analysed, run):
     report = (analysed / "report.html").read_text()
     assert len(re.findall(r'<img alt="\w+" src="data:image/png;base64,', report)) == 8
     assert not re.findall(r'(?:src|href)="(?!data:)', report)
@@ -480,21 +482,21 @@ def test_the_report_is_one_file_with_everything(analysed, run):
         assert f"{mean:.2f} (" in report
     assert "&quot;path_points&quot;: 5" in report
     barriers = run.barriers.query("split == 'test'").groupby(["kind", "round"])["barrier"].mean()
-    for of_kind in barriers:
-        assert f"<td>{100 * of_kind:.2f}</td>" in report
+    for mean_barrier in barriers:
+        assert f"<td>{100 * mean_barrier:.2f}</td>" in report
     dead = run.layers.groupby("round")[["dead_units", "units"]].sum()
     for share in dead["dead_units"] / dead["units"]:
         assert f"<td>{share:.1%}</td>" in report
 
 
-def test_the_report_has_no_dead_units_where_paths_are_not_known(run):
+def test_the_report_omits_dead_units_if_the_units_are_unknown(run):
     layers = run.layers.assign(units=np.nan, dead_units=np.nan)
     unknown = dataclasses.replace(run, tables={**run.tables, "layers": layers})
     assert "dead units" not in report._results(unknown)
     assert (report._results(run)["dead units"].str.endswith("%")).all()
 
 
-def test_figures_of_the_tables(run):
+def test_figures_show_the_values_of_the_tables(run):
     left, right = figures.barriers(run.paths, run.barriers, run.results).axes
     expected = run.paths.query("kind == 'successive' and split == 'test' and round == 1")
     np.testing.assert_allclose(left.lines[0].get_ydata(), 100 * expected.groupby("alpha")["error"].mean())
@@ -511,14 +513,14 @@ def test_figures_of_the_tables(run):
     imp_axes, reinit_axes, _ = figures.distances(run.distances, "cosine").axes
     cosine = run.distances.query("metric == 'cosine'")
     for axes, arm in ((imp_axes, "imp"), (reinit_axes, "reinit")):
-        of_arm = cosine[cosine["arm"] == arm].groupby(["round_a", "round_b"])["distance"].mean()
+        expected = cosine[cosine["arm"] == arm].groupby(["round_a", "round_b"])["distance"].mean()
         shown = axes.images[0].get_array()
-        assert shown[1, 3] == pytest.approx(of_arm[1, 3])
-        assert shown[-1, 2] == pytest.approx(of_arm[-1, 2])  # the initialisation comes last
+        assert shown[1, 3] == pytest.approx(expected[1, 3])
+        assert shown[-1, 2] == pytest.approx(expected[-1, 2])  # the initialisation comes last
         assert axes.images[0].get_clim() == imp_axes.images[0].get_clim()
     assert [label.get_text() for label in imp_axes.get_xticklabels()][-1] == "init"
 
-    panels = figures.histograms(run.histograms).axes  # round 10 by default, and the last where there is none
+    panels = figures.histograms(run.histograms).axes  # round 10 by default, or else the last round
     assert [axes.get_title() for axes in panels] == ["IMP, round 3", "random reinitialisation, round 3"]
     assert panels[0].patches[0].get_data().values.sum() == pytest.approx(100)
     instability = figures.instability(run.barriers, run.results).axes[0]
@@ -526,7 +528,7 @@ def test_figures_of_the_tables(run):
     assert instability.lines[0].get_ydata(orig=False) == pytest.approx([100 * expected])
 
 
-def test_what_cannot_be_drawn_is_said(run):
+def test_figures_of_missing_rows_raise_a_value_error(run):
     with pytest.raises(ValueError, match=r"rounds is \[0\]; the paths end in the rounds \[1, 2, 3\]"):
         figures.barriers(run.paths, run.barriers, run.results, rounds=[0])
     with pytest.raises(ValueError, match="no distances of metric 'angle'"):
@@ -535,7 +537,7 @@ def test_what_cannot_be_drawn_is_said(run):
         figures.instability(run.barriers[run.barriers["kind"] != "instability"], run.results)
 
 
-def test_folders_that_cannot_be_analysed_are_said(copy, tmp_path):
+def test_folders_that_cannot_be_analysed_raise_a_user_error(copy, tmp_path):
     with pytest.raises(UserError, match=r"is not the workdir of a run: it has no config\.json"):
         analysis.run(tmp_path)
     for data_dir, sentence in (("", "--data_dir is empty"), ("~nobody-here", "--data_dir is '~nobody-here'")):
@@ -563,8 +565,8 @@ def test_folders_that_cannot_be_analysed_are_said(copy, tmp_path):
         analysis.run(copy)
 
 
-def test_the_command(copy, tmp_path):
-    def command(*arguments):
+def test_the_command_takes_another_data_dir_and_reports_errors(copy, tmp_path):
+    def run_command(*arguments):
         command = [sys.executable, "-m", "imp_jax.analysis", *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
@@ -574,11 +576,11 @@ def test_the_command(copy, tmp_path):
     data_dir = stored["dataset"]["data_dir"]
     stored["dataset"]["data_dir"] = "/moved"
     (copy / "config.json").write_text(json.dumps(stored))
-    done = command(f"--workdir={copy}", f"--data_dir={data_dir}")
-    assert done.returncode == 0, done.stderr
-    assert f"report:  {copy / 'report.html'}" in done.stdout
+    finished = run_command(f"--workdir={copy}", f"--data_dir={data_dir}")
+    assert finished.returncode == 0, finished.stderr
+    assert f"report:  {copy / 'report.html'}" in finished.stdout
     assert (copy / "report.html").exists()
-    refused = command(f"--workdir={tmp_path / 'absent'}")
+    refused = run_command(f"--workdir={tmp_path / 'absent'}")
     assert refused.returncode == 1
     assert refused.stderr.count("\n") == 1
     assert "absent is not the workdir of a run" in refused.stderr

@@ -1,4 +1,4 @@
-"""Tables of users: which rounds are paired, and that no row is lost."""
+"""Analyses and figures of users: what they are given, and which rows are kept or computed."""
 
 import contextlib
 import shutil
@@ -29,12 +29,12 @@ def trained(data_dir, tmp_path_factory):
 
 @pytest.fixture
 def copy(trained, tmp_path):
-    """A copy of the run; what a test registers is dropped after it."""
-    analyses, drawn = dict(registry.ANALYSES), dict(registry.FIGURES)
+    """A copy of the run. After the test the registries are restored."""
+    saved = [(registered, dict(registered)) for registered in (registry.ANALYSES, registry.FIGURES)]
     yield shutil.copytree(trained, tmp_path / "run")
-    for registered, before in ((registry.ANALYSES, analyses), (registry.FIGURES, drawn)):
+    for registered, entries in saved:
         registered.clear()
-        registered.update(before)
+        registered.update(entries)
 
 
 @pytest.fixture
@@ -56,25 +56,25 @@ def compute(workdir):
 
 
 def test_only_adjacent_rounds_are_successive(workdir):
-    analysis.register("pairs", lambda i: [(i.other.round,)], columns=("before",), needs="successive")
+    analysis.register("pairs", lambda i: [(i.other.round,)], columns=("previous",), needs="successive")
     shutil.rmtree(workdir / "checkpoints" / "1")
     compute(workdir)
     table = pd.read_csv(workdir / "analysis" / "pairs.csv")
-    assert table[["round", "before"]].to_numpy().tolist() == [[3, 2]]
+    assert table[["round", "previous"]].to_numpy().tolist() == [[3, 2]]
 
 
-def test_a_column_added_by_hand_and_rows_of_deleted_rounds_stay(workdir):
+def test_columns_added_by_hand_and_rows_of_deleted_rounds_are_kept(workdir):
     calls = []
     analysis.register("numbers", lambda i: calls.append(i) or [(i.threshold,)], columns=("threshold",))
     compute(workdir)
     path = workdir / "analysis" / "numbers.csv"
     pd.read_csv(path).assign(note="mine").to_csv(path, index=False)
-    before = pd.read_csv(path)
+    table = pd.read_csv(path)
     shutil.rmtree(workdir / "checkpoints" / "1")
     calls.clear()
     compute(workdir)
     assert not calls
-    pd.testing.assert_frame_equal(pd.read_csv(path), before)
+    pd.testing.assert_frame_equal(pd.read_csv(path), table)
 
 
 @pytest.mark.parametrize("content", ["", "a,b\n1,2\n", "replicate,arm,round,threshold\n0,imp,0,0.1"])
@@ -88,14 +88,14 @@ def test_a_table_that_cannot_be_used_is_moved_and_computed_again(workdir, capsys
     assert len(pd.read_csv(path)) == 2 * 4  # imp and reinit, in four rounds
 
 
-def test_nothing_is_read_where_nothing_is_missing(workdir, monkeypatch):
-    analysis.register("pairs", lambda i: [(i.other.round,)], columns=("before",), needs="successive")
+def test_no_checkpoint_is_read_if_no_row_is_missing(workdir, monkeypatch):
+    analysis.register("pairs", lambda i: [(i.other.round,)], columns=("previous",), needs="successive")
     compute(workdir)
     monkeypatch.setattr(Checkpoints, "restore", lambda *_: pytest.fail("a checkpoint was read"))
     compute(workdir)
 
 
-def test_an_analysis_of_pairs_has_both_kinds(workdir):
+def test_an_analysis_of_pairs_is_given_both_kinds(workdir):
     @analysis.register("ends", columns=("other_round", "other_arm"), needs="pair")
     def ends(inputs):
         yield inputs.other.round, inputs.other.arm
@@ -109,25 +109,25 @@ def test_an_analysis_of_pairs_has_both_kinds(workdir):
     assert ends is analysis.ANALYSES["ends"].function
 
 
-def test_an_analysis_of_the_run_has_all_networks_and_tables(workdir):
-    """The share of the first round's weights that survive in each round, from the masks."""
+def test_an_analysis_of_the_run_is_given_all_networks_and_tables(workdir):
+    """It computes the share of the weights of round 0 that survive in each round, from the masks."""
 
-    def kept(inputs):
+    def compute_share(inputs):
         first = inputs.networks[0][Member("imp", 0)].mask
         for number, networks in inputs.networks.items():
             shared = jax.tree.map(np.logical_and, first, networks[Member("imp", 0)].mask)
             yield number, float(masking.density(shared)), len(inputs.tables["kept"])
 
-    analysis.register("kept", kept, columns=("round", "share", "known"), needs="run")
+    analysis.register("kept", compute_share, columns=("round", "share", "known"), needs="run")
     compute(workdir)
     compute(workdir)
     table = pd.read_csv(workdir / "analysis" / "kept.csv")
     density = read_results(workdir).groupby("round")["density"].first()
     np.testing.assert_allclose(table["share"], density, rtol=1e-6)
-    assert set(table["known"]) == {4}  # its own rows of the first time
+    assert set(table["known"]) == {4}  # in the second call, its own rows of the first
 
 
-def test_networks_of_a_round_know_each_other(workdir):
+def test_an_analysis_is_given_all_networks_of_the_round(workdir):
     seen = {}
     analysis.register("seen", lambda i: seen.setdefault(i.round, set(i.networks)) and [(1,)], columns=("one",))
     compute(workdir)
@@ -167,7 +167,7 @@ def test_a_new_definition_computes_the_table_again_and_keeps_the_old_file(workdi
     assert "earlier version" not in capsys.readouterr().err
 
 
-def test_long_computations_are_saved_in_between(workdir, monkeypatch):
+def test_long_computations_are_saved_at_intervals(workdir, monkeypatch):
     def fail_in_round_2(inputs):
         if inputs.round == 2:
             raise RuntimeError("killed")
@@ -212,12 +212,12 @@ def test_a_registered_figure_is_drawn_and_in_the_report(copy):
         ("weights", {"columns": ("a",)}, "should have a name of letters, .* none of distances"),
     ],
 )
-def test_a_bad_registration_is_one_sentence(name, options, sentence):
+def test_a_bad_registration_raises_a_user_error(name, options, sentence):
     with pytest.raises(UserError, match=sentence):
         analysis.register(name, lambda i: [], **options)
 
 
-def test_figures_of_imp_jax_are_not_replaced():
+def test_figures_of_imp_jax_cannot_be_replaced():
     with pytest.raises(
         UserError, match=r"the figure 'accuracy' should have a name .* none of accuracy, thresh"
     ):

@@ -1,3 +1,5 @@
+"""`experiments.benchmark`: its tables, and the work and the throughput that they contain."""
+
 import importlib
 import subprocess
 import sys
@@ -13,26 +15,27 @@ from experiments.sweeps import cost
 from imp_jax.errors import UserError
 
 
-def benchmark(*arguments):
+def run_benchmark(*arguments):
+    """Run `python -m experiments.benchmark` with these arguments."""
     command = [sys.executable, "-m", "experiments.benchmark", *arguments]
     return subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
 
 
 def test_the_lenet_benchmark_prints_its_table():
-    done = benchmark("lenet", "--rounds=1", "--epochs=1")
-    assert done.returncode == 0, done.stderr
+    finished = run_benchmark("lenet", "--rounds=1", "--epochs=1")
+    assert finished.returncode == 0, finished.stderr
     for quantity in ("all members, whole round", "share of a round not training", "compilation", "host memory"):
-        assert quantity in done.stdout
+        assert quantity in finished.stdout
 
 
-def test_the_table_of_steps_is_kept_and_compared(tmp_path):
+def test_the_table_of_steps_is_written_to_a_file(tmp_path):
     arguments = ("conv4", "--members=1", "--batch_size=4", "--steps=2", "--repeats=2")
-    kept = str(tmp_path / "table.json")
-    done = benchmark(*arguments, f"--out={kept}")
-    assert done.returncode == 0, done.stderr
+    table_path = str(tmp_path / "table.json")
+    finished = run_benchmark(*arguments, f"--out={table_path}")
+    assert finished.returncode == 0, finished.stderr
     for quantity in ("conv4: 1 × 4, float32", "images/s of all", "of peak", "586.30 MFLOP"):
-        assert quantity in done.stdout
-    row = steps_table.read_table(kept)["rows"]["conv4"]
+        assert quantity in finished.stdout
+    row = steps_table.read_table(table_path)["rows"]["conv4"]
     assert len(row["images_per_second"]) == 2
     assert row["compilation"] > 0.1
     assert row["memory"] > 0.1
@@ -47,24 +50,24 @@ def test_the_parts_of_convolutions_are_timed_in_each_form(capsys):
     assert all(float(cell) >= 0 for line in lines for cell in (line[1], *line[3:]))
 
 
-def test_the_forms_of_convolutions_are_rows_with_other_options(monkeypatch, capsys):
-    asked = []
+def test_each_form_of_convolutions_is_timed_in_a_process(monkeypatch, capsys):
+    calls = []
 
-    def row_of(name, options):
-        asked.append((name, options))
-        return {"images_per_second": [10 * len(asked), 10 * len(asked) + 2]}
+    def fake_row(name, options):
+        calls.append((name, options))
+        return {"images_per_second": [10 * len(calls), 10 * len(calls) + 2]}
 
-    monkeypatch.setattr(steps, "time_row_in_subprocess", row_of)
+    monkeypatch.setattr(steps, "time_row_in_subprocess", fake_row)
     forms.benchmark_forms("resnet20", [1, 3], [128], ["--repeats=2"])
-    of_three = ["--repeats=2", "--members=3", "--batch_size=128"]
-    assert asked[-2:] == [("resnet20", [*of_three, f"--form={form}"]) for form in ("grouped", "patches")]
+    options = ["--repeats=2", "--members=3", "--batch_size=128"]
+    assert calls[-2:] == [("resnet20", [*options, f"--form={form}"]) for form in ("grouped", "patches")]
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "3 × 128" in line)
     cells = [cell.strip() for cell in line.split("│")[2:-1]]
     assert cells == ["41 (40 to 42)", "51 (50 to 52)", "61 (60 to 62)"]
 
 
 @pytest.mark.parametrize(("strides", "padding"), [((1, 1), "SAME"), ((2, 2), ((1, 1), (1, 1)))])
-def test_a_product_of_patches_is_the_convolution(strides, padding):
+def test_a_matrix_product_of_patches_equals_the_convolution(strides, padding):
     images = jax.random.normal(jax.random.key(0), (2, 6, 7, 3))
     kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 4))
     expected = jax.lax.conv_general_dilated(
@@ -94,7 +97,7 @@ def test_two_tables_are_compared_by_their_medians(capsys):
     assert "not the same work, or machine" in capsys.readouterr().out
 
 
-def test_the_work_of_a_step_is_that_of_its_layers():
+def test_the_work_of_a_step_is_the_sum_over_its_layers():
     def count_work(name, **overrides):
         config = importlib.import_module(f"configs.{name}").get_config()
         config.update(overrides)
@@ -105,9 +108,8 @@ def test_the_work_of_a_step_is_that_of_its_layers():
     assert lenet.flops == 2 * (3 * weights - 784 * 300)
     assert lenet.activations == 6 * 410 * 4
     parameters = weights + biases
-    assert (
-        lenet.state == 2 * 4 * (parameters + (2 * parameters + 1) + parameters) + parameters
-    )  # and Adam's count
+    # float32 parameters, Adam's moments and step count, and gradients, each read and written; and the mask
+    assert lenet.state == 2 * 4 * (parameters + (2 * parameters + 1) + parameters) + parameters
 
     stem, stages = 9 * 3 * 16 * 32**2, (6 * 16 * 16 + 0) * 9 * 32**2
     stages += (16 * 32 + 5 * 32 * 32) * 9 * 16**2 + (32 * 64 + 5 * 64 * 64) * 9 * 8**2
@@ -116,53 +118,53 @@ def test_the_work_of_a_step_is_that_of_its_layers():
     assert resnet20.activations == 9 * 2 * (7 * 16 * 32**2 + 6 * 32 * 16**2 + 6 * 64 * 8**2 + 10)
 
 
-def test_there_may_be_no_pytorch(monkeypatch):
+def test_a_missing_pytorch_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match="--torch needs PyTorch and torchvision: pip install"):
         pytorch.make_torch_train_fns("lenet", 1, 60)
 
 
 def test_the_benchmark_of_analyses_prints_its_table():
-    done = benchmark("analysis", "--rounds=2", "--repeats=1")
-    assert done.returncode == 0, done.stderr
-    assert "6 members, 2 rounds on" in done.stdout
+    finished = run_benchmark("analysis", "--rounds=2", "--repeats=1")
+    assert finished.returncode == 0, finished.stderr
+    assert "6 members, 2 rounds on" in finished.stdout
     for quantity in (
         "all analyses, figures and report",
         "compilation included",
         "20 points over one evaluation",
     ):
-        assert quantity in done.stdout
+        assert quantity in finished.stdout
 
 
 def test_the_benchmark_of_checkpoints_prints_its_table():
-    done = benchmark("checkpoints", "--rounds=1", "--repeats=1", "--epochs=1")
-    assert done.returncode == 0, done.stderr
+    finished = run_benchmark("checkpoints", "--rounds=1", "--repeats=1", "--epochs=1")
+    assert finished.returncode == 0, finished.stderr
     for quantity in ("run without states within rounds", "more with one every 5 epochs"):
-        assert quantity in done.stdout
+        assert quantity in finished.stdout
 
 
 def test_the_benchmark_of_disk_prints_its_table():
-    done = benchmark("disk", "--rounds=1")
-    assert done.returncode == 0, done.stderr
-    (row,) = (line for line in done.stdout.splitlines() if "resnet50" in line)
-    _, _, members, round_0, whole, state, _ = (cell.strip() for cell in row.split("│"))
-    parameters = 25_503_912 * 4 / 1e6  # MB; two networks compress a little, and their masks much
+    finished = run_benchmark("disk", "--rounds=1")
+    assert finished.returncode == 0, finished.stderr
+    (row,) = (line for line in finished.stdout.splitlines() if "resnet50" in line)
+    _, _, members, round_0, whole_run, state, _ = (cell.strip() for cell in row.split("│"))
+    parameters = 25_503_912 * 4 / 1e6  # MB; two networks compress a little, their masks a lot
     assert members == "1"
-    assert round_0 == whole
+    assert round_0 == whole_run
     assert 1.5 * parameters < float(round_0) < 2.3 * parameters
-    assert 3 * parameters <= float(state) < 3.1 * parameters  # ticket, weights and momentum, as they are
+    assert 3 * parameters <= float(state) < 3.1 * parameters  # ticket, weights and momentum, not compressed
 
 
 def test_the_benchmark_of_repulsion_prints_its_tables():
-    done = benchmark("repulsion", "--rounds=2", "--repeats=1", "--epochs=1")
-    assert done.returncode == 0, done.stderr
+    finished = run_benchmark("repulsion", "--rounds=2", "--repeats=1", "--epochs=1")
+    assert finished.returncode == 0, finished.stderr
     for quantity in (
         "with λ = 2 (s)",
         "ratio of the first, which compiles",
         "LeNet-300-100, P = 266,200",
         "ResNet-50, P = 25,",
     ):
-        assert quantity in done.stdout
+        assert quantity in finished.stdout
 
 
 @pytest.mark.parametrize(
@@ -178,14 +180,14 @@ def test_the_benchmark_of_repulsion_prints_its_tables():
         ),
     ],
 )
-def test_bad_arguments_are_one_sentence(arguments, sentence):
-    done = benchmark(*arguments)
-    assert done.returncode == 1
-    assert done.stderr.startswith(sentence)
-    assert len(done.stderr.splitlines()) == 1
+def test_bad_arguments_print_one_line(arguments, sentence):
+    finished = run_benchmark(*arguments)
+    assert finished.returncode == 1
+    assert finished.stderr.startswith(sentence)
+    assert len(finished.stderr.splitlines()) == 1
 
 
-def test_throughput_is_recorded_for_the_costs(optimised, tmp_path, monkeypatch, capsys):
+def test_throughput_is_recorded_for_estimates_of_cost(optimised, tmp_path, monkeypatch, capsys):
     recorded = tmp_path / "throughput.json"
     recorded.write_text('{"another": {}}')
     monkeypatch.setattr(cost, "MEASURED", recorded)

@@ -1,4 +1,4 @@
-"""The catalogue of figures, and the layers of experiments/."""
+"""The catalogue of figures, and which modules of experiments/ may import which."""
 
 import ast
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from tests.helpers import ROOT
 COMMANDS = {"run", "claims", "benchmark", "faults"}
 
 
-def group(*names):
+def make_group(*names):
     figures = tuple(PaperFigure(name, "", lambda scale: [], lambda scale, finished: "") for name in names)
     return SimpleNamespace(__name__="group", FIGURES=figures)
 
@@ -24,21 +24,21 @@ def test_every_figure_of_every_group_is_in_the_catalogue():
 
 
 def test_other_figures_follow_those_of_the_paper():
-    groups = [group("mine", "claims", "fig10"), group("ablation", "table1", "fig2")]
+    groups = [make_group("mine", "claims", "fig10"), make_group("ablation", "table1", "fig2")]
     assert list(catalogue.collect_figures(groups)) == ["fig2", "fig10", "table1", "claims", "mine", "ablation"]
 
 
-def test_two_figures_of_one_name_are_an_error():
+def test_two_figures_with_the_same_name_raise_an_error():
     with pytest.raises(ValueError, match="two figures are called 'fig2'; the second is in group"):
-        catalogue.collect_figures([group("fig1", "fig2"), group("fig2")])
+        catalogue.collect_figures([make_group("fig1", "fig2"), make_group("fig2")])
 
 
-def modules():
+def list_modules():
     return [path for path in (ROOT / "experiments").rglob("*.py") if path.name != "__init__.py"]
 
 
 def test_no_module_imports_a_command():
-    for path in modules():
+    for path in list_modules():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module == "experiments":
                 assert not COMMANDS & {alias.name for alias in node.names}, path

@@ -1,4 +1,4 @@
-"""The claims, on tables whose numbers are known."""
+"""The claims, judged on made-up tables."""
 
 import dataclasses
 import sys
@@ -18,8 +18,8 @@ from tests.helpers.tables import tables
 RUN = MINI.lenet
 
 
-def paper_like(run):
-    """Tables in which everything is as the paper says, of a run of `PAPER`."""
+def make_paper_like_tables(run):
+    """Make tables of a run of `PAPER` on which all claims of the paper hold."""
     config = run.config
     unstable = run.base == "resnet20" and config.batch_size == PAPER.unstable
     strength = config.repulsion.strength
@@ -38,12 +38,12 @@ def paper_like(run):
     def threshold(arm, replicate, number):
         return 0.1 if arm == "reinit" else 0.2 + 0.01 * min(number, 24 - number + 6 * without_decay)
 
-    def angle(arm, one, other):
+    def angle(arm, round_a, round_b):
         if config.repulsion.memory == "last":
-            return 0.2 if (one - other) % 2 == 0 else 0.95
+            return 0.2 if (round_a - round_b) % 2 == 0 else 0.95
         if arm == "reinit" or unstable:
             return 0.95
-        return 0.1 if 5 <= max(one, other) <= 15 else 0.3
+        return 0.1 if 5 <= max(round_a, round_b) <= 15 else 0.3
 
     return tables(
         run,
@@ -58,10 +58,11 @@ def paper_like(run):
 
 @pytest.fixture(scope="module")
 def finished():
-    return {run: paper_like(run) for run in claims.list_claim_runs(PAPER)}
+    """The tables of all runs of the paper's scale, by run."""
+    return {run: make_paper_like_tables(run) for run in claims.list_claim_runs(PAPER)}
 
 
-def test_bands_are_the_rounds_that_the_readme_says():
+def test_bands_of_density_are_the_rounds_in_the_readme():
     rounds = [[n for n in range(25) if low <= 0.8**n < high] for low, high in (LOW, MEDIUM, HIGH, VERY_HIGH)]
     assert rounds == [[*range(5)], [*range(5, 16)], [*range(16, 21)], [*range(21, 25)]]
 
@@ -80,8 +81,8 @@ def test_quantities_are_means_over_rounds_for_each_replicate():
         counts=lambda arm: (0, 8, 2, 5, 0) if arm == "imp" else (0, 0, 7, 0, 0),
     )
     expected = [
-        (quantities.accuracy(run, "imp", MEDIUM), [60, 70, 80]),  # the mean of rounds 5 to 15 is 10
-        (quantities.accuracy(run, "imp", MEDIUM, HIGH), [62.5, 72.5, 82.5]),  # of rounds 5 to 20 12.5
+        (quantities.accuracy(run, "imp", MEDIUM), [60, 70, 80]),  # the mean round of 5 to 15 is 10
+        (quantities.accuracy(run, "imp", MEDIUM, HIGH), [62.5, 72.5, 82.5]),  # of 5 to 20 it is 12.5
         (quantities.imp_minus_reinit(run, HIGH), [18] * 3),
         (quantities.threshold_ratio(run, MEDIUM), [4] * 3),
         (quantities.instability(run, 10), [2] * 3),
@@ -97,7 +98,7 @@ def test_quantities_are_means_over_rounds_for_each_replicate():
         assert values.index.tolist() == [0, 1, 2]
 
 
-def test_the_plateau_and_the_peak_of_the_threshold():
+def test_rounds_of_the_end_of_the_plateau_and_of_the_highest_threshold():
     run = tables(
         RUN,
         accuracy=lambda arm, r, n: 0.9 - (0.0099 if n <= 12 + r else 0.0101) * (n > 0) + 0.05 * (n == 3),
@@ -105,16 +106,16 @@ def test_the_plateau_and_the_peak_of_the_threshold():
     )
     assert quantities.plateau_end_round(run).tolist() == [12, 13, 14]
     assert quantities.threshold_peak_round(run).tolist() == [7, 8, 9]
-    assert quantities.threshold_peak_round(tables(RUN, rounds=20)).isna().all()  # it may rise yet
+    assert quantities.threshold_peak_round(tables(RUN, rounds=20)).isna().all()  # it may still rise
 
 
-def test_all_claims_hold_where_everything_is_as_the_paper_says(finished):
+def test_all_claims_hold_on_tables_like_those_of_the_paper(finished):
     rows = claims.measure_claims(PAPER, finished)
     assert [(row.claim.id, row.quantity.words) for row in rows if row.verdict != HOLDS] == []
     assert list(dict.fromkeys(row.claim.id for row in rows)) == [f"C{n}" for n in range(1, 12)]
 
 
-def test_a_claim_fails_with_any_of_its_quantities(finished):
+def test_a_claim_fails_if_one_of_its_quantities_fails(finished):
     stable = PAPER.make_resnet20_run(PAPER.stable)
     worse = finished | {
         stable: tables(
@@ -128,7 +129,7 @@ def test_a_claim_fails_with_any_of_its_quantities(finished):
     assert rows[1].high == pytest.approx(-10)
 
 
-def test_one_replicate_that_differs_is_enough_to_fail(finished):
+def test_a_claim_fails_if_one_replicate_deviates(finished):
     stable = PAPER.make_resnet20_run(PAPER.stable)
     lead = {0: 0.1, 1: 0.1, 2: -0.01}
     mixed = tables(stable, lambda arm, r, n: 0.8 + lead[r] * (arm == "imp"))
@@ -137,57 +138,56 @@ def test_one_replicate_that_differs_is_enough_to_fail(finished):
     assert row.verdict == FAILS
 
 
-def test_too_little_data_is_no_verdict(finished):
+def test_too_little_data_gives_no_verdict(finished):
     assert {row.verdict for row in claims.measure_claims(PAPER, {})} == {UNKNOWN}
     stable = PAPER.make_resnet20_run(PAPER.stable)
-    under_way = finished | {stable: tables(stable, rounds=18)}
-    verdicts = [row.verdict for row in claims.measure_claims(PAPER, under_way) if row.claim.id == "C1"]
-    assert verdicts[1] == UNKNOWN  # round 20 is not there yet
-    analyses = {name: table.iloc[:0] for name, table in tables(stable).tables.items()}
-    trained = dataclasses.replace(tables(stable), tables=analyses)
-    rows = [
-        row for row in claims.measure_claims(PAPER, finished | {stable: trained}) if stable in row.quantity.runs
-    ]
+    unfinished = finished | {stable: tables(stable, rounds=18)}
+    verdicts = [row.verdict for row in claims.measure_claims(PAPER, unfinished) if row.claim.id == "C1"]
+    assert verdicts[1] == UNKNOWN  # round 20 is missing
+    empty_tables = {name: table.iloc[:0] for name, table in tables(stable).tables.items()}
+    not_analysed = dataclasses.replace(tables(stable), tables=empty_tables)
+    rows = claims.measure_claims(PAPER, finished | {stable: not_analysed})
+    rows = [row for row in rows if stable in row.quantity.runs]
     assert [row.verdict for row in rows if row.claim.id in ("C3", "C7", "C10")] == [UNKNOWN] * 7
-    whole = tables(stable)
-    alone = dataclasses.replace(whole, results=whole.results.query("replicate == 0"))
-    assert claims.measure_claims(PAPER, finished | {stable: alone})[0].verdict == UNKNOWN
-    two = dataclasses.replace(whole, results=whole.results.query("replicate < 2"))  # the third has diverged
-    assert (
-        claims.measure_claims(PAPER, finished | {stable: two})[0].verdict == FAILS
-    )  # as far as it goes: no lead
+    complete = tables(stable)
+    one = dataclasses.replace(complete, results=complete.results.query("replicate == 0"))
+    assert claims.measure_claims(PAPER, finished | {stable: one})[0].verdict == UNKNOWN
+    two = dataclasses.replace(complete, results=complete.results.query("replicate < 2"))  # the third diverged
+    assert claims.measure_claims(PAPER, finished | {stable: two})[0].verdict == FAILS  # both show no lead
 
 
-def test_repulsion_is_measured_against_the_lead_that_it_takes(finished):
+def test_repulsion_is_measured_against_the_lead_without_it(finished):
     plain, repelled = repellent.list_lenet_runs(PAPER)
-    level = {"imp": 0.9, "reinit": 0.7}
-    after = {"imp": 0.75, "reinit": 0.68}
-    of = finished | {
-        plain: tables(plain, lambda a, r, n: level[a]),
-        repelled: tables(repelled, lambda a, r, n: after[a]),
+    plain_accuracy = {"imp": 0.9, "reinit": 0.7}
+    repelled_accuracy = {"imp": 0.75, "reinit": 0.68}
+    changed = finished | {
+        plain: tables(plain, lambda arm, r, n: plain_accuracy[arm]),
+        repelled: tables(repelled, lambda arm, r, n: repelled_accuracy[arm]),
     }
-    lead, kept, control = [row for row in claims.measure_claims(PAPER, of) if row.claim.id == "C4"][3:6]
+    rows = [row for row in claims.measure_claims(PAPER, changed) if row.claim.id == "C4"]
+    lead, remaining, control = rows[3:6]
     assert (lead.mean, lead.verdict) == (pytest.approx(20), HOLDS)
-    assert (kept.mean, kept.verdict) == (pytest.approx(25), FAILS)  # 5 of 20 points are left
+    assert (remaining.mean, remaining.verdict) == (pytest.approx(25), FAILS)  # 5 of 20 points are left
     assert (control.mean, control.verdict) == (pytest.approx(-2), FAILS)
 
 
-def test_repulsion_that_wrecks_a_ticket_does_not_take_it_down_to_the_level(finished):
+def test_repulsion_that_pushes_imp_far_below_reinit_fails(finished):
     plain, repelled = repellent.list_lenet_runs(PAPER)
-    level = tables(plain, lambda arm, r, n: 0.9 if arm == "imp" else 0.7)
-    of = finished | {plain: level, repelled: tables(repelled, lambda arm, r, n: 0.3 if arm == "imp" else 0.7)}
-    verdicts = [row.verdict for row in claims.measure_claims(PAPER, of) if row.claim.id == "C4"][3:6]
+    plain_tables = tables(plain, lambda arm, r, n: 0.9 if arm == "imp" else 0.7)
+    repelled_tables = tables(repelled, lambda arm, r, n: 0.3 if arm == "imp" else 0.7)
+    changed = finished | {plain: plain_tables, repelled: repelled_tables}
+    verdicts = [row.verdict for row in claims.measure_claims(PAPER, changed) if row.claim.id == "C4"][3:6]
     assert verdicts == [HOLDS, FAILS, HOLDS]
 
 
-def test_one_network_that_stands_for_several_is_measured_once():
+def test_a_network_that_stands_for_several_is_measured_once():
     (repelled,) = [claim for claim in claims.CLAIMS if claim.id == "C4"]
     assert len(repelled.quantities(PAPER)) == 9
     assert len(repelled.quantities(MINI)) == 6
     assert "LeNet" in repelled.quantities(MINI)[3].words
 
 
-def test_the_table_is_markdown_with_the_runs_by_letters(finished):
+def test_the_table_is_markdown_and_names_its_runs_by_letters(finished):
     lines = claims.format_claims(PAPER, finished).splitlines()
     assert {line.count("|") for line in lines[: lines.index("")]} == {9}
     assert (
@@ -198,7 +198,8 @@ def test_the_table_is_markdown_with_the_runs_by_letters(finished):
     assert "Runs: a: `resnet20,batch_size=2048`, b: `resnet20`" in lines[-1]
 
 
-def call(*arguments):
+def run_claims(*arguments):
+    """Run `python -m experiments.claims` with these arguments, in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["claims", *map(str, arguments)])
         command.main()
@@ -206,18 +207,18 @@ def call(*arguments):
 
 def test_the_scale_is_that_of_the_runs_in_the_folder(tmp_path, capsys):
     with pytest.raises(SystemExit, match="holds no run that a claim is about; say which with --scale"):
-        call(f"--root={tmp_path}")
+        run_claims(f"--root={tmp_path}")
     workdir = tmp_path / MINI.lenet.name
     (workdir / "analysis").mkdir(parents=True)
     (workdir / "config.json").write_text(config_files.to_json(MINI.lenet.config))
     with pytest.raises(SystemExit, match="nothing that the claims are about has been run in"):
-        call(f"--root={tmp_path}")
+        run_claims(f"--root={tmp_path}")
     pd.DataFrame(tables(MINI.lenet).results).to_csv(workdir / "results.csv", index=False)
-    call(f"--root={tmp_path}")
+    run_claims(f"--root={tmp_path}")
     out = capsys.readouterr().out
     assert "C11" in out
     assert f"{MINI.lenet.name}\n" in out
     assert "too little data" in (tmp_path / "claims.md").read_text()
     (tmp_path / PAPER.lenet.name).mkdir()
     with pytest.raises(SystemExit, match="holds runs of the scales paper, mini; say which with --scale"):
-        call(f"--root={tmp_path}")
+        run_claims(f"--root={tmp_path}")

@@ -1,4 +1,4 @@
-"""Runs by name, where they stand, what they cost, and the command line over them."""
+"""Sweeps: names, states and estimated costs of runs, and the command `experiments.run`."""
 
 import json
 import os
@@ -13,12 +13,11 @@ from absl import flags
 from filelock import FileLock
 from ml_collections import config_flags
 
-from experiments import run
+from experiments import run as run_command
 from experiments.paper.catalogue import FIGURES, list_runs
 from experiments.paper.scales import MINI, PAPER, SCALES, SMOKE
 from experiments.sweeps import cost, launchers
-from experiments.sweeps.runs import Run
-from experiments.sweeps.runs import make_run as make_run
+from experiments.sweeps.runs import Run, make_run
 from experiments.sweeps.sweep import Sweep
 from imp_jax import __version__, config_files
 from imp_jax.errors import UserError
@@ -27,46 +26,46 @@ from imp_jax.workdir.checkpoints import versions
 from tests.helpers import ROOT
 from tests.helpers.tables import tables
 
-ALL_RUNS = {one for scale in SCALES.values() for one in list_runs(FIGURES.values(), scale)}
+ALL_RUNS = {run for scale in SCALES.values() for run in list_runs(FIGURES.values(), scale)}
 
 
-def test_a_name_tells_a_config_from_all_others_and_is_a_folder():
-    assert len({one.name for one in ALL_RUNS}) == len(ALL_RUNS)
-    for one in ALL_RUNS:
-        assert len(f"{one.name}.failed") < 255
-        assert not set(one.name) & set(" /\\'\"()*?$&;|<>")
-    assert PAPER.make_resnet20_run(128) == PAPER.resnet20  # what is as in the base is not in the name
+def test_names_of_runs_are_unique_and_valid_names_of_folders():
+    assert len({run.name for run in ALL_RUNS}) == len(ALL_RUNS)
+    for run in ALL_RUNS:
+        assert len(f"{run.name}.failed") < 255
+        assert not set(run.name) & set(" /\\'\"()*?$&;|<>")
+    assert PAPER.make_resnet20_run(128) == PAPER.resnet20  # values of the base config are not part of the name
     assert PAPER.make_resnet20_run(1024, optimizer__warmup_epochs=10.0).name == (
         "resnet20,batch_size=1024,optimizer.warmup_epochs=10"
     )
 
 
-def test_the_command_of_a_run_has_its_config(tmp_path, monkeypatch):
+def test_the_command_of_a_run_makes_its_config(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    for one in ALL_RUNS:
+    for run in ALL_RUNS:
         parsed = flags.FlagValues()
         config_flags.DEFINE_config_file("config", flag_values=parsed, lock_config=False)
         flags.DEFINE_string("workdir", None, "", flag_values=parsed)
-        _, *command = one.command(tmp_path)
+        _, *command = run.command(tmp_path)
         assert command[:2] == ["-m", "imp_jax.main"]
-        monkeypatch.setattr(sys, "argv", command[1:])  # where overrides are looked for
+        monkeypatch.setattr(sys, "argv", command[1:])  # from which ml_collections reads the overrides
         parsed(command[1:])
         assert parsed.config.on_divergence == "drop"
-        assert config_files.differences(parsed.config, json.loads(config_files.to_json(one.config))) == []
+        assert config_files.differences(parsed.config, json.loads(config_files.to_json(run.config))) == []
         assert parsed.workdir == str(tmp_path)
 
 
 def test_figures_share_their_runs():
-    together = list_runs((FIGURES[f"fig{n}"] for n in (1, 2, 4, 5, 6, 8)), PAPER)
-    assert len(together) == 12
-    assert sum(run.trainings for run in together) == 1800 + 12 * 9  # section A.2, and twins
+    runs = list_runs((FIGURES[f"fig{n}"] for n in (1, 2, 4, 5, 6, 8)), PAPER)
+    assert len(runs) == 12
+    assert sum(run.trainings for run in runs) == 1800 + 12 * 9  # section A.2, and twins
 
 
-def test_there_is_everything_that_the_paper_shows():
+def test_all_figures_and_tables_of_the_paper_are_in_the_catalogue():
     assert set(FIGURES) == {*(f"fig{n}" for n in range(1, 24)), "table1", "tablec", "claims"}
 
 
-def test_unknown_fields_are_said():
+def test_an_unknown_field_raises_a_user_error():
     with pytest.raises(UserError, match="there is no config field batch"):
         make_run("lenet", {"batch": 3})
 
@@ -85,9 +84,9 @@ def test_costs_follow_from_the_throughput():
     ]
 
 
-def test_the_list_has_a_row_for_each(capsys, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")  # a file is no terminal all the same
-    call("list")
+def test_list_prints_one_row_per_figure(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # has no effect, as the output is not a terminal
+    run_experiments("list")
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     assert [row.split("│")[1].strip() for row in rows] == [*FIGURES, "together"]
     (fig14,) = (row for row in rows if "fig14" in row)
@@ -95,11 +94,11 @@ def test_the_list_has_a_row_for_each(capsys, monkeypatch):
     assert "318" in fig14  # 2 × (25 rounds × 2 arms × 3 replicates + 9 twins)
 
 
-def call(*arguments):
-    """`python -m experiments.run`, in this process."""
+def run_experiments(*arguments):
+    """Run `python -m experiments.run` with these arguments, in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["run", *map(str, arguments)])
-        run.main()
+        run_command.main()
 
 
 @pytest.mark.parametrize(
@@ -116,33 +115,35 @@ def call(*arguments):
         (["run", "fig1", "--data_dir=ROOT"], "cifar-10-binary.tar.gz: "),  # the tests have no network
     ],
 )
-def test_bad_input_is_one_sentence_and_a_failure(arguments, sentence, tmp_path, capsys):
+def test_bad_input_exits_with_one_line(arguments, sentence, tmp_path, capsys):
     arguments = [argument.replace("ROOT", str(tmp_path)) for argument in arguments]
-    with pytest.raises(SystemExit) as exit:
-        call(*arguments, f"--root={tmp_path / 'sweep'}")
-    assert str(exit.value).startswith("error: ")
-    assert sentence in str(exit.value)
-    assert len(str(exit.value).splitlines()) == 1
+    with pytest.raises(SystemExit) as error:
+        run_experiments(*arguments, f"--root={tmp_path / 'sweep'}")
+    assert str(error.value).startswith("error: ")
+    assert sentence in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
     assert not (tmp_path / "sweep").exists()
 
 
-def test_a_root_that_is_no_path_is_said():
+def test_a_root_that_is_no_path_is_refused():
     for root, sentence in (("", "--root is empty"), ("~no_such_user/x", "--root is '~no_such_user/x'")):
         with pytest.raises(SystemExit, match=f"error: {sentence}"):
-            call("status", "fig18", f"--root={root}")
+            run_experiments("status", "fig18", f"--root={root}")
 
 
 @pytest.mark.parametrize("action", ["status", "run", "figure"])
-def test_a_root_that_is_a_file_is_said(action, tmp_path, data_dir):
+def test_a_root_that_is_a_file_is_refused(action, tmp_path, data_dir):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match=r"error: cannot use .*/file.*: Not a directory"):
-        call(action, "fig18", "--scale=smoke", f"--root={tmp_path / 'file'}", f"--data_dir={data_dir}")
+        run_experiments(
+            action, "fig18", "--scale=smoke", f"--root={tmp_path / 'file'}", f"--data_dir={data_dir}"
+        )
 
 
-def test_no_slurm_is_said(tmp_path, monkeypatch, data_dir):
+def test_missing_slurm_is_reported(tmp_path, monkeypatch, data_dir):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SystemExit, match="there is no Slurm here: sbatch is not found; use --launcher=local"):
-        call(
+        run_experiments(
             "run", "fig18", "--scale=smoke", "--launcher=slurm", f"--root={tmp_path}", f"--data_dir={data_dir}"
         )
 
@@ -160,15 +161,15 @@ def test_a_run_of_another_config_or_version_under_a_name_is_refused(action, tmp_
     ):
         (workdir / "config.json").write_text(json.dumps(stored))
         version.write_text(json.dumps({"imp_jax": written_by}))
-        with pytest.raises(SystemExit) as exit:
-            call(action, "fig18", "--scale=mini", f"--root={tmp_path}")
+        with pytest.raises(SystemExit) as error:
+            run_experiments(action, "fig18", "--scale=mini", f"--root={tmp_path}")
         assert (
             f"holds a run of another config or version (this is imp_jax {__version__}): {difference}; give"
-            in (str(exit.value))
+            in (str(error.value))
         )
 
 
-def test_a_figure_says_what_it_lacks(tmp_path, capsys):
+def test_figure_reports_missing_runs_and_diverged_members(tmp_path, capsys):
     plain, repelled = FIGURES["fig14"].runs(MINI)
     workdir = tmp_path / plain.name
     workdir.mkdir()
@@ -176,7 +177,7 @@ def test_a_figure_says_what_it_lacks(tmp_path, capsys):
     tables(plain, rounds=9).results.to_csv(workdir / "results.csv", index=False)
     (workdir / "divergences.csv").write_text("replicate,arm,round,step,what\n2,reinit,7,40,loss is nan\n")
     with pytest.raises(SystemExit, match="error: nothing of fig17 at scale mini has been run"):
-        call("figure", "fig14", "fig17", "table1", "--scale=mini", f"--root={tmp_path}")
+        run_experiments("figure", "fig14", "fig17", "table1", "--scale=mini", f"--root={tmp_path}")
     out = capsys.readouterr().out
     assert f"fig14: {tmp_path / 'figures' / 'fig14.png'}" in out
     assert f"lacks {plain.name}: missing, 9 of 25 rounds" in out
@@ -187,21 +188,21 @@ def test_a_figure_says_what_it_lacks(tmp_path, capsys):
 
 
 def test_a_failing_run_is_tried_twice_and_reported(tmp_path, monkeypatch, capsys, data_dir):
-    failing = [sys.executable, "-c", "print('error: no such luck'); raise SystemExit(3)"]
-    monkeypatch.setattr(Run, "command", lambda *_: failing)
+    command = [sys.executable, "-c", "print('error: no such luck'); raise SystemExit(3)"]
+    monkeypatch.setattr(Run, "command", lambda *_: command)
     arguments = ("fig18", "--scale=smoke", f"--root={tmp_path}", f"--data_dir={data_dir}")
     with pytest.raises(SystemExit, match="error: 1 runs failed; what they printed is in"):
-        call("run", *arguments)
+        run_experiments("run", *arguments)
     out = capsys.readouterr().out
     assert out.count("exit status 3: no such luck") == 2
     assert out.count("trying again") == 1
     (state,) = Sweep(tmp_path).read_states([SMOKE.lenet]).values()
     assert state == ("failed", 0, "exit status 3: no such luck")
-    call("status", *arguments)
+    run_experiments("status", *arguments)
     assert "1 failed" in capsys.readouterr().out
 
 
-def test_the_reason_of_a_failure_is_of_the_last_attempt(tmp_path):
+def test_the_reason_of_a_failure_is_taken_from_the_last_attempt(tmp_path):
     sweep = Sweep(tmp_path)
     sweep.logs.mkdir()
     sweep.log_path(SMOKE.lenet).write_text("$ train\nerror: no such luck\n$ train\ngoing on\n")
@@ -211,7 +212,7 @@ def test_the_reason_of_a_failure_is_of_the_last_attempt(tmp_path):
     assert launchers.note_failure(sweep, SMOKE.lenet, 1) == "exit status 1: it said nothing"
 
 
-def test_a_job_that_is_gone_has_failed(tmp_path, monkeypatch, capsys):
+def test_a_run_whose_job_left_the_queue_has_failed(tmp_path, monkeypatch, capsys):
     sweep = Sweep(tmp_path)
     sweep.logs.mkdir()
     sweep.log_path(SMOKE.lenet, "job").write_text("12_3")
@@ -222,14 +223,14 @@ def test_a_job_that_is_gone_has_failed(tmp_path, monkeypatch, capsys):
     assert sweep.read_states([SMOKE.lenet])[SMOKE.lenet].status == "queued"
     squeue.write_text("#!/bin/sh\necho 12_2")
     assert sweep.read_states([SMOKE.lenet])[SMOKE.lenet].status == "failed"
-    call("status", "fig18", "--scale=smoke", f"--root={tmp_path}")
+    run_experiments("status", "fig18", "--scale=smoke", f"--root={tmp_path}")
     assert "failed: job 12_3 is gone; its log is in" in capsys.readouterr().out
     squeue.write_text("#!/bin/sh\necho '[timed out]' >&2; exit 1")
     with pytest.raises(SystemExit, match=r"which jobs are in Slurm's queue: \[timed out\]"):
-        call("run", "fig18", "--scale=smoke", f"--root={tmp_path}")
+        run_experiments("run", "fig18", "--scale=smoke", f"--root={tmp_path}")
 
 
-def test_what_another_process_trains_is_waited_for(tmp_path, monkeypatch, capsys, data_dir):
+def test_run_waits_for_runs_that_another_process_trains(tmp_path, monkeypatch, capsys, data_dir):
     monkeypatch.setattr(Run, "command", lambda *_: [sys.executable, "-c", "raise SystemExit('left to us')"])
     workdir = tmp_path / SMOKE.lenet.name
     workdir.mkdir()
@@ -237,48 +238,48 @@ def test_what_another_process_trains_is_waited_for(tmp_path, monkeypatch, capsys
     lock = FileLock(workdir / ".lock", thread_local=False)
     lock.acquire()
     threading.Timer(3, lock.release).start()
-    begun = time.monotonic()
+    start = time.monotonic()
     with pytest.raises(SystemExit, match="1 runs failed"):
-        call("run", "fig18", "--scale=smoke", f"--root={tmp_path}", f"--data_dir={data_dir}")
-    assert time.monotonic() - begun > 2
+        run_experiments("run", "fig18", "--scale=smoke", f"--root={tmp_path}", f"--data_dir={data_dir}")
+    assert time.monotonic() - start > 2
     out = capsys.readouterr().out
     assert "0 runs to train, 1 running" in out
     assert f"waiting for another process, which trains {SMOKE.lenet.name}" in out
-    assert "left to us; trying again" in out  # and then it is ours
+    assert "left to us; trying again" in out  # after the lock is released, this process trains it
 
 
-def test_no_training_goes_on_without_its_launcher(tmp_path, monkeypatch):
-    sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
-    monkeypatch.setattr(Run, "command", lambda *_: sleeps)
+def test_trainings_end_if_their_launcher_fails(tmp_path, monkeypatch):
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    monkeypatch.setattr(Run, "command", lambda *_: command)
 
-    def say(_):
+    def fail_to_print(_):
         raise BrokenPipeError
 
-    begun = time.monotonic()
+    start = time.monotonic()
     with pytest.raises(BrokenPipeError):
-        launchers.train_locally(Sweep(tmp_path), [SMOKE.lenet], None, say)
-    assert time.monotonic() - begun < 30
+        launchers.train_locally(Sweep(tmp_path), [SMOKE.lenet], None, fail_to_print)
+    assert time.monotonic() - start < 30
 
 
-def test_a_worker_a_gpu(tmp_path, monkeypatch):
+def test_each_gpu_has_one_worker(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    shows = [
+    command = [
         sys.executable,
         "-c",
         "import os, time; print(os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(0.5)",
     ]
-    monkeypatch.setattr(Run, "command", lambda *_: shows)
-    sweep, runs, said = Sweep(tmp_path), list_runs(FIGURES.values(), SMOKE)[:3], []
-    assert launchers.train_locally(sweep, runs, None, said.append) == 0
-    assert [line.split()[0] for line in said[:3]] == ["started", "started", "done"]  # two at a time
-    seen = [sweep.log_path(run).read_text().splitlines()[-1] for run in runs]
-    assert set(seen[:2]) == {"3", "5"}
+    monkeypatch.setattr(Run, "command", lambda *_: command)
+    sweep, runs, lines = Sweep(tmp_path), list_runs(FIGURES.values(), SMOKE)[:3], []
+    assert launchers.train_locally(sweep, runs, None, lines.append) == 0
+    assert [line.split()[0] for line in lines[:3]] == ["started", "started", "done"]  # two at a time
+    gpus = [sweep.log_path(run).read_text().splitlines()[-1] for run in runs]
+    assert set(gpus[:2]) == {"3", "5"}
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert visible_gpus(os.environ) == []
 
 
-def test_a_sweep_that_is_stopped_goes_on(tmp_path, data_dir):
-    """Ctrl-C in the midst of the first of two runs; the same command ends with the figures."""
+def test_a_stopped_sweep_can_be_resumed(tmp_path, data_dir):
+    """Ctrl-C stops the first of two runs. The same command then finishes both and draws the figures."""
     sweep, (plain, repelled) = Sweep(tmp_path), FIGURES["fig14"].runs(SMOKE)
     names = ("fig14", "fig18", "fig20")
     command = [sys.executable, "-m", "experiments.run", "run", *names, "--scale=smoke"]
@@ -295,18 +296,18 @@ def test_a_sweep_that_is_stopped_goes_on(tmp_path, data_dir):
     assert "stopped by SIGINT; the same command goes on" in err
     assert f"started {plain.name}" in out
     assert f"started {repelled.name}" not in out
-    before = sweep.read_states([plain])[plain]
-    assert before.status == "missing"
-    assert before.rounds >= 2
+    stopped = sweep.read_states([plain])[plain]
+    assert stopped.status == "missing"
+    assert stopped.rounds >= 2
     rows = (sweep.workdir(plain) / "results.csv").read_text()
 
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
     assert {state.status for state in sweep.read_states([plain, repelled]).values()} == {"done"}
     assert (sweep.workdir(plain) / "results.csv").read_text().startswith(rows)
     for name in names:
-        assert f"{name}: {tmp_path / 'figures' / name}.png" in done.stdout
+        assert f"{name}: {tmp_path / 'figures' / name}.png" in finished.stdout
         assert (tmp_path / "figures" / f"{name}.pdf").stat().st_size > 1000
-    assert "lacks" not in done.stdout
+    assert "lacks" not in finished.stdout
     assert not sweep.log_path(plain, "failed").exists()
     assert versions(sweep.workdir(plain)) == {__version__}

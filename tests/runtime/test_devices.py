@@ -1,4 +1,4 @@
-"""Meshes of four virtual devices: the same networks on all of them, and no talk between members."""
+"""Meshes of four virtual devices: all give the same networks, and members need no communication."""
 
 import pickle
 import re
@@ -18,24 +18,26 @@ ONE, *OTHERS = (1, 1), (4, 1), (2, 2), (1, 4)
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What on_devices.py has computed, in a process of its own, as the devices are counted once."""
+    """The results of `tests.helpers.on_devices`; a new process, as JAX fixes its devices when it starts."""
     path = tmp_path_factory.mktemp("devices") / "results"
     subprocess.run([sys.executable, "-m", "tests.helpers.on_devices", path], cwd=ROOT, check=True)
     with open(path, "rb") as file:
         return pickle.load(file)
 
 
-def assert_same_rounds(some, others):
-    """Equal masks, and all else to rounding."""
-    for (networks, rows, seen), (others_networks, others_rows, others_seen) in zip(some, others, strict=True):
-        jax.tree.map(np.testing.assert_array_equal, networks.mask, others_networks.mask)
-        for one, other in ((networks, others_networks), (seen, others_seen)):
-            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), one, other)
-        for row, others_row in zip(rows, others_rows, strict=True):
-            assert row.keys() == others_row.keys()
+def assert_same_rounds(actual, expected):
+    """Assert that the masks are equal, and everything else is equal up to rounding."""
+    for actual_round, expected_round in zip(actual, expected, strict=True):
+        networks, rows, history = actual_round
+        expected_networks, expected_rows, expected_history = expected_round
+        jax.tree.map(np.testing.assert_array_equal, networks.mask, expected_networks.mask)
+        for tree, expected_tree in ((networks, expected_networks), (history, expected_history)):
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), tree, expected_tree)
+        for row, expected_row in zip(rows, expected_rows, strict=True):
+            assert row.keys() == expected_row.keys()
             for name, value in row.items():
-                expected = value if isinstance(value, str) else pytest.approx(value, abs=1e-5)
-                assert others_row[name] == expected
+                close = value if isinstance(value, str) else pytest.approx(value, abs=1e-5)
+                assert expected_row[name] == close
 
 
 @pytest.mark.parametrize("mesh", OTHERS)
@@ -47,37 +49,37 @@ def test_lenet_is_the_same_on_any_mesh(results, mesh):
 
 @pytest.mark.parametrize("mesh", OTHERS)
 def test_resnet_is_the_same_on_any_mesh(results, mesh):
-    """Normalised by the whole batch, which shows in its running statistics too."""
+    """BatchNorm uses statistics of the whole batch; its running statistics are compared as well."""
     assert_same_rounds(results["resnet"][ONE], results["resnet"][mesh])
 
 
-def test_parts_of_a_batch_are_the_same_on_any_mesh(results):
-    on_one, on_four = results["resnet in parts"].values()
-    assert_same_rounds(on_one, on_four)
+def test_batch_norm_of_parts_is_the_same_on_any_mesh(results):
+    one_device, four_devices = results["resnet in parts"].values()
+    assert_same_rounds(one_device, four_devices)
     kernels = [
-        rounds[0][0].trained["params"]["Dense_0"]["kernel"] for rounds in (on_one, results["resnet"][ONE])
+        rounds[0][0].trained["params"]["Dense_0"]["kernel"] for rounds in (one_device, results["resnet"][ONE])
     ]
-    assert np.abs(kernels[0] - kernels[1]).max() > 1e-3  # statistics of parts are others
+    assert np.abs(kernels[0] - kernels[1]).max() > 1e-3  # the parts have other statistics than the batch
 
 
-def test_accumulated_lenet_is_that_of_the_large_batch(results):
+def test_accumulated_gradients_train_like_the_whole_batch(results):
     assert_same_rounds(results["lenet"][ONE], results["lenet accumulated"])
 
 
-@pytest.mark.parametrize("how", ["accumulated", "in parts"])
-def test_a_step_in_parts_is_the_mean_of_steps_on_the_parts(results, how):
-    """Of SGD, whose step is linear in the gradient; each part is normalised by its own statistics."""
-    step, mean_of_steps = results[how]
+@pytest.mark.parametrize("split", ["accumulated", "in parts"])
+def test_a_step_in_parts_is_the_mean_of_steps_on_the_parts(results, split):
+    """With SGD, whose step is linear in the gradient. BatchNorm uses the statistics of each part."""
+    step, mean_of_steps = results[split]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), step, mean_of_steps)
 
 
-def test_members_alone_need_no_collective(results):
+def test_a_mesh_of_members_needs_no_collectives(results):
     assert results["collectives"][4, 1] == [0, 0]
-    assert min(results["collectives"][2, 2]) > 0  # which could be seen
+    assert min(results["collectives"][2, 2]) > 0  # so the search does find collectives
 
 
-def test_copies_of_a_set_on_cpu_devices_share_its_memory(results):
-    """So that a machine of many cores does not need the memory of as many copies."""
+def test_copies_of_a_data_set_on_cpu_devices_share_its_memory(results):
+    """Otherwise a machine with many cores would need as many times the memory."""
     original, copies = results["memory"]
     assert copies == [original] * 4
 
@@ -86,27 +88,27 @@ def test_one_program_serves_all_rounds_of_a_mesh(results):
     assert results["programs"] == 1
 
 
-# --- what fits, on so many devices ---
+# --- sizes of the mesh, and what does not fit ---
 
 
 @pytest.fixture
-def mesh_of(monkeypatch):
-    """The sizes of the mesh for a run of so many members, on so many devices."""
+def mesh_sizes(monkeypatch):
+    """Return a function that computes the sizes of the mesh for numbers of devices and members."""
 
-    def sizes(there, members, member=-1, data=1, processes=1, **fields):
-        monkeypatch.setattr(jax, "device_count", lambda: there)
-        monkeypatch.setattr(jax, "devices", lambda: jax.local_devices() * there)
+    def compute_sizes(num_devices, members, member=-1, data=1, processes=1, **fields):
+        monkeypatch.setattr(jax, "device_count", lambda: num_devices)
+        monkeypatch.setattr(jax, "devices", lambda: jax.local_devices() * num_devices)
         monkeypatch.setattr(jax, "process_count", lambda: processes)
-        monkeypatch.setattr(jax, "local_device_count", lambda: there // processes)
+        monkeypatch.setattr(jax, "local_device_count", lambda: num_devices // processes)
         monkeypatch.setattr(devices, "Mesh", lambda grid, axes: grid)
         mesh = devices.make_mesh(members, **{"batch_size": 60} | fields, member=member, data=data)
         return (1, 1) if mesh is None else mesh.shape
 
-    return sizes
+    return compute_sizes
 
 
 @pytest.mark.parametrize(
-    ("there", "members", "asked", "sizes"),
+    ("num_devices", "members", "requested", "expected"),
     [
         (1, 6, (-1, 1), (1, 1)),
         (8, 6, (-1, 1), (6, 1)),
@@ -118,22 +120,24 @@ def mesh_of(monkeypatch):
         (8, 6, (2, -1), (2, 4)),
         (9, 2, (-1, -1), (2, 4)),
         (8, 6, (1, 1), (1, 1)),
-        (8, 6, (8, 1), (8, 1)),  # if that is what is asked for
+        (8, 6, (8, 1), (8, 1)),  # a larger mesh than needed, if the config says so
     ],
 )
-def test_members_are_placed_first(mesh_of, there, members, asked, sizes):
-    assert mesh_of(there, members, *asked) == sizes
+def test_devices_are_used_for_members_first_then_for_batches(
+    mesh_sizes, num_devices, members, requested, expected
+):
+    assert mesh_sizes(num_devices, members, *requested) == expected
 
 
-def test_no_process_is_left_out(mesh_of):
-    assert mesh_of(8, 6, processes=8) == (8, 1)
-    assert mesh_of(8, 6, processes=2, data=2) == (4, 2)
+def test_every_process_is_part_of_the_mesh(mesh_sizes):
+    assert mesh_sizes(8, 6, processes=8) == (8, 1)
+    assert mesh_sizes(8, 6, processes=2, data=2) == (4, 2)
     with pytest.raises(UserError, match=r"is 6 × 1; 2 processes of 4 devices .* such as 8 × 1, 4 × 2, 2 × 4"):
-        mesh_of(8, 6, member=6, processes=2)
+        mesh_sizes(8, 6, member=6, processes=2)
     with pytest.raises(
         UserError, match=r"mesh\.data should divide 4 or be a multiple of it, such as 12 × 1, 6 × 2, 3"
     ):
-        mesh_of(12, 6, member=4, data=3, processes=3)
+        mesh_sizes(12, 6, member=4, data=3, processes=3)
 
 
 @pytest.mark.parametrize(
@@ -148,9 +152,9 @@ def test_no_process_is_left_out(mesh_of):
         ({"data": 2, "norm_parts": 3}, r"model\.norm_parts is 3 and mesh\.data 2; .* multiple"),
     ],
 )
-def test_what_does_not_fit_is_one_sentence(mesh_of, fields, sentence):
+def test_a_mesh_that_does_not_fit_is_refused_in_one_line(mesh_sizes, fields, sentence):
     with pytest.raises(UserError, match=sentence) as error:
-        mesh_of(2, 6, **fields)
+        mesh_sizes(2, 6, **fields)
     assert "\n" not in str(error.value)
 
 
@@ -166,8 +170,8 @@ def test_jax_without_a_device_or_in_double_precision_is_refused(monkeypatch):
         devices.require_usable()
 
 
-def test_the_mesh_in_words(mesh_of, monkeypatch):
-    mesh_of(8, 6)
+def test_describe_mesh_names_sizes_and_empty_places(mesh_sizes, monkeypatch):
+    mesh_sizes(8, 6)
     grid = np.empty((4, 2))
     mesh = type("Mesh", (), {"devices": grid})
     words = devices.describe_mesh(mesh, 6)

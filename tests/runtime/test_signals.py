@@ -1,3 +1,5 @@
+"""`GracefulStop`: the first and the second signal, inside and outside of `defer_signals`."""
+
 import os
 import signal
 import subprocess
@@ -9,14 +11,14 @@ import pytest
 from imp_jax.runtime.signals import SIGNALS, GracefulStop, Stopped
 
 READY = "print('ready', flush=True)\n"
-WAIT = "hashlib.pbkdf2_hmac('sha512', b'', b'', 10**9)"  # it does not come back to the interpreter
+WAIT = "hashlib.pbkdf2_hmac('sha512', b'', b'', 10**9)"  # does not return to the interpreter
 
 
-def start(code):
-    """A process with an `Interruption`, once it is ready."""
-    head = "import hashlib\nfrom imp_jax.runtime.signals import GracefulStop\n"
+def start_process(code):
+    """Start a process that executes `code`, and return it once it has printed its first line."""
+    imports = "import hashlib\nfrom imp_jax.runtime.signals import GracefulStop\n"
     process = subprocess.Popen(
-        [sys.executable, "-c", head + code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", imports + code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     process.stdout.readline()
     time.sleep(0.1)
@@ -24,54 +26,54 @@ def start(code):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_ends_at_once_what_can_be_done_again(number):
-    process = start(f"with GracefulStop():\n    {READY}    {WAIT}")
+def test_a_signal_outside_defer_signals_ends_the_process_at_once(number):
+    process = start_process(f"with GracefulStop():\n    {READY}    {WAIT}")
     process.send_signal(number)
     assert process.wait(timeout=10) == 128 + number
-    said = process.stderr.read()
-    assert said == f"stopped at once by {number.name}; the same command continues from what is on disk\n"
+    stderr = process.stderr.read()
+    assert stderr == f"stopped at once by {number.name}; the same command continues from what is on disk\n"
 
 
-def test_a_training_is_asked_to_stop():
-    def train(interruption):
-        with interruption.defer_signals():
-            assert not interruption.requested
+def test_a_deferred_signal_requests_a_stop():
+    def train(stop):
+        with stop.defer_signals():
+            assert not stop.requested
             os.kill(os.getpid(), signal.SIGTERM)
-            while not interruption.requested:
+            while not stop.requested:
                 time.sleep(0.001)
-            assert interruption.requested == signal.SIGTERM
-            os.kill(os.getpid(), signal.SIGTERM)  # the same one once more, as `timeout` sends it
+            assert stop.requested == signal.SIGTERM
+            os.kill(os.getpid(), signal.SIGTERM)  # the same signal again, as `timeout` sends it
             time.sleep(0.05)
 
-    with pytest.raises(Stopped, match="between two rounds"), GracefulStop() as interruption:
-        train(interruption)
+    with pytest.raises(Stopped, match="between two rounds"), GracefulStop() as stop:
+        train(stop)
 
 
-def test_without_a_signal_nothing_happens_and_handlers_are_put_back():
-    before = [signal.getsignal(number) for number in SIGNALS]
-    with GracefulStop() as interruption, interruption.defer_signals():
+def test_handlers_are_restored_after_the_context():
+    handlers = [signal.getsignal(number) for number in SIGNALS]
+    with GracefulStop() as stop, stop.defer_signals():
         pass
-    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert [signal.getsignal(number) for number in SIGNALS] == handlers
 
 
-def test_what_is_ignored_stays_ignored():
+def test_an_ignored_signal_stays_ignored():
     """As in a background job of a shell, or under nohup."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with GracefulStop() as interruption:
+        with GracefulStop() as stop:
             os.kill(os.getpid(), signal.SIGINT)
-            assert not interruption.requested
+            assert not stop.requested
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, handler)
 
 
-def test_a_second_signal_ends_the_process_even_while_python_waits():
-    """In a call that does not come back to the interpreter, as a compilation does not."""
-    process = start(f"with GracefulStop() as i, i.defer_signals():\n    {READY}    {WAIT}")
+def test_a_second_signal_ends_the_process_while_python_is_blocked():
+    """For example in a compilation, which does not return to the interpreter until it ends."""
+    process = start_process(f"with GracefulStop() as i, i.defer_signals():\n    {READY}    {WAIT}")
     process.send_signal(signal.SIGTERM)
     assert "SIGTERM: stopping where the run can be resumed" in process.stderr.readline()
     time.sleep(0.3)
-    sent = time.monotonic()
+    sent_at = time.monotonic()
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=10) == 128 + signal.SIGINT
-    assert time.monotonic() - sent < 1
+    assert time.monotonic() - sent_at < 1

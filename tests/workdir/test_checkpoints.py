@@ -1,3 +1,5 @@
+"""Checkpoints: rounds and mid-round states are restored as saved, and damage is detected."""
+
 import contextlib
 import errno
 import os
@@ -18,10 +20,10 @@ from imp_jax.workdir.checkpoints import Checkpoints, DamagedError, MidRoundState
 from tests.helpers.checkpoints import forget_definition
 
 ROWS = [{"replicate": 0, "arm": "imp", "round": 0, "threshold": 0.1234567, "cosine": float("nan")}]
-STEPS = 10  # of a training
+STEPS = 10  # in the training of a round
 
 
-def networks(seed=0):
+def make_networks(seed=0):
     params = {
         "Dense_0": {"kernel": jax.random.normal(jax.random.key(seed), (2, 3, 4)), "bias": jnp.zeros((2, 4))}
     }
@@ -30,13 +32,13 @@ def networks(seed=0):
     return RoundNetworks(initial=variables, trained=jax.tree.map(lambda x: 2 * x, variables), mask=mask)
 
 
-def progress(step, seed=0):
-    variables = networks(seed).trained
+def make_progress(step, seed=0):
+    variables = make_networks(seed).trained
     optimizer = optax.chain(optax.trace(0.9), optax.scale_by_adam())
     state = TrainState(
         variables["params"], {"batch_stats": variables["batch_stats"]}, optimizer.init(variables["params"])
     )
-    return MidRoundState(step, networks(seed).initial, state, divergence.init_history(2), 1.5 * step)
+    return MidRoundState(step, make_networks(seed).initial, state, divergence.init_history(2), 1.5 * step)
 
 
 @pytest.fixture
@@ -48,168 +50,170 @@ def checkpoints(tmp_path):
 
 
 @pytest.fixture
-def reopened(tmp_path):
-    """A function that opens the folder as a later process would."""
+def reopen(tmp_path):
+    """Return a function that opens the folder as a later process would."""
     opened = []
 
-    def reopen():
+    def open_checkpoints():
         opened.append(Checkpoints(tmp_path))
         return opened[-1]
 
-    yield reopen
+    yield open_checkpoints
     for checkpoints in opened:
         checkpoints.close()
 
 
-def assert_same(got, expected):
-    assert jax.tree.structure(got) == jax.tree.structure(expected)
-    jax.tree.map(np.testing.assert_array_equal, got, expected)
-    dtypes = [[jnp.asarray(leaf).dtype for leaf in jax.tree.leaves(tree)] for tree in (got, expected)]
+def assert_same(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    dtypes = [[jnp.asarray(leaf).dtype for leaf in jax.tree.leaves(tree)] for tree in (actual, expected)]
     assert dtypes[0] == dtypes[1]
 
 
-def test_a_round_comes_back_as_it_went(checkpoints, reopened):
+def test_a_round_is_restored_as_saved(checkpoints, reopen):
     assert checkpoints.rounds() == []
     for number in range(2):
-        checkpoints.save(number, networks(number), ROWS * (number + 1))
-    again = reopened()
-    assert again.rounds() == [0, 1]
-    assert str(again.rows(1)) == str(ROWS * 2)  # nan, which is not equal to itself, included
+        checkpoints.save(number, make_networks(number), ROWS * (number + 1))
+    reopened = reopen()
+    assert reopened.rounds() == [0, 1]
+    assert str(reopened.rows(1)) == str(ROWS * 2)  # as strings, because nan is not equal to itself
     for number in range(2):
-        assert_same(again.restore(number), networks(number))
-        assert again.optima(number) is None
-        assert again.next_masks(number) is None  # as in rounds of earlier versions
+        assert_same(reopened.restore(number), make_networks(number))
+        assert reopened.optima(number) is None
+        assert reopened.next_masks(number) is None  # none was saved, as in earlier versions
 
 
-def test_next_masks_come_back_as_they_went(checkpoints, tmp_path, reopened):
-    masks = jax.tree.map(lambda leaf: np.asarray(leaf)[:1], networks().mask)  # of the imps alone
-    checkpoints.save(0, networks(), ROWS, next_masks=masks)
-    assert_same(reopened().next_masks(0), masks)
-    checkpoints.save(1, networks(), ROWS, next_masks=masks)
+def test_next_masks_are_restored_as_saved(checkpoints, tmp_path, reopen):
+    masks = jax.tree.map(lambda leaf: np.asarray(leaf)[:1], make_networks().mask)  # those of arm imp
+    checkpoints.save(0, make_networks(), ROWS, next_masks=masks)
+    assert_same(reopen().next_masks(0), masks)
+    checkpoints.save(1, make_networks(), ROWS, next_masks=masks)
     shutil.rmtree(tmp_path / "checkpoints" / "1" / "next_masks")
-    (said,) = reopened().quarantine_damaged_rounds()
-    assert "checkpoints/1 is damaged" in said
+    (message,) = reopen().quarantine_damaged_rounds()
+    assert "checkpoints/1 is damaged" in message
 
 
-def test_optima_come_back_as_they_went(checkpoints, reopened):
-    params = networks().trained["params"]
-    optima = repulsion.add_optimum(None, params, networks().mask, max_optima=3, dtype="bfloat16")
-    checkpoints.save(0, networks(), ROWS, optima=optima)
-    got = reopened().optima(0)
-    assert_same(got, optima)
-    assert got.shape == optima.shape
+def test_optima_are_restored_as_saved(checkpoints, reopen):
+    params = make_networks().trained["params"]
+    optima = repulsion.add_optimum(None, params, make_networks().mask, max_optima=3, dtype="bfloat16")
+    checkpoints.save(0, make_networks(), ROWS, optima=optima)
+    restored = reopen().optima(0)
+    assert_same(restored, optima)
+    assert restored.shape == optima.shape
 
 
-def test_optima_of_an_older_definition_are_not_taken(checkpoints, tmp_path, reopened):
-    optima = repulsion.add_optimum(None, networks().trained["params"], networks().mask, max_optima=3)
-    checkpoints.save(0, networks(), ROWS, optima=optima)
-    assert reopened().similarity_definition(0) == 2
+def test_optima_of_an_older_similarity_definition_are_not_restored(checkpoints, tmp_path, reopen):
+    optima = repulsion.add_optimum(None, make_networks().trained["params"], make_networks().mask, max_optima=3)
+    checkpoints.save(0, make_networks(), ROWS, optima=optima)
+    assert reopen().similarity_definition(0) == 2
     forget_definition(tmp_path / "checkpoints" / "0")
-    again = reopened()
-    assert again.quarantine_damaged_rounds() == []  # it is whole
-    assert again.similarity_definition(0) == 1
-    assert again.optima(0) is None
-    assert_same(again.restore(0), networks())
+    reopened = reopen()
+    assert reopened.quarantine_damaged_rounds() == []  # nothing is damaged
+    assert reopened.similarity_definition(0) == 1
+    assert reopened.optima(0) is None
+    assert_same(reopened.restore(0), make_networks())
 
 
-def test_the_state_of_a_round_comes_back_as_it_went(checkpoints, reopened):
-    assert checkpoints.progress(0, progress(0), STEPS) is None
+def test_a_mid_round_state_is_restored_as_saved(checkpoints, reopen):
+    assert checkpoints.progress(0, make_progress(0), STEPS) is None
     for step in (3, STEPS):
-        checkpoints.save_progress(4, progress(step, seed=step), STEPS)
-    again = reopened()
-    got = again.progress(4, like=progress(0), steps=STEPS)
-    assert (got.step, got.seconds) == (STEPS, 1.5 * STEPS)
-    assert_same(got, progress(STEPS, seed=STEPS))
-    assert again.progress(3, progress(0), STEPS) is again.progress(5, progress(0), STEPS) is None
-    again.discard_progress()
-    assert again.progress(4, progress(0), STEPS) is None
-    again.save_progress(0, progress(1), STEPS)  # an earlier one than before
-    assert again.progress(0, progress(0), STEPS).step == 1
+        checkpoints.save_progress(4, make_progress(step, seed=step), STEPS)
+    reopened = reopen()
+    restored = reopened.progress(4, like=make_progress(0), steps=STEPS)
+    assert (restored.step, restored.seconds) == (STEPS, 1.5 * STEPS)
+    assert_same(restored, make_progress(STEPS, seed=STEPS))
+    for number in (3, 5):
+        assert reopened.progress(number, make_progress(0), STEPS) is None
+    reopened.discard_progress()
+    assert reopened.progress(4, make_progress(0), STEPS) is None
+    reopened.save_progress(0, make_progress(1), STEPS)  # of an earlier round than the state saved last
+    assert reopened.progress(0, make_progress(0), STEPS).step == 1
 
 
-def test_another_format_is_refused_in_words(checkpoints, reopened, monkeypatch):
-    checkpoints.save(0, networks(), ROWS)
-    checkpoints.save_progress(1, progress(3), STEPS)
+def test_another_format_raises_a_user_error(checkpoints, reopen, monkeypatch):
+    checkpoints.save(0, make_networks(), ROWS)
+    checkpoints.save_progress(1, make_progress(3), STEPS)
     monkeypatch.setattr("imp_jax.workdir.checkpoints.FORMAT", 3)
-    again = reopened()
+    reopened = reopen()
     for read in (
-        lambda: again.restore(0),
-        lambda: again.quarantine_damaged_rounds(),
-        lambda: again.progress(1, progress(0), STEPS),
+        lambda: reopened.restore(0),
+        lambda: reopened.quarantine_damaged_rounds(),
+        lambda: reopened.progress(1, make_progress(0), STEPS),
     ):
         with pytest.raises(UserError, match=r"has format 2, of imp_jax .*, which reads format 3") as error:
             read()
         assert not isinstance(error.value, DamagedError)
-    assert again.rounds() == [0]
+    assert reopened.rounds() == [0]
 
 
-def truncate(path, draw):
+def truncate(path, rng):
     content = path.read_bytes()
-    path.write_bytes(content[: draw.randrange(len(content))])
+    path.write_bytes(content[: rng.randrange(len(content))])
 
 
-def flip(path, draw):
+def flip_bit(path, rng):
     content = bytearray(path.read_bytes())
-    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     path.write_bytes(content)
 
 
-def delete(path, draw):
+def delete(path, rng):
     path.unlink()
 
 
-def truncate_or_delete(path, draw):
-    draw.choice([truncate, delete])(path, draw)
+def truncate_or_delete(path, rng):
+    rng.choice([truncate, delete])(path, rng)
 
 
 def remove_manifests(workdir):
-    """As in a workdir of an earlier version."""
+    """Remove the manifests, which earlier versions did not write."""
     for path in workdir.glob("*/*/files.json"):
         path.unlink()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of Orbax's closed event loops
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # from Orbax's event loops
 @pytest.mark.parametrize(
     ("damage", "manifest"),
-    [(truncate, True), (flip, True), (delete, True), (truncate_or_delete, False)],
+    [(truncate, True), (flip_bit, True), (delete, True), (truncate_or_delete, False)],
 )
-def test_whatever_happens_to_a_file_no_other_bits_are_read(checkpoints, tmp_path, reopened, damage, manifest):
-    """Each file of a checkpoint in turn: it is either said to be damaged, or read as it was written."""
+def test_damage_of_any_file_is_reported_or_without_effect(checkpoints, tmp_path, reopen, damage, manifest):
+    """Damage each file of a checkpoint in turn: either it is reported, or all is read as it was written."""
     for number in range(2):
-        checkpoints.save(number, networks(number), ROWS, next_masks=networks(number + 2).mask)
+        checkpoints.save(number, make_networks(number), ROWS, next_masks=make_networks(number + 2).mask)
     if not manifest:
         remove_manifests(tmp_path)
-    folder, whole = tmp_path / "checkpoints" / "1", tmp_path / "whole"
-    shutil.copytree(folder, whole)
+    folder, intact = tmp_path / "checkpoints" / "1", tmp_path / "intact"
+    shutil.copytree(folder, intact)
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.stat().st_size)
     files = [path for path in files if (folder / path).is_file()]
-    draw, found = random.Random(0), 0
+    rng, reported = random.Random(0), 0
     for path in files:
-        damage(folder / path, draw)
-        again = reopened()
-        said = again.quarantine_damaged_rounds()
-        if said:
-            found += 1
-            assert said[0].startswith(f"the checkpoint {folder} is damaged: ")
-            place = tmp_path / "set-aside" / ("checkpoints-1" if found == 1 else f"checkpoints-1-{found}")
-            assert said[0].endswith(f"it is moved to {place}")
-            assert again.rounds() == [0]
+        damage(folder / path, rng)
+        reopened = reopen()
+        messages = reopened.quarantine_damaged_rounds()
+        if messages:
+            reported += 1
+            assert messages[0].startswith(f"the checkpoint {folder} is damaged: ")
+            name = "checkpoints-1" if reported == 1 else f"checkpoints-1-{reported}"
+            assert messages[0].endswith(f"it is moved to {tmp_path / 'set-aside' / name}")
+            assert reopened.rounds() == [0]
         else:
-            assert_same(again.restore(1), networks(1))
-            assert_same(again.next_masks(1), jax.tree.map(np.asarray, networks(3).mask))
-            assert str(again.rows(1)) == str(ROWS)
+            assert_same(reopened.restore(1), make_networks(1))
+            assert_same(reopened.next_masks(1), jax.tree.map(np.asarray, make_networks(3).mask))
+            assert str(reopened.rows(1)) == str(ROWS)
             shutil.rmtree(folder)
-        assert_same(again.restore(0), networks(0))
-        shutil.copytree(whole, folder)
-    assert found >= 4  # arrays, rows, version; Orbax keeps notes that nothing depends on
-    assert len(list((tmp_path / "set-aside").iterdir())) == found
+        assert_same(reopened.restore(0), make_networks(0))
+        shutil.copytree(intact, folder)
+    assert reported >= 4  # arrays, rows, version; Orbax also writes files on which nothing depends
+    assert len(list((tmp_path / "set-aside").iterdir())) == reported
 
 
-IO_ERROR = "NOT_FOUND: Error reading local file [source locations='…'] [os_error_code='5']"  # of TensorStore
+# a message of TensorStore
+IO_ERROR = "NOT_FOUND: Error reading local file [source locations='…'] [os_error_code='5']"
 
 
 @pytest.mark.parametrize(
-    ("error", "raised", "words"),
+    ("error", "raised", "message"),
     [
         (
             OSError(errno.EIO, os.strerror(errno.EIO)),
@@ -228,40 +232,42 @@ IO_ERROR = "NOT_FOUND: Error reading local file [source locations='…'] [os_err
     ],
 )
 @pytest.mark.parametrize("manifest", [True, False])
-def test_what_is_no_damage_is_raised_and_moves_nothing(
-    checkpoints, tmp_path, reopened, monkeypatch, error, raised, words, manifest
+def test_errors_other_than_damage_are_raised_and_move_nothing(
+    checkpoints, tmp_path, reopen, monkeypatch, error, raised, message, manifest
 ):
     for number in range(2):
-        checkpoints.save(number, networks(number), ROWS)
-    checkpoints.save_progress(2, progress(3), STEPS)
+        checkpoints.save(number, make_networks(number), ROWS)
+    checkpoints.save_progress(2, make_progress(3), STEPS)
     if not manifest:
         remove_manifests(tmp_path)
 
     def fail(*_, **__):
         raise error
 
-    again = reopened()
+    reopened = reopen()
     with monkeypatch.context() as patch:
         patch.setattr("orbax.checkpoint.CheckpointManager.restore", fail)
         for read in (
-            again.quarantine_damaged_rounds,
-            lambda: again.restore(1),
-            lambda: again.progress(2, progress(0), STEPS),
+            reopened.quarantine_damaged_rounds,
+            lambda: reopened.restore(1),
+            lambda: reopened.progress(2, make_progress(0), STEPS),
         ):
-            with pytest.raises(raised, match=words) as caught:
+            with pytest.raises(raised, match=message) as caught:
                 read()
             assert not isinstance(caught.value, DamagedError)
     assert not (tmp_path / "set-aside").exists()
-    assert again.quarantine_damaged_rounds() == []
-    assert_same(again.restore(1), networks(1))
+    assert reopened.quarantine_damaged_rounds() == []
+    assert_same(reopened.restore(1), make_networks(1))
 
 
 @pytest.mark.parametrize("place", ["checkpoints/1/networks", "progress"])
-def test_a_folder_that_cannot_be_read_now_is_no_damage(checkpoints, tmp_path, reopened, monkeypatch, place):
-    """As after an expired ticket of a network's file system, under which os.walk and rglob see nothing."""
+def test_a_folder_that_cannot_be_read_at_the_moment_is_not_damaged(
+    checkpoints, tmp_path, reopen, monkeypatch, place
+):
+    """As when the credentials of a network file system expire: os.walk and rglob then find nothing."""
     for number in range(2):
-        checkpoints.save(number, networks(number), ROWS)
-    checkpoints.save_progress(2, progress(3), STEPS)
+        checkpoints.save(number, make_networks(number), ROWS)
+    checkpoints.save_progress(2, make_progress(3), STEPS)
     scandir = os.scandir
 
     def denied(path="."):
@@ -272,11 +278,11 @@ def test_a_folder_that_cannot_be_read_now_is_no_damage(checkpoints, tmp_path, re
     def fail(*_, **__):
         raise FileNotFoundError(errno.ENOENT, "No such file", "d/manifest.ocdbt")
 
-    again = reopened()
+    reopened = reopen()
     read = (
-        again.quarantine_damaged_rounds
+        reopened.quarantine_damaged_rounds
         if "checkpoints" in place
-        else lambda: again.progress(2, progress(0), STEPS)
+        else lambda: reopened.progress(2, make_progress(0), STEPS)
     )
     with monkeypatch.context() as patch:
         patch.setattr("orbax.checkpoint.CheckpointManager.restore", fail)
@@ -284,101 +290,101 @@ def test_a_folder_that_cannot_be_read_now_is_no_damage(checkpoints, tmp_path, re
         with pytest.raises(UserError, match=r"cannot read the checkpoint .*denied.*; nothing is changed"):
             read()
     assert not (tmp_path / "set-aside").exists()
-    assert again.quarantine_damaged_rounds() == []
+    assert reopened.quarantine_damaged_rounds() == []
 
 
-def test_a_round_that_is_not_there_is_said(checkpoints, tmp_path):
-    checkpoints.save(0, networks(), ROWS)
+def test_restoring_a_missing_round_raises_damaged_error(checkpoints, tmp_path):
+    checkpoints.save(0, make_networks(), ROWS)
     with pytest.raises(
         DamagedError, match=f"the checkpoint {tmp_path}/checkpoints/3 is damaged: it is missing"
     ):
         checkpoints.restore(3)
 
 
-def test_paths_that_orbax_takes_for_others_are_refused(tmp_path):
-    """All other signs work."""
+def test_paths_that_orbax_misinterprets_are_refused(tmp_path):
+    """All other punctuation works."""
     for name in ("try[1]", "a*", "b?", "back\\slash", "bytes\udcff", "gs:"):
         with pytest.raises(UserError, match=r"which Orbax cannot read back; give a --workdir on this") as error:
             Checkpoints(tmp_path / name / "run")
         str(error.value).encode()
     assert not any(tmp_path.iterdir())
-    rest = "".join(sign for sign in string.punctuation if sign not in "*?[\\/")
-    workdir = tmp_path / f"{rest} é\n%20s3:"
+    allowed = "".join(character for character in string.punctuation if character not in "*?[\\/")
+    workdir = tmp_path / f"{allowed} é\n%20s3:"
     (workdir / "checkpoints").mkdir(parents=True)
     for read in (False, True):
         with contextlib.closing(Checkpoints(workdir)) as opened:
             if read:
-                assert_same(opened.restore(0), networks())
+                assert_same(opened.restore(0), make_networks())
             else:
-                opened.save(0, networks(), ROWS)
+                opened.save(0, make_networks(), ROWS)
 
 
 @pytest.mark.parametrize("word", ["networks", "rows", "format", "sha256"])
-def test_a_damaged_version_is_no_other_version(checkpoints, tmp_path, reopened, word):
-    checkpoints.save(0, networks(), ROWS)
+def test_a_damaged_version_file_is_reported_as_damage(checkpoints, tmp_path, reopen, word):
+    checkpoints.save(0, make_networks(), ROWS)
     path = tmp_path / "checkpoints" / "0" / "version" / "metadata"
     path.write_text(path.read_text().replace(word, word[:-1] + "x"))
-    (said,) = reopened().quarantine_damaged_rounds()
-    assert "checkpoints/0 is damaged" in said
+    (message,) = reopen().quarantine_damaged_rounds()
+    assert "checkpoints/0 is damaged" in message
 
 
-def test_a_damaged_state_is_said_and_can_be_set_aside(checkpoints, tmp_path, reopened):
-    checkpoints.save_progress(2, progress(3), STEPS)
+def test_a_damaged_mid_round_state_is_reported_and_can_be_moved(checkpoints, tmp_path, reopen):
+    checkpoints.save_progress(2, make_progress(3), STEPS)
     data = max((tmp_path / "progress" / "25").rglob("*"), key=lambda path: path.stat().st_size)
-    flip(data, random.Random(0))
-    again = reopened()
+    flip_bit(data, random.Random(0))
+    reopened = reopen()
     with pytest.raises(DamagedError, match="progress/25 is damaged"):
-        again.progress(2, progress(0), STEPS)
-    assert again.set_progress_aside() == tmp_path / "set-aside" / "progress-25"
-    assert again.progress(2, progress(0), STEPS) is None
-    again.save_progress(2, progress(1), STEPS)
-    assert again.progress(2, progress(0), STEPS).step == 1
+        reopened.progress(2, make_progress(0), STEPS)
+    assert reopened.set_progress_aside() == tmp_path / "set-aside" / "progress-25"
+    assert reopened.progress(2, make_progress(0), STEPS) is None
+    reopened.save_progress(2, make_progress(1), STEPS)
+    assert reopened.progress(2, make_progress(0), STEPS).step == 1
 
 
-def test_several_damaged_rounds_are_set_aside_but_not_all(checkpoints, tmp_path, reopened):
+def test_damaged_rounds_are_moved_unless_all_are_damaged(checkpoints, tmp_path, reopen):
     for number in range(3):
-        checkpoints.save(number, networks(number), ROWS)
+        checkpoints.save(number, make_networks(number), ROWS)
     for number in (1, 2):
         shutil.rmtree(tmp_path / "checkpoints" / str(number) / "networks")
-    again = reopened()
-    assert len(again.quarantine_damaged_rounds()) == 2
-    assert again.rounds() == [0]
-    again.save(1, networks(1), ROWS)  # the run goes on
+    reopened = reopen()
+    assert len(reopened.quarantine_damaged_rounds()) == 2
+    assert reopened.rounds() == [0]
+    reopened.save(1, make_networks(1), ROWS)  # the run continues
     for number in (0, 1):
         shutil.rmtree(tmp_path / "checkpoints" / str(number) / "rows")
     with pytest.raises(UserError, match=r"all 2 rounds are damaged; the checkpoint .*/1 is damaged"):
-        reopened().quarantine_damaged_rounds()
-    assert reopened().rounds() == [0, 1]
+        reopen().quarantine_damaged_rounds()
+    assert reopen().rounds() == [0, 1]
 
 
-def test_what_a_crash_left_half_written_is_not_there_and_goes(checkpoints, tmp_path, reopened):
-    checkpoints.save(0, networks(), ROWS)
+def test_half_written_checkpoints_are_ignored_and_later_removed(checkpoints, tmp_path, reopen):
+    checkpoints.save(0, make_networks(), ROWS)
     (tmp_path / "progress").mkdir()
-    halves = [
+    half_written = [
         tmp_path / "checkpoints" / "1.orbax-checkpoint-tmp",
         tmp_path / "progress" / "3.orbax-checkpoint-tmp-9",
+        tmp_path / "checkpoints" / "0.dropped",
     ]
-    halves.append(tmp_path / "checkpoints" / "0.dropped")
-    for half in halves:
-        half.mkdir()
-    again = reopened()
-    assert again.rounds() == [0]
-    assert all(half.exists() for half in halves)  # only who holds the workdir may mend it
-    assert again.quarantine_damaged_rounds() == []
-    assert not any(half.exists() for half in halves)
+    for folder in half_written:
+        folder.mkdir()
+    reopened = reopen()
+    assert reopened.rounds() == [0]
+    assert all(folder.exists() for folder in half_written)  # only the process that holds the lock removes them
+    assert reopened.quarantine_damaged_rounds() == []
+    assert not any(folder.exists() for folder in half_written)
 
 
-def test_the_ends_are_the_first_and_the_last_two(checkpoints, reopened):
+def test_all_but_the_first_and_the_last_two_rounds_can_be_deleted(checkpoints, reopen):
     for number in range(6):
-        checkpoints.save(number, networks(number), ROWS)
+        checkpoints.save(number, make_networks(number), ROWS)
         checkpoints.delete_intermediate_rounds(number)
         kept = sorted({0, max(number - 1, 0), number})
-        assert checkpoints.rounds() == reopened().rounds() == kept
-    assert_same(checkpoints.restore(4), networks(4))
+        assert checkpoints.rounds() == reopen().rounds() == kept
+    assert_same(checkpoints.restore(4), make_networks(4))
 
 
-def test_nothing_that_is_read_can_run_code(checkpoints, tmp_path, reopened, monkeypatch):
-    """No checkpoint, result or table is unpickled."""
+def test_reading_a_workdir_unpickles_nothing(checkpoints, tmp_path, reopen, monkeypatch):
+    """Unpickling a file may execute code."""
     import pickle
 
     import pandas as pd
@@ -386,13 +392,13 @@ def test_nothing_that_is_read_can_run_code(checkpoints, tmp_path, reopened, monk
     def refuse(*_, **__):
         raise AssertionError("something was unpickled")
 
-    checkpoints.save(0, networks(), ROWS)
-    checkpoints.save_progress(1, progress(3), STEPS)
+    checkpoints.save(0, make_networks(), ROWS)
+    checkpoints.save_progress(1, make_progress(3), STEPS)
     pd.DataFrame(ROWS).to_csv(tmp_path / "results.csv")
     for name in ("load", "loads", "Unpickler"):
         monkeypatch.setattr(pickle, name, refuse)
-    again = reopened()
-    assert_same(again.restore(0), networks())
-    again.rows(0)
-    again.progress(1, progress(0), STEPS)
+    reopened = reopen()
+    assert_same(reopened.restore(0), make_networks())
+    reopened.rows(0)
+    reopened.progress(1, make_progress(0), STEPS)
     pd.read_csv(tmp_path / "results.csv")
