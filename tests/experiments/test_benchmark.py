@@ -187,16 +187,20 @@ def test_bad_arguments_print_one_line(arguments, sentence):
     assert len(finished.stderr.splitlines()) == 1
 
 
-def test_throughput_is_recorded_for_estimates_of_cost(optimised, tmp_path, monkeypatch, capsys):
+def test_throughput_is_recorded_for_estimates_of_cost(tmp_path, monkeypatch, capsys):
     recorded = tmp_path / "throughput.json"
     recorded.write_text('{"another": {}}')
     monkeypatch.setattr(cost, "MEASURED", recorded)
+    monkeypatch.setattr(throughput, "_time_process", lambda run: 130.0 if "repulsion" in run.name else 100.0)
     throughput.benchmark_throughput(rounds=1, repeats=1, record="here", names=["lenet"])
     assert "lenet, batch 600, 6 members" in capsys.readouterr().out
     device = cost.read_throughput()["here"]
     speeds = device["images_per_second"]["lenet"]
     assert list(speeds) == ["20", "60", "200", "600"]
     assert all(1000 < speed < 1e9 for speed in speeds.values())
+    one_round = 6 * 10 * 66 * 60 / speeds["60"]
+    assert device["besides"]["lenet"] == pytest.approx(100 - one_round, abs=0.051)
+    assert device["repulsion"]["lenet"] == pytest.approx(1 + 30 / one_round, rel=0.01)
     training = 159 * 20 * 66 * 60 / speeds["60"]
     assert cost.estimate_seconds(MINI.lenet, device) == pytest.approx(training + device["besides"]["lenet"])
     assert cost.read_throughput()["another"] == {}
