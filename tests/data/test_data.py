@@ -198,7 +198,7 @@ def test_a_folder_that_lacks_a_file_is_said(tmp_path):
     folders.write_mnist(tmp_path)
     file = next(tmp_path.glob("mnist/*/mnist-test*"))
     file.unlink()
-    with pytest.raises(UserError, match=f"mnist is only half there: {file} is missing .1 of 1 files of test"):
+    with pytest.raises(UserError, match=f"mnist is incomplete: {file} is missing .1 of 1 files of test"):
         data.load("mnist", tmp_path)
 
 
@@ -256,9 +256,7 @@ def test_a_set_prepared_in_another_format_is_said(tmp_path):
     ):
         data.load("mnist", tmp_path)
     info.write_text("{")
-    with pytest.raises(
-        UserError, match=f"cannot open: .*; if its folder in {tmp_path} is damaged, remove that"
-    ):
+    with pytest.raises(UserError, match=f"cannot open: .*; if its folder in {tmp_path} is damaged, remove it"):
         data.load("mnist", tmp_path)
 
 
@@ -267,7 +265,7 @@ def test_a_set_too_large_for_the_device_is_said_before_it_is_read(tmp_path, monk
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1024, "SC_PHYS_PAGES": 50}.get)
     with pytest.raises(
         UserError,
-        match=r"the 50 images of mnist are held in memory and take 0.0 GiB; that should be at most half",
+        match=r"the 50 images of mnist would take 0.0 GiB of memory; they should take at most half of",
     ):
         data.load("mnist", tmp_path)
 

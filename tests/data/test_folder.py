@@ -39,7 +39,7 @@ def test_small_images_of_one_size_are_held_in_memory(tmp_path, capsys):
         (tmp_path / path).write_bytes(b"no image")
     before = {path: path.stat().st_mtime for path in tmp_path.rglob("*")}
     dataset = data.load("folder", tmp_path)
-    assert f"{tmp_path}/train: 1 files are left out, as their names " in capsys.readouterr().out
+    assert f"{tmp_path}/train: skipped 1 files whose suffix is not " in capsys.readouterr().out
     np.testing.assert_array_equal(dataset.train.images, [noise(n) for n in (0, 1, 10, 11, 99, 20, 21)])
     np.testing.assert_array_equal(dataset.train.labels, [0, 0, 1, 1, 1, 2, 2])
     np.testing.assert_array_equal(dataset.test.images, [noise(n) for n in (9, 19, 29)])
@@ -135,7 +135,7 @@ def cut_off(path):
         (lambda root: (root / "val").rename(root / "eval"), "validation or test.*; it has eval, train"),
         (lambda root: root.rename(root.with_name("other")), "it should be a folder .*; it does not exist"),
         (lambda root: empty(root / "train/dog/0.txt"), r"train/dog has no images \(1 such classes\).* \.jpg"),
-        (lambda root: empty(root / "val/dog/0.png"), r"/val has the class dog, which train lacks"),
+        (lambda root: empty(root / "val/dog/0.png"), r"/val has the class dog, which train does not have"),
         (lambda root: empty(root / "train/bee/3.png"), "train/bee/3.png is empty; replace or remove it"),
         (
             lambda root: (root / "train/bee/3.png").write_text("no image"),

@@ -130,7 +130,7 @@ def test_a_missing_file_is_named(mnist, tmp_path):
     shutil.copytree(mnist[1] / "mnist", tmp_path / "mnist")
     (file,) = tmp_path.glob("mnist/*/mnist-train.tfrecord-00001-of-00003")
     file.unlink()
-    with pytest.raises(UserError, match=f"mnist is only half there: {file} is missing .1 of 3 files of train"):
+    with pytest.raises(UserError, match=f"mnist is incomplete: {file} is missing .1 of 3 files of train"):
         data.load("mnist", tmp_path)
 
 
