@@ -55,8 +55,8 @@ def test_pixels_become_floats_in_0_1():
 
 def test_floating_point_images_are_taken_as_they_are():
     """Integers are divided by 255, floats are not, and other types are refused."""
-    draw = np.random.default_rng(0)
-    images, labels = draw.integers(0, 256, (8, 5, 4, 3), np.uint8), np.arange(8) % 3
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (8, 5, 4, 3), np.uint8), np.arange(8) % 3
     floats = (images / 255).astype(np.float32)
     for dtype in (np.float32, np.float64, jnp.bfloat16):  # all held as float32
         dataset = data.from_arrays(floats.astype(dtype), labels, floats[:2].astype(dtype), labels[:2])

@@ -95,7 +95,7 @@ def test_a_set_is_downloaded_and_prepared_on_first_use(name, serve, tmp_path, ca
     assert not err
 
     downloads = {f"downloads/{name}/{file}" for file in server.files}
-    assert downloads == {path for path in kept(tmp_path) if not path.startswith(f"{name}/")}
+    assert downloads == {path for path in stored_files(tmp_path) if not path.startswith(f"{name}/")}
     before = [(path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")]
     with pytest.MonkeyPatch.context() as patch:  # no lock: a prepared set may be on a read-only disk
         patch.setattr(data.tfds, "FileLock", None)
@@ -251,7 +251,7 @@ def test_a_bad_server_is_reported_in_one_sentence(actions, requests, reason, kep
     )
     assert len(server.requests) == requests
     part = f"downloads/cifar10/{name}.part"
-    assert kept(tmp_path) == ([part] if kept_bytes else [])
+    assert stored_files(tmp_path) == ([part] if kept_bytes else [])
     if kept_bytes:
         assert (tmp_path / part).read_bytes() == server.files[name][:kept_bytes]
     assert not (tmp_path / "cifar10").exists()
@@ -269,7 +269,7 @@ def test_files_with_wrong_content_are_removed(serve, tmp_path):
         server.files[name] = served
         with pytest.raises(UserError, match=rf"cannot download .*{difference}.*; download it by hand"):
             data.load("cifar10", tmp_path)
-        assert not kept(tmp_path)
+        assert not stored_files(tmp_path)
     server.files[name] = content
     damaged = tmp_path / "downloads/cifar10" / name
     damaged.write_bytes(content[:-1] + b"x")
@@ -289,7 +289,7 @@ def test_files_downloaded_by_hand_are_used_without_a_network(serve, tmp_path, mo
         rf"hand and put them into {manual}",
         str(error.value),
     )
-    assert not kept(tmp_path)
+    assert not stored_files(tmp_path)
 
     archives.register(monkeypatch, "mnist", server.files, "http://no.such.host.invalid")
     with pytest.raises(UserError, match=r"cannot download http://no\.such\.host\.invalid/.*; download it and"):
@@ -304,7 +304,7 @@ def test_files_downloaded_by_hand_are_used_without_a_network(serve, tmp_path, mo
     with pytest.raises(UserError, match=f"download it by hand and put it into {manual}/mnist$"):
         data.load("mnist", tmp_path)
     assert re.match(
-        rf"{other} is not used, because it is not the file of http://.*: it has 6 bytes and should have [\d,]+$",
+        rf"{other} is not used, because it is not the file of http:.*: it has 6 bytes and should have [\d,]+$",
         capsys.readouterr().err,
     )
     assert other.read_bytes() == b"<html>"  # the user's file is unchanged
@@ -400,8 +400,8 @@ def test_ctrl_c_interrupts_a_download_at_once(serve, tmp_path, monkeypatch):
         signal.signal(signal.SIGINT, previous_handler)
     assert time.monotonic() - start < 5
     (name, content), *_ = server.files.items()
-    assert kept(tmp_path) == [f"downloads/mnist/{name}.part"]
-    assert (tmp_path / kept(tmp_path)[0]).read_bytes() == content[:5000]
+    assert stored_files(tmp_path) == [f"downloads/mnist/{name}.part"]
+    assert (tmp_path / stored_files(tmp_path)[0]).read_bytes() == content[:5000]
 
 
 DRIVER = """
@@ -443,7 +443,7 @@ def test_ctrl_c_ends_the_command_at_once_and_leaves_no_incomplete_set(serve, tmp
     assert process.returncode == 128 + signal.SIGINT
     assert err == "stopped at once by SIGINT; the same command goes on after what is on disk\n"
     assert not (tmp_path / "mnist").exists()
-    assert kept(tmp_path) == [*sorted(f"downloads/mnist/{file}" for file in server.files), "ready"]
+    assert stored_files(tmp_path) == [*sorted(f"downloads/mnist/{file}" for file in server.files), "ready"]
 
 
 def test_progress_is_a_bar_on_a_terminal_and_lines_otherwise(serve, tmp_path, monkeypatch, capsys):

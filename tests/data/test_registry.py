@@ -52,8 +52,8 @@ def own_package(tmp_path, monkeypatch):
         number = 3
 
         def mine(data_dir):
-            draw = np.random.default_rng(0)
-            images, labels = draw.integers(0, 256, (20, 6, 5, 1), np.uint8), np.arange(20) % 3
+            rng = np.random.default_rng(0)
+            images, labels = rng.integers(0, 256, (20, 6, 5, 1), np.uint8), np.arange(20) % 3
             return data.from_arrays(images, labels, images[:7], labels[:7])
 
         class Sets:
@@ -289,8 +289,8 @@ OWN_CONFIG = """
 import numpy as np
 from imp_jax import config, data
 
-draw = np.random.default_rng(0)
-images, labels = draw.normal(size=(20, 6, 5, 2)).astype(np.float32), np.arange(20) % 3
+rng = np.random.default_rng(0)
+images, labels = rng.normal(size=(20, 6, 5, 2)).astype(np.float32), np.arange(20) % 3
 data.register("mine", lambda data_dir: data.from_arrays(images, labels, images[:7], labels[:7]))
 data.register_augmentation("darken", lambda key, images: (images * 0.5).astype(images.dtype))
 

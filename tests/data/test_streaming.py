@@ -40,7 +40,7 @@ def assert_same(some, others):
 
 
 def test_random_boxes_have_the_areas_and_shapes_of_inception_crops():
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     boxes = np.array([streaming.random_box(draw, 400, 300) for _ in range(2000)])
     left, upper, right, lower = boxes.T
     assert (left >= 0).all()

@@ -74,8 +74,8 @@ def test_convolution_in_parts_is_the_convolution(implementation, batch, kernel_s
 
 def test_a_network_trains_alike_in_a_loop_and_step_by_step(implementation):
     """Two members of a ResNet, three steps: losses, weights, statistics, as with Flax's convolutions."""
-    draw = np.random.default_rng(0)
-    images, labels = draw.integers(0, 256, (24, 8, 8, 3), np.uint8), draw.integers(0, 10, 24)
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (24, 8, 8, 3), np.uint8), rng.integers(0, 10, 24)
     split = data.InMemory(jnp.asarray(images), jnp.asarray(labels))
     optimizer = optimizers.make_optimizer("momentum", learning_rate=0.05)
 

@@ -211,8 +211,8 @@ def _processor_flags():
 def _onednn_call_works():
     if platform.machine() not in ("x86_64", "AMD64"):
         return False
-    draw = np.random.default_rng(0)
-    images, kernel = draw.normal(size=(2, 5, 6, 3)), draw.normal(size=(3, 2, 3, 4))
+    rng = np.random.default_rng(0)
+    images, kernel = rng.normal(size=(2, 5, 6, 3)), rng.normal(size=(3, 2, 3, 4))
     arguments = [array.astype(np.float32) for array in (images, kernel)]
     options = {"strides": (2, 1), "pads": ((1, 0), (1, 1))}
     written = jax.config.jax_persistent_cache_min_compile_time_secs
