@@ -43,8 +43,8 @@ class ImageFolder:
         class_folders = _classes(folder)
         if unknown := sorted(set(class_folders) - set(classes)):
             raise UserError(
-                f"{folder} has the class {unknown[0]}, which train does not have ({len(unknown)} such); it "
-                f"should have folders with the same names as train, such as {classes[0]}"
+                f"{folder} has the class {unknown[0]}, which train does not have ({len(unknown)} such "
+                f"classes); it should have folders with the same names as train, such as {classes[0]}"
             )
         files, labels, skipped_suffixes = [], [], Counter()
         for label, name in enumerate(classes):

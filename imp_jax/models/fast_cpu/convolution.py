@@ -222,11 +222,7 @@ def _onednn_call_works():
             jax.jit(functools.partial(function, **options)).lower(*arguments).compile()(*arguments)
             for function in (onednn_convolution, xla_convolution)
         )
-    except (
-        jax.errors.JaxRuntimeError,
-        TypeError,
-        ValueError,
-    ):  # there is no such call, or its signature differs
+    except (jax.errors.JaxRuntimeError, TypeError, ValueError):  # no such call, or another signature
         return False
     finally:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", min_compile_time_s)
