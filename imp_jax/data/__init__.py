@@ -1,20 +1,20 @@
-"""Data sets for image classification, found by name.
+"""Data sets for image classification, loaded by name.
 
-`load` returns the set that is registered under a name. The registered sets are mnist5k, the default, which
-needs no network; MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100, which are downloaded on first use; and `folder`,
-any folder of images by class. Any other name is looked up in TensorFlow Datasets, whose image-classification
-sets with the splits train and test (or validation) can be used after
+`load` returns the set that is registered under a name. The registered sets are `mnist5k`, the default, which
+needs no download; `mnist`, `fashion_mnist`, `cifar10` and `cifar100`, which are downloaded on first use; and
+`folder`, any folder of images by class. Any other name is looked up in TensorFlow Datasets, whose
+image-classification sets with the splits train and test (or validation) can be used after
 
     python -m imp_jax.data prepare svhn_cropped --data_dir=…
 
-Sets whose images have one size are held in memory; others, such as ImageNet, are streamed.
+Sets whose images all have the same size are kept in memory; others, such as ImageNet, are streamed from disk.
 
 To add a set, register a function that returns it, for example in a config file:
 
     data.register("mine", lambda data_dir: data.from_arrays(x, y, x_test, y_test))
 
-or give the function's dotted path as `dataset.name`, such as "their_package.sets:mine". An augmentation of
-training images in memory is added by `register_augmentation`.
+or give the function's dotted path as `dataset.name`, such as "their_package.sets:mine". To add an
+augmentation of training images in memory, call `register_augmentation`.
 """
 
 from imp_jax.data.augmentation import AUGMENTATIONS

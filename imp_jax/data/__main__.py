@@ -9,13 +9,13 @@ from imp_jax import cli
 
 
 def main() -> None:
-    """Run the command; exit with one sentence on an error that the user can correct."""
+    """Run the command; if it fails with a `UserError`, print its message and exit."""
     cli.replace_unprintable()
     parser = argparse.ArgumentParser(prog="python -m imp_jax.data", description="Prepare data sets.")
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("prepare", help="download a set of TFDS and write it as ArrayRecord files")
+    command = commands.add_parser("prepare", help="download a TFDS set and write it as ArrayRecord files")
     command.add_argument("name", help="cifar10, or any other image-classification set of TFDS")
-    command.add_argument("--data_dir", help="where to keep it (default: ~/tensorflow_datasets)")
+    command.add_argument("--data_dir", help="folder of the prepared sets (default: ~/tensorflow_datasets)")
     arguments = parser.parse_args()
     logging.set_verbosity(logging.ERROR)
 

@@ -12,10 +12,10 @@ Images = UInt8[Array, "batch height width channels"] | Float[Array, "batch heigh
 
 
 def random_crop(key: Key[Array, ""], images: Images, padding: int = 4) -> Images:
-    """Shift each image by up to `padding` pixels in both directions and fill the border with zeros.
+    """Shift each image by up to `padding` pixels along both axes and fill the border with zeros.
 
-    This is a random crop of the zero-padded image. Zero is black in images of type uint8, and in floating-point
-    images from 0 to 1.
+    This is a random crop of the zero-padded image. The border is black in uint8 images, and in floating-point
+    images with values from 0 to 1.
     """
     batch, *shape = images.shape
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
@@ -24,7 +24,7 @@ def random_crop(key: Key[Array, ""], images: Images, padding: int = 4) -> Images
 
 
 def random_flip(key: Key[Array, ""], images: Images) -> Images:
-    """Mirror each image left to right with probability one half."""
+    """Flip each image horizontally with probability one half."""
     flipped = jax.random.bernoulli(key, shape=(len(images), 1, 1, 1))
     return jnp.where(flipped, images[:, :, ::-1], images)
 
@@ -41,12 +41,12 @@ def register(name: str, function: Callable[[Key[Array, ""], Images], Images]) ->
         data.register_augmentation("invert", lambda key, images: 255 - images)
 
     An augmentation of the same name is replaced, and JAX's compiled functions are discarded, because they may
-    contain the old one. Streamed sets have their own augmentations, to which this adds none.
+    contain the old one. Streamed sets have only their own augmentations.
 
     Args:
       name: any string that is not empty.
-      function: a traceable function of a PRNG key and a batch of images, uint8 or floating-point as the set
-        holds them. It returns a batch of the same shape and type.
+      function: a traceable function of a PRNG key and a batch of images, with the type of the set's images:
+        uint8 or floating-point. It returns a batch of the same shape and type.
 
     Raises:
       UserError: `function` cannot be called, or `name` is not such a string.
@@ -70,11 +70,11 @@ def augment(key: Key[Array, ""], images: Images, names: tuple[str, ...]) -> Imag
       UserError: an augmentation changes the shape or the type of the images.
     """
     for number, name in enumerate(names):
-        changed = AUGMENTATIONS[name](jax.random.fold_in(key, number), images)
-        if (jnp.shape(changed), jnp.result_type(changed)) != (images.shape, images.dtype):
+        augmented = AUGMENTATIONS[name](jax.random.fold_in(key, number), images)
+        if (jnp.shape(augmented), jnp.result_type(augmented)) != (images.shape, images.dtype):
             raise UserError(
                 f"the augmentation {name} changes images from {images.dtype} of the shape {images.shape} to "
-                f"{jnp.result_type(changed)} of the shape {jnp.shape(changed)}; it should keep both"
+                f"{jnp.result_type(augmented)} of the shape {jnp.shape(augmented)}; it should keep both"
             )
-        images = changed
+        images = augmented
     return images

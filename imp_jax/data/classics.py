@@ -1,8 +1,8 @@
 """TFDS builders of MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100 that need no TensorFlow.
 
-They derive from the builders of TFDS and have the same names, versions, features, URLs and checksums, so that
-either can read a folder that the other prepared. The builders of TFDS unpack files and encode images with
-TensorFlow; these parse the original files in memory with NumPy.
+They derive from TFDS's own builders and have the same names, versions, features, URLs and checksums. So both
+can read a folder that the other has prepared. TFDS's own builders unpack files and encode images with
+TensorFlow; these builders parse the original files in memory with NumPy.
 """
 
 import dataclasses
@@ -35,13 +35,13 @@ class Classic:
         """
         folder = Path(self.data_dir_root, "downloads").absolute()
         paths = download.fetch(self.url_infos, folder / self.name, folder / "manual")
-        # TFDS looks for this file name in `downloads/manual`; an absolute path makes it look elsewhere
+        # TFDS searches for `filename` below `downloads/manual`, unless it is an absolute path
         self.url_infos = {
             url: dataclasses.replace(info, filename=str(paths[url])) for url, info in self.url_infos.items()
         }
 
     def download_and_prepare(self, **options) -> None:
-        """Prepare the set as TFDS does, with a progress bar for each split on a terminal."""
+        """Prepare the set as TFDS does. On a terminal, show a progress bar for each split."""
         with download.progress_bar(MofNCompleteColumn()) as self._progress:
             super().download_and_prepare(**options)
 
@@ -109,7 +109,7 @@ def _read_idx(path) -> UInt8[np.ndarray, "..."]:
     return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
 
 
-with tfds.core.registered.skip_registration():  # so that `tfds.builder` still returns TFDS's own
+with tfds.core.registered.skip_registration():  # `tfds.builder` should still return TFDS's own
 
     class MNIST(_Idx, mnist.MNIST):
         url_infos = mnist.MNIST.url_infos

@@ -1,6 +1,6 @@
-"""Data sets as the rest of the package sees them, and those made of arrays in memory.
+"""The interface of data sets, and data sets made of arrays in memory.
 
-Both kinds of splits, `InMemory` and `streaming.Streamed`, have the attributes and methods of `Split`.
+The two kinds of splits, `InMemory` and `streaming.Streamed`, implement the protocol `Split`.
 """
 
 import contextlib
@@ -30,52 +30,66 @@ Images = UInt8[Array, "*batch height width channels"] | Float[Array, "*batch hei
 
 
 class Batches(Protocol):
-    """The batches of an epoch, or of an evaluation.
+    """The batches of an epoch or of an evaluation.
 
-    `load(number, …)` is traced: it gives the arrays of batch `number`. Where `scannable`, one object holds all
-    batches and can be an argument of a compiled loop; `one_by_one` gives an object for each batch in turn.
+    The objects that `one_by_one` yields also have a traceable method `load(number, …)`, which returns the
+    arrays of batch `number`.
+
+    Attributes:
+      scannable: whether this object is a pytree that has `load` for all batches, so that it can be passed to a
+        compiled loop.
     """
 
     scannable: bool
 
-    def one_by_one(self) -> Iterator[Any]: ...
+    def one_by_one(self) -> Iterator[Any]:
+        """Yield an object with `load` for each batch in turn."""
 
 
 class Split(Protocol):
-    """What the rest of the package needs of a split, in memory or streamed."""
+    """The interface of a split, in memory or streamed.
+
+    Attributes:
+      examples: number of examples.
+      image_shape: height, width and channels of the images, in pixels.
+      evaluation_batch_size: default batch size of evaluations.
+      in_memory: whether the images are decoded arrays in memory.
+      steps_per_call: number of training steps between two checks by the host; None: an epoch.
+      settings: fields of the config that only this kind of split reads.
+    """
 
     examples: int
-    image_shape: tuple[int, int, int]  # height, width, channels
-    evaluation_batch_size: int  # default size of the batches of an evaluation
-    in_memory: bool  # a pass over the split costs no decoding
-    steps_per_call: int | None  # steps after which the host looks at a training; None is an epoch
-    settings: tuple[str, ...]  # fields of the config that only this kind of split reads
+    image_shape: tuple[int, int, int]
+    evaluation_batch_size: int
+    in_memory: bool
+    steps_per_call: int | None
+    settings: tuple[str, ...]
 
     def training_epochs(
         self, keys: Key[Array, " members"], epochs: int, batch_size: int, first_step: int, mesh: Mesh | None
     ) -> Any:
-        """Return an object whose method `epoch(number)` gives the `Batches` of an epoch for all members."""
+        """Return an object whose method `epoch(number)` returns the `Batches` of an epoch for all members."""
 
     def evaluation(self, batch_size: int, mesh: Mesh | None) -> Batches:
-        """Return the whole split in batches; the last one is filled up with examples that do not count."""
+        """Return the whole split in batches; the last one is padded to `batch_size`."""
 
     def take(self, examples: Int[np.ndarray, " count"]) -> "InMemory":
-        """Return some examples, as they are in an evaluation."""
+        """Return the examples with these indices, as an evaluation sees them."""
 
     def put_on_mesh(self, mesh: Mesh) -> "Split":
-        """Return the split with the arrays that it holds, if any, on every device of the mesh."""
+        """Return the split with its arrays, if any, on every device of the mesh."""
 
     def put_on_one_device(self) -> "Split":
-        """Return the split of `put_on_mesh` with its arrays on one device of this process."""
+        """Return a split from `put_on_mesh` with its arrays on one device of this process."""
 
 
 class InMemory(NamedTuple):
-    """A whole split. Its images are uint8, from 0 to 255, or floats, which networks are given as they are."""
+    """A split of arrays. Its images are uint8 from 0 to 255, or floats, which are not rescaled."""
 
     images: UInt8[Array, "examples height width channels"] | Float[Array, "examples height width channels"]
     labels: Int[Array, " examples"]  # int32, 0 to num_classes − 1
 
-    # of `Split`; without annotations, which would make them fields
+    # attributes of `Split`; an annotation would make them fields
     evaluation_batch_size = 1000
     in_memory = True
     steps_per_call = None
@@ -97,12 +111,12 @@ class InMemory(NamedTuple):
         first_step: int = 0,
         mesh: Mesh | None = None,
     ) -> "_InMemoryEpochs":
-        """Return the epochs of a training; each member has an order and augmentations drawn from its key."""
-        del epochs, batch_size, first_step, mesh  # drawn epoch by epoch, for all batches together
+        """Return the epochs of a training. The order and augmentations of each member depend on its key."""
+        del epochs, batch_size, first_step, mesh  # each epoch is drawn as a whole
         return _InMemoryEpochs(self, keys)
 
     def evaluation(self, batch_size: int, mesh: Mesh | None = None) -> "_InMemoryEvaluation":
-        del mesh  # the arrays are on every device
+        del mesh  # the arrays are already on every device
         return _InMemoryEvaluation(self, batch_size)
 
     def take(self, examples: Int[np.ndarray, " count"]) -> "InMemory":
@@ -125,7 +139,11 @@ class _InMemoryEpochs(NamedTuple):
 
 
 class EpochInMemory(NamedTuple):
-    """An epoch of all members: a pytree, to be an argument of the compiled epoch."""
+    """One epoch of all members; a pytree, and an argument of the compiled epoch.
+
+    Attributes:
+      orders: indices of the examples, in the order of each member.
+    """
 
     split: InMemory
     orders: Int[Array, "members examples"]
@@ -139,7 +157,7 @@ class EpochInMemory(NamedTuple):
     def load(
         self, number: Int[Array, ""], batch_size: int, augmentation: tuple[str, ...]
     ) -> tuple[Images, Int[Array, "members batch"]]:
-        """Return the augmented images and the labels of batch `number`, for each member its own."""
+        """Return each member's augmented images and labels of batch `number`: [members, batch, …]."""
 
         def load_member(order, key):
             batch = jax.lax.dynamic_slice_in_dim(order, number * batch_size, batch_size)
@@ -150,7 +168,7 @@ class EpochInMemory(NamedTuple):
 
 
 def _draw_epoch(keys, epoch, examples):
-    """Draw for each member the order of the examples in an epoch, and the key of its augmentations."""
+    """Draw each member's order of the examples in an epoch, and its augmentation key."""
 
     def draw(key):
         order_key, augmentation_key = jax.random.split(jax.random.fold_in(key, epoch))
@@ -176,22 +194,32 @@ class _InMemoryEvaluation:
         return itertools.repeat(self)
 
     def load(self, number: Int[Array, ""]) -> tuple[Images, Int[Array, " batch"], Bool[Array, " batch"]]:
-        """Return images and labels of batch `number`, and which of them are examples and not padding."""
+        """Return images and labels of batch `number`, and a mask that is False for padding."""
         batch = number * self.batch_size + jnp.arange(self.batch_size)
         indices = batch % self.split.examples
         return self.split.images[indices], self.split.labels[indices], batch < self.split.examples
 
 
 class Dataset(NamedTuple):
+    """A data set for image classification.
+
+    Attributes:
+      train, test: its splits.
+      num_classes: number of classes; labels are from 0 to `num_classes` − 1.
+      augmentation: names of the augmentations of training images.
+      folder: where statistics.json is stored; None: it is not stored.
+      classes: names of the classes, if the set is a folder of images by class.
+    """
+
     train: Split
     test: Split
     num_classes: int
-    augmentation: tuple[str, ...]  # of training images
-    folder: Path | None  # in which statistics.json is kept; None does not keep it
-    classes: tuple[str, ...] = ()  # their names, of a folder of images
+    augmentation: tuple[str, ...]
+    folder: Path | None
+    classes: tuple[str, ...] = ()
 
     def identity(self) -> dict[str, Any]:
-        """What a workdir keeps to recognise the data set, for JSON."""
+        """Return the description, serializable as JSON, by which a workdir recognizes its data set."""
         return {
             "train_examples": self.train.examples,
             "test_examples": self.test.examples,
@@ -212,16 +240,16 @@ def from_arrays(
     """Check the arrays of a data set and put them on the device.
 
     Args:
-      train_images, test_images: [examples, height, width, channels]: uint8, from 0 to 255, which networks are
-        given divided by 255; or floating-point, which they are given as they are, in float32.
+      train_images, test_images: [examples, height, width, channels]: uint8 from 0 to 255, which `Normalize`
+        divides by 255; or floating-point, which are converted to float32 and not rescaled.
       train_labels, test_labels: [examples]: integers from 0 to `num_classes` − 1.
-      num_classes: None takes the largest training label + 1.
-      augmentation: of training images, names of `AUGMENTATIONS`. A crop fills with zeros.
+      num_classes: None: the largest training label + 1.
+      augmentation: names of augmentations in `AUGMENTATIONS` of the training images. "crop" pads with zeros.
 
     Raises:
-      UserError: an array of another shape or type; images that are not finite, or differ in shape or type
-        between the splits; labels out of range; one class; an unknown augmentation; arrays too large for the
-        device.
+      UserError: an array has a wrong shape or type; images are not finite, or differ in shape or type between
+        the splits; labels are out of range; there is only one class; an augmentation is unknown; or the arrays
+        are too large for the device.
     """
     train_images, train_labels, test_images, test_labels = map(
         np.asarray, (train_images, train_labels, test_images, test_labels)
@@ -250,17 +278,17 @@ def from_arrays(
 
 
 def read_all(source: Source | ImageFolder, image_shape: tuple[int, int, int]) -> InMemory:
-    """Decode all images of a split to arrays of `image_shape` (height, width, channels), on the device.
+    """Decode all images of a split to arrays of `image_shape` (height, width, channels) on the device.
 
     Raises:
-      UserError: an example that cannot be read.
+      UserError: an example cannot be read.
     """
     images = np.empty((len(source), *image_shape), np.uint8)
     labels = np.empty(len(source), np.int32)
     for index, example in enumerate(source):
         try:
             images[index] = image_files.decode(example["image"], image_shape)
-        except Exception as error:  # Pillow raises many kinds on a damaged image
+        except Exception as error:  # Pillow raises errors of many types for a damaged image
             raise UserError(
                 f"cannot read {source.name}, {source.file(index)}: example {index} cannot be decoded: "
                 f"{one_line(error)}"
@@ -270,48 +298,49 @@ def read_all(source: Source | ImageFolder, image_shape: tuple[int, int, int]) ->
 
 
 def device_memory() -> int:
-    """Bytes of memory of the first device; of a CPU, what this process may use of the machine's.
+    """Return the memory of the first device in bytes; for a CPU, the memory that this process may use.
 
-    All CPU devices have the same memory, and arrays that are replicated over them are stored once.
+    CPU devices share one memory, in which an array that is replicated over them is stored once.
     """
-    statistics = jax.local_devices()[0].memory_stats() or {}
-    return statistics.get("bytes_limit") or _machine_memory()
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit") or _machine_memory()
 
 
 def require_memory(name: str, examples: int, num_bytes: int) -> None:
-    """Refuse images that the device cannot hold next to a network in training, before they are read."""
+    """Refuse images that would leave too little device memory for training. Call before they are read."""
     available = device_memory()
     if num_bytes > available / 2:
         raise UserError(
-            f"the {examples:,} images of {name} are held in memory and take {num_bytes / 2**30:.1f} GiB; that "
-            f"should be at most half of the device's {available / 2**30:.1f} GiB"
+            f"the {examples:,} images of {name} would take {num_bytes / 2**30:.1f} GiB of memory; they should "
+            f"take at most half of the device's {available / 2**30:.1f} GiB"
         )
 
 
 def require_augmentations(augmentation: Sequence[str], known: Sequence[str]) -> None:
-    """Refuse an unknown augmentation, or one that is named twice."""
-    one_by_one = not isinstance(augmentation, str)
-    if not one_by_one or not set(augmentation) <= set(known) or len(set(augmentation)) < len(augmentation):
+    """Refuse names that are unknown or repeated, and a string in place of a sequence."""
+    is_string = isinstance(augmentation, str)
+    if is_string or not set(augmentation) <= set(known) or len(set(augmentation)) < len(augmentation):
         raise UserError(
             f"dataset.augmentation is {augmentation!r}; it should be None, or any of {' and '.join(known)}, "
-            f"none twice, written as ('crop', 'flip')"
+            f"each at most once, such as ('crop', 'flip')"
         )
 
 
 def _check_images(images, name):
     if images.ndim != 4 or not all(images.shape):
         raise UserError(
-            f"{name} has the shape {images.shape}; it should be [examples, height, width, channels], none 0"
+            f"{name} has the shape {images.shape}; it should be [examples, height, width, channels], and not "
+            f"empty"
         )
     if images.dtype == np.uint8:
         return
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise UserError(
             f"{name} is of type {images.dtype}; it should be uint8, from 0 to 255, or floating-point, which is "
-            f"used as it is"
+            f"not rescaled"
         )
     if not np.isfinite(images).all():
-        raise UserError(f"{name} has values that are not finite; all should be")
+        raise UserError(f"{name} has values that are not finite; all should be finite")
 
 
 def _check_labels(labels, name, examples, num_classes):
@@ -320,11 +349,11 @@ def _check_labels(labels, name, examples, num_classes):
             f"{name} has the shape {labels.shape}; it should be ({examples},), one number for each image"
         )
     if not np.issubdtype(labels.dtype, np.integer):
-        raise UserError(f"{name} is of type {labels.dtype}; it should be integers, from 0")
+        raise UserError(f"{name} is of type {labels.dtype}; it should be integers that start at 0")
     allowed = "at least 0" if num_classes is None else f"from 0 to {num_classes - 1}"
-    wrong = labels[(labels < 0) | (labels >= (np.inf if num_classes is None else num_classes))]
-    if len(wrong):
-        raise UserError(f"{name} has the label {wrong[0]}; labels should be {allowed}")
+    invalid = labels[(labels < 0) | (labels >= (np.inf if num_classes is None else num_classes))]
+    if len(invalid):
+        raise UserError(f"{name} has the label {invalid[0]}; labels should be {allowed}")
 
 
 def _describe(images):
@@ -332,7 +361,7 @@ def _describe(images):
 
 
 def _machine_memory():
-    """The machine's memory in bytes, or less if a control group (of a container or Slurm job) limits it."""
+    """Return the machine's memory in bytes, or the limit of a control group (a container or Slurm job)."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():

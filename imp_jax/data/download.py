@@ -1,4 +1,4 @@
-"""HTTP downloads that can be resumed, with sha256 checks and progress bars."""
+"""HTTP downloads that can be resumed, with SHA-256 checks and progress bars."""
 
 import contextlib
 import hashlib
@@ -27,20 +27,20 @@ from tensorflow_datasets.core.download.checksums import UrlInfo
 from imp_jax.errors import UserError, one_line
 from imp_jax.runtime.signals import run_on_exit
 
-_FIRST_ANSWER_TIMEOUT_S = 6  # includes name resolution and connecting; a missing network is noticed after it
+_FIRST_ANSWER_TIMEOUT_S = 6  # for name resolution, connecting and the headers of the response
 _STALL_TIMEOUT_S = 20
-_RETRY_WAITS_S = (1, 3, 10)  # before successive attempts that receive nothing new
-_LINE_EVERY_S = 30  # without a terminal, lines are printed instead of a progress bar
+_RETRY_WAITS_S = (1, 3, 10)  # waits between successive attempts that receive no new bytes
+_LINE_EVERY_S = 30  # interval of the lines that replace the progress bar if stderr is not a terminal
 _BLOCK_BYTES = 2**16
 _MIB = 2**20
 
 
 class _FailedError(Exception):
-    """A failed attempt, after which another one may succeed."""
+    """A failure after which another attempt may succeed."""
 
 
 class _RefusedError(Exception):
-    """An answer that is not the file, which another attempt would not change."""
+    """A response that is not the file; another attempt would not help."""
 
 
 def fetch(url_infos: Mapping[str, UrlInfo], folder: Path, manual: Path) -> dict[str, Path]:
@@ -50,14 +50,14 @@ def fetch(url_infos: Mapping[str, UrlInfo], folder: Path, manual: Path) -> dict[
       url_infos: size, sha256 and name of the file at each URL, as registered in TFDS.
       folder: the folder for downloads, which has the name of the data set. It also keeps partial downloads, as
         `NAME.part`; the next call resumes them.
-      manual: the folder for files that users downloaded by hand. Its subfolder with the name of the data set is
-        searched first.
+      manual: the folder for files that users have downloaded by hand. Its subfolder with the name of the data
+        set is searched first.
 
     Returns:
       For each URL, the path of a file with the registered sha256.
 
     Raises:
-      UserError: a file cannot be downloaded, or a file in the subfolder of `manual` has a different content.
+      UserError: a file cannot be downloaded, or a file in the subfolder of `manual` has another content.
       OSError: `folder` cannot be written.
     """
     paths = {url: _find(url, info, folder, manual) for url, info in url_infos.items()}
@@ -68,13 +68,15 @@ def fetch(url_infos: Mapping[str, UrlInfo], folder: Path, manual: Path) -> dict[
             try:
                 _download(url, url_infos[url], path, progress)
             except (_FailedError, _RefusedError) as error:
-                kept = _size(_part(path))
-                again = f"run the same command again to go on after {kept / _MIB:.1f} MiB, or " if kept else ""
+                received = _size(_part(path)) / _MIB
+                resume = f"run the same command again to resume at {received:.1f} MiB, or " if received else ""
                 others = ", ".join(missing[number + 1 :])
-                what = f"it and {others} by hand and put them" if others else "it by hand and put it"
-                taken = any((manual / url_infos[url].filename).exists() for url in missing)
-                place = manual / folder.name if taken else manual
-                raise UserError(f"cannot download {url}: {error}; {again}fetch {what} into {place}") from error
+                by_hand = f"it and {others} by hand and put them" if others else "it by hand and put it"
+                name_is_taken = any((manual / url_infos[url].filename).exists() for url in missing)
+                target = manual / folder.name if name_is_taken else manual
+                raise UserError(
+                    f"cannot download {url}: {error}; {resume}download {by_hand} into {target}"
+                ) from error
     return paths
 
 
@@ -97,32 +99,32 @@ def progress_bar(*columns: ProgressColumn) -> Iterator[Progress]:
 
 
 class _SpeedColumn(ProgressColumn):
-    """Column that shows MiB/s; that of rich shows MB/s."""
+    """Column with the speed in MiB/s; the column of rich shows MB/s."""
 
     def render(self, task: Task) -> Text:
         return Text(_speed(task))
 
 
 class _Meter:
-    """Shows the progress of a download: a bar on a terminal, otherwise a line every 30 s."""
+    """Progress of a download: a bar on a terminal, otherwise a line every 30 s. Sizes are in bytes."""
 
     def __init__(self, progress: Progress, name: str, total: int):
         self._progress = progress
         progress.add_task(name, total=total)
         self._task = progress.tasks[-1]
-        self._line_s = time.monotonic()
+        self._last_line_s = time.monotonic()
 
     def start_from(self, size: int) -> None:
         self._progress.update(self._task.id, completed=size)
 
     def advance(self, size: int) -> None:
         self._progress.advance(self._task.id, size)
-        if self._progress.disable and time.monotonic() > self._line_s + _LINE_EVERY_S:
-            self._line_s = time.monotonic()
+        if self._progress.disable and time.monotonic() > self._last_line_s + _LINE_EVERY_S:
+            self._last_line_s = time.monotonic()
             task = self._task
-            left = f", {task.time_remaining / 60:.0f} min left" if task.time_remaining else ""
-            so_far = f"{task.completed / _MIB:.1f} of {task.total / _MIB:.1f} MiB"
-            self.print(f"{task.description}: {so_far}, {_speed(task)}{left}")
+            time_left = f", {task.time_remaining / 60:.0f} min left" if task.time_remaining else ""
+            sizes = f"{task.completed / _MIB:.1f} of {task.total / _MIB:.1f} MiB"
+            self.print(f"{task.description}: {sizes}, {_speed(task)}{time_left}")
 
     def print(self, line: str) -> None:
         """Print a line, above any progress bars."""
@@ -138,11 +140,11 @@ def _speed(task):
 
 def _find(url, info, folder, manual):
     """Return the path of the file of `url` on this machine, or None."""
-    kept = folder / info.filename
-    if kept.is_file():
-        if not _difference(kept, info):
-            return kept
-        kept.unlink()
+    downloaded = folder / info.filename
+    if downloaded.is_file():
+        if not _difference(downloaded, info):
+            return downloaded
+        downloaded.unlink()
     if (path := manual / folder.name / info.filename).is_file():
         if difference := _difference(path, info):
             raise UserError(f"{path} is not the file of {url}: {difference}; replace or remove it")
@@ -150,13 +152,13 @@ def _find(url, info, folder, manual):
     if (path := manual / info.filename).is_file():
         if not (difference := _difference(path, info)):
             return path
-        # the files of MNIST and Fashion-MNIST have the same names
-        print(f"{path} is left alone, as it is not the file of {url}: {difference}", file=sys.stderr)
+        # it may be of another set: the files of MNIST and Fashion-MNIST have the same names
+        print(f"{path} is not used, because it is not the file of {url}: {difference}", file=sys.stderr)
     return None
 
 
 def _difference(path, info):
-    """Describe how a file differs from the registered one; "" if it does not."""
+    """Describe how a file differs from the registered one; return "" if it does not."""
     if (size := path.stat().st_size) != info.size:
         return f"it has {size:,} bytes and should have {int(info.size):,}"
     with path.open("rb") as file:
@@ -167,19 +169,18 @@ def _difference(path, info):
 def _download(url, info, path, progress):
     """Download the file of `url` to `path`, in several attempts if necessary."""
     part, total = _part(path), int(info.size)
-    start = farthest = resumed = _size(part)
+    start = farthest = resumed_at = _size(part)
     meter = _Meter(progress, path.name, total)
-    meter.print(
-        f"downloading {url} ({total / _MIB:.1f} MiB{f', from {start / _MIB:.1f} MiB on' if resumed else ''})"
-    )
-    waits_s = None  # no retries until the server has answered once
+    resumed = f", resumed at {start / _MIB:.1f} MiB" if resumed_at else ""
+    meter.print(f"downloading {url} ({total / _MIB:.1f} MiB{resumed})")
+    waits_s = None  # no retries until the server has responded once
     while start < total:
         try:
             timeout_s = _FIRST_ANSWER_TIMEOUT_S if waits_s is None else _STALL_TIMEOUT_S
-            with _request(url, start, total, timeout_s) as answer:
+            with _request(url, start, total, timeout_s) as response:
                 if waits_s is None:
                     waits_s = [*_RETRY_WAITS_S]
-                _write(answer, part, total, meter)
+                _write(response, part, total, meter)
             reason = "the connection was lost"
         except _FailedError as error:
             reason = str(error)
@@ -192,9 +193,9 @@ def _download(url, info, path, progress):
             raise _FailedError(reason)
     if difference := _difference(part, info):
         part.unlink()
-        if resumed:  # the part of an earlier call may belong to another version of the file
+        if resumed_at:  # the part of an earlier call may belong to another version of the file
             return _download(url, info, path, progress)
-        raise _RefusedError(f"what was received is not the right file, and was removed: {difference}")
+        raise _RefusedError(f"the received file is not the right one, and was removed: {difference}")
     return part.replace(path)
 
 
@@ -206,21 +207,21 @@ def _size(path):
     return path.stat().st_size if path.exists() else 0
 
 
-def _write(answer, part, total, meter):
-    """Append the body of an answer to `part`, or replace `part` if the server sends the whole file."""
-    start = _size(part) if answer.status_code == requests.codes.partial_content else 0
+def _write(response, part, total, meter):
+    """Append the body of a response to `part`, or replace `part` if the server sends the whole file."""
+    start = _size(part) if response.status_code == requests.codes.partial_content else 0
     meter.start_from(start)
     part.parent.mkdir(parents=True, exist_ok=True)
     with part.open("ab" if start else "wb") as file:
-        for block in _blocks(answer, total - start):
+        for block in _blocks(response, total - start):
             file.write(block)
             meter.advance(len(block))
 
 
-def _blocks(answer, size):
-    """Yield at most `size` bytes of the body of an answer, as they arrive."""
+def _blocks(response, size):
+    """Yield at most `size` bytes of the body of a response, as they arrive."""
     try:
-        while size and (block := answer.raw.read1(min(size, _BLOCK_BYTES), decode_content=False)):
+        while size and (block := response.raw.read1(min(size, _BLOCK_BYTES), decode_content=False)):
             yield block
             size -= len(block)
     except urllib3.exceptions.ReadTimeoutError as error:
@@ -229,46 +230,46 @@ def _blocks(answer, size):
         raise _FailedError("the connection was lost") from error
 
 
-def _request(url, start, total, timeout):
+def _request(url, start, total, timeout_s):
     """Request a file of `total` bytes, starting at byte `start`. The server may send the whole file instead."""
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
-    answers = queue.SimpleQueue()
+    results = queue.SimpleQueue()
 
-    def ask():
+    def get():
         try:
-            answers.put(requests.get(url, headers=headers, stream=True, timeout=(timeout, _STALL_TIMEOUT_S)))
+            results.put(requests.get(url, headers=headers, stream=True, timeout=(timeout_s, _STALL_TIMEOUT_S)))
         except Exception as error:  # raised below, in the calling thread
-            answers.put(error)
+            results.put(error)
 
     # in a thread, because name resolution has no timeout and cannot be interrupted
-    threading.Thread(target=ask, daemon=True).start()
+    threading.Thread(target=get, daemon=True).start()
     try:
-        answer = answers.get(timeout=timeout)
+        result = results.get(timeout=timeout_s)
     except queue.Empty:
-        answer = requests.Timeout()
-    if isinstance(answer, requests.Timeout):
-        raise _FailedError(f"no answer within {timeout} s") from answer
-    if isinstance(answer, requests.RequestException):
-        raise _FailedError(_root_cause(answer)) from answer
-    if isinstance(answer, Exception):
-        raise answer
+        result = requests.Timeout()
+    if isinstance(result, requests.Timeout):
+        raise _FailedError(f"no answer within {timeout_s} s") from result
+    if isinstance(result, requests.RequestException):
+        raise _FailedError(_root_cause(result)) from result
+    if isinstance(result, Exception):
+        raise result
     try:
-        _require_file(answer, start, total)
+        _require_file(result, start, total)
     except Exception:
-        answer.close()
+        result.close()
         raise
-    return answer
+    return result
 
 
-def _require_file(answer, start, total):
-    """Refuse an answer that is not a file of `total` bytes, starting at byte `start` or 0."""
-    status, headers = answer.status_code, answer.headers
+def _require_file(response, start, total):
+    """Refuse a response that is not a file of `total` bytes, starting at byte `start` or 0."""
+    status, headers = response.status_code, response.headers
     if status not in (requests.codes.ok, requests.codes.partial_content):
         temporary = status >= 500 or status in (
             requests.codes.request_timeout,
             requests.codes.too_many_requests,
         )
-        raise (_FailedError if temporary else _RefusedError)(f"the server answers {status} {answer.reason}")
+        raise (_FailedError if temporary else _RefusedError)(f"the server answers {status} {response.reason}")
     if headers.get("Content-Type", "").startswith("text/html"):
         raise _RefusedError("the server sends a web page instead of the file")
     if status == requests.codes.ok:
@@ -277,12 +278,12 @@ def _require_file(answer, start, total):
             raise _RefusedError(f"the server offers a file of {int(size):,} bytes instead of {total:,}")
     elif not (content_range := headers.get("Content-Range", "")).startswith(f"bytes {start}-"):
         raise _RefusedError(
-            f"the server sends {content_range or 'an unknown part'} where it was asked for byte {start} on"
+            f"the server sends {content_range or 'an unknown part'} instead of the bytes from {start} on"
         )
 
 
 def _root_cause(error):
-    """Describe the first error of a chain. The errors that requests adds repeat it and the URL."""
+    """Describe the first error of a chain; the errors that requests adds only repeat it and the URL."""
     while cause := error.__cause__ or error.__context__:
         error = cause
     return one_line(error)

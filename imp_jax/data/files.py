@@ -20,7 +20,7 @@ def load_folder(
     image_side: int = 224,
     workers: int | None = None,
 ) -> Dataset:
-    """Load a folder of images by class: in memory if its images are small and of one size, streamed otherwise.
+    """Load a folder of images by class: into memory if all images have one small size, otherwise streamed.
 
     The arguments are those of `imp_jax.data.load`. By default, streamed images are augmented and images in
     memory are not.
@@ -47,14 +47,14 @@ def read_or_stream(
 
     Args:
       splits: training and test split.
-      image_shape: height, width and channels of all images, which are then decoded and put on the device; or
-        None, and they are streamed.
+      image_shape: height, width and channels of all images, which are decoded and put on the device. None: the
+        images are streamed.
       augmentation: names of augmentations of the training images.
       image_side: height and width in pixels of the crops of a streamed set.
-      workers: number of processes that decode a streamed set; None is one per core that this process may use.
+      workers: number of processes that decode a streamed set; None: one per core that this process may use.
 
     Raises:
-      UserError: an unknown augmentation; images that do not fit into memory; an example that cannot be read.
+      UserError: an augmentation is unknown; the images do not fit into memory; or an example cannot be read.
     """
     require_augmentations(augmentation, AUGMENTATIONS if image_shape else Streamed.augmentations)
     augmentation = tuple(augmentation)
@@ -66,6 +66,6 @@ def read_or_stream(
     else:
         workers = available_cores() if workers is None else workers
         for split in splits:
-            split[0]  # a split without labels is reported now, not after hours of training
+            split[0]  # reports a split without labels now, and not after hours of training
         train, test = (Streamed(split, image_side, augmentation, workers) for split in splits)
     return Dataset(train, test, splits[0].num_classes, augmentation, folder=None)

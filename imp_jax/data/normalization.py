@@ -1,4 +1,4 @@
-"""From stored images to what a network is given."""
+"""Normalization of images, and the channel statistics that it uses."""
 
 import contextlib
 import json
@@ -12,16 +12,16 @@ from jaxtyping import Array, Float, UInt8
 
 from imp_jax.data.dataset import Dataset
 
-STATISTICS_IMAGES = 10_000  # of a stream, that its mean and deviation are taken from
+STATISTICS_IMAGES = 10_000  # number of images of a streamed split from which statistics are computed
 
 
 class Normalize(NamedTuple):
-    """From stored images to what a network is given: (image − mean) / std, channel by channel, as float32.
+    """Callable that normalizes stored images for a network: (image − mean) / std of each channel, in float32.
 
-    Images of type uint8 are first divided by 255; floating-point images are taken as they are.
+    Images of type uint8 are first divided by 255; floating-point images are not.
 
     Raises:
-      TypeError: images of another type.
+      TypeError: the images are of another type.
     """
 
     mean: tuple[float, ...] = (0.0,)
@@ -42,13 +42,13 @@ class Normalize(NamedTuple):
 def channel_statistics(dataset: Dataset) -> Normalize:
     """Compute mean and standard deviation of each channel over the training images, as a `Normalize`.
 
-    All images are used if they are in memory; of a streamed split, 10,000 central crops spread evenly over it
-    (ours). A channel that is the same everywhere gets the deviation 1. If `dataset.folder` is given, the result
-    is kept there as statistics.json and read the next time; a folder that cannot be written does no harm.
+    All images are used if they are in memory; of a streamed split, the central crops of 10,000 evenly spaced
+    images (ours). A constant channel gets the standard deviation 1. If `dataset.folder` is not None, the result
+    is cached there as statistics.json; if the folder cannot be written, it is computed every time.
     """
     train, path = dataset.train, dataset.folder and dataset.folder / "statistics.json"
-    if path and (kept := _read_kept(path, train.image_shape)):
-        return kept
+    if path and (cached := _read_cached(path, train.image_shape)):
+        return cached
     if train.in_memory:
         images = np.asarray(train.images)
         batches = np.array_split(images, -(-train.examples // 1000))
@@ -60,21 +60,21 @@ def channel_statistics(dataset: Dataset) -> Normalize:
     else:
         mean, std = _uint8_statistics(batches, train.image_shape[-1])
     if path:
-        with contextlib.suppress(OSError):  # a folder that is shared may be read-only
+        with contextlib.suppress(OSError):  # a shared folder may be read-only
             temporary = path.with_name(f".{path.name}.{os.getpid()}")
-            kept = {"image_shape": train.image_shape, "mean": mean.tolist(), "std": std.tolist()}
-            temporary.write_text(json.dumps(kept) + "\n")
+            content = {"image_shape": train.image_shape, "mean": mean.tolist(), "std": std.tolist()}
+            temporary.write_text(json.dumps(content) + "\n")
             temporary.replace(path)
     return Normalize(tuple(mean.tolist()), tuple(std.tolist()))
 
 
-def _read_kept(path: Path, image_shape: tuple[int, int, int]) -> Normalize | None:
-    """The statistics of a file, unless it is missing, damaged or of images of another shape."""
+def _read_cached(path: Path, image_shape: tuple[int, int, int]) -> Normalize | None:
+    """Read statistics from a file; None if it is missing, damaged, or of images of another shape."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        kept = json.loads(path.read_text())
-        mean, std = (np.array(kept[name], np.float64) for name in ("mean", "std"))
+        content = json.loads(path.read_text())
+        mean, std = (np.array(content[name], np.float64) for name in ("mean", "std"))
         if (
-            kept["image_shape"] == list(image_shape)
+            content["image_shape"] == list(image_shape)
             and mean.shape == std.shape == image_shape[-1:]
             and np.isfinite(mean).all()
             and (std > 0).all()
@@ -84,7 +84,7 @@ def _read_kept(path: Path, image_shape: tuple[int, int, int]) -> Normalize | Non
 
 
 def _uint8_statistics(batches, channels):
-    """Exact, from how often each of the 256 values occurs."""
+    """Compute mean and standard deviation exactly, from the number of times that each of 256 values occurs."""
     counts = np.zeros((channels, 256), np.int64)
     for images in batches:
         for channel in range(channels):
@@ -97,7 +97,7 @@ def _uint8_statistics(batches, channels):
 
 
 def _float_statistics(batches):
-    """In float64 and two passes."""
+    """Compute mean and standard deviation in float64, in two passes."""
     axes = (0, 1, 2)
     count = sum(images[..., 0].size for images in batches)
     mean = sum(images.sum(axes, dtype=np.float64) for images in batches) / count

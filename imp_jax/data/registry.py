@@ -1,4 +1,4 @@
-"""The registry of data sets, and `load`, which finds a set by name."""
+"""The registry of data sets, and `load`, which loads a set by name."""
 
 import functools
 import inspect
@@ -26,11 +26,11 @@ def register(name: str, factory: Callable[..., Dataset]) -> None:
         data.register("mine", lambda data_dir: data.from_arrays(x, y, x_test, y_test))
 
     Args:
-      name: any string without a colon. A colon marks versions of TFDS's sets and dotted paths.
+      name: any string without a colon, which marks dotted paths and versions of TFDS's sets.
       factory: a function that is called as `factory(data_dir)` and returns a `Dataset`. `data_dir` is
-        `config.dataset.data_dir` as a path with `~` expanded, or None. If the function has parameters called
-        `augmentation`, `image_side` or `workers`, it is given these settings of the config as keyword
-        arguments; see `load`.
+        `config.dataset.data_dir` as a path with `~` expanded, or None. If the function has parameters named
+        `augmentation`, `image_side` or `workers`, it also gets these settings of the config, by keyword; see
+        `load`.
 
     Raises:
       UserError: `factory` cannot be called, or `name` is not such a string.
@@ -54,18 +54,17 @@ def load(
     Args:
       name: a name in `DATASETS`; or any image-classification set of TFDS; or the dotted path of a function as
         `register` takes it, such as "their_package.sets:mine".
-      data_dir: the folder in which TFDS keeps its sets (None is ~/tensorflow_datasets); for the set "folder",
-        the folder of images; for other sets, what their function makes of it.
-      augmentation: names of augmentations of the training images. They replace those of the set; None keeps
-        them.
+      data_dir: the folder in which TFDS keeps its sets (None: ~/tensorflow_datasets); for the set "folder", the
+        folder of images; for other sets, the argument of their function.
+      augmentation: names of augmentations of the training images, which replace those of the set; None: those
+        of the set.
       image_side: height and width in pixels of the crops of a streamed set.
-      workers: number of processes that decode a streamed set; None is one per core that this process may use.
+      workers: number of processes that decode a streamed set; None: one per core that this process may use.
 
     Raises:
-      UserError: an unknown set, or one that cannot be read or does not fit into memory; an augmentation that is
-        unknown, or that changes the shape or type of images; a dotted path that cannot be imported; a function
-        that does not return a valid data set; a setting of a streamed set for which its function has no
-        parameter.
+      UserError: the set is unknown, cannot be read or does not fit into memory; an augmentation is unknown or
+        changes the shape or type of images; a dotted path cannot be imported; a function does not return a
+        valid data set; or the function of a streamed set has no parameter for a setting that is given.
     """
     data_dir = None if data_dir is None else user_path(data_dir, "dataset.data_dir")
     settings = {"augmentation": augmentation, "image_side": image_side, "workers": workers}
@@ -74,7 +73,7 @@ def load(
     try:
         dataset = factory(data_dir, **accepted)
     except UnknownNameError as error:
-        if name in DATASETS or is_import_path(name):  # it comes from the user's function
+        if name in DATASETS or is_import_path(name):  # the error is one of the user's function
             raise
         raise tfds.unknown_set(name, DATASETS) from error
     _check(dataset, name)
@@ -121,11 +120,11 @@ def _has_parameter(function, name):
 
 
 def _check(dataset: Any, name: str) -> None:
-    """Refuse what is not a data set that networks can be trained on."""
+    """Refuse an object that is not a data set on which networks can be trained."""
     if not isinstance(dataset, Dataset):
         raise UserError(
             f"the function of the data set {name} returns {type(dataset).__name__}; it should return an "
-            f"imp_jax.data.Dataset, such as imp_jax.data.from_arrays makes"
+            f"imp_jax.data.Dataset, for example from imp_jax.data.from_arrays"
         )
     if not isinstance(dataset.num_classes, int | np.integer) or dataset.num_classes < 2:
         raise UserError(
@@ -146,7 +145,8 @@ def _check_arrays(split, num_classes, title):
     shape, dtype = np.shape(images), getattr(images, "dtype", np.dtype(object))
     if len(shape) != 4 or not all(shape):
         raise UserError(
-            f"{title} has images of the shape {shape}; it should be [examples, height, width, channels], none 0"
+            f"{title} has images of the shape {shape}; it should be [examples, height, width, channels], and "
+            f"not empty"
         )
     if dtype != np.uint8 and not jnp.issubdtype(dtype, jnp.floating):
         raise UserError(
@@ -158,13 +158,13 @@ def _check_arrays(split, num_classes, title):
             f"{title} has labels of type {labels.dtype} and shape {labels.shape}; they should be {shape[0]} "
             f"integers, one per image"
         )
-    wrong = labels[(labels < 0) | (labels >= num_classes)]
-    if len(wrong):
-        raise UserError(f"{title} has the label {wrong[0]}; labels should be from 0 to {num_classes - 1}")
+    invalid = labels[(labels < 0) | (labels >= num_classes)]
+    if len(invalid):
+        raise UserError(f"{title} has the label {invalid[0]}; labels should be from 0 to {num_classes - 1}")
 
 
 def _put_on_device(dataset):
-    """Return the data set with its arrays in memory as JAX arrays, and labels of type int32."""
+    """Convert the arrays of splits in memory to JAX arrays, and their labels to int32."""
     splits = {
         name: InMemory(jnp.asarray(split.images), jnp.asarray(split.labels, jnp.int32))
         for name, split in (("train", dataset.train), ("test", dataset.test))
@@ -174,7 +174,7 @@ def _put_on_device(dataset):
 
 
 def _trace_augmentations(dataset):
-    """Trace the augmentations of a set in memory, so that one that does not work fails before training."""
+    """Trace the augmentations of a set in memory, so that a faulty one fails before training."""
     images = jax.ShapeDtypeStruct((2, *dataset.train.image_shape), dataset.train.images.dtype)
     jax.eval_shape(lambda key, images: augment(key, images, dataset.augmentation), jax.random.key(0), images)
 

@@ -12,12 +12,10 @@ from imp_jax.errors import UserError, one_line
 
 
 class Source:
-    """The examples of a split as a sequence of {"image": bytes of a PNG or JPEG file, "label": int}.
-
-    It can be pickled.
+    """A split as a picklable sequence of {"image": bytes of a PNG or JPEG file, "label": int}.
 
     Raises:
-      UserError: a file is missing; on access, an example that cannot be read or whose label is out of range.
+      UserError: a file is missing; on access, an example cannot be read, or its label is out of range.
     """
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
@@ -30,7 +28,7 @@ class Source:
         missing = [path for path, file in zip(self.files, info.filepaths, strict=True) if not file.exists()]
         if missing:
             raise UserError(
-                f"{builder.name} is only half there: {missing[0]} is missing ({len(missing)} of "
+                f"{builder.name} is incomplete: {missing[0]} is missing ({len(missing)} of "
                 f"{len(self.files)} files of {split}); remove {builder.data_path} and prepare the set again"
             )
         decoders = {"image": tfds.decode.SkipDecoding()}
@@ -53,9 +51,8 @@ class Source:
         return self._with_label(example, index)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for start, end in itertools.pairwise(
-            [0, *self.ends]
-        ):  # file by file, which is faster than example by example
+        # one read per file is faster than one per example
+        for start, end in itertools.pairwise([0, *self.ends]):
             try:
                 examples = self._records.__getitems__(range(start, end))
             except Exception as error:

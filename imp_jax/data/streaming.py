@@ -1,7 +1,7 @@
-"""Splits that stay on disk: images of various sizes, decoded and cropped batch by batch (ImageNet).
+"""Splits that stay on disk, such as those of ImageNet: images of various sizes, decoded and cropped per batch.
 
-An example of the stream is a pure function of its place in the training: a stream begins at any step, and is
-the same with any number of workers.
+Each example of a stream is a pure function of its position in the training. So a stream can start at any step,
+and does not depend on the number of workers.
 """
 
 import functools
@@ -40,15 +40,23 @@ Box = tuple[float, float, float, float]  # left, upper, right, lower, in pixels
 
 @dataclass(frozen=True)
 class Streamed:
-    """A split on disk, whose images are served as crops of `side` × `side` pixels in RGB."""
+    """A split on disk whose images are decoded to RGB crops of `side` × `side` pixels.
+
+    Attributes:
+      source: sequence of encoded images and labels.
+      side: height and width of the crops, in pixels.
+      augmentation: names of the augmentations of training images: "crop" takes a random part of the image
+        (`random_box`), and "flip" mirrors it with probability one half.
+      workers: number of processes that decode; 0: threads of this process decode.
+    """
 
     source: Source | ImageFolder
     side: int
-    augmentation: tuple[str, ...]  # of training images
-    workers: int  # processes that decode; 0 decodes in threads of this one
+    augmentation: tuple[str, ...]
+    workers: int
 
-    augmentations: ClassVar = ("crop", "flip")  # that exist: a random part of the image, mirrored or not
-    # of `dataset.Split`
+    augmentations: ClassVar = ("crop", "flip")  # the allowed names
+    # attributes of `dataset.Split`
     evaluation_batch_size: ClassVar = 250
     in_memory: ClassVar = False
     steps_per_call: ClassVar = 50
@@ -75,17 +83,17 @@ class Streamed:
         return _StreamedEpochs(self.training_batches(seeds, epochs, batch_size, first_step, mesh))
 
     def evaluation(self, batch_size: int, mesh: Mesh | None = None) -> "_StreamedEvaluation":
-        count = -(-self.examples // batch_size) * batch_size  # full batches, so that one program serves all
-        examples = np.arange(count)
-        batches = self.evaluation_batches(batch_size, examples % self.examples, mesh)
-        return _StreamedEvaluation(batches, (examples < self.examples).reshape(-1, batch_size))
+        # full batches, so that one compiled program serves all
+        padded = np.arange(-(-self.examples // batch_size) * batch_size)
+        batches = self.evaluation_batches(batch_size, padded % self.examples, mesh)
+        return _StreamedEvaluation(batches, (padded < self.examples).reshape(-1, batch_size))
 
     def take(self, examples: Int[np.ndarray, " count"]) -> InMemory:
         batches = self.evaluation_batches(min(self.evaluation_batch_size, len(examples)), examples)
         return InMemory(*map(jnp.concatenate, zip(*batches, strict=True)))
 
     def put_on_mesh(self, mesh: Mesh) -> "Streamed":
-        del mesh  # batches are put there one by one
+        del mesh  # each batch is put on the mesh when it has been decoded
         return self
 
     def put_on_one_device(self) -> "Streamed":
@@ -99,47 +107,52 @@ class Streamed:
         first_step: int = 0,
         mesh: Mesh | None = None,
     ) -> Iterator[tuple[UInt8[jax.Array, "members batch side side 3"], Int[jax.Array, "members batch"]]]:
-        """The batches of a training from step `first_step` on, on the device a little before they are needed.
+        """Return an iterator over the batches of a training from step `first_step` on.
 
-        In each epoch each member visits the examples in an order and in crops of its own, drawn from its seed;
-        examples that do not fill a last batch are left out of that epoch. On a mesh a process decodes what its
-        devices train on, and no more.
+        Batches are put on the device shortly before they are needed. In each epoch the order of the examples
+        and their crops are drawn from the seed of each member. Examples that do not fill the last batch are
+        left out of that epoch. On a mesh, a process decodes only the images that its own devices train on.
 
         Raises:
-          UserError: an example that cannot be read.
+          UserError: an example cannot be read.
         """
         sharding = devices.batch_sharding(mesh)
-        members, places = _local_indices(sharding, (len(seeds), batch_size))
+        members, positions = _local_indices(sharding, (len(seeds), batch_size))
         seeds = tuple(tuple(map(int, seed)) for seed in seeds[members.start : members.stop])
-        visits = grain.MapDataset.source(_TrainingExamples(self, seeds, epochs, batch_size, places))
-        batches = visits[first_step * len(seeds) * len(places) :].batch(len(places))
+        examples = grain.MapDataset.source(_TrainingExamples(self, seeds, epochs, batch_size, positions))
+        batches = examples[first_step * len(seeds) * len(positions) :].batch(len(positions))
         return _on_devices(self._decode(batches).batch(len(seeds), drop_remainder=True), sharding)
 
     def evaluation_batches(
         self, batch_size: int, examples: Sequence[int] | None = None, mesh: Mesh | None = None
     ) -> Iterator[tuple[UInt8[jax.Array, "batch side side 3"], Int[jax.Array, " batch"]]]:
-        """The central crops of all examples, or of those named, in order; the last batch may be smaller.
+        """Return an iterator over the central crops of examples, in order; the last batch may be smaller.
 
-        On a mesh, along whose axis "data" the batches are divided, there should be as many as fill all batches.
+        Args:
+          batch_size: number of examples per batch.
+          examples: indices of the examples; None: all. With a mesh their number must be a multiple of
+            `batch_size`.
+          mesh: batches are divided along its axis "data".
 
         Raises:
-          UserError: an example that cannot be read.
+          UserError: an example cannot be read.
         """
         examples = np.arange(self.examples) if examples is None else np.asarray(examples)
         sharding = mesh and NamedSharding(mesh, P(DATA))
         if sharding:
-            (places,) = _local_indices(sharding, (batch_size,))
-            examples = examples.reshape(-1, batch_size)[:, places.start : places.stop].ravel()
-            batch_size = len(places)
-        views = _EvaluationExamples(self, tuple(examples.tolist()))
-        return _on_devices(self._decode(grain.MapDataset.source(views).batch(batch_size)), sharding)
+            (positions,) = _local_indices(sharding, (batch_size,))
+            examples = examples.reshape(-1, batch_size)[:, positions.start : positions.stop].ravel()
+            batch_size = len(positions)
+        source = _EvaluationExamples(self, tuple(examples.tolist()))
+        return _on_devices(self._decode(grain.MapDataset.source(source).batch(batch_size)), sharding)
 
     def _decode(self, batches):
-        # whoever decodes makes a whole batch: its make-up does not depend on their number
+        """Return an iterable that decodes batches in threads or worker processes."""
+        # each thread or worker decodes whole batches, so batches do not depend on the number of them
         threads = 1 if self.workers else 2
         batches = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
         if self.workers:
-            if not flags.FLAGS.is_parsed():  # in a notebook; Grain's workers have flags of their own
+            if not flags.FLAGS.is_parsed():  # in a notebook nothing parses flags, and Grain reads its own
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(num_workers=self.workers)
             batches = batches.mp_prefetch(options, worker_init_fn=_begin_worker)
@@ -147,7 +160,7 @@ class Streamed:
 
 
 def _begin_worker(*_):
-    """Leave the signals that all processes get to the one that trains, and end with it if it is killed."""
+    """Set up a worker: it ignores signals, which the training process handles, and exits with that process."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     trainer = multiprocessing.parent_process()
@@ -160,7 +173,7 @@ class _StreamedEpochs(NamedTuple):
     scannable = False
 
     def epoch(self, number: int) -> "_StreamedEpochs":
-        del number  # batches come in the order of the training
+        del number  # the iterator yields batches in the order of training
         return self
 
     def one_by_one(self) -> Iterator["StreamedBatch"]:
@@ -174,7 +187,7 @@ class StreamedBatch(NamedTuple):
     labels: Int[jax.Array, "members batch"]
 
     def load(self, number: int, batch_size: int, augmentation: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
-        del number, batch_size, augmentation  # cropped and flipped when they were decoded
+        del number, batch_size, augmentation  # images were augmented when they were decoded
         return self.images, self.labels
 
 
@@ -201,35 +214,34 @@ class _StreamedEvaluationBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class _TrainingExamples:
-    """What a training sees, image by image: of each step the members, of each member its batch."""
+    """The examples of a training in the order step, member, position in the batch."""
 
     split: Streamed
     seeds: tuple[tuple[int, ...], ...]
     epochs: int
     batch_size: int
-    places: range  # of each batch, that are seen here
+    positions: range  # positions within a batch that this process decodes
 
     def __len__(self):
-        return self.epochs * self._steps * len(self.seeds) * len(self.places)
+        return self.epochs * self._steps_per_epoch * len(self.seeds) * len(self.positions)
 
     def __getitem__(self, index):
-        step, index = divmod(index, len(self.seeds) * len(self.places))
-        member, place = divmod(index, len(self.places))
-        epoch, step = divmod(step, self._steps)
+        step, index = divmod(index, len(self.seeds) * len(self.positions))
+        member, index = divmod(index, len(self.positions))
+        epoch, step = divmod(step, self._steps_per_epoch)
         seed = (*self.seeds[member], epoch)
-        place = self.places[place] + step * self.batch_size
-        example = int(_order(seed, self.split.examples)[place])
-        draw = np.random.default_rng((*seed, 1, place))
-        return _read(self.split, example, draw)
+        position = self.positions[index] + step * self.batch_size  # within the epoch
+        example = int(_order(seed, self.split.examples)[position])
+        return _read(self.split, example, np.random.default_rng((*seed, 1, position)))
 
     @property
-    def _steps(self):
+    def _steps_per_epoch(self):
         return self.split.examples // self.batch_size
 
 
 @dataclass(frozen=True)
 class _EvaluationExamples:
-    """What an evaluation sees."""
+    """The examples of an evaluation, in order."""
 
     split: Streamed
     examples: Sequence[int]
@@ -238,57 +250,62 @@ class _EvaluationExamples:
         return len(self.examples)
 
     def __getitem__(self, index):
-        return _read(self.split, self.examples[index], draw=None)
+        return _read(self.split, self.examples[index], rng=None)
 
 
-@functools.lru_cache(maxsize=16)  # of every member; images of an epoch come one after the other
+@functools.lru_cache(maxsize=16)  # one order per member serves a whole epoch
 def _order(seed, examples):
+    """Draw the order of the examples in an epoch of a member."""
     return np.random.default_rng((*seed, 0)).permutation(examples).astype(np.uint32)
 
 
-def _read(split, example, draw):
-    """Image and label of an example: a random view by `draw`, or the central one."""
+def _read(split, example, rng):
+    """Return the crop and the label of an example: augmented if `rng` is given, else the central crop."""
     record = split.source[example]
     try:
         image = Image.open(io.BytesIO(record["image"]))
-        if draw is not None and "crop" in split.augmentation:
-            crop = resized(image, random_box(draw, *image.size), split.side)
+        if rng is not None and "crop" in split.augmentation:
+            crop = resized(image, random_box(rng, *image.size), split.side)
         else:
             crop = resized(image, central_box(*image.size), split.side)
-    except Exception as error:  # Pillow raises many kinds on a damaged image
+    except Exception as error:  # Pillow raises errors of many types for a damaged image
         raise UserError(
             f"cannot decode example {example} of {split.source.name}, {split.source.file(example)}: "
             f"{one_line(error)}"
         ) from error
-    if draw is not None and "flip" in split.augmentation and draw.random() < 0.5:
+    if rng is not None and "flip" in split.augmentation and rng.random() < 0.5:
         crop = crop[:, ::-1]
     return crop, np.int32(record["label"])
 
 
-def random_box(draw: np.random.Generator, width: int, height: int) -> Box:
-    """A random part of an image: 8 to 100 % of its area, 3 : 4 to 4 : 3 in shape (Szegedy et al. 2015).
+def random_box(rng: np.random.Generator, width: int, height: int) -> Box:
+    """Draw a random part of an image of `width` × `height` pixels (Szegedy et al. 2015).
 
-    Where ten draws do not fit into the image, the central part nearest to such a shape.
+    It has 8 to 100 % of the area, and an aspect ratio from 3 : 4 to 4 : 3. If ten draws do not fit into the
+    image, it is the largest central part with an aspect ratio in this range.
     """
     for _ in range(10):
-        area = draw.uniform(0.08, 1) * width * height
-        ratio = np.exp(draw.uniform(np.log(3 / 4), np.log(4 / 3)))
+        area = rng.uniform(0.08, 1) * width * height
+        ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
         w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            left, upper = draw.integers(0, width - w + 1), draw.integers(0, height - h + 1)
+            left, upper = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
             return (left, upper, left + w, upper + h)
     w, h = min(width, height * 4 / 3), min(height, width * 4 / 3)
     return ((width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2)
 
 
 def central_box(width: int, height: int) -> Box:
-    """The central square with 224 / 256 of the shorter side: resize to 256, crop 224, in one."""
+    """Return the central square with 224 / 256 of the shorter side.
+
+    It is the part that remains if the shorter side is resized to 256 pixels and the central 224 are cropped.
+    """
     side = min(width, height) * 224 / 256
     return ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
 
 
 def resized(image: Image.Image, box: Box, side: int) -> Crop:
-    """The part `box` of an image in RGB, resized to `side` × `side` with antialiasing.
+    """Return the part `box` of an image, resized to `side` × `side` pixels with antialiasing, in RGB.
 
     Raises:
       ValueError: see `convert_to_8_bits`.
@@ -298,24 +315,24 @@ def resized(image: Image.Image, box: Box, side: int) -> Crop:
 
 
 def _local_indices(sharding, shape):
-    """The part of each axis of an array of `shape` that lies on this process's devices."""
+    """Return, for each axis of an array of `shape`, the range of indices on this process's devices."""
     if sharding is None:
         return tuple(map(range, shape))
-    parts = sharding.addressable_devices_indices_map(shape).values()
-    numbers = ({n for part in parts for n in range(size)[part[axis]]} for axis, size in enumerate(shape))
-    return tuple(range(min(of_axis), max(of_axis) + 1) for of_axis in numbers)
+    shards = sharding.addressable_devices_indices_map(shape).values()
+    indices = ({i for shard in shards for i in range(size)[shard[axis]]} for axis, size in enumerate(shape))
+    return tuple(range(min(axis_indices), max(axis_indices) + 1) for axis_indices in indices)
 
 
 def _on_devices(batches, sharding):
-    """Iterate with batches put on the device, or those of `sharding`, ahead of their use."""
+    """Yield batches on the first device, or on the devices of `sharding`; they are prefetched."""
     if sharding is None:
         put = functools.partial(jax.device_put, device=jax.local_devices()[0])
     else:
         put = functools.partial(jax.make_array_from_process_local_data, sharding)
-    ahead = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)
-    on_devices = ahead.map(lambda batch: jax.tree.map(put, batch))
+    prefetched = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)
+    on_devices = prefetched.map(lambda batch: jax.tree.map(put, batch))
     iterator = iter(grain.experimental.ThreadPrefetchIterDataset(on_devices, prefetch_buffer_size=2))
     try:
         yield from iterator
     finally:
-        iterator.close()  # ends the workers, also where a training stops half-way
+        iterator.close()  # stops the workers, even if the training ends before the last batch

@@ -1,11 +1,11 @@
 """Image-classification sets of TensorFlow Datasets (TFDS), read from ArrayRecord files without TensorFlow.
 
-`load_set` prepares the sets in `BUILDERS` on first use, without TensorFlow: mnist5k is part of an installed
-package; MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100 are downloaded. The command
+`load_set` prepares the sets in `BUILDERS` on first use, without TensorFlow. The images of mnist5k are part of
+an installed package; MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100 are downloaded. The command
 
     python -m imp_jax.data prepare svhn_cropped --data_dir=…
 
-prepares any set once; this needs TensorFlow for sets that are not in `BUILDERS`.
+prepares any set; for sets that are not in `BUILDERS` it needs TensorFlow.
 """
 
 import contextlib
@@ -40,9 +40,9 @@ BUILDERS = {
     "cifar10": classics.Cifar10,
     "cifar100": classics.Cifar100,
 }
-SETS_OF_TFDS = ("svhn_cropped", "imagenet2012")  # further sets that error messages mention
+SETS_OF_TFDS = ("svhn_cropped", "imagenet2012")  # other sets that error messages name as examples
 
-# The usual augmentation of a set's training images. The images of other sets are not augmented by default.
+# The default augmentations of training images; other sets have none.
 DEFAULT_AUGMENTATION = dict.fromkeys(("cifar10", "cifar100", "imagenet2012"), ("crop", "flip"))
 TEST_SPLIT = {"imagenet2012": "validation"}  # the labels of its test split are not public
 
@@ -51,7 +51,7 @@ def prepared_builder(name: str, data_dir: str | os.PathLike | None = None) -> tf
     """Open the set `name` in `data_dir`. A set of `BUILDERS` is downloaded and prepared first if necessary.
 
     Raises:
-      UserError: an unknown set; a set that is not prepared and cannot be prepared now.
+      UserError: the set is unknown, or is not prepared and cannot be prepared now.
     """
     builder = _builder(name, data_dir)
     if not builder.is_prepared():
@@ -74,12 +74,12 @@ def load_set(
     image_side: int = 224,
     workers: int | None = None,
 ) -> Dataset:
-    """Load the set `name` from `data_dir`: in memory if its images have one size, streamed otherwise.
+    """Load the set `name` from `data_dir`: into memory if its images have one size, otherwise streamed.
 
     The arguments are those of `imp_jax.data.load`.
 
     Raises:
-      UserError: see `prepared_builder` and `read_or_stream`; a set that is not for image classification.
+      UserError: the set is not for image classification; see also `prepared_builder` and `read_or_stream`.
     """
     builder = prepared_builder(name, data_dir)
     _require_labelled_images(builder)
@@ -91,14 +91,14 @@ def load_set(
 
 
 def prepare(name: str, data_dir: str | os.PathLike | None = None) -> Path:
-    """Download the set `name` and write it as ArrayRecord files, unless this is already done.
+    """Download the set `name` and write it as ArrayRecord files, unless it is already prepared.
 
     Returns:
       The folder of the prepared set.
 
     Raises:
-      UserError: an unknown set; TensorFlow, the network or archives are needed and missing; the folder
-        cannot be written.
+      UserError: the set is unknown; TensorFlow, a network connection or archives are needed and missing; or the
+        folder cannot be written.
     """
     builder = _builder(name, data_dir)
     _require_labelled_images(builder)
@@ -112,7 +112,7 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None) -> Path:
         root.mkdir(parents=True, exist_ok=True)
         with _lock(root / f".{builder.name}.lock", name):
             builder = _builder(name, data_dir)
-            if not builder.is_prepared():  # not prepared by the process that held the lock before
+            if not builder.is_prepared():  # by another process, while this one waited for the lock
                 _prepare(builder, root)
     except UserError:
         raise
@@ -151,11 +151,11 @@ def _builder(name, data_dir):
     except Exception as error:  # TFDS raises other types for odd names, missing versions and file formats
         if isinstance(error, tfds.core.DatasetNotFoundError) or not re.fullmatch(r"\w+", base):
             raise unknown_set(name, BUILDERS) from error
-        hint = f"if its folder in {root} is damaged, remove that and prepare the set again"
+        hint = f"if its folder in {root} is damaged, remove it and prepare the set again"
         if "File format is already set" in str(error):
             hint = (
                 f"it is prepared in {root} in another format than ArrayRecord or TFRecord; prepare it with "
-                f"another --data_dir, or remove its folder there"
+                f"another --data_dir, or remove its folder from {root}"
             )
         raise UserError(
             f"dataset.name is {name!r}, which TFDS cannot open: {one_line(error)}; {hint}"
@@ -174,7 +174,7 @@ def _root(data_dir):
 
 @contextlib.contextmanager
 def _lock(path, name):
-    """Wait until no other process prepares the set, and lock it."""
+    """Lock a set; if another process is preparing it, wait until it has finished."""
     lock = FileLock(path)
     try:
         acquired = lock.acquire(timeout=0)
@@ -232,7 +232,7 @@ def _in_memory_shape(builder):
 
 
 def _test_split(builder):
-    """Return the name of the split that networks are tested on."""
+    """Return the name of the split on which networks are tested."""
     splits = builder.info.splits
     test_split = TEST_SPLIT.get(builder.name, "test" if "test" in splits else "validation")
     if not {"train", test_split} <= set(splits):
@@ -244,7 +244,7 @@ def _test_split(builder):
 
 
 def _require_tensorflow(name):
-    """Refuse to prepare a set without TensorFlow."""
+    """Raise an error if TensorFlow is not installed."""
     try:
         import tensorflow  # noqa: F401
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Random access, without TensorFlow, to sets that TFDS prepared in TFRecord format."""
+"""Random access, without TensorFlow, to sets that TFDS has prepared in TFRecord format."""
 
 import itertools
 import os
@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from tensorboardX.record_writer import masked_crc32c
 from tensorflow_datasets.core.data_sources.base import BaseDataSource
 
-_HEADER = struct.Struct("<QI")  # of a record: its length in bytes, and the checksum of the length
+_HEADER = struct.Struct("<QI")  # the length of a record in bytes, and the checksum of the length
 # The checksum of the record is not verified: in pure Python that takes longer than decoding the image.
 _FOOTER_BYTES = 4
 
@@ -21,7 +21,7 @@ def open_builder(make_builder: Callable[..., tfds.core.DatasetBuilder]) -> tfds.
     """Return `make_builder(file_format=…)` in ArrayRecord format, or in TFRecord if only that is prepared.
 
     Raises:
-      Exception: TFDS raises errors of several types for a set in another format, or one it cannot open.
+      Exception: the set has another format or cannot be opened; TFDS raises errors of several types.
     """
     try:
         builder = make_builder(file_format="array_record")
@@ -40,7 +40,7 @@ def open_builder(make_builder: Callable[..., tfds.core.DatasetBuilder]) -> tfds.
 
 @dataclass(repr=False)
 class TFRecordDataSource(BaseDataSource):
-    """The examples of a split in TFRecord format, decoded as by TFDS's `as_data_source`; can be pickled."""
+    """Picklable sequence of the examples of a TFRecord split, decoded as by TFDS's `as_data_source`."""
 
     def __post_init__(self):
         split = self.dataset_info.splits[self.split]
@@ -49,7 +49,7 @@ class TFRecordDataSource(BaseDataSource):
 
 @dataclass
 class _Records:
-    """The serialised examples of all files, in order. A file is indexed when one of its examples is first read.
+    """Sequence of the serialized examples of all files. A file is indexed when it is first read.
 
     Raises:
       ValueError: on access, a file is truncated, its lengths are damaged, or its number of records is wrong.
@@ -57,7 +57,7 @@ class _Records:
 
     files: list[str]
     lengths: list[int]  # number of records in each file
-    # offsets in bytes of the records in each indexed file
+    # for each indexed file, the offsets of its records in bytes
     offsets: dict[int, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self):

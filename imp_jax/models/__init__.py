@@ -1,14 +1,15 @@
-"""Networks by the name that a config gives them.
+"""Networks, found by the name in a config.
 
 A model is a Flax Linen module that is called as `model(images, train=False)` and returns logits. It must have
 the field `num_classes`. It may have
 
 - the fields `width`, `dtype`, `norm_affine` and `norm_momentum`, which the config sets;
-- the field `norm_axis`, the mesh axis over whose devices batch statistics are averaged;
-- the class attribute `image_sides`, the smallest and largest side of the images it takes, in pixels (None: no
-  limit).
+- the field `norm_axis`, the name of the mesh axis over which batch statistics are averaged;
+- the class attribute `image_sides`, the smallest and largest height or width of images that it accepts, in
+  pixels (largest None: no limit).
 
-Add one by `register("mixer", Mixer)`, or name it by a dotted path, such as "their_package.nets:VGG11".
+To add a model, call `register("mixer", Mixer)`, or give its dotted path as `model.name`, such as
+"their_package.nets:VGG11".
 """
 
 import functools
@@ -68,7 +69,7 @@ def find(name: str) -> Callable[..., nn.Module]:
         colon and an attribute, such as "their_package.nets:VGG11".
 
     Raises:
-      UserError: an unknown name, a depth that is not 6n + 2, or a dotted path that cannot be imported.
+      UserError: the name is unknown, the depth is not 6n + 2, or the dotted path cannot be imported.
     """
     if name in MODELS:
         return MODELS[name]
@@ -95,7 +96,7 @@ def create(
     norm_affine: bool = False,
     norm_momentum: float = 0.9,
 ) -> nn.Module:
-    """Create a model and check that it takes the images and returns logits.
+    """Create a model and check that it accepts the images and returns logits.
 
     Args:
       name: see `find`.
@@ -107,8 +108,8 @@ def create(
       norm_momentum: decay of the running statistics of normalization, in [0, 1).
 
     Raises:
-      UserError: see `find`; an option other than the default that the model has no field for; images of
-        unsuitable size; a model that breaks a rule of this module's docstring.
+      UserError: see `find`; also if an option differs from its default and the model has no field for it, if
+        the size of the images is unsuitable, or if the model breaks a rule of this module's docstring.
     """
     make = find(name)
     if not _takes(make, "num_classes"):
@@ -135,11 +136,13 @@ def create(
         hash(model)
     except TypeError as error:
         raise UserError(
-            f"model.name is {name!r}, which has a field that cannot be hashed, as a list; it should be a tuple"
+            f"model.name is {name!r}, which has a field that cannot be hashed, such as a list; it should be a "
+            f"tuple"
         ) from error
     if not _takes(model.__call__, "train"):
         raise UserError(
-            f"model.name is {name!r}, which is not called as model(images, train=False); it should be"
+            f"model.name is {name!r}, whose __call__ has no parameter train; it should be called as "
+            f"model(images, train=False)"
         )
     _check_image_shape(name, model, image_shape)
     _check_variables_and_logits(name, model, image_shape, num_classes)
@@ -158,64 +161,65 @@ def _check_image_shape(name, model, image_shape):
         sides = f"{smallest} to {largest}" if largest else f"at least {smallest}"
         height, width, _ = image_shape
         raise UserError(
-            f"model.name is {name!r}, which takes images of {sides} pixels a side; those of the data set are "
-            f"{height} × {width} (of a streamed set, dataset.image_side sets it)"
+            f"model.name is {name!r}, which takes images of {sides} pixels per side; those of the data set are "
+            f"{height} × {width} (for a streamed set, change dataset.image_side)"
         )
 
 
 def _check_variables_and_logits(name, model, image_shape, num_classes):
     variables, image = shapes(model, image_shape), _image(image_shape)
-    if other := {str(leaf.dtype) for leaf in jax.tree.leaves(variables["params"])} - {"float32"}:
+    if dtypes := {str(leaf.dtype) for leaf in jax.tree.leaves(variables["params"])} - {"float32"}:
         raise UserError(
-            f"model.name is {name!r}, which has parameters of type {', '.join(sorted(other))}; they should be "
-            f"float32, whatever type the computation has"
+            f"model.name is {name!r}, which has parameters of type {', '.join(sorted(dtypes))}; they should be "
+            f"float32, even if the computation has another type"
         )
     try:
         logits = jax.eval_shape(lambda v, image: model.apply(v, image, train=False), variables, image)
     except flax.errors.InvalidRngError as error:
         raise UserError(
-            f"model.name is {name!r}, which draws random numbers where train is False ({one_line(error)}); it "
-            f"should draw them only where train is True"
+            f"model.name is {name!r}, which draws random numbers if train is False ({one_line(error)}); it "
+            f"should draw them only if train is True"
         ) from error
     if getattr(logits, "shape", None) != (1, num_classes):
-        found = getattr(logits, "shape", type(logits).__name__)
+        returned = getattr(logits, "shape", type(logits).__name__)
         raise UserError(
-            f"model.name is {name!r}, which makes {found} of one image; it should be logits of the shape "
-            f"(1, {num_classes})"
+            f"model.name is {name!r}, which returns {returned} for one image; it should return logits of the "
+            f"shape (1, {num_classes})"
         )
 
 
 def check_normalization(
     name: str, model: nn.Module, image_shape: tuple[int, int, int], norm_parts: int, batch_norm: str
 ) -> None:
-    """Check that a model has the normalization that settings of a run need.
+    """Check that a model has the normalization that the settings of a run need.
 
     Args:
       name: name of the model, for messages.
       model: the model itself.
       image_shape: height, width and channels of the images.
-      norm_parts: `config.model.norm_parts`, the number of parts of a batch with statistics of their own.
+      norm_parts: `config.model.norm_parts`, the number of parts of a batch with separate statistics.
       batch_norm: `config.analysis.batch_norm`, "interpolate" or "reestimate".
 
     Raises:
-      UserError: several parts, but no statistics; or "reestimate", but no statistics or no field
-        `norm_momentum`.
+      UserError: `norm_parts` is greater than 1 and the model has no batch statistics; or `batch_norm` is
+        "reestimate" and the model has no batch statistics or no field `norm_momentum`.
     """
     has_statistics = set(shapes(model, image_shape)) != {"params"}
     if norm_parts > 1 and not has_statistics:
-        raise UserError(f"model.norm_parts is {norm_parts}; {name} has no normalisation, so it should be 1")
+        raise UserError(f"model.norm_parts is {norm_parts}; {name} has no normalization, so it should be 1")
     if batch_norm == "reestimate" and not (has_statistics and hasattr(model, "norm_momentum")):
-        lacks = "field norm_momentum" if has_statistics else "statistics of its batches"
+        missing = "field norm_momentum" if has_statistics else "batch statistics"
         raise UserError(
-            f"analysis.batch_norm is 'reestimate'; {name} has no {lacks}, so it should be 'interpolate'"
+            f"analysis.batch_norm is 'reestimate'; {name} has no {missing}, so it should be 'interpolate'"
         )
 
 
 @functools.lru_cache(maxsize=4)
 def shapes(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, PyTree[jax.ShapeDtypeStruct]]:
-    """Return shapes and dtypes of a model's variables, by collection; nothing is computed.
+    """Return shapes and dtypes of a model's variables by collection, without computing them.
 
     Args:
+      model: a Linen module.
       image_shape: height, width and channels of the images.
     """
     initialize = functools.partial(model.init, train=False)
@@ -224,19 +228,20 @@ def shapes(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, PyT
 
 @functools.lru_cache(maxsize=4)
 def rng_streams(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[str, ...]:
-    """Return the names of the rng streams that a model draws from in training, such as ("dropout",).
+    """Return the names of the rng streams from which a model draws in training, such as ("dropout",).
 
-    They are found by tracing `model.apply(…, train=True)` without keys, and adding each stream that it asks
-    for. Pass a key for each to `model.apply(…, train=True, rngs={name: key})`.
+    They are found by tracing `model.apply(…, train=True)`, first without keys, and again with a key for each
+    stream that is missing. Pass a key for each to `model.apply(…, train=True, rngs={name: key})`.
 
     Args:
+      model: a Linen module.
       image_shape: height, width and channels of the images.
 
     Returns:
-      The names in the order in which they are first asked for; () for a model that draws nothing.
+      The names in the order of their first use; () for a model that draws nothing.
     """
     if hasattr(model, "norm_axis"):
-        model = model.clone(norm_axis=None)  # there is no mesh here
+        model = model.clone(norm_axis=None)  # the model is traced outside of a mesh
     variables = shapes(model, image_shape)
     mutable = [collection for collection in variables if collection != "params"]
     names = []

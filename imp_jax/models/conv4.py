@@ -10,13 +10,13 @@ from imp_jax.models.layers import MaxPool, kaiming_normal
 
 
 class Conv4(nn.Module):
-    """Two blocks of two 3 × 3 convolutions and a max-pool, then dense layers of 256, 256 and the output.
+    """Two blocks of two 3 × 3 convolutions and a max-pool, two dense layers of 256 units, and the output.
 
     It has 2,425,930 parameters on 32 × 32 × 3 images and 10 classes (table 1).
 
     Attributes:
       num_classes: number of logits.
-      width: factor of the size of every hidden layer.
+      width: factor of the number of channels or units of every hidden layer.
       dtype: type of the computation; parameters are float32.
     """
 

@@ -1,7 +1,7 @@
 """Layers and initializers that several networks share.
 
-The initializers are those of He et al. 2015: fan-in and gain √2, so that ReLU layers keep the variance of their
-inputs (table 1 of the paper).
+The initializers are those of He et al. 2015, with fan-in and gain √2, so that ReLU layers preserve the variance
+of their inputs (table 1 of the paper).
 """
 
 from collections.abc import Sequence
@@ -11,18 +11,18 @@ from jaxtyping import Array, Float
 
 # uniform in ±√(6 / fan-in)
 kaiming_uniform = nn.initializers.variance_scaling(2.0, "fan_in", "uniform")
-# a normal of variance 2 / fan-in; nn.initializers.he_normal is truncated at two standard deviations
+# normal with variance 2 / fan-in; nn.initializers.he_normal is truncated at two standard deviations
 kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 class BatchNorm(nn.BatchNorm):
     """`nn.BatchNorm`, followed by the addition of a shortcut and by a ReLU.
 
-    The three operations are one layer, so that `models.fast_cpu` can compute them in one kernel. Fields and
-    variables are those of `nn.BatchNorm`.
+    The three operations are one layer, so that `models.fast_cpu` can compute them in one kernel. Variables and
+    other fields are those of `nn.BatchNorm`.
 
     Attributes:
-      relu: whether the outputs pass through `nn.relu`.
+      relu: whether to apply `nn.relu`.
     """
 
     relu: bool = True
@@ -37,7 +37,7 @@ class BatchNorm(nn.BatchNorm):
 
         Args:
           x: inputs of the normalization.
-          shortcut: residual connection, added to the normalized inputs.
+          shortcut: residual connection to add to the normalized inputs, or None.
         """
         x = super().__call__(x)
         if shortcut is not None:
@@ -46,7 +46,7 @@ class BatchNorm(nn.BatchNorm):
 
 
 class MaxPool(nn.Module):
-    """`nn.max_pool` as a layer without variables, so that `models.fast_cpu` can replace it.
+    """`nn.max_pool` as a layer, so that `models.fast_cpu` can replace it.
 
     Attributes:
       window_shape: height and width of the window, in pixels.

@@ -11,7 +11,9 @@ from imp_jax.models.layers import kaiming_uniform
 
 
 class LeNet(nn.Module):
-    """Dense layers of 300, 100 and the output: 266,610 parameters on 28 × 28 images and 10 classes (table 1).
+    """Dense layers: 300 and 100 hidden units, and the output.
+
+    It has 266,610 parameters on 28 × 28 images and 10 classes (table 1).
 
     Attributes:
       num_classes: number of logits.
@@ -25,7 +27,7 @@ class LeNet(nn.Module):
     width: float = 1.0
     dtype: Any = jnp.float32
 
-    image_sides: ClassVar = (1, 64)  # pixels; the first layer has a row of weights for every pixel
+    image_sides: ClassVar = (1, 64)  # pixels; the first dense layer grows with the area of the image
 
     @nn.compact
     def __call__(

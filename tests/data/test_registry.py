@@ -1,4 +1,4 @@
-"""Data sets and augmentations that users register from outside of the package."""
+"""Data sets and augmentations that users register from outside the package."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ def make_set(**options):
 
 @pytest.fixture(autouse=True)
 def restored_registries(monkeypatch):
-    """Each test has registries of its own."""
+    """Restore the registries after each test."""
     monkeypatch.setattr(data.registry, "DATASETS", dict(data.DATASETS))
     for name, function in list(data.AUGMENTATIONS.items()):
         monkeypatch.setitem(data.AUGMENTATIONS, name, function)
@@ -39,8 +39,8 @@ def restored_registries(monkeypatch):
 
 
 @pytest.fixture
-def own_package(tmp_path, monkeypatch):
-    """A package of the user's, their_package.sets, which is not installed."""
+def package_root(tmp_path, monkeypatch):
+    """Write a user's package with the module their_package.sets to a folder of sys.path; return the folder."""
     package = tmp_path / "their_package"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -52,8 +52,8 @@ def own_package(tmp_path, monkeypatch):
         number = 3
 
         def mine(data_dir):
-            draw = np.random.default_rng(0)
-            images, labels = draw.integers(0, 256, (20, 6, 5, 1), np.uint8), np.arange(20) % 3
+            rng = np.random.default_rng(0)
+            images, labels = rng.integers(0, 256, (20, 6, 5, 1), np.uint8), np.arange(20) % 3
             return data.from_arrays(images, labels, images[:7], labels[:7])
 
         class Sets:
@@ -67,16 +67,16 @@ def own_package(tmp_path, monkeypatch):
 
 
 def test_a_registered_set_is_loaded_by_name(tmp_path, monkeypatch):
-    seen = []
-    data.register("mine", lambda data_dir: seen.append(data_dir) or make_set())
+    data_dirs = []
+    data.register("mine", lambda data_dir: data_dirs.append(data_dir) or make_set())
     dataset = data.load("mine", str(tmp_path))
     np.testing.assert_array_equal(dataset.train.images, IMAGES)
     assert dataset.identity() == {"train_examples": 20, "test_examples": 7, "num_classes": 3, "classes": []}
     monkeypatch.setenv("HOME", "/home/me")
     data.load("mine")
     data.load("mine", "~/sets")
-    assert [None if path is None else str(path) for path in seen] == [str(tmp_path), None, "/home/me/sets"]
-    data.register("mine", lambda data_dir: make_set(num_classes=9))  # as a notebook cell that is run again
+    assert [None if path is None else str(path) for path in data_dirs] == [str(tmp_path), None, "/home/me/sets"]
+    data.register("mine", lambda data_dir: make_set(num_classes=9))  # like a notebook cell that runs again
     assert data.load("mine").num_classes == 9
     data.register("cifar10", lambda data_dir: make_set())  # a built-in set may be replaced
     assert data.load("cifar10").train.examples == 20
@@ -86,19 +86,19 @@ def test_built_in_sets_are_registered():
     assert {*data.BUILDERS, "folder"} == set(data.DATASETS)
 
 
-def test_a_function_is_given_the_settings_that_it_names():
-    seen = []
+def test_a_factory_gets_the_settings_for_which_it_has_parameters():
+    calls = []
 
-    def factory(data_dir, *, image_side, workers=4, **other):
-        seen.append((image_side, workers, other))
+    def factory(data_dir, *, image_side, workers=4, **options):
+        calls.append((image_side, workers, options))
         return make_set()
 
     data.register("mine", factory)
     data.load("mine", augmentation=("flip",), image_side=64)
-    assert seen == [(64, None, {})]
+    assert calls == [(64, None, {})]
 
 
-def test_the_augmentation_of_a_set_in_memory_is_replaced():
+def test_the_augmentation_of_a_set_in_memory_can_be_replaced():
     data.register("mine", lambda data_dir: make_set(augmentation=("crop",)))
     assert data.load("mine").augmentation == ("crop",)
     assert data.load("mine", augmentation=()).augmentation == ()
@@ -107,7 +107,7 @@ def test_the_augmentation_of_a_set_in_memory_is_replaced():
         data.load("mine", augmentation=("mirror",))
 
 
-def test_settings_of_streams_are_refused_in_memory():
+def test_settings_of_streamed_sets_are_refused_for_a_set_in_memory():
     data.register("mine", lambda data_dir, image_side: make_set())
     config = quick_config(None, **{"dataset.name": "mine", "batch_size": 5, "dataset.image_side": 64})
     with pytest.raises(UserError, match="image_side is 64; only streamed sets read it, and mine is held in"):
@@ -116,10 +116,10 @@ def test_settings_of_streams_are_refused_in_memory():
     assert experiment.setup(config).dataset.num_classes == 3
 
 
-def test_a_streamed_set_of_a_users(tmp_path):
+def test_a_registered_function_may_return_a_streamed_set(tmp_path):
     write_set(tmp_path, (40, 60, 3))
 
-    def whole(data_dir, image_side, workers, augmentation):
+    def load_streamed(data_dir, image_side, workers, augmentation):
         splits = folder.open_splits(data_dir)
         return data.Dataset(
             *(data.Streamed(split, image_side, augmentation or (), workers) for split in splits),
@@ -128,22 +128,22 @@ def test_a_streamed_set_of_a_users(tmp_path):
             folder=None,
         )
 
-    data.register("whole", whole)
-    data.register("partial", lambda data_dir, workers: whole(data_dir, 8, workers, ()))
-    dataset = data.load("whole", tmp_path, image_side=16, workers=0, augmentation=("flip",))
+    data.register("all_settings", load_streamed)
+    data.register("only_workers", lambda data_dir, workers: load_streamed(data_dir, 8, workers, ()))
+    dataset = data.load("all_settings", tmp_path, image_side=16, workers=0, augmentation=("flip",))
     assert (dataset.train.image_shape, dataset.train.augmentation) == ((16, 16, 3), ("flip",))
-    assert data.load("partial", tmp_path, workers=0).test.image_shape == (8, 8, 3)
+    assert data.load("only_workers", tmp_path, workers=0).test.image_shape == (8, 8, 3)
     for option, value, default in (("image_side", 16, "224"), ("augmentation", ("flip",), "None")):
         with pytest.raises(
             UserError,
-            match=f"dataset.{option} is .*; the function of the streamed set partial has no parameter "
+            match=f"dataset.{option} is .*; the function of the streamed set only_workers has no parameter "
             f"{option}, so it should be {default}",
         ):
-            data.load("partial", tmp_path, **{option: value})
+            data.load("only_workers", tmp_path, **{option: value})
 
 
 @pytest.mark.parametrize("path", ["their_package.sets:mine", "their_package.sets:Sets.mine"])
-def test_a_dotted_path_is_a_name(own_package, path):
+def test_a_set_is_loaded_by_a_dotted_path(package_root, path):
     assert data.load(path).identity() == make_set().identity()
 
 
@@ -159,7 +159,7 @@ def test_a_dotted_path_is_a_name(own_package, path):
         ("their_package.sets:number", "is an object of type int; it should be a function of data_dir"),
     ],
 )
-def test_a_dotted_path_that_leads_nowhere_is_one_sentence(own_package, path, sentence):
+def test_an_unusable_dotted_path_is_reported_in_one_sentence(package_root, path, sentence):
     with pytest.raises(UserError, match=f"dataset.name is '{path}', which {sentence}") as error:
         data.load(path)
     assert "\n" not in str(error.value)
@@ -174,7 +174,7 @@ def test_registered_names_are_listed_and_suggested(tmp_path):
         data.load("their-bird", tmp_path)
 
 
-def test_an_unknown_name_within_a_users_function_is_its_own():
+def test_an_unknown_name_error_of_a_factory_is_not_replaced():
     def factory(data_dir):
         raise UnknownNameError("species is 'emu'; it should be one of kiwi")
 
@@ -196,7 +196,7 @@ def test_an_unknown_name_within_a_users_function_is_its_own():
         (None, make_set, "registered as None; its name should be a string"),
     ],
 )
-def test_what_cannot_be_registered_is_refused(name, factory, sentence):
+def test_register_refuses_invalid_names_and_factories(name, factory, sentence):
     names = set(data.registry.DATASETS)
     with pytest.raises(UserError, match=sentence):
         data.register(name, factory)
@@ -223,7 +223,7 @@ def split(images=IMAGES, labels=LABELS):
         ({"augmentation": ("mirror",)}, "dataset.augmentation is .'mirror',.; it should be None, or any of"),
     ],
 )  # fmt: skip
-def test_what_is_no_data_set_is_refused(returned, sentence):
+def test_load_refuses_an_invalid_data_set(returned, sentence):
     if isinstance(returned, dict):
         returned = make_set()._replace(**returned)
     data.register("mine", lambda data_dir: returned)
@@ -236,11 +236,11 @@ def test_numpy_arrays_are_put_on_the_device():
     splits = split(IMAGES / 255), split(IMAGES[:7] / 255, LABELS[:7].astype(np.int8))
     data.register("mine", lambda data_dir: data.Dataset(*splits, num_classes=3, augmentation=(), folder=None))
     dataset = data.load("mine")
-    for loaded, given in zip((dataset.train, dataset.test), splits, strict=True):
+    for loaded, original in zip((dataset.train, dataset.test), splits, strict=True):
         assert isinstance(loaded.images, jax.Array)
         assert (loaded.images.dtype, loaded.labels.dtype) == (jnp.float32, jnp.int32)
-        np.testing.assert_allclose(loaded.images, given.images, rtol=1e-6)
-        np.testing.assert_array_equal(loaded.labels, given.labels)
+        np.testing.assert_allclose(loaded.images, original.images, rtol=1e-6)
+        np.testing.assert_array_equal(loaded.labels, original.labels)
 
 
 def test_a_registered_augmentation_is_applied():
@@ -250,11 +250,11 @@ def test_a_registered_augmentation_is_applied():
     assert make_set(augmentation=("invert", "flip")).augmentation == ("invert", "flip")
     jitted = jax.jit(augment, static_argnums=2)
     np.testing.assert_array_equal(jitted(jax.random.key(0), IMAGES, ("invert",)), 255 - IMAGES)
-    data.register_augmentation("invert", lambda key, images: images // 2)  # the compiled one is not used again
+    data.register_augmentation("invert", lambda key, images: images // 2)  # replaces the compiled one
     np.testing.assert_array_equal(jitted(jax.random.key(0), IMAGES, ("invert",)), IMAGES // 2)
 
 
-def test_augmentations_draw_from_keys_of_their_own():
+def test_each_augmentation_gets_its_own_key():
     data.register_augmentation("noise", lambda key, images: images + jax.random.normal(key, images.shape))
     images = jnp.zeros((4, 3, 3, 1))
     augmented = augment(jax.random.key(0), images, ("noise", "noise"))
@@ -262,7 +262,7 @@ def test_augmentations_draw_from_keys_of_their_own():
     np.testing.assert_allclose(augmented, sum(jax.random.normal(key, images.shape) for key in keys), rtol=1e-6)
 
 
-def test_what_is_no_augmentation_is_refused():
+def test_invalid_augmentations_are_refused():
     with pytest.raises(
         UserError, match="an augmentation is registered as 'invert' with an object of type int; it"
     ):
@@ -285,12 +285,12 @@ def test_what_is_no_augmentation_is_refused():
             data.load("mine", augmentation=(name,))
 
 
-OWN_CONFIG = """
+CONFIG_FILE = """
 import numpy as np
 from imp_jax import config, data
 
-draw = np.random.default_rng(0)
-images, labels = draw.normal(size=(20, 6, 5, 2)).astype(np.float32), np.arange(20) % 3
+rng = np.random.default_rng(0)
+images, labels = rng.normal(size=(20, 6, 5, 2)).astype(np.float32), np.arange(20) % 3
 data.register("mine", lambda data_dir: data.from_arrays(images, labels, images[:7], labels[:7]))
 data.register_augmentation("darken", lambda key, images: (images * 0.5).astype(images.dtype))
 
@@ -304,12 +304,12 @@ def get_config(name):
 
 
 @pytest.mark.parametrize("name", ["mine", "their_package.sets:mine"])
-def test_a_config_file_trains_on_its_own_set(own_package, name):
-    config_file = own_package / "own.py"
-    config_file.write_text(OWN_CONFIG)
+def test_a_run_trains_on_the_set_that_its_config_file_registers(package_root, name):
+    config_file = package_root / "own.py"
+    config_file.write_text(CONFIG_FILE)
     done = subprocess.run(
         [sys.executable, "-m", "imp_jax.main", f"--config={config_file}:{name}", "--workdir=run"],
-        cwd=own_package,
+        cwd=package_root,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -317,6 +317,6 @@ def test_a_config_file_trains_on_its_own_set(own_package, name):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert f"lenet on {name} (6 × 5 × {2 if name == 'mine' else 1})" in done.stdout
-    results = pd.read_csv(own_package / "run" / "results.csv")
+    results = pd.read_csv(package_root / "run" / "results.csv")
     assert len(results) == 2
     assert np.isfinite(results["test_loss"]).all()

@@ -1,4 +1,4 @@
-"""Sets in TFRecord format: the same examples as in ArrayRecord format, and the name of a damaged file."""
+"""Sets in TFRecord format: the same examples as in ArrayRecord format, and errors that name damaged files."""
 
 import json
 import pickle
@@ -16,14 +16,14 @@ from tests.helpers import folders
 
 
 def write_records(path, records):
-    writer = RecordWriter(str(path))  # of event files, which have the same format
+    writer = RecordWriter(str(path))  # event files have the same format
     for record in records:
         writer.write(record)
     writer.close()
 
 
 def convert(name, data_dir, shards=1):
-    """Bring a prepared set from ArrayRecord to TFRecord format, as TFDS would have written it."""
+    """Convert a prepared set from ArrayRecord to the TFRecord format of TFDS."""
     builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     file = builder.data_path / "dataset_info.json"
     info = json.loads(file.read_text())
@@ -44,7 +44,7 @@ def convert(name, data_dir, shards=1):
 
 @pytest.fixture(scope="module")
 def mnist(tmp_path_factory):
-    """mnist in ArrayRecord format, and the same in three TFRecord files a split."""
+    """Folders of the same MNIST: in ArrayRecord format, and in three TFRecord files per split."""
     array_record, tfrecord = (tmp_path_factory.mktemp(name) for name in ("array_record", "tfrecord"))
     folders.write_mnist(array_record)
     shutil.copytree(array_record / "mnist", tfrecord / "mnist")
@@ -58,16 +58,16 @@ def assert_same(one, other):
             np.testing.assert_array_equal(a, b)
 
 
-def test_a_set_in_memory_is_the_same(mnist):
+def test_a_tfrecord_set_in_memory_equals_the_arrayrecord_set(mnist):
     array_record, tfrecord = mnist
     expected = data.load("mnist", array_record)
     assert expected.train.examples == 30
     assert_same(data.load("mnist", tfrecord), expected)
-    assert_same(data.load("mnist:3.0.1", tfrecord), expected)  # opened by the folder alone
-    assert data.prepare("mnist", tfrecord) == next(tfrecord.glob("mnist/*"))  # nothing is left to do
+    assert_same(data.load("mnist:3.0.1", tfrecord), expected)  # TFDS opens a version from its folder
+    assert data.prepare("mnist", tfrecord) == next(tfrecord.glob("mnist/*"))  # already prepared
 
 
-def test_a_stream_is_the_same_and_its_source_can_be_pickled(tmp_path):
+def test_a_streamed_tfrecord_set_equals_the_arrayrecord_set_and_can_be_pickled(tmp_path):
     folders.write_imagenet(tmp_path)
 
     def load():
@@ -86,8 +86,8 @@ def test_a_stream_is_the_same_and_its_source_can_be_pickled(tmp_path):
         np.testing.assert_array_equal(labels, converted_labels)
 
 
-def test_any_record_of_many_files_is_found(tmp_path):
-    records = [bytes([i]) * i for i in range(9)]  # of lengths from 0 on
+def test_records_of_several_files_are_read_in_any_order(tmp_path):
+    records = [bytes([i]) * i for i in range(9)]  # of 0 to 8 bytes
     lengths = [2, 0, 6, 1]
     ends = np.cumsum([0, *lengths])
     files = [str(tmp_path / str(i)) for i in range(4)]
@@ -108,7 +108,7 @@ def flip_first_byte(content):
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "sentence"),
     [
         (lambda content: content[:-1], "the file is cut off within record 9"),
         (lambda content: content[: len(content) // 2], r"the file is cut off within record \d"),
@@ -118,34 +118,34 @@ def flip_first_byte(content):
         (lambda content: content * 2, "the file has 20 records, not 10"),
     ],
 )
-def test_a_damaged_file_is_named(mnist, tmp_path, damage, words):
+def test_load_names_a_damaged_file(mnist, tmp_path, damage, sentence):
     shutil.copytree(mnist[1] / "mnist", tmp_path / "mnist")
     (file,) = tmp_path.glob("mnist/*/mnist-train.tfrecord-00001-of-00003")
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(UserError, match=f"cannot read train of mnist, {file}: ValueError: {words}; remove "):
+    with pytest.raises(UserError, match=f"cannot read train of mnist, {file}: ValueError: {sentence}; remove "):
         data.load("mnist", tmp_path)
 
 
-def test_a_missing_file_is_named(mnist, tmp_path):
+def test_load_names_a_missing_file(mnist, tmp_path):
     shutil.copytree(mnist[1] / "mnist", tmp_path / "mnist")
     (file,) = tmp_path.glob("mnist/*/mnist-train.tfrecord-00001-of-00003")
     file.unlink()
-    with pytest.raises(UserError, match=f"mnist is only half there: {file} is missing .1 of 3 files of train"):
+    with pytest.raises(UserError, match=f"mnist is incomplete: {file} is missing .1 of 3 files of train"):
         data.load("mnist", tmp_path)
 
 
-def test_the_format_is_that_of_the_files(mnist, tmp_path):
-    """Whatever dataset_info.json names; ArrayRecord where there are both."""
+def test_the_format_is_found_from_the_files(mnist, tmp_path):
+    """dataset_info.json does not matter; ArrayRecord is preferred if there are files of both formats."""
     array_record, tfrecord = mnist
     expected = data.load("mnist", array_record)
     shutil.copytree(tfrecord / "mnist", tmp_path / "mnist")
     (folder,) = tmp_path.glob("mnist/*")
     info = json.loads((folder / "dataset_info.json").read_text())
-    del info["fileFormat"]  # as of an older TFDS
+    del info["fileFormat"]  # as older versions of TFDS write it
     (folder / "dataset_info.json").write_text(json.dumps(info))
     assert_same(data.load("mnist", tmp_path), expected)
 
-    # as of `tfds convert_format`
+    # files and dataset_info.json as after `tfds convert_format`
     shutil.rmtree(tmp_path / "mnist")
     shutil.copytree(array_record / "mnist", tmp_path / "mnist")
     for split in ("train", "test"):

@@ -1,4 +1,4 @@
-"""Fast convolutions on a CPU against those of `lax` and Flax, in value and gradient."""
+"""Values and gradients of the fast convolutions for CPUs, against those of `lax` and Flax."""
 
 import functools
 
@@ -18,7 +18,7 @@ from tests.helpers.epochs import train_epoch
 
 @pytest.fixture(params=["xla", "onednn"])
 def implementation(request):
-    """Each way to compute convolutions on a CPU."""
+    """Each library that computes convolutions; oneDNN is skipped if it is not available."""
     if request.param == "onednn" and not convolution.has_onednn():
         pytest.skip("this XLA was built without oneDNN")
     convolution.disable_compilation_cache_writes()
@@ -36,50 +36,52 @@ def implementation(request):
         (3, (2, 2, 3, 4), (1, 2), ((-1, 1), (0, -2))),  # cropped
     ],
 )
-def test_convolution_in_parts_is_the_convolution(implementation, batch, kernel_shape, strides, padding):
+def test_conv_general_dilated_and_its_gradients_equal_lax(
+    implementation, batch, kernel_shape, strides, padding
+):
     images = jax.random.normal(jax.random.key(0), (batch, 6, 7, 3))
     kernel = jax.random.normal(jax.random.key(1), kernel_shape)
-    along = (
+    direction = (
         jax.random.normal(jax.random.key(2), images.shape),
         jax.random.normal(jax.random.key(3), kernel_shape),
     )
 
-    def by(convolve):
+    def outputs_and_gradients(convolve):
         def output(images, kernel):
             return convolve(images, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
         def loss(inputs):
             return jnp.sum(jnp.sin(output(*inputs)))
 
-        def slope(inputs):
-            return sum(jnp.sum(a * g) for a, g in zip(along, jax.grad(loss)(inputs), strict=True))
+        def directional_derivative(inputs):
+            return sum(jnp.sum(d * g) for d, g in zip(direction, jax.grad(loss)(inputs), strict=True))
 
         @jax.jit
-        def all_of_it(inputs):
-            return output(*inputs), jax.grad(loss)(inputs), jax.grad(slope)(inputs)
+        def compute(inputs):
+            return output(*inputs), jax.grad(loss)(inputs), jax.grad(directional_derivative)(inputs)
 
-        return jax.tree.leaves(all_of_it((images, kernel)))
+        return jax.tree.leaves(compute((images, kernel)))
 
-    def padded_first(images, kernel, strides, padding, **options):
-        """The reference; XLA on a CPU crops wrongly inside of a convolution."""
+    def pad_and_convolve(images, kernel, strides, padding, **options):
+        """Pad or crop first, because convolutions of XLA on a CPU are wrong for negative padding."""
         if not isinstance(padding, str):
-            around = [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)]
-            images, padding = jax.lax.pad(images, 0.0, around), "VALID"
+            pads = [(0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)]
+            images, padding = jax.lax.pad(images, 0.0, pads), "VALID"
         return jax.lax.conv_general_dilated(images, kernel, strides, padding, **options)
 
     ours = functools.partial(conv_general_dilated, implementation=implementation)
-    for a, b in zip(by(ours), by(padded_first), strict=True):
+    for a, b in zip(outputs_and_gradients(ours), outputs_and_gradients(pad_and_convolve), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
 
 
-def test_a_network_trains_alike_in_a_loop_and_step_by_step(implementation):
-    """Two members of a ResNet, three steps: losses, weights, statistics, as with Flax's convolutions."""
-    draw = np.random.default_rng(0)
-    images, labels = draw.integers(0, 256, (24, 8, 8, 3), np.uint8), draw.integers(0, 10, 24)
+def test_scanned_steps_with_fast_convolutions_equal_single_steps_with_flax(implementation):
+    """Losses, weights and statistics of two members of a ResNet are equal after three steps."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (24, 8, 8, 3), np.uint8), rng.integers(0, 10, 24)
     split = data.InMemory(jnp.asarray(images), jnp.asarray(labels))
     optimizer = optimizers.make_optimizer("momentum", learning_rate=0.05)
 
-    def trained(execution, convolutions):
+    def train(execution, convolutions):
         model = CifarResNet(depth=8, width=0.25)
         execution = EXECUTION_MODES[execution]._replace(convolutions=convolutions)
         spec = training.TrainSpec(model, optimizer, execution=execution)
@@ -90,12 +92,12 @@ def test_a_network_trains_alike_in_a_loop_and_step_by_step(implementation):
         rates = np.full(3, 0.05, np.float32)
         return train_epoch(states, masks, split, keys, 0, 0, rates, batch_size=8, spec=spec)
 
-    expected = jax.tree.leaves(trained("step_unroll", "flax"))
-    for a, b in zip(jax.tree.leaves(trained("scan_unroll", implementation)), expected, strict=True):
+    expected = jax.tree.leaves(train("step_unroll", "flax"))
+    for a, b in zip(jax.tree.leaves(train("scan_unroll", implementation)), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_convolution_with_dilation_or_groups_is_laxs():
+def test_lax_computes_dilated_and_grouped_convolutions():
     images = jax.random.normal(jax.random.key(0), (2, 6, 7, 4))
     for inputs, options in (
         (4, {"rhs_dilation": (2, 2)}),
@@ -110,7 +112,7 @@ def test_convolution_with_dilation_or_groups_is_laxs():
         )
 
 
-def test_convolution_of_members_is_that_of_each(implementation):
+def test_vmap_over_members_equals_single_convolutions(implementation):
     images = jax.random.normal(jax.random.key(0), (2, 3, 6, 7, 3))
     kernels = jax.random.normal(jax.random.key(1), (2, 3, 3, 3, 4))
 
@@ -128,7 +130,7 @@ def test_convolution_of_members_is_that_of_each(implementation):
             np.testing.assert_allclose(a[member], b, rtol=1e-4, atol=1e-4)
 
 
-def test_bfloat16_wants_a_processor_that_has_it(monkeypatch):
+def test_onednn_in_bfloat16_requires_processor_support(monkeypatch):
     monkeypatch.setattr(convolution, "_onednn_call_works", lambda: True)
     monkeypatch.setattr(convolution, "_processor_flags", lambda: ["avx2", "avx512f"])
     assert convolution.has_onednn("float32")
@@ -138,11 +140,11 @@ def test_bfloat16_wants_a_processor_that_has_it(monkeypatch):
     assert not convolution.has_onednn("float16")
 
 
-def test_a_call_that_xla_does_not_know_is_not_made(monkeypatch):
-    def unknown(*arguments, **options):
+def test_onednn_is_not_available_if_its_call_is_unknown_or_wrong(monkeypatch):
+    def unknown_call(*arguments, **options):
         return jax.ffi.ffi_call("no such call", jax.ShapeDtypeStruct((2,), jnp.float32))(*arguments)
 
-    monkeypatch.setattr(convolution, "onednn_convolution", unknown)
+    monkeypatch.setattr(convolution, "onednn_convolution", unknown_call)
     assert not convolution._onednn_call_works.__wrapped__()
     monkeypatch.setattr(
         convolution,
@@ -152,11 +154,11 @@ def test_a_call_that_xla_does_not_know_is_not_made(monkeypatch):
     assert not convolution._onednn_call_works.__wrapped__()
 
 
-# --- plain Flax layers of any model ---
+# --- Flax layers in a user's model ---
 
 
 class StandardizedConv(nn.Conv):
-    """A subclass that computes its kernel and calls the function of the layer by itself."""
+    """A subclass that standardizes its kernel and calls `lax.conv_general_dilated` directly."""
 
     @nn.compact
     def __call__(self, x):
@@ -168,7 +170,7 @@ class StandardizedConv(nn.Conv):
 
 
 class ScaledConv(nn.Conv):
-    """A subclass that changes what its parent returns."""
+    """A subclass that doubles the outputs of its parent."""
 
     @nn.compact
     def __call__(self, x):
@@ -176,7 +178,7 @@ class ScaledConv(nn.Conv):
 
 
 class Twice(nn.Module):
-    """One layer, called twice, and made in `setup`."""
+    """A module that calls one layer twice."""
 
     def setup(self):
         self.conv = nn.Conv(3, (3, 3))
@@ -185,6 +187,7 @@ class Twice(nn.Module):
         return self.conv(nn.relu(self.conv(x)))
 
 
+# layers, and whether the kernels compute them
 LAYERS = {
     "plain": (nn.Conv(4, (3, 3)), True),
     "strided": (nn.Conv(4, (3, 2), strides=(2, 1), padding="VALID", use_bias=False), True),
@@ -209,8 +212,8 @@ LAYERS = {
 }
 
 
-def applied(layer, implementation):
-    """The layer as a function of its variables and images."""
+def make_apply(layer, implementation):
+    """Return a function that applies a layer to variables and images."""
 
     def apply(variables, images):
         with use_kernels(implementation):
@@ -220,18 +223,18 @@ def applied(layer, implementation):
 
 
 def layer_inputs(name):
-    """Variables and images of a layer."""
+    """Return variables and images for a layer."""
     images = jax.random.normal(jax.random.key(0), (2, 6, 7, 3))
     images = images[:, None] if name == "volumes" else images
     return jax.jit(LAYERS[name][0].init)(jax.random.key(1), images), images
 
 
-@pytest.mark.parametrize("name", [name for name, (_, plain) in LAYERS.items() if plain])
-def test_a_plain_layer_is_taken_over_and_is_that_of_flax(name):
+@pytest.mark.parametrize("name", [name for name, (_, is_replaced) in LAYERS.items() if is_replaced])
+def test_the_kernels_replace_a_layer_and_equal_flax(name):
     layer, inputs = LAYERS[name][0], layer_inputs(name)
-    ours, expected = applied(layer, "xla"), applied(layer, "flax")
+    ours, expected = make_apply(layer, "xla"), make_apply(layer, "flax")
     assert "name=_convolve" in str(jax.make_jaxpr(ours)(*inputs))
-    if name in ("remat", "jit", "twice"):  # how the gradient comes to the layer is up to Flax
+    if name in ("remat", "jit", "twice"):  # Flax transforms these layers: compare gradients too
         ours, expected = (
             jax.value_and_grad(lambda *inputs, f=f: jnp.sum(jnp.sin(f(*inputs))), (0, 1))
             for f in (ours, expected)
@@ -241,8 +244,11 @@ def test_a_plain_layer_is_taken_over_and_is_that_of_flax(name):
     assert getattr(layer, "conv_general_dilated", None) is None
 
 
-@pytest.mark.parametrize("name", [name for name, (_, plain) in LAYERS.items() if not plain])
-def test_any_other_layer_is_left_to_flax(name):
+@pytest.mark.parametrize("name", [name for name, (_, is_replaced) in LAYERS.items() if not is_replaced])
+def test_flax_computes_any_other_layer(name):
     inputs = jax.eval_shape(lambda: layer_inputs(name))
-    ours, expected = (jax.make_jaxpr(applied(LAYERS[name][0], by))(*inputs) for by in ("onednn", "flax"))
-    assert str(ours) == str(expected)
+    jaxpr, expected = (
+        jax.make_jaxpr(make_apply(LAYERS[name][0], implementation))(*inputs)
+        for implementation in ("onednn", "flax")
+    )
+    assert str(jaxpr) == str(expected)

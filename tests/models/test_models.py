@@ -22,75 +22,75 @@ def create(name, image_shape=CIFAR, num_classes=10, **options):
 
 
 def shapes(model, image_shape=CIFAR):
-    """The shapes of a model's variables, nothing computed."""
+    """Return the shapes of a model's variables without computing them."""
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     return jax.eval_shape(lambda image: model.init(jax.random.key(0), image, train=False), image)
 
 
-def count(tree):
+def count_elements(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 # --- parameter counts (table 1) ---
 
 
-def test_lenet():
+def test_lenet_has_the_parameters_of_table_1():
     params = shapes(create("lenet", (28, 28, 1)), (28, 28, 1))["params"]
-    assert count(params) == 784 * 300 + 300 + 300 * 100 + 100 + 100 * 10 + 10 == 266_610
+    assert count_elements(params) == 784 * 300 + 300 + 300 * 100 + 100 + 100 * 10 + 10 == 266_610
 
 
-def test_conv4():
+def test_conv4_has_the_parameters_of_table_1():
     convolutions = 9 * (3 * 64 + 64 * 64 + 64 * 128 + 128 * 128)
     dense = 8 * 8 * 128 * 256 + 256 * 256 + 256 * 10
     biases = 64 + 64 + 128 + 128 + 256 + 256 + 10
     params = shapes(create("conv4"))["params"]
-    assert count(params) == convolutions + dense + biases == 2_425_930
+    assert count_elements(params) == convolutions + dense + biases == 2_425_930
     assert masking.size(params) == convolutions + dense
 
 
 def cifar_resnet_counts(depth):
-    """Weights of the convolutions and the output layer, and channels that are normalised."""
+    """Return the numbers of weights (convolutions and output layer) and of normalized channels."""
     n = (depth - 2) // 6
     convolutions = 3 * 16 + (2 * n) * 16**2 + 16 * 32 + (2 * n - 1) * 32**2 + 32 * 64 + (2 * n - 1) * 64**2
     return 9 * convolutions + 64 * 10, 16 + 2 * n * (16 + 32 + 64)
 
 
 @pytest.mark.parametrize("depth", [20, 26, 32, 44, 56, 110])
-def test_cifar_resnets(depth):
-    weights, normalised = cifar_resnet_counts(depth)
+def test_cifar_resnets_have_the_expected_parameters(depth):
+    weights, normalized = cifar_resnet_counts(depth)
     plain = shapes(create(f"resnet{depth}"))
     affine = shapes(create(f"resnet{depth}", norm_affine=True))
-    assert count(plain["params"]) == weights + 10  # the output layer's biases
-    assert count(affine["params"]) == weights + 10 + 2 * normalised
-    assert count(plain["batch_stats"]) == 2 * normalised
+    assert count_elements(plain["params"]) == weights + 10  # the output layer's biases
+    assert count_elements(affine["params"]) == weights + 10 + 2 * normalized
+    assert count_elements(plain["batch_stats"]) == 2 * normalized
     assert masking.size(plain["params"]) == masking.size(affine["params"]) == weights
     if depth == 20:
-        assert (count(plain["params"]), count(affine["params"])) == (268_346, 269_722)
+        assert (count_elements(plain["params"]), count_elements(affine["params"])) == (268_346, 269_722)
 
 
-def test_resnet50():
-    weights, normalised = 7 * 7 * 3 * 64, 64
+def test_resnet50_has_the_expected_parameters():
+    weights, normalized = 7 * 7 * 3 * 64, 64
     inputs = 64
     for stage, blocks in enumerate((3, 4, 6, 3)):
         c = 64 * 2**stage
         for block in range(blocks):
             weights += inputs * c + 9 * c * c + c * 4 * c
-            normalised += c + c + 4 * c
+            normalized += c + c + 4 * c
             if block == 0:
                 weights += inputs * 4 * c
-                normalised += 4 * c
+                normalized += 4 * c
             inputs = 4 * c
     weights += 2048 * 1000
     image_shape = (224, 224, 3)
     plain = shapes(create("resnet50", image_shape, 1000), image_shape)["params"]
     affine = shapes(create("resnet50", image_shape, 1000, norm_affine=True), image_shape)["params"]
-    assert count(plain) == weights + 1000
-    assert count(affine) == weights + 1000 + 2 * normalised == 25_557_032
+    assert count_elements(plain) == weights + 1000
+    assert count_elements(affine) == weights + 1000 + 2 * normalized == 25_557_032
     assert masking.size(affine) == weights
 
 
-def test_resnet50_is_version_1_5():
-    """The stride is in the 3 × 3 convolution: the 1 × 1 one before it still sees the larger image."""
+def test_resnet50_has_its_strides_in_the_3_by_3_convolutions():
+    """This is version 1.5: the 1 × 1 convolution before has outputs of the larger size."""
     model = ResNet50(num_classes=10, width=0.125)
     image = jnp.ones((1, 64, 64, 3))
 
@@ -100,7 +100,7 @@ def test_resnet50_is_version_1_5():
 
     outputs = jax.eval_shape(intermediates)["intermediates"]
     sides = [outputs[f"Conv_{i}"]["__call__"][0].shape[1] for i in range(1 + 3 * 16)]
-    # stem; 3 blocks at 16; then the first block of a stage has 1 × 1 at the old size and 3 × 3 at the new
+    # stem; 3 blocks at 16; in later stages only the first 1 × 1 convolution has outputs of the previous size
     assert sides == [32] + [16] * 9 + [16, 8, 8] + [8] * 9 + [8, 4, 4] + [4] * 15 + [4, 2, 2] + [2] * 6
 
 
@@ -108,7 +108,7 @@ def test_resnet50_is_version_1_5():
 
 
 def numpy_conv(x, kernel, stride):
-    """3 × 3, padded by one, by its definition."""
+    """Compute a 3 × 3 convolution, padded by one, from its definition."""
     n, h, w, _ = x.shape
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     out = np.zeros((n, h, w, kernel.shape[-1]))
@@ -122,7 +122,7 @@ def numpy_norm(x):
     return (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + 1e-5)
 
 
-def test_a_cifar_resnet_against_numpy():
+def test_a_cifar_resnet_equals_its_numpy_version():
     model = CifarResNet(depth=8, width=0.25, norm_momentum=0.8)
     images = np.random.default_rng(0).normal(size=(5, 8, 8, 3))
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
@@ -146,11 +146,11 @@ def test_a_cifar_resnet_against_numpy():
     np.testing.assert_allclose(running["var"], 0.8 + 0.2 * first.var((0, 1, 2)), rtol=1e-4)
 
 
-def test_conv4_against_numpy():
+def test_conv4_equals_its_numpy_version():
     model = Conv4(width=0.1)
     images = np.random.default_rng(0).normal(size=(5, 8, 8, 3))
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
-    params = jax.tree.map(lambda leaf: leaf + 0.1, params)  # biases that count
+    params = jax.tree.map(lambda leaf: leaf + 0.1, params)  # biases are initially zero
     logits = jax.jit(model.apply)({"params": params}, images)
     x = images
     for i in range(4):
@@ -167,7 +167,7 @@ def test_conv4_against_numpy():
     np.testing.assert_allclose(logits, x, rtol=1e-4, atol=1e-4)
 
 
-def test_resnet50_against_numpy():
+def test_resnet50_equals_its_numpy_version():
     model = ResNet50(num_classes=10, width=0.05)
     images = np.random.default_rng(0).normal(size=(4, 64, 64, 3))
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
@@ -183,7 +183,7 @@ def test_resnet50_against_numpy():
         return numpy_norm(np.einsum("nhwcij,ijco->nhwo", windows, kernel))
 
     x = np.maximum(layer(images, 2), 0)
-    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))  # zeros, which no maximum after a ReLU minds
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))  # zeros do not change a maximum after a ReLU
     x = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))[:, ::2, ::2].max((4, 5))
     for stage, blocks in enumerate((3, 4, 6, 3)):
         for block in range(blocks):
@@ -198,32 +198,32 @@ def test_resnet50_against_numpy():
     assert (state["batch_stats"]["BatchNorm_0"]["var"] != variables["batch_stats"]["BatchNorm_0"]["var"]).all()
 
 
-# --- initialisation ---
+# --- initialization ---
 
 
-def test_lenet_starts_kaiming_uniform_with_zero_biases():
+def test_lenet_is_initialized_kaiming_uniform_with_zero_biases():
     params = LeNet().init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
     for layer in params.values():
-        limit = np.sqrt(6 / layer["kernel"].shape[0])  # gain √2: variance 2 / fan-in, uniform
+        limit = np.sqrt(6 / layer["kernel"].shape[0])  # uniform with variance 2 / fan-in
         assert 0.99 * limit < np.abs(layer["kernel"]).max() <= limit
         assert np.var(layer["kernel"]) == pytest.approx(limit**2 / 3, rel=0.1)
         np.testing.assert_array_equal(layer["bias"], 0)
 
 
-def test_convolutional_networks_start_kaiming_normal_with_zero_biases():
+def test_convolutional_networks_are_initialized_kaiming_normal_with_zero_biases():
     for model in (Conv4(), CifarResNet(depth=8)):
         params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *CIFAR)))["params"]
         for layer in params.values():
             fan_in = np.prod(layer["kernel"].shape[:-1])
-            few = 4 / np.sqrt(layer["kernel"].size)  # four standard errors of a standard deviation, and more
-            assert np.std(layer["kernel"]) == pytest.approx(np.sqrt(2 / fan_in), rel=few)
+            tolerance = 4 / np.sqrt(layer["kernel"].size)  # more than four standard errors of the deviation
+            assert np.std(layer["kernel"]) == pytest.approx(np.sqrt(2 / fan_in), rel=tolerance)
             np.testing.assert_array_equal(layer.get("bias", 0), 0)
 
 
 def test_kaiming_normal_is_not_truncated():
     draws = kaiming_normal(jax.random.key(0), (100, 2000)) / np.sqrt(2 / 100)
     beyond_two = np.mean(np.abs(draws) > 2)
-    assert beyond_two == pytest.approx(0.0455, abs=0.003)  # of a normal; Flax's he_normal has none
+    assert beyond_two == pytest.approx(0.0455, abs=0.003)  # the share of a normal; 0 in Flax's he_normal
     assert np.var(draws) == pytest.approx(1, abs=0.02)
 
 
@@ -231,7 +231,7 @@ def test_kaiming_normal_is_not_truncated():
 
 
 @pytest.mark.parametrize("name", ["lenet", "conv4", "resnet20", "resnet50"])
-def test_bfloat16_computes_in_bf16_on_float32_variables(name):
+def test_dtype_bfloat16_keeps_variables_in_float32(name):
     model = create(name, dtype="bfloat16", width=0.25)
     images = jnp.ones((2, *CIFAR))
 
@@ -244,13 +244,13 @@ def test_bfloat16_computes_in_bf16_on_float32_variables(name):
     assert {leaf.dtype for leaf in jax.tree.leaves((variables, state))} == {jnp.dtype("float32")}
 
 
-def test_bfloat16_logits_are_those_of_float32_to_its_precision():
+def test_bfloat16_logits_equal_float32_logits_up_to_rounding():
     exact, rounded = (create("resnet8", dtype=dtype, width=0.5) for dtype in ("float32", "bfloat16"))
     images = jax.random.normal(jax.random.key(0), (16, *CIFAR))
     variables = jax.jit(exact.init)(jax.random.key(1), images)
     exact, rounded = (jax.jit(model.apply)(variables, images) for model in (exact, rounded))
     error = np.abs(rounded.astype(np.float32) - exact).max() / np.abs(exact).max()
-    assert 1e-5 < error < 0.05  # 8 bits of mantissa, through 8 layers
+    assert 1e-5 < error < 0.05  # 8 bits of precision, through 8 layers
 
 
 @pytest.mark.parametrize("name", ["lenet", "conv4", "resnet20", "resnet50"])
@@ -263,36 +263,36 @@ def test_width_scales_every_hidden_layer(name):
 
 
 @pytest.mark.parametrize("name", ["lenet", "conv4", "resnet20", "resnet50"])
-def test_a_tiny_width_leaves_a_unit_a_layer(name):
+def test_a_tiny_width_leaves_one_unit_per_layer(name):
     params = shapes(create(name, width=1e-6))["params"]
     assert masking.size(params) > 0
     assert all(leaf.size > 0 for leaf in jax.tree.leaves(params))
 
 
-def test_grey_images_suit_every_convolutional_network():
+def test_convolutional_networks_accept_grey_images():
     for name in ("conv4", "resnet20"):
         params = shapes(create(name, (28, 28, 1)), (28, 28, 1))["params"]
         assert params["Conv_0"]["kernel"].shape[:3] == (3, 3, 1)
 
 
-def test_unsuitable_images_are_said():
+def test_images_of_unsuitable_size_are_refused():
     with pytest.raises(UserError, match=r"'lenet', which takes images of 1 to 64 .*; those .* 224 × 224"):
         create("lenet", (224, 224, 3))
     with pytest.raises(UserError, match=r"'resnet50', which takes images of at least 32 .* 28 × 28"):
         create("resnet50", (28, 28, 1))
 
 
-def test_a_depth_that_is_not_6n_plus_2_is_said():
+def test_a_depth_that_is_not_6n_plus_2_is_refused():
     for depth in (21, 2, 18):
         with pytest.raises(UserError, match=rf"depth is {depth}; it should be 6n \+ 2, such as 20"):
             create(f"resnet{depth}")
 
 
-def test_affine_normalisation_where_there_is_none_is_said():
+def test_norm_affine_is_refused_for_a_model_without_normalization():
     with pytest.raises(UserError, match=r"model\.norm_affine is True; conv4 has no field norm_affine"):
         create("conv4", norm_affine=True)
 
 
-def test_unknown_model_is_said_with_a_suggestion():
+def test_an_unknown_model_is_reported_with_a_suggestion():
     with pytest.raises(UserError, match=r"model.name is 'lenett'; .* \(did you mean lenet\?\)"):
         create("lenett")

@@ -1,4 +1,4 @@
-"""Batch normalization with shortcut and ReLU, plain and fused, against Flax's parts and closed forms."""
+"""BatchNorm with shortcut and ReLU, plain and fused, against Flax's layers and closed forms."""
 
 import functools
 from typing import Any
@@ -17,14 +17,14 @@ SHAPE = (6, 4, 5, 3)
 
 
 def arrays(dtype="float32"):
-    """Inputs of unlike means, a shortcut, and weights of a loss."""
+    """Return inputs with different channel means, a shortcut, and the weights of a loss."""
     keys = jax.random.split(jax.random.key(0), 3)
     images, shortcut, weights = (jax.random.normal(key, SHAPE) for key in keys)
     return [array.astype(dtype) for array in (2 * images + jnp.array([0.5, 3.0, -1.0]), shortcut, weights)]
 
 
-class FromParts(nn.Module):
-    """`layers.BatchNorm` put together from Flax's parts."""
+class Reference(nn.Module):
+    """`layers.BatchNorm` composed of Flax's layers."""
 
     affine: bool
     relu: bool
@@ -39,7 +39,9 @@ class FromParts(nn.Module):
         return nn.relu(outputs) if self.relu else outputs
 
 
-class Ours(FromParts):
+class Ours(Reference):
+    """`layers.BatchNorm` with the same fields."""
+
     @nn.compact
     def __call__(self, inputs, shortcut=None):
         options = {"momentum": 0.8, "use_scale": self.affine, "use_bias": self.affine, "dtype": self.dtype}
@@ -47,37 +49,37 @@ class Ours(FromParts):
         return norm(inputs, shortcut)
 
 
-def everything(model, variables, images, shortcut, weights):
-    """Outputs, new statistics, the gradients of a loss by all it depends on, and those of their own square."""
+def outputs_and_gradients(model, variables, images, shortcut, weights):
+    """Return outputs with new statistics, the gradients of a loss, and those of the gradients' squared norm."""
     statistics, params = variables["batch_stats"], variables.get("params", {})
 
     def outputs(params, images, shortcut):
-        of = {"params": params, "batch_stats": statistics}
-        return model.apply(of, images, shortcut, mutable=["batch_stats"])
+        merged = {"params": params, "batch_stats": statistics}
+        return model.apply(merged, images, shortcut, mutable=["batch_stats"])
 
     def loss(arguments):
         return jnp.sum(jnp.sin(weights * outputs(*arguments)[0]))
 
-    def of_gradients(arguments):
+    def squared_gradient_norm(arguments):
         return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(jax.grad(loss)(arguments)))
 
     arguments = (params, images, shortcut)
-    return outputs(*arguments), jax.grad(loss)(arguments), jax.grad(of_gradients)(arguments)
+    return outputs(*arguments), jax.grad(loss)(arguments), jax.grad(squared_gradient_norm)(arguments)
 
 
 def results(model, kernels, variables, *arguments):
-    """The leaves of `everything` of a model under an implementation of its kernels."""
+    """Return the leaves of `outputs_and_gradients` of a model with these kernels."""
     with use_kernels(kernels):
-        return jax.tree.leaves(jax.jit(functools.partial(everything, model))(variables, *arguments))
+        return jax.tree.leaves(jax.jit(functools.partial(outputs_and_gradients, model))(variables, *arguments))
 
 
-def drawn(variables):
-    """Variables of a normalization, none of them at its initial value."""
-    draw = jax.random.uniform(jax.random.key(1), (3,), minval=0.5, maxval=1.5)
-    return jax.tree.map(lambda leaf: leaf + draw, variables)
+def perturb(variables):
+    """Return variables of a normalization that all differ from their initial values."""
+    noise = jax.random.uniform(jax.random.key(1), (3,), minval=0.5, maxval=1.5)
+    return jax.tree.map(lambda leaf: leaf + noise, variables)
 
 
-def fused(model, kernels, variables, images, shortcut=None, *_):
+def is_fused(model, kernels, variables, images, shortcut=None, *_):
     """Return whether the fused kernel computes a normalization of the model."""
     calls = []
 
@@ -94,38 +96,38 @@ def fused(model, kernels, variables, images, shortcut=None, *_):
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize(
-    ("affine", "relu", "alone"), [(False, True, True), (True, True, False), (True, False, True)]
+    ("affine", "relu", "no_shortcut"), [(False, True, True), (True, True, False), (True, False, True)]
 )
-def test_it_is_flaxs_with_what_follows(affine, relu, alone, train):
+def test_batch_norm_with_shortcut_and_relu_equals_flax(affine, relu, no_shortcut, train):
     images, shortcut, weights = arrays()
-    shortcut = None if alone else shortcut
-    flaxs, ours = (kind(affine, relu, train) for kind in (FromParts, Ours))
-    variables = flaxs.init(jax.random.key(0), images, shortcut)
+    shortcut = None if no_shortcut else shortcut
+    reference, ours = (kind(affine, relu, train) for kind in (Reference, Ours))
+    variables = reference.init(jax.random.key(0), images, shortcut)
     for kernels in ("flax", "xla"):
         with use_kernels(kernels):
             initialized = ours.init(jax.random.key(0), images, shortcut)
         jax.tree.map(np.testing.assert_array_equal, initialized, variables)
-    variables = drawn(variables)
+    variables = perturb(variables)
     arguments = (variables, images, shortcut, weights)
-    expected = results(flaxs, "flax", *arguments)
+    expected = results(reference, "flax", *arguments)
     for a, b in zip(results(ours, "flax", *arguments), expected, strict=True):
         np.testing.assert_array_equal(a, b)
     for a, b in zip(results(ours, "xla", *arguments), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4)
-    assert fused(ours, "xla", *arguments)
-    assert not fused(ours, "flax", *arguments)
+    assert is_fused(ours, "xla", *arguments)
+    assert not is_fused(ours, "flax", *arguments)
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_in_bfloat16_it_is_flaxs_to_its_precision(train):
-    """Fused, the sum with the shortcut is rounded once; of Flax's parts, each is rounded."""
+def test_batch_norm_in_bfloat16_equals_flax_up_to_rounding(train):
+    """The fused kernel rounds once, after adding the shortcut; Flax rounds the output of each layer."""
     images, shortcut, weights = arrays("bfloat16")
-    flaxs, ours = (kind(True, True, train, jnp.bfloat16) for kind in (FromParts, Ours))
-    variables = drawn(flaxs.init(jax.random.key(0), images, shortcut))
+    reference, ours = (kind(True, True, train, jnp.bfloat16) for kind in (Reference, Ours))
+    variables = perturb(reference.init(jax.random.key(0), images, shortcut))
     arguments = (variables, images, shortcut)
-    assert fused(ours, "xla", *arguments)
+    assert is_fused(ours, "xla", *arguments)
 
-    def outputs_and_gradients(model, kernels):
+    def gradients_and_outputs(model, kernels):
         def loss(params, images, shortcut):
             merged = {"params": params, "batch_stats": variables["batch_stats"]}
             outputs, state = model.apply(merged, images, shortcut, mutable=["batch_stats"])
@@ -135,22 +137,26 @@ def test_in_bfloat16_it_is_flaxs_to_its_precision(train):
         with use_kernels(kernels):
             return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(variables["params"], images, shortcut)
 
-    gradients, (outputs, state) = outputs_and_gradients(ours, "xla")
-    of_flax, (expected, expected_state) = outputs_and_gradients(flaxs, "flax")
-    assert jax.tree.map(lambda leaf: leaf.dtype, gradients) == jax.tree.map(lambda leaf: leaf.dtype, of_flax)
+    gradients, (outputs, state) = gradients_and_outputs(ours, "xla")
+    expected_gradients, (expected, expected_state) = gradients_and_outputs(reference, "flax")
+    dtypes, expected_dtypes = (
+        jax.tree.map(lambda leaf: leaf.dtype, tree) for tree in (gradients, expected_gradients)
+    )
+    assert dtypes == expected_dtypes
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected_state), strict=True):
         assert a.dtype == jnp.float32
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-    for a, b in zip(jax.tree.leaves((outputs, gradients)), jax.tree.leaves((expected, of_flax)), strict=True):
+    leaves, expected_leaves = map(jax.tree.leaves, ((outputs, gradients), (expected, expected_gradients)))
+    for a, b in zip(leaves, expected_leaves, strict=True):
         a, b = (np.asarray(leaf, np.float32) for leaf in (a, b))
         assert np.abs(a - b).max() < 0.02 * np.abs(b).max()
 
 
-def test_over_a_mesh_axis_its_statistics_are_those_of_the_whole_batch():
-    """Gradients, outputs and statistics: of two parts of a batch on an axis, against the batch as a whole."""
+def test_a_batch_divided_over_a_mesh_axis_equals_the_whole_batch():
+    """This includes outputs, statistics and gradients."""
     batch = arrays()
     options = {"use_running_average": False, "momentum": 0.8}
-    variables = drawn(BatchNorm(**options).init(jax.random.key(0), *batch[:2]))
+    variables = perturb(BatchNorm(**options).init(jax.random.key(0), *batch[:2]))
 
     def gradients(axis_name, images, shortcut, weights):
         def loss(images, shortcut):
@@ -172,7 +178,7 @@ def test_over_a_mesh_axis_its_statistics_are_those_of_the_whole_batch():
             np.testing.assert_allclose(a, jnp.stack([b, b]), rtol=1e-5)
 
 
-# --- a user's plain nn.BatchNorm ---
+# --- nn.BatchNorm in a user's model ---
 
 
 class Plain(nn.Module):
@@ -199,22 +205,22 @@ class Plain(nn.Module):
         (("use_bias", False), ("axis", 3), ("scale_init", nn.initializers.constant(2.0))),
     ],
 )
-def test_a_network_with_flaxs_own_layer_is_the_same_under_the_kernels(options, train):
+def test_a_network_with_flax_layers_is_the_same_with_the_kernels(options, train):
     images, _, weights = arrays()
     model = Plain(train, options)
     variables = model.init(jax.random.key(0), images)
     with use_kernels("xla"):
         jax.tree.map(np.testing.assert_array_equal, model.init(jax.random.key(0), images), variables)
-    variables = {**variables, "batch_stats": drawn(variables["batch_stats"])}
+    variables = {**variables, "batch_stats": perturb(variables["batch_stats"])}
     arguments = (variables, images, None, weights)
-    assert fused(model, "xla", *arguments)
+    assert is_fused(model, "xla", *arguments)
     ours, expected = (results(model, kernels, *arguments) for kernels in ("xla", "flax"))
     for a, b in zip(ours, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3)
 
 
 class OwnNorm(nn.BatchNorm):
-    """A subclass that changes what its parent returns."""
+    """A subclass that doubles the outputs of its parent."""
 
     @nn.compact
     def __call__(self, x, use_running_average=None):
@@ -223,21 +229,21 @@ class OwnNorm(nn.BatchNorm):
 
 @pytest.mark.parametrize("wrap", [lambda kind: kind, nn.remat, nn.jit])
 @pytest.mark.parametrize("kind", [nn.BatchNorm, OwnNorm])
-def test_a_subclass_or_a_transformed_layer_is_the_same_under_the_kernels(kind, wrap):
+def test_a_subclass_or_transformed_layer_is_the_same_with_the_kernels(kind, wrap):
     images, _, weights = arrays()
     layer = wrap(kind)(use_running_average=False, momentum=0.8)
-    variables = drawn(layer.init(jax.random.key(0), images))
+    variables = perturb(layer.init(jax.random.key(0), images))
 
     def loss(params, images):
         merged = {**variables, "params": params}
         outputs, state = layer.apply(merged, images, mutable=["batch_stats"])
         return jnp.sum(jnp.sin(weights * outputs)), (outputs, state)
 
-    def of(kernels):
+    def compute(kernels):
         with use_kernels(kernels):
             return jax.tree.leaves(jax.grad(loss, (0, 1), has_aux=True)(variables["params"], images))
 
-    for a, b in zip(of("onednn"), of("flax"), strict=True):
+    for a, b in zip(compute("onednn"), compute("flax"), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
@@ -249,35 +255,35 @@ def test_a_subclass_or_a_transformed_layer_is_the_same_under_the_kernels(kind, w
         ({"use_fast_variance": False}, {}, SHAPE),
         ({"param_dtype": jnp.bfloat16}, {}, SHAPE),
         ({"force_float32_reductions": False}, {}, SHAPE),
-        ({"dtype": jnp.bfloat16}, {}, SHAPE),  # of inputs in float32
+        ({"dtype": jnp.bfloat16}, {}, SHAPE),  # inputs are float32
         ({}, {"mask": np.arange(6).reshape(6, 1, 1, 1) < 4}, SHAPE),
         ({}, {}, (6, 3)),
         ({}, {}, (2, 3, 4, 5, 3)),
     ],
 )
-def test_a_layer_with_other_options_is_left_to_flax(options, call, shape):
+def test_flax_computes_layers_with_unsupported_options(options, call, shape):
     images = jax.random.normal(jax.random.key(0), shape)
     layer = nn.BatchNorm(use_running_average=False, **options)
     variables = layer.init(jax.random.key(0), images)
 
-    def traced(kernels):
+    def trace(kernels):
         def apply(variables, images):
             return layer.apply(variables, images, mutable=["batch_stats"], **call)
 
         with use_kernels(kernels):
             return str(jax.make_jaxpr(apply)(variables, images))
 
-    assert traced("xla") == traced("flax")
+    assert trace("xla") == trace("flax")
 
 
-@pytest.mark.parametrize("given", [(None, None), (True, True)])
-def test_whether_statistics_are_running_ones_is_said_once_as_flax_demands(given):
+@pytest.mark.parametrize("flags", [(None, None), (True, True)])
+def test_use_running_average_must_be_given_exactly_once(flags):
     images = arrays()[0]
     with use_kernels("xla"), pytest.raises(ValueError, match="use_running_average"):
-        nn.BatchNorm(given[0]).init(jax.random.key(0), images, given[1])
+        nn.BatchNorm(flags[0]).init(jax.random.key(0), images, flags[1])
 
 
-def test_another_implementation_is_refused():
+def test_an_unknown_implementation_is_refused():
     with pytest.raises(ValueError, match="implementation is 'mkl'; it should be one of"), use_kernels("mkl"):
         pass
 
@@ -285,8 +291,8 @@ def test_another_implementation_is_refused():
 # --- the kernel ---
 
 
-def test_the_gradient_by_the_inputs_is_that_of_the_paper():
-    """Ioffe & Szegedy 2015, section 3, in double precision, where all is let through."""
+def test_the_gradient_of_the_inputs_equals_the_formula_of_the_paper():
+    """Ioffe & Szegedy 2015, section 3, in double precision and without ReLU."""
     images, _, weights = (np.asarray(array, np.float64) for array in arrays())
     scale, epsilon = np.array([1.0, 2.0, 0.5]), 1e-5
     n = images.size / 3
@@ -304,7 +310,7 @@ def test_the_gradient_by_the_inputs_is_that_of_the_paper():
     np.testing.assert_allclose(jax.grad(loss)(jnp.asarray(images, jnp.float32)), expected, rtol=1e-3, atol=1e-5)
 
 
-def test_half_precision_has_statistics_of_single_precision():
+def test_statistics_of_bfloat16_inputs_have_float32_precision():
     images, shortcut, _ = arrays("bfloat16")
     outputs, mean, var = batch_norm(images, shortcut, jnp.ones(3), jnp.zeros(3), None, True)
     assert outputs.dtype == jnp.bfloat16
@@ -315,7 +321,7 @@ def test_half_precision_has_statistics_of_single_precision():
     assert {leaf.dtype for leaf in gradients(images, shortcut)} == {jnp.dtype("bfloat16")}
 
 
-def test_a_constant_channel_becomes_its_bias():
+def test_a_constant_channel_is_mapped_to_its_bias():
     images = jnp.full(SHAPE, 2.0)
     outputs, _, var = batch_norm(images, None, jnp.ones(3), jnp.array([0.0, 1.0, -1.0]), None, True)
     np.testing.assert_array_equal(var, 0)
@@ -323,8 +329,8 @@ def test_a_constant_channel_becomes_its_bias():
     np.testing.assert_array_equal(outputs[..., 2], 0)
 
 
-def test_what_is_not_a_number_stays_so():
-    """Or a training that diverges would not be found out."""
+def test_nan_inputs_give_nan_outputs():
+    """Otherwise a diverged training would not be detected."""
     images = arrays()[0].at[0, 0, 0, 0].set(jnp.nan)
     outputs, *_ = batch_norm(images, None, jnp.ones(3), jnp.zeros(3), None, True)
     assert jnp.isnan(outputs[..., 0]).all()

@@ -1,4 +1,4 @@
-"""Max-pooling, plain and as maximum of slices, against `nn.max_pool`."""
+"""`MaxPool` and the kernel `max_pool`, compared with `nn.max_pool`."""
 
 import flax.linen as nn
 import jax
@@ -12,16 +12,17 @@ from imp_jax.models.layers import MaxPool
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 8, 3), (2, 7, 5, 3)])
-def test_max_pool_and_its_gradient_are_flaxs(shape):
+def test_max_pool_and_its_gradient_equal_those_of_flax(shape):
     x = jax.random.normal(jax.random.key(0), shape)
     weights = jax.random.normal(jax.random.key(1), nn.max_pool(x, (2, 2), (2, 2)).shape)
     np.testing.assert_array_equal(max_pool(x), nn.max_pool(x, (2, 2), (2, 2)))
-    ours = jax.grad(lambda x: jnp.sum(weights * max_pool(x)))(x)
-    flaxs = jax.grad(lambda x: jnp.sum(weights * nn.max_pool(x, (2, 2), (2, 2))))(x)
-    np.testing.assert_array_equal(ours, flaxs)
+    gradient = jax.grad(lambda x: jnp.sum(weights * max_pool(x)))(x)
+    expected = jax.grad(lambda x: jnp.sum(weights * nn.max_pool(x, (2, 2), (2, 2))))(x)
+    np.testing.assert_array_equal(gradient, expected)
 
 
-def traced(layer, kernels, x):
+def trace(layer, kernels, x):
+    """Return the jaxpr of a layer as text."""
     with use_kernels(kernels):
         return str(jax.make_jaxpr(lambda x: layer.apply({}, x))(x))
 
@@ -36,23 +37,23 @@ def traced(layer, kernels, x):
         ({"window_shape": (3, 3), "strides": (2, 2), "padding": ((1, 1), (1, 1))}, False),
     ],
 )
-def test_the_layer_is_flaxs_function(options, replaced, kernels):
+def test_the_layer_equals_nn_max_pool(options, replaced, kernels):
     x = jax.random.normal(jax.random.key(0), (2, 7, 6, 3))
     layer = MaxPool(**options)
     with use_kernels(kernels):
         np.testing.assert_array_equal(layer.apply({}, x), nn.max_pool(x, **options))
         np.testing.assert_array_equal(layer.apply({}, x=x), nn.max_pool(x, **options))
         assert layer.init(jax.random.key(0), x) == {}
-    assert ("reduce_window_max" not in traced(layer, kernels, x)) == (replaced and kernels != "flax")
+    assert ("reduce_window_max" not in trace(layer, kernels, x)) == (replaced and kernels != "flax")
 
 
-def test_images_without_a_batch_are_left_to_flax():
+def test_images_without_a_batch_axis_are_pooled_by_flax():
     x = jax.random.normal(jax.random.key(0), (6, 6, 3))
     layer = MaxPool((2, 2), strides=(2, 2))
-    assert traced(layer, "xla", x) == traced(layer, "flax", x)
+    assert trace(layer, "xla", x) == trace(layer, "flax", x)
 
 
-def test_equal_elements_share_the_gradient_under_the_kernels_and_the_first_has_it_in_flax():
+def test_equal_elements_share_the_gradient_only_with_the_kernels():
     x = jnp.ones((1, 2, 2, 1))
     gradient = jax.grad(lambda x: jnp.sum(MaxPool((2, 2), strides=(2, 2)).apply({}, x)))
     np.testing.assert_array_equal(gradient(x)[0, ..., 0], [[1, 0], [0, 0]])

@@ -1,4 +1,4 @@
-"""Models that a user adds, and what is reported of those that break a rule."""
+"""Models that users register, and the errors for those that break a rule."""
 
 import functools
 import sys
@@ -25,7 +25,7 @@ def create(name, image_shape=CIFAR, num_classes=10, *, norm_parts=1, batch_norm=
 
 
 class Mixer(nn.Module):
-    """A network for images of one size, without the fields of our own."""
+    """A network for images of one size, with no field of ours but `num_classes`."""
 
     num_classes: int = 10
     param_dtype: str = "float32"
@@ -38,7 +38,7 @@ class Mixer(nn.Module):
         return nn.Dense(self.num_classes)(x.mean(1))
 
 
-class Normalised(nn.Module):
+class Normalized(nn.Module):
     num_classes: int = 10
     dtype: str = "float32"
 
@@ -48,7 +48,7 @@ class Normalised(nn.Module):
         return nn.Dense(self.num_classes, dtype=self.dtype)(x.mean((1, 2)))
 
 
-class Untrained(nn.Module):
+class NoTrainArgument(nn.Module):
     num_classes: int = 10
 
     @nn.compact
@@ -56,7 +56,7 @@ class Untrained(nn.Module):
         return nn.Dense(self.num_classes)(images.mean((1, 2)))
 
 
-class Fixed(nn.Module):
+class NoNumClasses(nn.Module):
     @nn.compact
     def __call__(self, images, train: bool = False):
         return nn.Dense(10)(images.mean((1, 2)))
@@ -70,27 +70,27 @@ class Unflattened(nn.Module):
         return nn.Dense(self.num_classes)(images)
 
 
-class Listed(Mixer):
+class ListField(Mixer):
     widths: tuple = ()
 
 
 @pytest.fixture
 def own_models(monkeypatch):
-    own = {"listed": functools.partial(Listed, widths=[3])}
+    own = {"listed": functools.partial(ListField, widths=[3])}
     own |= {
         "flat": Unflattened,
         "mixer": Mixer,
         "half": functools.partial(Mixer, param_dtype="bfloat16"),
-        "normalised": Normalised,
+        "normalized": Normalized,
     }
     monkeypatch.setattr(models, "MODELS", dict(models.MODELS))
-    for name, model in (own | {"untrained": Untrained, "fixed": Fixed}).items():
+    for name, model in (own | {"untrained": NoTrainArgument, "fixed": NoNumClasses}).items():
         models.register(name, model)
 
 
-def test_a_model_needs_no_field_but_the_number_of_classes(own_models):
+def test_a_model_needs_only_the_field_num_classes(own_models):
     assert create("mixer", (28, 28, 1), num_classes=7).num_classes == 7
-    assert create("normalised", norm_parts=2, dtype="bfloat16").dtype == jnp.bfloat16
+    assert create("normalized", norm_parts=2, dtype="bfloat16").dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -102,39 +102,39 @@ def test_a_model_needs_no_field_but_the_number_of_classes(own_models):
             {"dtype": "bfloat16"},
             r"^dtype is bfloat16; mixer has no field dtype, so it should be float32",
         ),
-        ("mixer", {"norm_parts": 2}, r"model\.norm_parts is 2; mixer has no normalisation"),
+        ("mixer", {"norm_parts": 2}, r"model\.norm_parts is 2; mixer has no normalization"),
         ("lenet", {"norm_momentum": 0.5}, r"model\.norm_momentum is 0\.5; lenet has no field norm_momentum"),
         ("half", {}, r"'half', which has parameters of type bfloat16; they should be float32"),
-        ("untrained", {}, r"'untrained', which is not called as model\(images, train=False\)"),
+        ("untrained", {}, r"'untrained', whose __call__ has no parameter train; it should be"),
         ("fixed", {}, r"'fixed', which has no field num_classes"),
         (
             "flat",
             {},
-            r"'flat', which makes \(1, 28, 28, 10\) of one image; it should be logits of the shape \(1, 10\)",
+            r"'flat', which returns \(1, 28, 28, 10\) for one image; it should return logits of the shape",
         ),
-        ("listed", {}, r"'listed', which has a field that cannot be hashed, as a list; it should be a tuple"),
+        ("listed", {}, r"'listed', which has a field that cannot be hashed, such as a list; it should be a"),
     ],
 )
-def test_what_a_model_lacks_is_reported(own_models, name, options, sentence):
+def test_a_model_that_breaks_a_rule_is_reported(own_models, name, options, sentence):
     with pytest.raises(UserError, match=sentence):
         create(name, (28, 28, 1), **options)
 
 
-def test_statistics_cannot_be_estimated_again_without_a_momentum(own_models):
-    for name, lacks in (("normalised", "field norm_momentum"), ("conv4", "statistics of its batches")):
+def test_reestimate_requires_batch_statistics_and_norm_momentum(own_models):
+    for name, missing in (("normalized", "field norm_momentum"), ("conv4", "batch statistics")):
         with pytest.raises(
-            UserError, match=rf"analysis\.batch_norm is 'reestimate'; {name} has no {lacks}, so"
+            UserError, match=rf"analysis\.batch_norm is 'reestimate'; {name} has no {missing}, so"
         ):
             create(name, batch_norm="reestimate")
     assert create("resnet8", batch_norm="reestimate", norm_parts=2).norm_momentum == 0.9
 
 
-def test_a_registered_model_is_found_by_its_name(own_models):
+def test_find_returns_registered_models_and_resnets_of_any_depth(own_models):
     assert models.find("mixer") is Mixer
-    models.register("mixer", LeNet)  # as by a config file that is executed again
+    models.register("mixer", LeNet)  # like a config file that is executed again
     assert models.find("mixer") is LeNet
     assert models.find("resnet20")().depth == 20
-    assert models.find("resnet26")().depth == 26  # not registered, but of the family
+    assert models.find("resnet26")().depth == 26  # not registered, but a depth of 6n + 2
 
 
 @pytest.mark.parametrize(
@@ -146,11 +146,11 @@ def test_a_registered_model_is_found_by_its_name(own_models):
         (3, Mixer, r"a model is registered as 3; its name should be a string"),
     ],
 )
-def test_what_cannot_be_registered_is_reported(name, model, sentence):
-    before = dict(models.MODELS)
+def test_register_refuses_invalid_names_and_models(name, model, sentence):
+    registered = dict(models.MODELS)
     with pytest.raises(UserError, match=sentence):
         models.register(name, model)
-    assert before == models.MODELS
+    assert registered == models.MODELS
 
 
 # --- dotted paths ---
@@ -158,7 +158,7 @@ def test_what_cannot_be_registered_is_reported(name, model, sentence):
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A package of a user's own, that can be imported."""
+    """Write a user's package, their_package, to a folder of sys.path."""
     folder = tmp_path / "their_package"
     folder.mkdir()
     (folder / "__init__.py").touch()
@@ -177,7 +177,7 @@ def package(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("attribute", ["Net", "Zoo.Net"])
-def test_a_dotted_path_names_a_model_wherever_a_registered_name_does(package, attribute):
+def test_a_model_is_created_by_its_dotted_path(package, attribute):
     model = create(f"their_package.nets:{attribute}", (28, 28, 1), num_classes=7, width=0.5)
     assert isinstance(model, LeNet)
     assert (type(model).__module__, model.num_classes, model.width) == ("their_package.nets", 7, 0.5)
@@ -206,7 +206,7 @@ def test_a_dotted_path_that_cannot_be_used_is_reported(package, path, sentence):
 
 
 class Dropping(nn.Module):
-    """A network that draws from these rng streams in training."""
+    """A network with dropout that draws from the rng streams `streams` in training."""
 
     num_classes: int = 10
     streams: tuple[str, ...] = ("dropout",)
@@ -230,12 +230,12 @@ class AlwaysDropping(Dropping):
 
 @pytest.mark.parametrize("streams", [(), ("dropout",), ("noise", "dropout"), ("dropout", "dropout")])
 @pytest.mark.parametrize("norm", [False, True])
-def test_the_rng_streams_of_a_model_are_those_it_asks_for(streams, norm):
+def test_rng_streams_are_those_from_which_a_model_draws(streams, norm):
     model = Dropping(streams=streams, norm=norm)
     names = models.rng_streams(model, CIFAR)
     assert names == tuple(dict.fromkeys(streams))
     assert models.rng_streams(model, CIFAR) is names  # traced once
-    # with a key for each the model trains, and draws from every one of them
+    # given a key for each, the model can be applied, and its logits depend on each key
     images = jax.random.normal(jax.random.key(0), (4, *CIFAR))
     variables = model.init(jax.random.key(1), images, train=False)
 
@@ -248,12 +248,12 @@ def test_the_rng_streams_of_a_model_are_those_it_asks_for(streams, norm):
         np.testing.assert_array_equal(logits(**{name: 1}), logits(**{name: 1}))
 
 
-def test_rng_streams_of_a_model_on_a_mesh_need_no_mesh():
+def test_rng_streams_of_a_model_with_a_norm_axis_need_no_mesh():
     assert models.rng_streams(Dropping(norm=True, norm_axis="data"), CIFAR) == ("dropout",)
     assert models.rng_streams(CifarResNet(depth=8, norm_axis="data"), CIFAR) == ()
 
 
-def test_a_model_with_dropout_is_created_and_has_shapes(own_models):
+def test_a_model_with_dropout_is_accepted_if_it_draws_only_in_training(own_models):
     models.register("dropping", Dropping)
     model = create("dropping", num_classes=7)
     params = models.shapes(model, CIFAR)["params"]
@@ -262,5 +262,5 @@ def test_a_model_with_dropout_is_created_and_has_shapes(own_models):
         "Dense_1": {"kernel": (50, 7), "bias": (7,)},
     }
     models.register("always", AlwaysDropping)
-    with pytest.raises(UserError, match=r"'always', which draws random numbers where train is False .*dropout"):
+    with pytest.raises(UserError, match=r"'always', which draws random numbers if train is False .*dropout"):
         create("always")

@@ -1,12 +1,12 @@
 """Kernels that make convolutional networks fast on a CPU, and the switch that turns them on.
 
-Models are written in plain Flax. `use_kernels` replaces their layers from outside, by `nn.intercept_methods`:
+Models are written in plain Flax. `use_kernels` replaces their layers by `nn.intercept_methods`:
 
-- `convolution`: `nn.Conv`, by oneDNN or XLA, with gradients written as convolutions;
-- `normalization`: `models.layers.BatchNorm` and `nn.BatchNorm`, with a hand-written gradient;
-- `pooling`: `models.layers.MaxPool` of 2 × 2 windows.
+- `convolution` replaces `nn.Conv`: oneDNN or XLA computes it, with gradients written as convolutions;
+- `normalization` replaces `models.layers.BatchNorm` and `nn.BatchNorm`, with a hand-written gradient;
+- `pooling` replaces `models.layers.MaxPool` of 2 × 2 windows.
 
-Gradients are in reverse mode only, of any order.
+The kernels have reverse-mode gradients of any order, but no forward mode.
 """
 
 import contextlib
@@ -21,17 +21,17 @@ IMPLEMENTATIONS = ("flax", "xla", "onednn")
 
 @contextlib.contextmanager
 def use_kernels(implementation: str) -> Iterator[None]:
-    """Compute the layers of every model applied in this context by the kernels of this package.
+    """Compute the layers of every model that is applied in this context with the kernels of this package.
 
-    Results are those of Flax up to rounding, and variables are the same. Layers with options that the kernels
-    do not support are left to Flax.
+    Variables are the same as in Flax, and so are results up to rounding, except for the gradient of `MaxPool`
+    if the maximum is not unique. Flax computes layers with options that the kernels do not support.
 
     Args:
       implementation: "onednn" or "xla", the library that computes convolutions; or "flax", which replaces
         nothing.
 
     Raises:
-      ValueError: another implementation.
+      ValueError: `implementation` is not one of these.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation is {implementation!r}; it should be one of {IMPLEMENTATIONS}")

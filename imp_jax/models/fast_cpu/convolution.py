@@ -1,8 +1,8 @@
 """Two-dimensional convolutions that are fast on a CPU, and their gradients.
 
-The forward pass and the gradient by the images at stride 1 call oneDNN, if XLA was built with it; XLA itself
-never emits these calls. The other gradients are written as convolutions of operands in XLA's preferred memory
-layout.
+With the implementation "onednn", the forward pass and, at stride 1, the gradient with respect to the images
+call oneDNN. XLA can execute these calls but never emits them itself. The other gradients are convolutions of
+XLA, whose operands are put into XLA's preferred memory layout.
 """
 
 import contextlib
@@ -25,35 +25,35 @@ from jaxtyping import Array, Float
 Images = Float[Array, "batch height width inputs"]
 Outputs = Float[Array, "batch height_out width_out outputs"]
 Kernel = Float[Array, "rows columns inputs outputs"]
-Pads = tuple[tuple[int, int], tuple[int, int]]  # before and after the rows and the columns, in pixels
+Pads = tuple[tuple[int, int], tuple[int, int]]  # padding (before, after) of rows and columns, in pixels
 
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 
 @functools.cache
 def conv_general_dilated_by(implementation: str) -> Callable[..., Array]:
-    """Return `conv_general_dilated` with an implementation, "xla" or "onednn".
+    """Return the partial function `conv_general_dilated` with an implementation, "xla" or "onednn".
 
-    The same object is returned every time, because Flax caches what `nn.jit` compiles by the identity of the
-    fields of a module.
+    The same object is returned every time, because `nn.jit` compiles again if a field of a module is another
+    object.
     """
     return functools.partial(conv_general_dilated, implementation=implementation)
 
 
 def replace_convolutions(function: Callable[..., Array]) -> contextlib.AbstractContextManager:
-    """Return a context in which `nn.Conv` layers call `function` in place of `lax.conv_general_dilated`.
+    """Return a context in which `nn.Conv` layers call `function` instead of `lax.conv_general_dilated`.
 
-    A layer that has a `conv_general_dilated` of its own keeps it.
+    A layer whose field `conv_general_dilated` is set is not changed.
 
     Args:
-      function: has the signature of `lax.conv_general_dilated`.
+      function: a function with the signature of `lax.conv_general_dilated`.
     """
 
     def intercept(call, args, kwargs, context):
         module = context.module
         if not isinstance(module, nn.Conv) or module.conv_general_dilated is not None:
             return call(*args, **kwargs)
-        # set by object.__setattr__ since a bound module is frozen; clones made during the call keep the field
+        # a bound module is frozen, so object.__setattr__ is needed; clones made during the call copy the field
         object.__setattr__(module, "conv_general_dilated", function)
         try:
             return call(*args, **kwargs)
@@ -72,9 +72,9 @@ def conv_general_dilated(
     implementation: str = "xla",
     **options: Any,
 ) -> Float[Array, "batch *sides_out outputs"]:
-    """Compute `lax.conv_general_dilated`, as `nn.Conv` calls it, by the kernels of this module.
+    """Compute `lax.conv_general_dilated`, as `nn.Conv` calls it, with the kernels of this module.
 
-    Dilated and grouped convolutions, and those of one or three dimensions, are left to `lax`.
+    `lax` computes dilated and grouped convolutions, and those of one or three dimensions.
 
     Args:
       images: in the layout NHWC.
@@ -109,15 +109,15 @@ def _output_sides(images, kernel, strides, pads):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _convolve(images, kernel, strides, pads, implementation):
-    suits = images.dtype == kernel.dtype and _suits_onednn(images.dtype.name)
-    if implementation == "onednn" and suits and min(itertools.chain(*pads)) >= 0:
+    is_supported = images.dtype == kernel.dtype and _onednn_supports(images.dtype.name)
+    if implementation == "onednn" and is_supported and min(itertools.chain(*pads)) >= 0:
         return onednn_convolution(images, kernel, strides, pads)
-    # the barrier keeps the XLA of JAX 0.12 from fusing it with a mean that follows, which gives nan in bfloat16
+    # without the barrier, the XLA of JAX 0.12 fuses it with a following mean, which gives nan in bfloat16
     return lax.optimization_barrier(xla_convolution(images, kernel, strides, pads))
 
 
 def _forward(images, kernel, strides, pads, implementation):
-    images = lax.optimization_barrier(images)  # residuals, which XLA would recompute in the backward pass
+    images = lax.optimization_barrier(images)  # otherwise XLA recomputes this residual in the backward pass
     return _convolve(images, kernel, strides, pads, implementation), (images, kernel)
 
 
@@ -138,9 +138,9 @@ def xla_convolution(
 ) -> Outputs:
     """Compute XLA's convolution of operands that are forced into its preferred memory layout.
 
-    Inside a loop XLA does not change the layout of operands, and is up to a hundred times slower if they come
-    in another one (jax-ml/jax issue 12868). The barrier hides from XLA that they are transposed, and so forces
-    the copy.
+    Inside a loop, XLA does not change the layout of operands, and is up to a hundred times slower if they have
+    another layout (jax-ml/jax issue 12868). The barrier hides from XLA that an operand is a transpose, so that
+    it must be copied.
     """
     if min(itertools.chain(*pads)) < 0:
         images, pads = _crop(images, pads, dilations.pop("lhs_dilation", (1, 1)))
@@ -149,9 +149,9 @@ def xla_convolution(
 
 
 def _crop(images, pads, dilation=(1, 1)):
-    """Dilate images and crop them where padding is negative; return them and the remaining padding.
+    """Dilate images and apply the negative padding as a crop; return them and the remaining padding.
 
-    XLA on a CPU computes convolutions with negative padding wrongly.
+    This is needed because XLA on a CPU returns wrong convolutions for negative padding.
     """
     crops = [(min(low, 0), min(high, 0), d - 1) for (low, high), d in zip(pads, dilation, strict=True)]
     images = lax.pad(images, jnp.zeros((), images.dtype), ((0, 0, 0), *crops, (0, 0, 0)))
@@ -159,7 +159,7 @@ def _crop(images, pads, dilation=(1, 1)):
 
 
 def onednn_convolution(images: Images, kernel: Kernel, strides: Sequence[int], pads: Pads) -> Outputs:
-    """Compute oneDNN's convolution, by a custom call that XLA for CPUs registers but never emits itself."""
+    """Compute oneDNN's convolution with a custom call, which XLA for CPUs registers but never emits itself."""
     sides = _output_sides(images, kernel, strides, pads)
     layout = {"data": {"batch_dim": 0, "feature_dim": 3, "spatial_dims": [1, 2]}}
     config = {
@@ -186,16 +186,16 @@ def onednn_convolution(images: Images, kernel: Kernel, strides: Sequence[int], p
 
 def has_onednn(dtype: str = "float32") -> bool:
     """Return whether this build of XLA and this processor have a working oneDNN convolution for a dtype."""
-    return _suits_onednn(dtype) and _onednn_call_works()
+    return _onednn_supports(dtype) and _onednn_call_works()
 
 
-def _suits_onednn(dtype):
-    # bfloat16 on a processor without instructions for it crashes the process
+def _onednn_supports(dtype):
+    # bfloat16 crashes the process on a processor without instructions for it
     return dtype == "float32" or (dtype == "bfloat16" and "avx512_bf16" in _processor_flags())
 
 
 def disable_compilation_cache_writes() -> None:
-    """Stop writing to JAX's persistent compilation cache, since XLA cannot serialize calls of oneDNN."""
+    """Stop writing to JAX's persistent compilation cache, because XLA cannot serialize calls of oneDNN."""
     jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
 
 
@@ -211,22 +211,22 @@ def _processor_flags():
 def _onednn_call_works():
     if platform.machine() not in ("x86_64", "AMD64"):
         return False
-    draw = np.random.default_rng(0)
-    images, kernel = draw.normal(size=(2, 5, 6, 3)), draw.normal(size=(3, 2, 3, 4))
+    rng = np.random.default_rng(0)
+    images, kernel = rng.normal(size=(2, 5, 6, 3)), rng.normal(size=(3, 2, 3, 4))
     arguments = [array.astype(np.float32) for array in (images, kernel)]
     options = {"strides": (2, 1), "pads": ((1, 0), (1, 1))}
-    written = jax.config.jax_persistent_cache_min_compile_time_secs
+    min_compile_time_s = jax.config.jax_persistent_cache_min_compile_time_secs
     disable_compilation_cache_writes()
     try:
-        called, expected = (
+        actual, expected = (
             jax.jit(functools.partial(function, **options)).lower(*arguments).compile()(*arguments)
             for function in (onednn_convolution, xla_convolution)
         )
-    except (jax.errors.JaxRuntimeError, TypeError, ValueError):  # no such call, or one with another signature
+    except (jax.errors.JaxRuntimeError, TypeError, ValueError):  # no such call, or another signature
         return False
     finally:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", written)
-    return bool(np.allclose(called, expected, atol=1e-4))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", min_compile_time_s)
+    return bool(np.allclose(actual, expected, atol=1e-4))
 
 
 def input_gradient(
@@ -237,46 +237,46 @@ def input_gradient(
     gradient: Outputs,
     implementation: str = "xla",
 ) -> Images:
-    """Return the gradient of a loss by the images: a convolution of `gradient` with the rotated kernel.
+    """Return the gradient with respect to the images: a convolution of `gradient` with the rotated kernel.
 
     Args:
       sides: height and width of the images, in pixels.
-      kernel: kernel of the convolution; it is rotated by 180°.
+      kernel: kernel of the convolution.
       strides: strides of the convolution.
       pads: padding of the convolution.
-      gradient: gradient of the loss by the outputs of the convolution.
-      implementation: "xla" or "onednn", used where strides are 1.
+      gradient: gradient of the loss with respect to the outputs of the convolution.
+      implementation: "xla" or "onednn"; at strides other than 1 it is "xla" in any case.
     """
     rotated = kernel[::-1, ::-1].swapaxes(2, 3)
-    around = tuple(
+    gradient_pads = tuple(
         (length - 1 - low, side + low - 1 - (outputs - 1) * stride)
         for length, (low, _), side, outputs, stride in zip(
             kernel.shape, pads, sides, gradient.shape[1:], strides, strict=False
         )
     )
-    if set(strides) == {1} and min(min(pair) for pair in around) >= 0:
-        return _convolve(gradient, rotated, (1, 1), around, implementation)
-    return xla_convolution(gradient, rotated, (1, 1), around, lhs_dilation=strides)
+    if set(strides) == {1} and min(min(pair) for pair in gradient_pads) >= 0:
+        return _convolve(gradient, rotated, (1, 1), gradient_pads, implementation)
+    return xla_convolution(gradient, rotated, (1, 1), gradient_pads, lhs_dilation=strides)
 
 
 def weight_gradient(
     images: Images, lengths: Sequence[int], strides: Sequence[int], pads: Pads, gradient: Outputs
 ) -> Kernel:
-    """Return the gradient of a loss by the kernel: a convolution that contracts over the images of the batch.
+    """Return the gradient with respect to the kernel: a convolution that contracts over the batch.
 
     Args:
       images: inputs of the convolution.
       lengths: height and width of the kernel, in pixels.
       strides: strides of the convolution.
       pads: padding of the convolution.
-      gradient: gradient of the loss by the outputs of the convolution.
+      gradient: gradient of the loss with respect to the outputs of the convolution.
     """
-    around = tuple(
+    image_pads = tuple(
         (low, length - side - low + (outputs - 1) * stride)
         for length, (low, _), side, outputs, stride in zip(
             lengths, pads, images.shape[1:], gradient.shape[1:], strides, strict=False
         )
     )
     return xla_convolution(
-        images.transpose(3, 1, 2, 0), gradient.transpose(1, 2, 0, 3), (1, 1), around, rhs_dilation=strides
+        images.transpose(3, 1, 2, 0), gradient.transpose(1, 2, 0, 3), (1, 1), image_pads, rhs_dilation=strides
     ).transpose(1, 2, 0, 3)

@@ -1,8 +1,8 @@
 """Fused batch normalization, residual addition and ReLU, with a hand-written gradient.
 
-The gradient needs only the inputs and the outputs (which tell where the ReLU was open), and both are in memory
-in any case. The gradient that JAX derives also writes and reads centred inputs and several products. Reverse
-mode only, of any order.
+The gradient needs only the inputs and the outputs (the ReLU was active where outputs are positive), which are
+in memory anyway. The gradient that JAX derives also stores centred inputs and several products. Gradients are
+in reverse mode only, and of any order.
 """
 
 import functools
@@ -22,30 +22,30 @@ from imp_jax.models import layers
 Images = Float[Array, "batch height width channels"]
 Channels = Float[Array, " channels"]
 
-# the methods without the wrapper that runs interceptors
+# the methods without Flax's wrapper, which runs interceptors
 _FLAX_CALL = nn.BatchNorm.__call__.__wrapped__
 _LAYERS_CALL = layers.BatchNorm.__call__.__wrapped__
 
 
 def replace_batch_norm(call: Any, args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
-    """Interceptor for `nn.intercept_methods`: compute `layers.BatchNorm` and `nn.BatchNorm` by `batch_norm`.
+    """Compute `layers.BatchNorm` and `nn.BatchNorm` with `batch_norm`, unless it does not support an option.
 
-    A layer with an option that `batch_norm` does not support is left to Flax.
+    This is an interceptor for `nn.intercept_methods`.
     """
     module, method = context.module, getattr(context.orig_method, "func", None)
     if method not in (_FLAX_CALL, _LAYERS_CALL):
         return call(*args, **kwargs)
     arguments = inspect.signature(method).bind(module, *args, **kwargs).arguments
     x, shortcut = arguments["x"], arguments.get("shortcut")
-    averages = module.use_running_average, arguments.get("use_running_average")
+    running_average_flags = module.use_running_average, arguments.get("use_running_average")
     if (
-        averages.count(None) != 1
+        running_average_flags.count(None) != 1  # Flax raises an error
         or arguments.get("mask") is not None
         or not _is_supported(module, x)
         or not (shortcut is None or (shortcut.shape, shortcut.dtype) == (x.shape, x.dtype))
     ):
         return call(*args, **kwargs)
-    use_running_average = averages[0] if averages[1] is None else averages[1]
+    (use_running_average,) = (flag for flag in running_average_flags if flag is not None)
     return _apply(module, x, shortcut, use_running_average, method is _LAYERS_CALL and module.relu)
 
 
@@ -56,7 +56,7 @@ def _is_supported(module, x):
     return (
         x.ndim == 4
         and module.axis in (-1, 3)
-        and x.dtype == dtype  # Flax takes the statistics of x before it is cast
+        and x.dtype == dtype  # Flax computes statistics before it casts x
         and jnp.issubdtype(dtype, jnp.floating)
         and jnp.finfo(dtype).bits <= 32
         and jnp.dtype(module.param_dtype) == jnp.float32
@@ -67,7 +67,7 @@ def _is_supported(module, x):
 
 
 def _apply(module, x, shortcut, use_running_average, relu):
-    """Apply `batch_norm` with the variables of a module, which are created and updated as Flax does."""
+    """Apply `batch_norm` with the variables of a module, which are created and updated as in Flax."""
     shape = x.shape[-1:]
     running_mean = module.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
     running_var = module.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
@@ -107,12 +107,12 @@ def batch_norm(
       shortcut: residual connection of the type of `x`, or None.
       gamma: scale γ.
       beta: offset β.
-      axis_name: mesh axis over which the statistics are averaged; None: those of this device's batch.
+      axis_name: mesh axis over which the statistics are averaged; None: no averaging.
       relu: whether to apply the ReLU.
       epsilon: ε, added to the variance.
 
     Returns:
-      y in the type of `x`, and mean and (biased) variance of the batch.
+      y in the type of `x`, and the mean and the (biased) variance of each channel.
     """
     mean, mean_square = _pmean(axis_name, _mean(x), _mean(x, x))
     var = jnp.maximum(mean_square - mean**2, 0)
@@ -126,10 +126,11 @@ def _forward(x, shortcut, gamma, beta, axis_name, relu, epsilon):
 
 
 def _backward(axis_name, relu, epsilon, residuals, cotangents):
-    """Gradients of x, shortcut, γ and β (Ioffe & Szegedy 2015, section 3).
+    """Return the gradients of x, shortcut, γ and β (Ioffe & Szegedy 2015, section 3).
 
-    dL/dx = γ / √(var + ε) · (dy − mean(dy) − x̂ mean(dy x̂)), where dy is the gradient before the ReLU, plus the
-    terms of the cotangents of mean and variance, which are not zero in a gradient of this gradient.
+    dL/dx = γ / √(var + ε) · (dy − mean(dy) − x̂ mean(dy x̂)), where dy is the gradient with respect to the input
+    of the ReLU. Terms of the cotangents of mean and variance are added, which are not zero if this gradient is
+    differentiated again.
     """
     x, has_shortcut, gamma, mean, var, y = residuals
     dy, d_mean, d_var = cotangents
@@ -143,7 +144,7 @@ def _backward(axis_name, relu, epsilon, residuals, cotangents):
     mean_dy_x_hat, mean_dy, d_mean, d_var = _pmean(
         axis_name, mean_dy_x_hat, mean_dy, d_mean / size, d_var / size
     )
-    # the coefficients of each channel first, so that dx takes a single pass over the images
+    # the coefficients of each channel are computed first, so that dx needs a single pass over the images
     dy_factor = gamma * inv_std
     offset = d_mean - dy_factor * mean_dy
     x_factor = 2 * d_var - dy_factor * inv_std * mean_dy_x_hat
@@ -164,7 +165,7 @@ def _pmean(axis_name, *values):
 
 
 def _materialize(images):
-    """Keep XLA for CPUs from computing the images once per consumer."""
+    """On a CPU, prevent XLA from recomputing the images for each operation that uses them."""
     return lax.optimization_barrier(images) if jax.default_backend() == "cpu" else images
 
 
