@@ -150,6 +150,23 @@ def test_member_with_a_nan_loss_is_dropped(data_dir, tmp_path, monkeypatch, brok
     np.testing.assert_allclose(resumed[columns], results[columns], rtol=1e-4)
 
 
+def test_saved_optima_are_those_of_the_members_left(data_dir, tmp_path, monkeypatch):
+    """A run that keeps only its first and last rounds resumes from the optima that it has saved."""
+    config = quick_config(data_dir, epochs=3, rounds=4, replicates=2, on_divergence="drop")
+    config.update_from_flattened_dict(
+        {"keep_checkpoints": "ends", "repulsion.strength": 2.0, "model.width": 0.1}
+    )
+    break_in_round_1(monkeypatch, [1])  # imp of replicate 1
+    run(config, tmp_path)
+    columns = ["replicate", "arm", "density", "test_loss", "repulsion", "cosine"]
+    results = pd.read_csv(tmp_path / "results.csv")
+    assert results.query("round == 3")["replicate"].tolist() == [0, 0]
+    shutil.rmtree(tmp_path / "checkpoints" / "3")
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["0", "2"]
+    run(config, tmp_path)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "results.csv")[columns], results[columns])
+
+
 def test_member_that_drops_to_chance_is_dropped(data_dir, tmp_path, monkeypatch):
     config = quick_config(data_dir, epochs=3, on_divergence="drop", rounds=2, replicates=2)
     break_in_round_1(monkeypatch, [3], value=0.0)  # weights of 0 get no gradient

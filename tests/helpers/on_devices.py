@@ -1,10 +1,12 @@
 """Compute the results for test_devices.py on four devices: python -m tests.helpers.on_devices FILE."""
 
+import contextlib
 import functools
 import os
 import pickle
 import re
 import sys
+import tempfile
 
 if __name__ == "__main__":
     os.environ["XLA_FLAGS"] = " ".join(
@@ -19,10 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imp_jax import data, imp, masking, training
+from imp_jax import data, imp, masking, runs, training
 from imp_jax.data import dataset
 from imp_jax.runtime import devices
-from tests.conftest import make_tiny_experiment
+from imp_jax.workdir.checkpoints import Checkpoints
+from tests.conftest import make_tiny_config, make_tiny_dataset, make_tiny_experiment
 
 MESHES = ((1, 1), (4, 1), (2, 2), (1, 4))
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
@@ -75,6 +78,35 @@ def run(experiment):
     return [
         (end.networks, [row | {"seconds": 0} for row in end.rows], dict(histories)[end.round]) for end in ends
     ]
+
+
+class KilledError(Exception):
+    """Raised by a callback, in place of the death of the process."""
+
+
+def run_with_kills(kills):
+    """Run a workdir with 6 members on 4 devices in round 1; return the networks of all rounds.
+
+    Args:
+      kills: whether to stop after each saved epoch and resume.
+    """
+
+    def kill(end):
+        if kills:
+            raise KilledError
+
+    config = make_tiny_config(
+        rounds=2, checkpoint_every_epochs=1, **{"instability.rounds": (1,), **mesh_fields((4, 1))}
+    )
+    with tempfile.TemporaryDirectory() as workdir:
+        for _ in range(10):
+            try:
+                runs.run(config, workdir, dataset=make_tiny_dataset(), on_epoch=[kill])
+                break
+            except KilledError:
+                pass
+        with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+            return [jax.tree.map(np.asarray, checkpoints.restore(number)) for number in checkpoints.rounds()]
 
 
 def count_collectives(experiment):
@@ -147,6 +179,7 @@ def main():
         "resnet": lambda: {mesh: run(resnet(mesh)) for mesh in MESHES},
         "resnet in parts": lambda: {mesh: run(resnet(mesh, **options)) for mesh in ((1, 1), (2, 2))},
         "collectives": lambda: {mesh: count_collectives(resnet(mesh)) for mesh in ((4, 1), (2, 2))},
+        "resumed": lambda: {kills: run_with_kills(kills) for kills in (False, True)},
         "memory": buffer_pointers,
         "programs": lambda: count_compilations(make_tiny_experiment(**mesh_fields((2, 2)))),
         "accumulated": lambda: compare_divided_batch(accumulate_steps=2),

@@ -53,6 +53,13 @@ def test_resnet_is_the_same_on_any_mesh(results, mesh):
     assert_same_rounds(results["resnet"][ONE], results["resnet"][mesh])
 
 
+def test_resumed_round_with_empty_slots_has_the_same_bits(results):
+    """Six members on four devices in round 1, stopped after its first epoch."""
+    whole, resumed = (results["resumed"][kills] for kills in (False, True))
+    assert [len(networks.mask["Dense_0"]["kernel"]) for networks in whole] == [4, 6]
+    jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+
+
 def test_batch_norm_of_parts_is_the_same_on_any_mesh(results):
     one_device, four_devices = results["resnet in parts"].values()
     assert_same_rounds(one_device, four_devices)
