@@ -8,9 +8,10 @@
     analysis       all analyses of a run of configs/mnist5k.py
     repulsion      whole runs without and with repulsion, and the size of the store of earlier optima
     checkpoints    whole runs that save their state within the rounds, and one that does not
-    throughput     what `python -m experiments.run list` computes costs from; --record="one H100" stores it
+    throughput     images/s, from which `python -m experiments.run list` estimates costs; --record="one H100"
+                   stores them
     scaling        training steps on more and more devices, and the time of the paper's sweeps on 1, 8 and 64
-    disk           the size of the checkpoints of each config
+    disk           the size of the checkpoints of each config of table 1
 
 For table, lenet, conv4 and resnet20, --torch times the same steps of an eager PyTorch loop in turn. For table
 and single networks, --out writes the table as JSON and --compare compares it with an earlier one. Each subject
