@@ -83,8 +83,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, help="not lenet: number of timings (default: 5, or 2 to 7 for some subjects)")
     add("--epochs", type=int, help="lenet, repulsion, checkpoints: of a training (default: the config's)")
     add("--steps", type=int, help="table, one network, forms: training steps of a timing")
-    add("--members", type=int, help="table, one network, forms: number of members")
-    add("--batch_size", type=int, help="table, one network, forms, convolutions (default: the config's)")
+    add("--members", type=int, help="table, one network, forms: number of members (forms: default 1, 3 and 6)")
+    batch_help = "default: the config's; for convolutions 128; for forms 128, 512 and 2048"
+    add("--batch_size", type=int, help=f"table, one network, forms, convolutions ({batch_help})")
     add("--dtype", choices=["float32", "bfloat16"], help="table, one network, forms")
     add("--execution", help="table, one network: as config.execution")
     add(
