@@ -8,9 +8,10 @@
     analysis       all analyses of a run of configs/mnist5k.py
     repulsion      whole runs without and with repulsion, and the size of the store of earlier optima
     checkpoints    whole runs that save their state within the rounds, and one that does not
-    throughput     what `python -m experiments.run list` computes costs from; --record="one H100" stores it
+    throughput     images/s, from which `python -m experiments.run list` estimates costs; --record="one H100"
+                   stores them
     scaling        training steps on more and more devices, and the time of the paper's sweeps on 1, 8 and 64
-    disk           the size of the checkpoints of each config
+    disk           the size of the checkpoints of each config of table 1
 
 For table, lenet, conv4 and resnet20, --torch times the same steps of an eager PyTorch loop in turn. For table
 and single networks, --out writes the table as JSON and --compare compares it with an earlier one. Each subject
@@ -82,8 +83,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, help="not lenet: number of timings (default: 5, or 2 to 7 for some subjects)")
     add("--epochs", type=int, help="lenet, repulsion, checkpoints: of a training (default: the config's)")
     add("--steps", type=int, help="table, one network, forms: training steps of a timing")
-    add("--members", type=int, help="table, one network, forms: number of members")
-    add("--batch_size", type=int, help="table, one network, forms, convolutions (default: the config's)")
+    add("--members", type=int, help="table, one network, forms: number of members (forms: default 1, 3 and 6)")
+    batch_help = "default: the config's; for convolutions 128; for forms 128, 512 and 2048"
+    add("--batch_size", type=int, help=f"table, one network, forms, convolutions ({batch_help})")
     add("--dtype", choices=["float32", "bfloat16"], help="table, one network, forms")
     add("--execution", help="table, one network: as config.execution")
     add(

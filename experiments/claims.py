@@ -1,7 +1,7 @@
 """The paper's claims, measured: `python -m experiments.claims --root=runs/mini`.
 
-Each claim comes down to numbers, one per replicate, and to the values that it predicts for them. The table is
-printed, and written as Markdown to `claims.md` in the folder of the runs.
+Each claim is tested by a few quantities, measured once per replicate, and the values that it predicts for them.
+The table is printed, and written as Markdown to `claims.md` in the folder of the runs.
 """
 
 import argparse

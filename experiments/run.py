@@ -58,15 +58,19 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--scale", default="paper", help="paper, mini or smoke (default: paper)")
     parser.add_argument("--root", help="folder of the runs (default: runs/SCALE)")
     parser.add_argument("--data_dir", help="folder of the data sets (default: ~/tensorflow_datasets)")
-    parser.add_argument("--launcher", default="local", help="local: one worker per GPU, or one; or slurm")
+    parser.add_argument(
+        "--launcher", default="local", help="local (one worker per GPU, or one on the CPU) or slurm"
+    )
     slurm = parser.add_argument_group("Slurm, for each job")
     slurm.add_argument("--partition")
     slurm.add_argument("--account")
     slurm.add_argument("--constraint", help="features of the node, such as h100")
-    slurm.add_argument("--gpus", type=int, default=1, help="(default: 1)")
+    slurm.add_argument("--gpus", type=int, default=1, help="GPUs (default: 1)")
     slurm.add_argument("--cpus", type=int, help="cores")
     slurm.add_argument("--mem_gb", type=float)
-    slurm.add_argument("--timeout_min", type=int, default=240, help="then it is requeued (default: 240)")
+    slurm.add_argument(
+        "--timeout_min", type=int, default=240, help="time after which it is requeued (default: 240)"
+    )
     return parser
 
 

@@ -18,7 +18,7 @@ from imp_jax.experiment import setup
 
 
 def benchmark_analysis(rounds: int, repeats: int) -> None:
-    """Time all analyses of a run of 3 replicates, and one of its paths, and print the table."""
+    """Time all analyses of a run of 3 replicates, and a path between two of its networks; print the table."""
     config = load_config("mnist5k")
     config.rounds, config.epochs = rounds, 1
     with tempfile.TemporaryDirectory() as workdir, contextlib.redirect_stdout(io.StringIO()):

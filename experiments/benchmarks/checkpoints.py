@@ -20,7 +20,7 @@ def benchmark_checkpoints(rounds: int, repeats: int, epochs: int | None) -> None
         f"configs/mnist5k.py, {rounds} rounds of {config.epochs} epochs",
         {"run without states within rounds (s)": (without, "{:.1f}")}
         | {
-            f"more with one every {every} epochs": (
+            f"extra time with a state every {every} epochs": (
                 [b / a - 1 for a, b in zip(without, times, strict=True)],
                 "{:.1%}",
             )

@@ -20,8 +20,8 @@ SHAPES = (  # side, inputs, outputs and stride of the 3 × 3 convolutions of Res
 )
 COLUMNS = (
     *("forward: XLA", "oneDNN"),
-    *("by inputs: derived", "turned"),
-    *("by weights: derived", "turned", "patches"),
+    *("input gradient: derived", "turned"),
+    *("weight gradient: derived", "turned", "patches"),
 )
 
 

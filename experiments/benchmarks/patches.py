@@ -43,6 +43,7 @@ def use_patches_convolution() -> None:
 
 @contextlib.contextmanager
 def _use_kernels_and_patches(implementation):
-    patches = fast_cpu.convolution.replace_convolutions(patches_convolution)  # the first to see a layer
+    # entered first: a layer whose convolution is already replaced is left alone by `use_kernels`
+    patches = fast_cpu.convolution.replace_convolutions(patches_convolution)
     with patches, fast_cpu.use_kernels(implementation):
         yield

@@ -32,7 +32,7 @@ class MemberSize(NamedTuple):
 
     parameters: int
     state_bytes: int
-    summed_bytes: int  # summed over devices in each step, where they divide a batch
+    summed_bytes: int  # summed over devices in each step, if they divide a batch
 
 
 def find_fastest_plan(runs: Sequence[Run], devices: int, device: dict, max_data: int = 1) -> Plan | None:
@@ -72,7 +72,7 @@ def find_fastest_plan(runs: Sequence[Run], devices: int, device: dict, max_data:
 
 def print_plans() -> None:
     """Print the time of figure 1 and of the ResNet-50 table on 1, 8 and 64 devices of each measured kind."""
-    title = "Time on 1, 8 and 64 devices (runs at once, each on member × data)"
+    title = "Time on 1, 8 and 64 devices (concurrent runs, mesh member × data of each)"
     table = Table("sweep", "batches", "device", *map(str, DEVICE_COUNTS), title=title)
     for name, max_data, batches in (
         ("fig1", 1, "whole"),
@@ -98,7 +98,7 @@ def print_member_sizes() -> None:
         "parameters",
         "state (MB)",
         "summed over devices in a step (MB)",
-        title="A member: what its device holds, and what it tells the others where they divide its batch",
+        title="One member: memory on its device, and bytes summed in a step if devices divide its batch",
     )
     for name in TABLE_1_CONFIGS:
         size = compute_member_size(name)

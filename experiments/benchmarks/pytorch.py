@@ -1,4 +1,4 @@
-"""Make the eager PyTorch loops of `torch_reference` callable where PyTorch may be missing: `--torch`."""
+"""Import the eager PyTorch loops of `torch_reference` only if `--torch` asks for them."""
 
 from collections.abc import Callable
 

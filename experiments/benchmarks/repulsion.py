@@ -50,7 +50,7 @@ def benchmark_repulsion(rounds: int, repeats: int, epochs: int | None) -> None:
             "run with λ = 2 (s)": (repelled, "{:.1f}"),
             "ratio": ([b / a for a, b in zip(plain, repelled, strict=True)], "{:.2f}"),
             "ratio of the first, which compiles": ([cold_repelled / cold_plain], "{:.2f}"),
-            "programs it compiles": ([len(set(stores))], "{:d}"),
+            "programs compiled for repulsion": ([len(set(stores))], "{:d}"),
         },
     )
     print_stores(f"LeNet-300-100, P = {sum(sizes):,}: store of a member, MB", sum(sizes), stores)

@@ -2,7 +2,7 @@
 
 Each network is timed in a process of its own, on random images in the shape of its data set: in memory with
 augmentation for CIFAR-10; as batches of a stream, whose decoding is not timed, for ImageNet. The machine's
-peaks, of a large matrix product and of a copy, are measured in the same process.
+peaks, of a large matrix product and of adding to a large array, are measured in the same process.
 """
 
 import argparse
@@ -41,7 +41,7 @@ class Row(NamedTuple):
 
     config: str
     steps: int  # per timing
-    members_on_cpu: int | None = None  # fewer than the config's, where those would take long
+    members_on_cpu: int | None = None  # fewer than the config's, if those would take long
     batch_on_cpu: int | None = None
     strength: float = 0.0  # of repulsion
 
@@ -71,7 +71,7 @@ def benchmark_steps(
     """
     old_table = read_table(old) if old else None
     if out and not Path(out).resolve().parent.is_dir():
-        raise UserError(f"--out is {out!r}, whose folder is not there; it should be a file to be written")
+        raise UserError(f"--out is {out!r}, whose folder does not exist; create the folder first")
     rows = {}
     for name in names:
         torch_option = ["--torch"] if torch and name in TORCH_NETWORKS else []
@@ -82,7 +82,7 @@ def benchmark_steps(
         print_ratios(old_table, table)
     if out:
         write_atomically(Path(out), json.dumps(table, indent=2) + "\n")
-        print(f"kept as {out}")
+        print(f"table: {out}")
 
 
 def time_row_in_subprocess(name: str, options: Sequence[str]) -> dict:
@@ -190,7 +190,7 @@ def time_call(function: Callable[[], None]) -> float:
 
 
 def measure_peak_bytes() -> int:
-    """Return the peak memory of the device, or of this process where the device does not report it."""
+    """Return the peak memory of the device, or of this process if the device does not report it."""
     device_bytes = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     maxrss_unit = 1 if sys.platform == "darwin" else 1024
     return device_bytes or maxrss_unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -64,7 +64,7 @@ def print_rows(rows: dict[str, dict]) -> None:
     for name, row in rows.items():
         print(
             f"{name}: {row['execution']}; {row['flops_per_image'] / 1e6:,.2f} MFLOP and at least "
-            f"{row['bytes_per_image'] / 1e6:,.3f} MB an image; peaks {row['peak_flops'] / 1e12:.2f} TFLOP/s, "
+            f"{row['bytes_per_image'] / 1e6:,.3f} MB per image; peaks {row['peak_flops'] / 1e12:.2f} TFLOP/s, "
             f"{row['peak_bytes'] / 1e9:,.0f} GB/s"
         )
 
@@ -72,7 +72,7 @@ def print_rows(rows: dict[str, dict]) -> None:
 def print_ratios(old_table: dict, new_table: dict) -> None:
     """Print what changed between two tables, as ratios of medians."""
     title = f"compared with {old_table['date']}"
-    table = Table("now over then", "images/s", "compilation", "memory", title=title)
+    table = Table("new / old", "images/s", "compilation", "memory", title=title)
     for name in new_table["rows"].keys() & old_table["rows"].keys():
         new, old = new_table["rows"][name], old_table["rows"][name]
         comparable = all(new[field] == old[field] for field in WORK_FIELDS)

@@ -50,8 +50,8 @@ def benchmark_throughput(
     plain_s = _time_process(plain)
     repelled_s = _time_process(plain.with_overrides(repulsion__strength=2.0))
     besides, factor = plain_s - training_s, 1 + (repelled_s - plain_s) / training_s
-    quantities["a run besides its training (s)"] = ([besides], "{:.1f}")
-    quantities["training with repulsion over without"] = ([factor], "{:.2f}")
+    quantities["time of a run outside its training (s)"] = ([besides], "{:.1f}")
+    quantities["time of training with repulsion / without"] = ([factor], "{:.2f}")
     print_quantities("throughput", quantities)
     if record:
         entry = {

@@ -88,7 +88,7 @@ class Images(Dataset):
 
 
 def make_step_fns(network: str, batch_size: int) -> dict[str, Callable[[], float]]:
-    """Return functions that train one masked step on random images, by the way the images are loaded.
+    """Return functions that train one masked step on random images, one for each way to load the images.
 
     The images are normalised like ours. They are not augmented, which would only make the loop slower.
     """

@@ -13,10 +13,10 @@ def make_train_fn(
 ) -> tuple[Callable[[], None], str]:
     """Make a function that trains `members` networks of a config for `steps` steps on random images.
 
-    Sets that are streamed are replaced by one batch of decoded images, which every step takes.
+    A data set that is streamed is replaced by one batch of decoded images, on which every step trains.
 
     Args:
-      config: changed: members are replicates of imp.
+      config: modified in place; all members become replicates of imp.
       earlier_rounds: rounds whose optima repulsion avoids, each pruned as the config says.
 
     Returns: the function, and the name of its execution mode.

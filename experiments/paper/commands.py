@@ -52,8 +52,8 @@ def print_list(figures: Sequence[PaperFigure], scale: Scale) -> None:
     add_row("together", "each run once", catalogue.list_runs(figures, scale))
     make_wide_console().print(table)
     print(
-        "Costs follow from images/s measured on such a device (experiments/benchmarks/throughput.json).\n"
-        "Those of LeNet also include repulsion and everything besides training, as measured on mnist5k."
+        "Costs are estimated from images/s measured on each device (experiments/benchmarks/throughput.json).\n"
+        "Those of LeNet also include repulsion and everything outside training, as measured on mnist5k."
     )
 
 

@@ -108,7 +108,7 @@ def quantify_c2(scale: Scale) -> list[Quantity]:
             100 * imp_minus_reinit(unstable, band) / imp_minus_reinit(stable, band).mean()
         )
 
-    words = "IMP − reinit over that at the stable batch size"
+    words = "IMP − reinit, relative to the stable batch size"
     return [
         Quantity(f"{words}, medium sparsity (%)", runs, lead_over_stable(MEDIUM), no_lead, "{:.0f}"),
         Quantity(f"{words}, high sparsity (%)", runs, lead_over_stable(HIGH), no_lead, "{:.0f}"),
@@ -165,7 +165,13 @@ def quantify_c4(scale: Scale) -> list[Quantity]:
                 lambda r: imp_minus_reinit(r, *bands),
                 expect_above(0),
             ),
-            Quantity(f"repelled IMP − reinit over that, {words} (%)", runs, remaining_lead, no_lead, "{:.0f}"),
+            Quantity(
+                f"repelled IMP − reinit, relative to IMP − reinit, {words} (%)",
+                runs,
+                remaining_lead,
+                no_lead,
+                "{:.0f}",
+            ),
             Quantity(f"repelled reinit − reinit, {words} (points)", runs, control_difference, level),
         ]
     return quantities

@@ -1,4 +1,4 @@
-"""Figures 3 and 13 to 17 (section 3): is it the return to earlier optima that makes a ticket win?"""
+"""Figures 3 and 13 to 17 (section 3): does a ticket win because it returns to earlier optima?"""
 
 from collections.abc import Callable
 from functools import partial

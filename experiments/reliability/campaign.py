@@ -93,7 +93,7 @@ def run_chain(
                 outcomes.append(Outcome(fault, f"{name}: {lost}"))
         try:
             differences = compare_fingerprints(undisturbed, chain.finish())
-            loss = f"{name}: in the end other {differences}" if differences else ""
+            loss = f"{name}: the finished run differs in {differences}" if differences else ""
         except LostError as lost:
             loss = f"{name}: {lost}"
         return [Outcome(outcome.fault, outcome.loss or loss) for outcome in outcomes]

@@ -27,7 +27,7 @@ class LostError(Exception):
 
 
 class Chain:
-    """One run that is broken again and again, on a file system of its own where it can be mounted.
+    """One run that is broken again and again, on a file system of its own if it can be mounted.
 
     Attributes:
       rng: decides where the faults strike.
@@ -78,7 +78,7 @@ class Chain:
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
-            raise LostError(f"it hung; it had said {self.read_stderr()!r}") from None
+            raise LostError(f"the process hung; stderr: {self.read_stderr()!r}") from None
         return process.returncode
 
     def read_stderr(self, index: int = -1) -> str:
@@ -89,14 +89,14 @@ class Chain:
     def expect(self, holds: bool, problem: str) -> None:
         """Raise a LostError with the problem unless the condition holds."""
         if not holds:
-            raise LostError(f"{problem}; it said {self.read_stderr()!r}")
+            raise LostError(f"{problem}; stderr: {self.read_stderr()!r}")
 
     def expect_refusal(self, process: subprocess.Popen, *phrases: str) -> None:
-        """Expect that a process fails and prints one sentence with one of the phrases."""
+        """Expect that a process fails and prints one error message that contains one of the phrases."""
         status, printed = self.wait(process), self.read_stderr()
         self.expect(status == 1, f"exit status {status} where 1 was expected")
         self.expect_one_sentence()
-        self.expect(any(phrase in printed for phrase in phrases), f"none of {phrases} was said")
+        self.expect(any(phrase in printed for phrase in phrases), f"none of {phrases} was printed")
 
     def expect_one_sentence(self) -> None:
         """Expect one error message, apart from notices of earlier damage and of files that were skipped."""
@@ -105,7 +105,7 @@ class Chain:
             for line in self.read_stderr().splitlines()
             if MOVED_NOTICE not in line and SKIPPED_NOTICE not in line
         ]
-        self.expect(len(lines) == 1 and lines[0].startswith("error: "), "not one sentence")
+        self.expect(len(lines) == 1 and lines[0].startswith("error: "), "stderr is not one error message")
 
     def resize(self, mebibytes: float) -> None:
         """Remount the file system as writable, with this size."""
@@ -120,7 +120,7 @@ class Chain:
         self.expect(self.wait(self.start()) == 0, "the run could not be finished")
         moved = list(self.workdir.glob("set-aside/*"))
         notices = sum(self.read_stderr(i).count(MOVED_NOTICE) for i in range(len(self._stderr_files)))
-        self.expect(notices == len(moved), f"{len(moved)} checkpoints were moved, {notices} said to be")
+        self.expect(notices == len(moved), f"{len(moved)} files were moved, but {notices} notices printed")
         return compute_fingerprint(self.workdir)
 
     def close(self) -> None:
@@ -137,7 +137,7 @@ class Chain:
 
 
 def compute_fingerprint(workdir: Path) -> dict[str, Any]:
-    """Return the results of a run by name, without the seconds: rows, checksums of networks, and tables."""
+    """Return what a run computed, by name: results.csv without the seconds, tables, checksums of networks."""
     lines = (workdir / "results.csv").read_text().splitlines()
     fingerprint = {"results.csv": "\n".join(line.rpartition(",")[0] for line in lines)}
     for table in sorted((workdir / "analysis").glob("*.csv")):

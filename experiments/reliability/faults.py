@@ -33,7 +33,7 @@ def kill_while_pruning(chain: Chain) -> bool:
 
 
 def send_stop_signal(chain: Chain) -> bool:
-    """Send a signal, and expect that the run stops soon and print so."""
+    """Send a signal, and expect that the run stops soon and prints that it did."""
     number = chain.rng.choice([signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
     process = chain.start_and_wait_for_training()
     time.sleep(chain.rng.uniform(0, 1.5))
@@ -44,7 +44,7 @@ def send_stop_signal(chain: Chain) -> bool:
     chain.expect(time.monotonic() - start < STOP_LIMIT_S, f"it took more than {STOP_LIMIT_S} s to stop")
     printed = chain.read_stderr()
     phrases = (f"stopped by {number.name}", f"stopped at once by {number.name}")  # during training, or outside
-    chain.expect(status == 0 or any(phrase in printed for phrase in phrases), "it did not say so")
+    chain.expect(status == 0 or any(phrase in printed for phrase in phrases), "it did not print its stop")
     return status != 0
 
 
@@ -71,9 +71,9 @@ def fill_disk(chain: Chain) -> bool:
                 resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**15, 2**15))
         if (status := chain.wait(process)) != 0:
             printed = chain.read_stderr()
-            chain.expect(status == 1, f"exit status {status} of a full disk")
+            chain.expect(status == 1, f"exit status {status} with a full disk")
             chain.expect_one_sentence()
-            chain.expect("No space left" in printed or "File too large" in printed, "the cause was not said")
+            chain.expect("No space left" in printed or "File too large" in printed, "the cause was not printed")
         return status != 0
     finally:
         if chain.mounted:

@@ -1,4 +1,4 @@
-"""Runs `imp_jax.main` in a process that kills itself: `python -m … write|prune COUNT FLAG…`.
+"""Run `imp_jax.main` in a process that kills itself: `python -m … write|prune COUNT FLAG…`.
 
 With `write`, it is killed before its COUNT-th file operation in the workdir; with `prune`, after its COUNT-th
 pruning.

@@ -46,7 +46,7 @@ def note_failure(sweep: Sweep, run: Run, status: int) -> str:
     """Write down why a run ended with exit status `status`, and return it."""
     lines = sweep.log_path(run).read_text(errors="replace").strip().splitlines()
     command_index = max(index for index, line in enumerate(lines) if line.startswith(PROMPT))
-    lines = lines[command_index + 1 :] or ["it said nothing"]
+    lines = lines[command_index + 1 :] or ["it printed nothing"]
     errors = [line for line in lines if line.startswith("error: ")] or lines
     how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
     why = f"{how}: {errors[-1].removeprefix('error: ')}"

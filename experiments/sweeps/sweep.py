@@ -120,7 +120,7 @@ class Sweep:
 
 
 def find_queued_jobs(jobs: Iterable[str]) -> set[str]:
-    """Return those of this user's Slurm `jobs`, such as 12_3, that wait or run; none where there is no Slurm.
+    """Return those of this user's Slurm `jobs`, such as 12_3, that wait or run; none if there is no Slurm.
 
     Raises:
       UserError: squeue fails.

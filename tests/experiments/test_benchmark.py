@@ -139,7 +139,7 @@ def test_the_benchmark_of_analyses_prints_its_table():
 def test_the_benchmark_of_checkpoints_prints_its_table():
     finished = run_benchmark("checkpoints", "--rounds=1", "--repeats=1", "--epochs=1")
     assert finished.returncode == 0, finished.stderr
-    for quantity in ("run without states within rounds", "more with one every 5 epochs"):
+    for quantity in ("run without states within rounds", "extra time with a state every 5 epochs"):
         assert quantity in finished.stdout
 
 
@@ -176,7 +176,7 @@ def test_the_benchmark_of_repulsion_prints_its_tables():
         (("table", "--compare=absent.json"), "error: --compare is 'absent.json', which cannot be read"),
         (
             ("table", "--out=absent/table.json"),
-            "error: --out is 'absent/table.json', whose folder is not there",
+            "error: --out is 'absent/table.json', whose folder does not exist",
         ),
     ],
 )

@@ -209,7 +209,7 @@ def test_the_reason_of_a_failure_is_taken_from_the_last_attempt(tmp_path):
     assert launchers.note_failure(sweep, SMOKE.lenet, -9) == "killed by SIGKILL: going on"
     with open(sweep.log_path(SMOKE.lenet), "a") as log:
         log.write("$ train\n")
-    assert launchers.note_failure(sweep, SMOKE.lenet, 1) == "exit status 1: it said nothing"
+    assert launchers.note_failure(sweep, SMOKE.lenet, 1) == "exit status 1: it printed nothing"
 
 
 def test_a_run_whose_job_left_the_queue_has_failed(tmp_path, monkeypatch, capsys):
