@@ -35,7 +35,7 @@ ROUNDS = 4
 
 @pytest.fixture(scope="module")
 def analysed(data_dir, tmp_path_factory):
-    """A narrow LeNet on mnist5k with a twin in round 2, analysed."""
+    """Return the workdir of a narrow LeNet, trained on mnist5k with a twin in round 2, and analysed."""
     config = configs.default()
     config.update({"replicates": 2, "rounds": ROUNDS, "epochs": 1, "batch_size": 100})
     config.dataset.data_dir = data_dir
@@ -50,12 +50,13 @@ def analysed(data_dir, tmp_path_factory):
 
 @pytest.fixture
 def copy(analysed, tmp_path):
-    """A copy of the analysed run that a test may change."""
+    """Return a copy of the analysed workdir that a test may change."""
     return shutil.copytree(analysed, tmp_path / "run")
 
 
 @pytest.fixture(scope="module")
 def run(analysed):
+    """Return the config and tables of the analysed run."""
     return analysis.load(analysed)
 
 
@@ -82,7 +83,7 @@ def test_distances_match_the_pairwise_functions_of_the_networks(run):
 
 def test_both_ends_of_a_path_match_the_results(run):
     paths = run.paths[run.paths["kind"] == "successive"]
-    assert len(run.paths) == (ROUNDS - 1 + 1) * 2 * 2 * 5
+    assert len(run.paths) == (ROUNDS - 1 + 1) * 2 * 2 * 5  # pairs and twins, replicates, splits, points
     results = run.results[run.results["arm"] == "imp"].set_index(["replicate", "round"])
     for (replicate, number, split), path in paths.groupby(["replicate", "round", "split"]):
         np.testing.assert_allclose(path["alpha"], np.linspace(0, 1, 5))
@@ -213,7 +214,7 @@ def test_truncated_tables_are_completed_and_unreadable_ones_moved(copy, capsys):
 
 
 def test_tables_of_an_older_definition_are_moved_and_computed_again(copy, capsys):
-    """An older definition counted biases. The moved file keeps the rows of rounds that are not on disk."""
+    """Without definitions.json, tables are of definition 1, which is outdated for `distances` and `layers`."""
     folder = copy / "analysis"
     names = ("distances", "layers")
     original = {name: pd.read_csv(folder / f"{name}.csv") for name in names}
@@ -453,7 +454,7 @@ def test_a_terminal_shows_a_progress_bar(copy, monkeypatch):
     assert "analysing" in terminal.getvalue()
 
 
-def test_analyses_use_no_collectives(copy, monkeypatch):
+def test_analyses_do_not_call_global_max(copy, monkeypatch):
     def refuse(value):
         raise AssertionError("only process 0 analyses: a collective would wait for the other processes")
 
@@ -586,7 +587,7 @@ def test_the_command_takes_another_data_dir_and_reports_errors(copy, tmp_path):
     assert "absent is not the workdir of a run" in refused.stderr
 
 
-def test_the_notebook_runs_from_top_to_bottom(analysed, monkeypatch):
+def test_the_explore_run_notebook_draws_six_figures(analysed, monkeypatch):
     monkeypatch.setenv("IMP_WORKDIR", str(analysed))
     notebook = nbformat.read(ROOT / "experiments" / "notebooks" / "explore_run.ipynb", as_version=4)
     resources = {"metadata": {"path": str(ROOT / "experiments" / "notebooks")}}

@@ -19,7 +19,7 @@ from tests.conftest import quick_config
 
 @pytest.fixture(scope="module")
 def trained(data_dir, tmp_path_factory):
-    """Four rounds of a narrow LeNet with a twin in round 2, without analyses."""
+    """Return the workdir of four rounds of a narrow LeNet, with a twin in round 2 and without analyses."""
     workdir = tmp_path_factory.mktemp("run")
     config = quick_config(data_dir, rounds=4, **{"model.width": 0.1})
     config.instability.rounds = (2,)
@@ -29,7 +29,7 @@ def trained(data_dir, tmp_path_factory):
 
 @pytest.fixture
 def copy(trained, tmp_path):
-    """A copy of the run. After the test the registries are restored."""
+    """Return a copy of the workdir; restore the registries after the test."""
     saved = [(registered, dict(registered)) for registered in (registry.ANALYSES, registry.FIGURES)]
     yield shutil.copytree(trained, tmp_path / "run")
     for registered, entries in saved:
@@ -39,7 +39,7 @@ def copy(trained, tmp_path):
 
 @pytest.fixture
 def workdir(copy):
-    """A copy of the run, without the analyses and figures of the paper."""
+    """Return a copy of the workdir; unregister the analyses and figures of the paper for this test."""
     registry.ANALYSES.clear()
     registry.FIGURES.clear()
     (copy / "analysis").mkdir(exist_ok=True)
@@ -56,7 +56,9 @@ def compute(workdir):
 
 
 def test_only_adjacent_rounds_are_successive(workdir):
-    analysis.register("pairs", lambda i: [(i.other.round,)], columns=("previous",), needs="successive")
+    analysis.register(
+        "pairs", lambda inputs: [(inputs.other.round,)], columns=("previous",), needs="successive"
+    )
     shutil.rmtree(workdir / "checkpoints" / "1")
     compute(workdir)
     table = pd.read_csv(workdir / "analysis" / "pairs.csv")
@@ -65,7 +67,9 @@ def test_only_adjacent_rounds_are_successive(workdir):
 
 def test_columns_added_by_hand_and_rows_of_deleted_rounds_are_kept(workdir):
     calls = []
-    analysis.register("numbers", lambda i: calls.append(i) or [(i.threshold,)], columns=("threshold",))
+    analysis.register(
+        "numbers", lambda inputs: calls.append(inputs) or [(inputs.threshold,)], columns=("threshold",)
+    )
     compute(workdir)
     path = workdir / "analysis" / "numbers.csv"
     pd.read_csv(path).assign(note="mine").to_csv(path, index=False)
@@ -79,7 +83,7 @@ def test_columns_added_by_hand_and_rows_of_deleted_rounds_are_kept(workdir):
 
 @pytest.mark.parametrize("content", ["", "a,b\n1,2\n", "replicate,arm,round,threshold\n0,imp,0,0.1"])
 def test_a_table_that_cannot_be_used_is_moved_and_computed_again(workdir, capsys, content):
-    analysis.register("numbers", lambda i: [(i.threshold,)], columns=("threshold",))
+    analysis.register("numbers", lambda inputs: [(inputs.threshold,)], columns=("threshold",))
     path = workdir / "analysis" / "numbers.csv"
     path.write_text(content)
     compute(workdir)
@@ -89,7 +93,9 @@ def test_a_table_that_cannot_be_used_is_moved_and_computed_again(workdir, capsys
 
 
 def test_no_checkpoint_is_read_if_no_row_is_missing(workdir, monkeypatch):
-    analysis.register("pairs", lambda i: [(i.other.round,)], columns=("previous",), needs="successive")
+    analysis.register(
+        "pairs", lambda inputs: [(inputs.other.round,)], columns=("previous",), needs="successive"
+    )
     compute(workdir)
     monkeypatch.setattr(Checkpoints, "restore", lambda *_: pytest.fail("a checkpoint was read"))
     compute(workdir)
@@ -129,7 +135,9 @@ def test_an_analysis_of_the_run_is_given_all_networks_and_tables(workdir):
 
 def test_an_analysis_is_given_all_networks_of_the_round(workdir):
     seen = {}
-    analysis.register("seen", lambda i: seen.setdefault(i.round, set(i.networks)) and [(1,)], columns=("one",))
+    analysis.register(
+        "seen", lambda inputs: seen.setdefault(inputs.round, set(inputs.networks)) and [(1,)], columns=("one",)
+    )
     compute(workdir)
     imp, reinit, twin = (Member(arm, 0) for arm in ("imp", "reinit", "twin"))
     assert seen == {0: {imp, reinit}, 1: {imp, reinit}, 2: {imp, reinit, twin}, 3: {imp, reinit}}
@@ -139,7 +147,7 @@ def test_rows_that_are_not_current_are_replaced_if_their_round_is_on_disk(workdi
     def register(value):
         analysis.register(
             "values",
-            lambda i: [(value,)],
+            lambda inputs: [(value,)],
             columns=("value",),
             is_current=lambda table, _: table["value"] == value,
         )
@@ -155,14 +163,14 @@ def test_rows_that_are_not_current_are_replaced_if_their_round_is_on_disk(workdi
 
 def test_a_new_definition_computes_the_table_again_and_keeps_the_old_file(workdir, capsys):
     for definition in (1, 2, 2):
-        analysis.register("values", lambda i, d=definition: [(d,)], columns=("value",), definition=definition)
+        analysis.register("values", lambda _, d=definition: [(d,)], columns=("value",), definition=definition)
         compute(workdir)
         assert set(pd.read_csv(workdir / "analysis" / "values.csv")["value"]) == {definition}
     assert capsys.readouterr().err.count("was computed by an earlier version") == 1
     assert set(pd.read_csv(workdir / "set-aside" / "analysis-values.csv")["value"]) == {1}
     del registry.ANALYSES["values"]
     compute(workdir)
-    analysis.register("values", lambda i: [(2,)], columns=("value",), definition=2)
+    analysis.register("values", lambda inputs: [(2,)], columns=("value",), definition=2)
     compute(workdir)  # the definition is remembered while the analysis is not registered
     assert "earlier version" not in capsys.readouterr().err
 
@@ -189,9 +197,15 @@ def test_a_registered_figure_is_drawn_and_in_the_report(copy):
         return figure
 
     analysis.register(
-        "norms", lambda i: [(i.threshold,)], columns=("norm",), figure=draw, caption="Norm over <rounds>."
+        "norms",
+        lambda inputs: [(inputs.threshold,)],
+        columns=("norm",),
+        figure=draw,
+        caption="Norm over <rounds>.",
     )
-    analysis.register("others", lambda i: [(i.threshold,)], columns=("value",), description="A threshold.")
+    analysis.register(
+        "others", lambda inputs: [(inputs.threshold,)], columns=("value",), description="A threshold."
+    )
     analysis.register_figure("nothing", lambda run: None)
     analysis.run(copy)
     assert {"norms.pdf", "norms.png"} <= {path.name for path in (copy / "figures").iterdir()}
@@ -214,7 +228,7 @@ def test_a_registered_figure_is_drawn_and_in_the_report(copy):
 )
 def test_a_bad_registration_raises_a_user_error(name, options, sentence):
     with pytest.raises(UserError, match=sentence):
-        analysis.register(name, lambda i: [], **options)
+        analysis.register(name, lambda inputs: [], **options)
 
 
 def test_figures_of_imp_jax_cannot_be_replaced():

@@ -148,7 +148,7 @@ def test_the_benchmark_of_disk_prints_its_table():
     assert finished.returncode == 0, finished.stderr
     (row,) = (line for line in finished.stdout.splitlines() if "resnet50" in line)
     _, _, members, round_0, whole_run, state, _ = (cell.strip() for cell in row.split("│"))
-    parameters = 25_503_912 * 4 / 1e6  # MB; two networks compress a little, their masks a lot
+    parameters = 25_503_912 * 4 / 1e6  # MB; compression shrinks the two networks a little and the masks a lot
     assert members == "1"
     assert round_0 == whole_run
     assert 1.5 * parameters < float(round_0) < 2.3 * parameters

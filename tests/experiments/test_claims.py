@@ -58,11 +58,11 @@ def make_paper_like_tables(run):
 
 @pytest.fixture(scope="module")
 def finished():
-    """The tables of all runs of the paper's scale, by run."""
+    """Return paper-like tables of all runs of the scale `PAPER`, by run."""
     return {run: make_paper_like_tables(run) for run in claims.list_claim_runs(PAPER)}
 
 
-def test_bands_of_density_are_the_rounds_in_the_readme():
+def test_bands_of_density_contain_the_documented_rounds():
     rounds = [[n for n in range(25) if low <= 0.8**n < high] for low, high in (LOW, MEDIUM, HIGH, VERY_HIGH)]
     assert rounds == [[*range(5)], [*range(5, 16)], [*range(16, 21)], [*range(21, 25)]]
 

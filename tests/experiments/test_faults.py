@@ -1,4 +1,4 @@
-"""`experiments.faults`: runs that are killed or damaged again and again."""
+"""`experiments.faults`: a run that is repeatedly killed or damaged, and resumed."""
 
 import subprocess
 import sys
@@ -14,16 +14,13 @@ def run_faults(*arguments):
 
 
 def test_a_run_survives_every_fault():
-    """The short version breaks a run seven times; its results equal those of an undisturbed run bit for bit."""
+    """`--short` breaks a run seven times; its results should equal those of an undisturbed run bit for bit."""
     finished = run_faults("--short")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     rows = [line.split("│")[1:-1] for line in finished.stdout.splitlines() if line.startswith("│")]
     table = {fault.strip(): list(map(int, counts)) for fault, *counts in rows}
-    assert len(table) == 8
-    assert table["SIGKILL while pruning"] == [1, 1, 0]
-    tries, survived, lost = table["all"]
-    assert (tries, lost) == (survived, 0)
-    assert tries >= 5  # a fault may come too late to break anything
+    assert table["SIGKILL while pruning"] == [1, 1, 0]  # tries, survived, lost
+    assert table["all"] == [7, 7, 0]
 
 
 @pytest.mark.parametrize("name", ["chains", "jobs"])

@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom."""
+"""The quickstart notebook; tests/analysis/test_analysis.py executes explore_run.ipynb."""
 
 import re
 
@@ -23,7 +23,7 @@ def count_pictures(outputs):
     return sum("image/png" in output.get("data", {}) for output in outputs)
 
 
-def test_the_quickstart_notebook(optimised, data_dir, monkeypatch):
+def test_the_quickstart_notebook_shows_that_imp_beats_reinit(optimised, data_dir, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", data_dir)
     outputs, printed = execute("quickstart.ipynb")
     assert count_pictures(outputs) == 3  # accuracy, angles, a path

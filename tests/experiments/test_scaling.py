@@ -9,7 +9,8 @@ from experiments.sweeps import cost
 
 DEVICE = {"images_per_second": {"resnet20": {"128": 1000.0}, "resnet50": {"1024": 1000.0}}}
 FIG1 = FIGURES["fig1"].runs(PAPER)
-RUN_SECONDS = cost.estimate_seconds(FIG1[0], DEVICE)  # all runs train on the same number of images
+# the longest of the runs, of batch size 128: a larger batch leaves out as many images per epoch, or more
+RUN_SECONDS = cost.estimate_seconds(FIG1[0], DEVICE)
 
 
 @pytest.mark.parametrize(
@@ -43,8 +44,11 @@ def test_batches_are_divided_only_if_allowed():
     assert plan.find_fastest_plan(runs, 64, {}) is None
 
 
-def test_the_size_of_a_member_of_lenet():
-    """With Adam: per weight 4 bytes for itself, two moments and a gradient, 1 for the mask; the step count."""
+def test_compute_member_size_counts_the_bytes_of_lenet_with_adam():
+    """A parameter, its two moments and its gradient have 4 bytes each, its mask 1, the step count 4.
+
+    Devices sum the gradients, the loss and the accuracy.
+    """
     assert plan.compute_member_size("lenet") == (266_610, 17 * 266_610 + 4, 4 * 266_610 + 8)
 
 

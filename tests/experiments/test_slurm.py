@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(bool(slurm.missing()), reason=f"no Slurm here: {
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """The environment variables with which commands find the running Slurm."""
+    """Start Slurm; return the environment variables with which commands find it."""
     with slurm.running(tmp_path_factory.mktemp("slurm")) as environment:
         yield os.environ | environment
 

@@ -13,12 +13,12 @@ from imp_jax.errors import UserError
 from imp_jax.runtime import devices
 from tests.helpers import ROOT
 
-ONE, *OTHERS = (1, 1), (4, 1), (2, 2), (1, 4)
+SINGLE_DEVICE, *MESHES = (1, 1), (4, 1), (2, 2), (1, 4)
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """The results of `tests.helpers.on_devices`; a new process, as JAX fixes its devices when it starts."""
+    """Return the results of `tests.helpers.on_devices`, a new process: JAX fixes its devices when it starts."""
     path = tmp_path_factory.mktemp("devices") / "results"
     subprocess.run([sys.executable, "-m", "tests.helpers.on_devices", path], cwd=ROOT, check=True)
     with open(path, "rb") as file:
@@ -40,17 +40,17 @@ def assert_same_rounds(actual, expected):
                 assert expected_row[name] == close
 
 
-@pytest.mark.parametrize("mesh", OTHERS)
+@pytest.mark.parametrize("mesh", MESHES)
 def test_lenet_is_the_same_on_any_mesh(results, mesh):
     """With repulsion, twins in round 1 (six members on up to four devices) and rewinding to step 5."""
-    assert [len(rows) for _, rows, _ in results["lenet"][ONE]] == [4, 6, 4]
-    assert_same_rounds(results["lenet"][ONE], results["lenet"][mesh])
+    assert [len(rows) for _, rows, _ in results["lenet"][SINGLE_DEVICE]] == [4, 6, 4]
+    assert_same_rounds(results["lenet"][SINGLE_DEVICE], results["lenet"][mesh])
 
 
-@pytest.mark.parametrize("mesh", OTHERS)
+@pytest.mark.parametrize("mesh", MESHES)
 def test_resnet_is_the_same_on_any_mesh(results, mesh):
     """BatchNorm uses statistics of the whole batch; its running statistics are compared as well."""
-    assert_same_rounds(results["resnet"][ONE], results["resnet"][mesh])
+    assert_same_rounds(results["resnet"][SINGLE_DEVICE], results["resnet"][mesh])
 
 
 def test_resumed_round_with_empty_slots_has_the_same_bits(results):
@@ -64,13 +64,14 @@ def test_batch_norm_of_parts_is_the_same_on_any_mesh(results):
     one_device, four_devices = results["resnet in parts"].values()
     assert_same_rounds(one_device, four_devices)
     kernels = [
-        rounds[0][0].trained["params"]["Dense_0"]["kernel"] for rounds in (one_device, results["resnet"][ONE])
+        rounds[0][0].trained["params"]["Dense_0"]["kernel"]
+        for rounds in (one_device, results["resnet"][SINGLE_DEVICE])
     ]
     assert np.abs(kernels[0] - kernels[1]).max() > 1e-3  # the parts have other statistics than the batch
 
 
 def test_accumulated_gradients_train_like_the_whole_batch(results):
-    assert_same_rounds(results["lenet"][ONE], results["lenet accumulated"])
+    assert_same_rounds(results["lenet"][SINGLE_DEVICE], results["lenet accumulated"])
 
 
 @pytest.mark.parametrize("split", ["accumulated", "in parts"])
@@ -95,7 +96,7 @@ def test_one_program_serves_all_rounds_of_a_mesh(results):
     assert results["programs"] == 1
 
 
-# --- sizes of the mesh, and what does not fit ---
+# --- sizes of the mesh, and sizes that are refused ---
 
 
 @pytest.fixture
@@ -121,7 +122,7 @@ def mesh_sizes(monkeypatch):
         (8, 6, (-1, 1), (6, 1)),
         (4, 6, (-1, 1), (3, 1)),  # two members each, as on four devices
         (4, 7, (-1, 1), (4, 1)),
-        (8, 1, (-1, -1), (1, 6)),  # 60 images are not divided by 8
+        (8, 1, (-1, -1), (1, 6)),  # neither 8 nor 7 divides 60 images
         (8, 3, (-1, -1), (3, 2)),
         (8, 6, (-1, 2), (3, 2)),
         (8, 6, (2, -1), (2, 4)),
@@ -177,7 +178,7 @@ def test_jax_without_a_device_or_in_double_precision_is_refused(monkeypatch):
         devices.require_usable()
 
 
-def test_describe_mesh_names_sizes_and_empty_places(mesh_sizes, monkeypatch):
+def test_describe_mesh_names_sizes_and_empty_slots(mesh_sizes, monkeypatch):
     mesh_sizes(8, 6)
     grid = np.empty((4, 2))
     mesh = type("Mesh", (), {"devices": grid})

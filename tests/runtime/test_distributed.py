@@ -23,7 +23,7 @@ SEEDS = in_processes.SEEDS
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The folder in which two processes of `tests.helpers.in_processes` left their results."""
+    """Run `tests.helpers.in_processes` in two processes; return the folder of their results."""
     path = tmp_path_factory.mktemp("processes")
     folders.write_imagenet(path)
     with Processes(2, ["-m", "tests.helpers.in_processes", path]) as processes:
@@ -63,7 +63,7 @@ def test_each_process_decodes_its_part_of_a_stream(folder, results, mesh):
         assert result[mesh]["decoded"] == steps * members * batch // 2
         views = [labels for _, labels in dataset.test.evaluation_batches(4, np.arange(8) % 6)]
         assert result[mesh]["views"] == np.stack(views).tolist()
-        # "data" divides the batches of an evaluation; with "member" every process reads all of them
+        # "data" divides the batches of an evaluation; with "members" every process reads all of them
         assert result[mesh]["viewed"] == (4 if mesh == "data" else 8)
 
 
@@ -171,7 +171,7 @@ def test_two_processes_can_die_or_stop_and_resume_with_the_results_of_one(data_d
         ended = processes.ended()
     assert [status for status, *_ in ended] == [128 + signal.SIGTERM] * 2
     assert all("stopped by SIGTERM in round" in stderr for *_, stderr in ended)
-    assert ended[1][1].strip().startswith("[Gloo]")  # and no line of a run
+    assert ended[1][1].strip().startswith("[Gloo]")  # a message of the library
     assert "round" not in ended[1][1]
 
     config.mesh.data = -1  # resume on one device, in the middle of a round

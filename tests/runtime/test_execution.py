@@ -150,7 +150,6 @@ def test_a_value_behind_an_optimization_barrier_is_computed_once():
     # if this fails, trainings with convolutions are slow: see `choose_execution`
     assert compilation.xla_keeps_optimization_barriers()
     assert count_sines(compilation.jit_with_backend_options(function)) == 1
-    assert count_sines(jax.jit(function)) >= 1
 
 
 def test_the_compilation_cache_is_a_folder_per_processor(tmp_path, monkeypatch, programs_not_kept):

@@ -69,7 +69,7 @@ def test_an_ignored_signal_stays_ignored():
 
 def test_a_second_signal_ends_the_process_while_python_is_blocked():
     """For example in a compilation, which does not return to the interpreter until it ends."""
-    process = start_process(f"with GracefulStop() as i, i.defer_signals():\n    {READY}    {WAIT}")
+    process = start_process(f"with GracefulStop() as stop, stop.defer_signals():\n    {READY}    {WAIT}")
     process.send_signal(signal.SIGTERM)
     assert "SIGTERM: stopping where the run can be resumed" in process.stderr.readline()
     time.sleep(0.3)

@@ -29,7 +29,7 @@ from tests.helpers import workdirs
 
 
 def test_rows_are_written_after_the_checkpoint_of_their_round(data_dir, tmp_path, monkeypatch):
-    """If the checkpoint cannot be saved, the error says so, and the rows are not written."""
+    """If the checkpoint cannot be saved, the run ends with an error and the rows are not written."""
     save = Checkpoints.save
 
     def check_and_save(self, number, *args, **kwargs):
@@ -213,7 +213,7 @@ def test_a_run_continues_without_figures_and_event_files(tiny_experiment, tmp_pa
 
 @pytest.mark.parametrize("timeout", [300.0, 0.05])
 def test_the_workdir_is_locked_until_everything_is_written(tiny_experiment, tmp_path, monkeypatch, timeout):
-    """Also after a device has failed, when the main thread stops waiting for the recording thread."""
+    """Also if a device has failed and the main thread stops waiting for the recording thread at the timeout."""
     monkeypatch.setattr("imp_jax.workdir.recorder._RECORDING_TIMEOUT_S", timeout)
     end, locked = threading.Event(), []
 

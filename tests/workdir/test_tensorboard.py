@@ -20,7 +20,7 @@ def read_events(folder):
             content = content[16 + length :]
 
 
-def test_event_files_hold_the_scalars_of_each_member(tmp_path):
+def test_event_files_hold_the_scalars_of_all_members_but_twins(tmp_path):
     events = TensorBoardWriter(tmp_path, first_epoch=3)
     members = [("imp", 0), ("reinit", 0), ("twin", 0)]
     events.write(3, members, {"test_accuracy": [0.5, 0.75, 0.0], "loss": [1.0, 2.0, 3.0]})

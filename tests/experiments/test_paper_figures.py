@@ -24,7 +24,7 @@ FIGURES = [name for name in catalogue.FIGURES if name.startswith("fig")]
 
 @pytest.fixture(scope="module")
 def finished():
-    """The tables of all runs of the scales `PAPER` and `MINI`, by run."""
+    """Return made-up tables of all runs of the scales `PAPER` and `MINI`, by run."""
     return {run: tables(run) for scale in (PAPER, MINI) for run in list_runs(catalogue.FIGURES.values(), scale)}
 
 
@@ -46,11 +46,11 @@ def test_every_figure_is_drawn_with_all_panels(name, finished):
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_panels_of_missing_runs_say_so(name, finished):
+def test_panels_of_missing_runs_show_not_run(name, finished):
     figure = catalogue.FIGURES[name]
     assert list_texts(figure.draw(MINI, {})) == [NOT_RUN] * len(list_panels(figure.draw(MINI, finished)))
     first = figure.runs(MINI)[0]
-    one_round = {first: tables(first, rounds=1)}  # has just begun: no barriers between rounds
+    one_round = {first: tables(first, rounds=1)}  # no barrier between rounds yet
     figures.to_bytes(figure.draw(MINI, one_round))
 
 
@@ -112,7 +112,7 @@ def test_distance_matrices_have_the_rounds_in_order_and_the_initialisation_last(
         matrix = axes.images[0].get_array()
         assert matrix.shape == (26, 26)
         assert matrix[3, 7] == pytest.approx(0.04)
-        assert matrix[25, 7] == pytest.approx(0.08)  # round −1
+        assert matrix[25, 7] == pytest.approx(0.08)  # the initialisation
         assert axes.images[0].get_clim() == (0, 1)
 
 
