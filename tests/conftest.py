@@ -3,13 +3,14 @@
 import os
 import tempfile
 
-# one compilation cache for all tests and the processes they start; JAX reads these variables when imported
-_CACHE_DIR = tempfile.TemporaryDirectory()
-os.environ |= {
-    "JAX_COMPILATION_CACHE_DIR": _CACHE_DIR.name,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-}
+# one compilation cache for all workers and the processes they start; JAX reads these variables when imported
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _CACHE_DIR = tempfile.TemporaryDirectory()
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": _CACHE_DIR.name,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
 # prevent downloads by a proxy that does not exist; servers on this machine stay reachable
 os.environ |= {f"{scheme}_PROXY": "http://127.0.0.1:9" for scheme in ("HTTP", "HTTPS")}
@@ -20,7 +21,6 @@ os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 
-# ruff: noqa: E402
 import functools
 
 import jax
@@ -36,17 +36,19 @@ from imp_jax.models.lenet import LeNet
 LONGEST = (
     "runs",
     "benchmark",
-    "imp",
-    "sweep",
-    "cli",
-    "distributed",
-    "command",
     "devices",
     "analysis",
+    "imp",
+    "distributed",
     "slurm",
-    "models",
+    "faults",
     "repulsion",
     "divergence",
+    "sweep",
+    "command",
+    "readme",
+    "cli",
+    "notebooks",
 )
 
 
