@@ -13,10 +13,12 @@ from imp_jax.analysis.registry import ANALYSES, FIGURES
 # tables that are shown in figures or summarised with the results; the others are listed
 _SUMMARISED = {"distances", "paths", "barriers", "histograms", "weights", "layers"}
 STYLE = """
-body { font: 15px/1.5 sans-serif; color: #222; max-width: 60em; margin: 2em auto; padding: 0 1em }
+body { font: 15px/1.5 sans-serif; color: #222; max-width: 76em; margin: 2em auto; padding: 0 1em }
+.table { overflow-x: auto; font-size: 13px }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .15em .9em; text-align: right; border-bottom: 1px solid #ddd }
-figure { margin: 2em 0 } figure img { max-width: 100% } figcaption { color: #555 }
+th, td { padding: .15em .7em; text-align: right; border-bottom: 1px solid #ddd }
+th { vertical-align: bottom } td { white-space: nowrap }
+figure { margin: 2em 0 } figure img { max-width: min(100%, 52em) } figcaption { color: #555; max-width: 52em }
 pre { background: #f6f6f6; padding: 1em; overflow-x: auto }
 """
 
@@ -32,11 +34,13 @@ def html(run: Any, drawn: dict[str, bytes]) -> str:
     replicates = f"{run.config.replicates} replicate{'s' * (run.config.replicates > 1)}"
     config = json.dumps(json.loads(config_files.to_json(run.config)), indent=2)
     return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{markup.escape(title)}</title><style>{STYLE}</style></head>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{markup.escape(title)}</title><style>{STYLE}</style></head>
 <body>
 <h1>{markup.escape(title)}</h1>
 <h2>Results, mean (minimum to maximum) of {replicates}</h2>
-{_results(run).to_html(index=False, border=0, na_rep="–", justify="right")}
+{_format_table(_results(run))}
 <h2>Figures</h2>
 {pictures}
 {_listed_tables(run)}
@@ -54,7 +58,7 @@ def _results(run) -> pd.DataFrame:
         for arm, arm_rows in results[results["arm"] != "twin"].groupby("arm", sort=False):
             accuracy = 100 * arm_rows["test_accuracy"]
             row[f"{arm}: test accuracy (%)"] = (
-                f"{accuracy.mean():.2f} ({accuracy.min():.2f} to {accuracy.max():.2f})"
+                f"{accuracy.mean():.2f} ({accuracy.min():.2f}–{accuracy.max():.2f})"
             )
             row[f"{arm}: threshold"] = f"{arm_rows['threshold'].mean():.4f}"
             weights = run.weights[(run.weights["round"] == number) & (run.weights["arm"] == arm)]
@@ -82,7 +86,12 @@ def _listed_tables(run) -> str:
         values = table.select_dtypes("number").columns.difference([*keys, "replicate"], sort=False)
         if keys and len(table):
             table = table.groupby(keys)[list(values)].mean().reset_index()
-        text = table.to_html(index=False, border=0, na_rep="–", justify="right", float_format="{:.4g}".format)
+        text = _format_table(table)
         description = ANALYSES[name].description if name in ANALYSES else ""
         parts.append(f"<h2>{markup.escape(name)}</h2>\n<p>{markup.escape(description)}</p>\n{text}")
     return "\n".join(parts)
+
+
+def _format_table(table) -> str:
+    text = table.to_html(index=False, border=0, na_rep="–", justify="right", float_format="{:.4g}".format)
+    return f'<div class="table">{text}</div>'

@@ -166,10 +166,10 @@ def count_tasks(environment: Mapping[str, str]) -> int:
 
 def visible_gpus(environment: Mapping[str, str]) -> list[str]:
     """Return the indices of the visible GPUs, without initialising CUDA."""
-    if not {"cuda", "gpu"} & set(environment.get("JAX_PLATFORMS", "cuda").split(",")):
+    if not {"cuda", "gpu"} & set((environment.get("JAX_PLATFORMS") or "cuda").split(",")):
         return []
     if (visible := environment.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [gpu for gpu in visible.split(",") if gpu]
+        return [gpu for gpu in visible.split(",") if gpu not in ("", "-1")]
     if not shutil.which("nvidia-smi"):
         return []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)

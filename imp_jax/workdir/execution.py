@@ -33,8 +33,8 @@ def restore_execution(experiment: Experiment, workdir: str | os.PathLike) -> Exp
             previous = _CONVOLUTIONS.get(stored.convolutions, stored.convolutions)
             reason = "are slow" if stored.convolutions == "flax" else "cannot be used"
             print(
-                f"{workdir} was begun with {previous}, which {reason} on this machine; it continues with "
-                f"{_CONVOLUTIONS[chosen.convolutions]}, and results differ by rounding",
+                f"{workdir} was begun with {previous}, which {reason} on this machine; "
+                f"{_CONVOLUTIONS[chosen.convolutions]} are used instead, and results differ by rounding",
                 file=sys.stderr,
             )
         stored = chosen

@@ -97,6 +97,9 @@ MPIRUN = {"OMPI_COMM_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "2,3"}
         (SRUN | {"SLURM_STEP_NUM_TASKS": "8"}, 8, None),  # one process per GPU, which JAX selects
         (SRUN | {"SLURM_STEP_NUM_TASKS": "8", "SLURM_GPUS_PER_TASK": "4"}, 8, [0, 1, 2, 3]),
         (SRUN | {"CUDA_VISIBLE_DEVICES": ""}, 2, None),
+        (SRUN | {"CUDA_VISIBLE_DEVICES": "-1"}, 2, None),  # CUDA's own way to hide all
+        (SRUN | {"JAX_PLATFORMS": "cpu"}, 2, None),
+        (SRUN | {"JAX_PLATFORMS": ""}, 2, [0, 1, 2, 3]),  # as if it were not set
         (MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, 2, None),
         (MPIRUN | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, 2, [0, 1]),
     ],
