@@ -57,8 +57,8 @@ def register(name: str, optimizer: Callable[..., optax.GradientTransformation]) 
 
     Args:
       optimizer: a function of `learning_rate`, a traced scalar, that returns a complete optax transform. If it
-        has an argument `momentum` too, `config.optimizer.momentum` is passed to it. A state of
-        `optax.inject_hyperparams` is given the rate of each step.
+        has an argument `momentum` too, it receives `config.optimizer.momentum`, unless that is None. In a state
+        of `optax.inject_hyperparams` the learning rate is replaced by that of each step.
 
     Raises:
       UserError: `optimizer` is not a function of `learning_rate`.
@@ -80,15 +80,18 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """Make the masked optax transform of a registered optimizer; its updates are added to the parameters.
 
-    It is called as `update(grads, state, params, mask=mask, learning_rate=rate)`, with a traced rate. Weight
-    decay is L2: added to the gradient, before Adam's moments too, on all parameters (ours).
+    Call its `update(grads, state, params, mask=mask, learning_rate=rate)`; the rate may be traced. Weight decay
+    is L2 on all parameters (ours): added to the gradient, also before Adam's moments.
 
     Args:
-      learning_rate: the base rate, on which some initial states depend.
-      momentum: None is the optimizer's own.
+      name: a registered name, or a dotted path such as "optax:lion".
+      learning_rate: the base rate; used only for initial states that depend on it.
+      momentum: None keeps the default of the optimizer.
+      weight_decay: coefficient λ of the term λθ in the gradient.
 
     Raises:
-      UserError: an unknown optimizer; a momentum for one that has none.
+      UserError: an unknown optimizer, or one that is not a function of `learning_rate`; a path that cannot be
+        imported; a momentum for an optimizer without one.
     """
     factory = lookup_or_import(OPTIMIZERS, "optimizer.name", name)
     _check_factory(name, factory)
@@ -147,7 +150,10 @@ def learning_rates(
     milestones: Sequence[float] = (),
     warmup_epochs: float = 0.0,
 ) -> Float[np.ndarray, "epochs steps"]:
-    """Compute the learning rate of every step of a training (table 1), times the linear rise of the warm-up.
+    """Compute the learning rate of every step of a training (table 1), with a linear warm-up from 0.
+
+    Args:
+      milestones: rising, in epochs; the schedule `step` divides the rate by 10 at each.
 
     Raises:
       UserError: an unknown schedule; a milestone after the last step.

@@ -1,7 +1,7 @@
 """Pruning: from scores to a threshold and the next mask.
 
 Pruning is global: the weights of all layers are ranked together, and exactly round(fraction · survivors) of
-those with the lowest scores are removed (section 2.1, appendix A.3). `scores` has the functions that score.
+those with the lowest scores are removed (section 2.1, appendix A.3). The score functions are in `scores`.
 """
 
 from collections.abc import Sequence
@@ -24,15 +24,15 @@ def prune_by_magnitude(
 
     Args:
       params: any Flax parameters; leaves called "kernel" are ranked together, others are never pruned.
-      mask: the present mask, shaped like `params`.
+      mask: the current mask, shaped like `params`.
       fraction: share of the survivors to remove in [0, 1], a static Python number under `jit`. The decimal is
         taken exactly: 0.7 of 45 is 31.5 and rounds to 32.
       exclude: layers that are never pruned, as patterns of their names such as "projection_*"; a string is one
         pattern.
 
     Returns:
-      The next mask, a subset of `mask` with exactly round(fraction · survivors) fewer weights (of equal
-      magnitudes the first are removed), and the pruning threshold of figures 6 and 7: the largest magnitude
+      The next mask, a subset of `mask` with exactly round(fraction · survivors) fewer weights (ties are
+      removed in tree order), and the pruning threshold of figures 6 and 7: the largest magnitude
       removed, 0 if none was.
 
     Raises:
@@ -47,7 +47,7 @@ def prune_by_score(
 ) -> tuple[Mask, Float[Array, ""]]:
     """Prune like `prune_by_magnitude`, by any scores: the lowest are removed, negative ones first, nan last.
 
-    The threshold is always one of |θ|.
+    The threshold is the largest |θ| removed, whatever the scores.
 
     Raises:
       ValueError: as `prune_by_magnitude`; scores that are not floating-point.
@@ -63,8 +63,8 @@ def prune_by_score(
     rank = _ordered_integers(_concatenate(scores, exclude))
     cut = _kth_smallest(rank, alive, count)  # the highest score that is removed
     below, tied = alive & (rank < cut), alive & (rank == cut)
-    places = count - jnp.sum(below, dtype=jnp.int32)
-    removed = below | (tied & (jnp.cumsum(tied, dtype=jnp.int32) <= places))
+    ties_to_remove = count - jnp.sum(below, dtype=jnp.int32)
+    removed = below | (tied & (jnp.cumsum(tied, dtype=jnp.int32) <= ties_to_remove))
     threshold = jnp.max(jnp.abs(_concatenate(params, exclude)), where=removed, initial=0.0)
     return _split(alive & ~removed, mask, exclude), threshold
 
@@ -82,10 +82,10 @@ def _ordered_integers(values: Float[Array, " n"]) -> UInt[Array, " n"]:
 
 
 def _kth_smallest(values: UInt[Array, " n"], where: Bool[Array, " n"], k: Int[Array, ""]) -> UInt[Array, ""]:
-    """Return the k-th smallest of the values `where` True, k from 1.
+    """Return the k-th smallest, k ≥ 1, of the values for which `where` is True.
 
-    Sets its bits from the highest one down, counting smaller values: exact like a sort, in a tenth of the time
-    on a CPU.
+    Determines its bits from the highest one down by counting smaller values: exact like a sort, in a tenth of
+    the time on a CPU.
     """
     bits = 8 * values.dtype.itemsize
 

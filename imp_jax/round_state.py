@@ -1,4 +1,4 @@
-"""What a round begins with and what it leaves; the start of all members from imp's ticket and mask."""
+"""The state at the start and at the end of a round, and how all members start from imp's tickets and masks."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -30,7 +30,11 @@ from imp_jax.workdir.results import Row
 
 
 class RoundState(NamedTuple):
-    """What a round begins with. Trees have a leading axis of `members`; all but `optima` lie on the mesh."""
+    """The state at the start of a round.
+
+    Trees have a leading axis of `members`. `tickets` and `masks` are on the mesh, where the axis is padded to a
+    multiple of its member axis.
+    """
 
     members: tuple[Member, ...]
     tickets: Variables  # starting weights, not yet masked
@@ -39,27 +43,27 @@ class RoundState(NamedTuple):
 
 
 class EpochEnd(NamedTuple):
-    """What `on_epoch` is called with after every epoch, and within one wherever the host takes part."""
+    """The argument of `on_epoch`: after every epoch, and wherever training pauses to save, rewind or check."""
 
     round: int
     members: tuple[Member, ...]
     progress: MidRoundState  # its states are on the mesh and are donated to the next step: copy what you keep
     metrics: Metrics  # of the steps since the last call, as NumPy arrays [steps, members]
-    seconds: float  # of training since the last call
-    compile_seconds: float
+    seconds: float  # of training since the last call, without compilation
+    compile_seconds: float  # since the last call
     diverged: dict[Member, tuple[int, str]]  # members with a non-finite loss: step and description
 
 
 class RoundEnd(NamedTuple):
-    """What `on_round` is called with after every round, and `rounds` yields."""
+    """The argument of `on_round` after every round, and what `rounds` yields."""
 
     round: int
     members: tuple[Member, ...]  # that have not diverged
     networks: RoundNetworks  # of these members, on the host
     rows: list[Row]  # of results.csv
-    next_masks: Mask  # of imp in the next round, of each replicate that trains then; on the host
-    next_members: tuple[Member, ...]  # without those of single rounds
-    next_optima: Optima | None  # of these members
+    next_masks: Mask  # of the imps among `next_members`, in their order; on the host
+    next_members: tuple[Member, ...]  # that train in the next round, without those of single rounds
+    next_optima: Optima | None  # of `next_members`; None without repulsion
     diverged: dict[Member, tuple[int, str]]  # members that were dropped: step and description
 
 
@@ -83,12 +87,12 @@ def start_round(
     ticket_of: Sequence[int] | None = None,
     mask_of: Sequence[int] | None = None,
 ) -> RoundState:
-    """Compute what the members of round `number` begin with, from imp's tickets and masks.
+    """Compute the state at the start of round `number` from imp's tickets and masks, without earlier optima.
 
     Args:
-      members: that train in every round; those of single rounds, such as twins, are added.
-      tickets, masks: of the imps of `members`, or of more networks, of which `ticket_of` and `mask_of` give
-        the index of each imp.
+      members: the members that train in every round; those of single rounds, such as twins, are added.
+      tickets, masks: of the imps of `members`, in their order; or of any networks, if `ticket_of` and `mask_of`
+        give the index of each imp.
     """
     imps = [member for member in members if member.arm == "imp"]
     members = add_scheduled_members(members, experiment.scheduled_arms, number)
@@ -101,11 +105,11 @@ def start_round(
     def arm_keys(arm):
         return member_keys(imps, experiment.seed, lambda member: ["arm", arms.ARMS[arm].number, number])
 
-    every = np.arange(len(imps))
+    in_order = np.arange(len(imps))
     mesh = experiment.spec.mesh
     tickets, masks = _start_members(
-        _take_imps(tickets, every if ticket_of is None else np.array(ticket_of), mesh=mesh),
-        _take_imps(masks, every if mask_of is None else np.array(mask_of), mesh=mesh),
+        _take_imps(tickets, in_order if ticket_of is None else np.array(ticket_of), mesh=mesh),
+        _take_imps(masks, in_order if mask_of is None else np.array(mask_of), mesh=mesh),
         replicate_keys(imps, experiment.seed),
         [arm_keys(name) for name in names],
         np.resize(start_of_member, places),
@@ -124,7 +128,7 @@ def _take_imps(tree, imps, *, mesh):
 
 @functools.partial(jax.jit, static_argnames=("arms", "image_shape", "spec"))
 def _start_members(tickets, masks, replicate_keys, keys, start_of_place, *, arms, image_shape, spec):
-    """Apply all arms to imp's tickets and masks of all replicates; then take the start of each place."""
+    """Start all arms from imp's tickets and masks of all replicates; then take the one of each place."""
     init = init_fn(spec.model, image_shape)
     starts = [
         start_arm(arm, tickets, masks, arm_keys, replicate_keys, init)
@@ -135,7 +139,7 @@ def _start_members(tickets, masks, replicate_keys, keys, start_of_place, *, arms
 
 
 def copy_networks(state: RoundState, progress: MidRoundState) -> RoundNetworks:
-    """Copy the networks of a trained round to the host: the one copy of a round, for its checkpoint."""
+    """Copy the initial and trained networks of a round to the host, for its checkpoint; done once per round."""
     params = _apply_masks(progress.tickets["params"], state.masks)
     initial = {**progress.tickets, "params": params}
     networks = (initial, progress.states.variables, state.masks)
@@ -146,7 +150,7 @@ _apply_masks = jax.jit(masking.apply)
 
 
 def repeat_optima(optima, members, next_members):
-    """Give the members of single rounds the earlier optima of their imp."""
+    """Return the optima of `next_members`: those of single rounds take the optima of their imp."""
     source = [m if m in members else Member("imp", m.replicate) for m in next_members]
     return take_members(optima, members, source)
 
@@ -154,19 +158,19 @@ def repeat_optima(optima, members, next_members):
 def add_optimum(
     experiment: Experiment, optima: Optima | None, networks: RoundNetworks, masks: Mask
 ) -> Optima | None:
-    """Add the networks of the last round to the earlier optima, for the round that trains under `masks`.
+    """Add the networks of a finished round to the earlier optima, for the next round under `masks`.
 
     All trees have a leading axis of the members that train in every round. Each arm has its own optima (ours
-    for the control). None without repulsion.
+    for the control). Returns None without repulsion.
 
     Raises:
-      UserError: the mask of an arm holds a weight that it did not hold before.
+      UserError: the mask of an arm keeps a weight that the arm's mask of the finished round pruned.
     """
     if not experiment.spec.repulsion_strength:
         return None
     known = 0 if optima is None else int(np.max(optima.count))
-    # those of the last round are for a run that grows
     last_only = experiment.optima_store.memory == "last"
+    # after the last round there is one more, for a run whose number of rounds grows
     max_optima = 1 if last_only else max(experiment.rounds - 1, known + 1)
     options = {"dtype": experiment.optima_store.dtype, "exclude": experiment.pruning.exclude}
     try:

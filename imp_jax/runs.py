@@ -1,4 +1,4 @@
-"""Runs: iterative magnitude pruning into a workdir, where a stopped run goes on."""
+"""Runs of iterative magnitude pruning in a workdir, which records them and from which they resume."""
 
 import contextlib
 import os
@@ -48,22 +48,26 @@ def rebuild_optima(
     """Rebuild the earlier optima of `members` under `masks` from the checkpoints of all finished rounds.
 
     Args:
-      finished: the rounds from the first on, each with the members of its networks.
+      finished: the networks of each round from the first on, with their members.
     """
-    optima, before = None, None
+    optima, previous = None, None
     for round_members, networks in finished:
         networks = take_members(networks, round_members, members)
-        if before:
-            optima = add_optimum(experiment, optima, before, networks.mask)
-        before = networks
-    return add_optimum(experiment, optima, before, masks)
+        if previous:
+            optima = add_optimum(experiment, optima, previous, networks.mask)
+        previous = networks
+    return add_optimum(experiment, optima, previous, masks)
 
 
 def resume(experiment: Experiment, checkpoints: Checkpoints, rows: Sequence[Row]) -> RoundState:
-    """Compute what the round after the last one of `checkpoints` begins with.
+    """Restore the state at the start of the round after the last one of `checkpoints`.
 
     Args:
-      rows: of results.csv, up to that last round.
+      rows: the rows of results.csv, up to that last round.
+
+    Raises:
+      UserError: with repulsion, the rounds so far used another definition of J_r, or a round that is needed
+        is damaged; see also `Checkpoints.restore`.
     """
     last = checkpoints.rounds()[-1]
     round_members = members_of_rows(rows, last)
@@ -71,7 +75,7 @@ def resume(experiment: Experiment, checkpoints: Checkpoints, rows: Sequence[Row]
     imps = [member for member in members if member.arm == "imp"]
     networks = jax.tree.map(np.asarray, checkpoints.restore(last))
     masks = checkpoints.next_masks(last)
-    if masks is None:  # of an earlier version
+    if masks is None:  # earlier versions did not save them
         masks, _ = prune(experiment, last, round_members, networks.trained, networks.mask)
         all_imps = [member for member in round_members if member.arm == "imp"]
         masks = take_members(devices.gather_members(masks, None), all_imps, imps)
@@ -79,7 +83,7 @@ def resume(experiment: Experiment, checkpoints: Checkpoints, rows: Sequence[Row]
         tickets = take_members(networks.trained, round_members, imps)
     else:
         tickets = _dense_tickets(checkpoints, rows, imps)
-        # the weights that survive are the only ones that this package's arms use
+        # `initial` is masked, which suffices for the arms of this package: they use surviving weights only
         tickets = tickets or take_members(networks.initial, round_members, imps)
     state = start_round(experiment, last + 1, members, tickets, masks)
     if not experiment.spec.repulsion_strength:
@@ -106,7 +110,7 @@ def resume(experiment: Experiment, checkpoints: Checkpoints, rows: Sequence[Row]
 
 
 def _dense_tickets(checkpoints, rows, imps):
-    """Return the tickets as round 0 has them, before any pruning; None if its checkpoint is not there."""
+    """Return the tickets of round 0, before any pruning; None if its checkpoint is missing or damaged."""
     if 0 in checkpoints.rounds():
         with contextlib.suppress(DamagedError):
             initial = jax.tree.map(np.asarray, checkpoints.restore(0).initial)
@@ -125,15 +129,15 @@ def run(
     on_round: Callbacks = (),
     analyses: Any = None,
 ) -> None:
-    """Train the rounds of `config` that `workdir` lacks, record them there, and print a summary.
+    """Train the rounds of `config` that `workdir` lacks, record them in it, and print a summary.
 
     Args:
-      stop: signals to stop at; None handles none.
+      stop: the handler of signals that stop the run; None handles no signals.
       config_file: the file that `config` comes from, which the workdir keeps for `imp_jax.analysis`.
       dataset: see `setup`.
       on_epoch, on_round: functions of an `EpochEnd` and of a `RoundEnd`, called after those of the recorder.
-      analyses: the module `imp_jax.analysis`, whose functions compute what analyses need of rounds that
-        `keep_checkpoints=ends` deletes. None deletes no round.
+      analyses: the module `imp_jax.analysis`, with which `keep_checkpoints=ends` computes the analyses of a
+        round before it deletes it. None deletes no round.
 
     Raises:
       UserError: anything wrong with the config, the data or the workdir, before any training and with nothing

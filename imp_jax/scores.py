@@ -1,4 +1,7 @@
-"""Scores: by what weights are pruned. The lowest go. To add a score, `register` a function of `ScoreInputs`."""
+"""Scores of weights: pruning removes those with the lowest.
+
+To add a score, `register` a function of `ScoreInputs`.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,17 +18,17 @@ Scores = PyTree[Float[Array, "..."]]
 
 
 class ScoreInputs(NamedTuple):
-    """What a score is given, of one network and without a member axis.
+    """The argument of a score, for one network, without a member axis.
 
-    `loss` and `flow` are functions of parameters like `params`, in float32, which `jax.grad`, `jax.jvp` and
-    `jax.hessian` differentiate, also twice.
+    `loss` and `flow` map parameters like `params` to a float32 scalar. `jax.grad`, `jax.jvp` and `jax.hessian`
+    differentiate them, also twice.
     """
 
     params: Params  # trained, zero where `mask` is False
     mask: Mask
     key: Key[Array, ""]  # of this replicate and round
     loss: Callable[[Params], Float[Array, ""]]  # mean cross-entropy (nats) of `pruning.images` training images
-    flow: Callable[[Params], Float[Array, ""]]  # sum of the logits of an image of ones (SynFlow)
+    flow: Callable[[Params], Float[Array, ""]]  # sum of the logits of an image of ones (SynFlow: at |θ|)
 
 
 Score = Callable[[ScoreInputs], Scores]
@@ -43,10 +46,10 @@ def make_inputs(
 ) -> ScoreInputs:
     """Make the inputs of a score from the variables of one network and a batch of training images.
 
-    `images` and `labels` may be None where the score does not use `loss`.
+    `images` and `labels` may be None if the score does not use `loss`.
     """
     model_state = {name: leaves for name, leaves in variables.items() if name != "params"}
-    # Flax's own kernels, on this device alone: those for a CPU can be differentiated in reverse mode only
+    # Flax's own kernels, on one device: those for a CPU can be differentiated in reverse mode only
     execution = spec.execution._replace(convolutions="flax")
     spec = spec._replace(execution=execution, norm_parts=1, mesh=None)
 
@@ -66,7 +69,7 @@ def magnitude(inputs: ScoreInputs) -> Scores:
 
 
 def random(inputs: ScoreInputs) -> Scores:
-    """Return uniform scores: the sanity control that any informed score must beat."""
+    """Return uniform scores in [0, 1): the sanity control that any informed score must beat."""
     leaves, treedef = jax.tree.flatten(inputs.params)
     keys = jax.random.split(inputs.key, len(leaves))
     return treedef.unflatten([jax.random.uniform(k, jnp.shape(p)) for k, p in zip(keys, leaves, strict=True)])
@@ -79,7 +82,7 @@ def find(name: str) -> Score:
     """Return a score by its name, or by a dotted path such as "their_package.scores:taylor".
 
     Raises:
-      UserError: an unknown name; a path that cannot be imported, or is not that of a function.
+      UserError: an unknown name; a path that cannot be imported, or whose object is not callable.
     """
     score = lookup_or_import(SCORES, "pruning.score", name)
     _check_callable(name, score)
@@ -89,8 +92,9 @@ def find(name: str) -> Score:
 def register(name: str, score: Score) -> None:
     """Make `config.pruning.score = name` prune by `score`, a function of `ScoreInputs`.
 
-    It returns a tree like `params` of floating-point leaves; the lowest scores go, negative ones first, nan
-    last. It is traced, and vmapped over members.
+    It returns a tree like `params` of floating-point leaves; weights with the lowest scores are removed,
+    negative ones first, nan last. It is traced under jit, and vmapped over members; if it uses `loss`, members
+    are mapped one after the other.
 
     Raises:
       UserError: `score` is not callable.

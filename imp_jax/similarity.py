@@ -2,10 +2,10 @@
 
 Two networks are compared by their connections, the prunable weights, on the intersection m = m₁⊙m₂ of their
 masks: d(θ₁⊙m, θ₂⊙m). Biases and the parameters of normalisation layers do not count. All functions are pure
-and may be jitted and vmapped; `exclude` names further layers that do not count, as in `masking`. Weights may
-have any scale; sums are in float32 or better.
+and may be jitted and vmapped; `exclude` names further layers that do not count, as in `masking`. Distances are
+accurate for weights of any scale; sums are in float32 or better.
 
-All functions raise a ValueError for trees whose structures or shapes differ, or without a prunable leaf.
+Functions of networks raise a ValueError for trees that differ in structure or shapes, or have no prunable leaf.
 """
 
 import functools
@@ -67,10 +67,10 @@ def distance_matrix(
 ) -> Float[Array, "networks networks"]:
     """Compute the distances between all pairs of networks (figures 4, 9 to 11), each on its own intersection.
 
-    The three distances of this module are computed from Gram products of all networks at once. They are exact
-    to float32 in the cosines, which does not resolve angular distances below 1e-3, and in the squared
-    distances from the mean network. Any other function is called pair by pair, without `exclude`. Entries are
-    nan as in `distance`; the rest of the diagonal is 0.
+    The three distances of this module are computed from Gram products of all networks at once. The cosines, and
+    the squared distances relative to the mean network, have float32 precision; so angular distances below 1e-3
+    are not resolved. Entries are nan as in `distance`; the rest of the diagonal is 0. Any other function is
+    vmapped over one row after the other, without `exclude`; it must be traceable.
     """
     masking.require_same_shapes(*params, *masks)
     params, masks = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) for trees in (params, masks))
@@ -107,9 +107,10 @@ def widen(leaf: Array) -> Array:
 
 
 def scale_of(leaves: Sequence[Array], axis: int | tuple[int, ...] | None = None) -> Array:
-    """Return the largest magnitude in `leaves`, or 1 if all are 0; divided by it, weights can be squared.
+    """Return the largest magnitude in `leaves`, or 1 if all are 0.
 
-    It is a constant to gradients, as the scaled result does not depend on it.
+    Squares of weights divided by it stay in the range of float32. Its gradient is stopped, because the
+    results that use it do not depend on it.
     """
     largest = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(leaf), axis, initial=0) for leaf in leaves))
     return jax.lax.stop_gradient(jnp.where(largest == 0, 1, largest))
@@ -160,7 +161,7 @@ def _cosines(params, masks, exclude):
     weights, masks = _weights_and_masks(params, masks, exclude)
     scale = scale_of(weights, axis=1)[:, None]
     products, squares = _gram_products([leaf / scale for leaf in weights], masks)
-    # separate roots for squares of different scales; rounding may leave [−1, 1]
+    # separate roots: the product of two squares may leave the range of float32; clipped against rounding
     return jnp.clip(products / (jnp.sqrt(squares) * jnp.sqrt(squares.T)), -1, 1)
 
 

@@ -1,8 +1,8 @@
 """The train step, the epoch that scans over it, and evaluation, in the order in which a training calls them.
 
-The functions of one network come first; the functions of all members call them. Every tree of those has a
-leading axis of members. Masks, learning rates, keys and earlier optima are arguments: one compiled program
-serves all rounds, or with repulsion all rounds whose `Optima` have one shape.
+The functions of one network come first; the functions of all members call them, and their trees have a leading
+axis of members. Masks, learning rates, keys and earlier optima are arguments: one compiled program serves all
+rounds, or with repulsion all rounds whose `Optima` have the same shape.
 """
 
 import functools
@@ -41,14 +41,14 @@ class TrainSpec(NamedTuple):
     """The static half of a train step: what does not change during a run. A static argument of jit."""
 
     model: nn.Module
-    optimizer: optax.GradientTransformationExtraArgs | None = None  # None where nothing is trained
+    optimizer: optax.GradientTransformationExtraArgs | None = None  # None if nothing is trained
     batch_size: int = 1  # of each member
     normalize: Normalize = Normalize()
     augmentation: tuple[str, ...] = ()  # of images in memory; a streamed split augments while it decodes
-    repulsion_strength: float = 0.0  # λ_r; used where there are earlier optima
+    repulsion_strength: float = 0.0  # λ_r; used if there are earlier optima
     execution: ExecutionMode = ExecutionMode()
     accumulate_steps: int = 1  # equal parts of a batch whose gradients are computed one after the other
-    norm_parts: int = 1  # equal parts of each of those that are normalised by their own statistics
+    norm_parts: int = 1  # equal parts of each of these parts with separate BatchNorm statistics
     rng_streams: tuple[str, ...] = ()  # that the model draws from in training, such as "dropout"
     mesh: Mesh | None = None  # None is one device
 
@@ -58,14 +58,14 @@ class TrainSpec(NamedTuple):
         return self.mesh.shape[DATA] if self.mesh else 1
 
     def apply(self, variables: Variables, images: Images, **options: Any) -> Any:
-        """Apply the model to images as they are in a data set, with the kernels of `execution`."""
+        """Apply the model to images that are not yet normalised, with the kernels of `execution`."""
         with use_kernels(self.execution.convolutions):
             return self.model.apply(variables, self.normalize(images), **options)
 
 
 class TrainState(NamedTuple):
     params: Params
-    model_state: Variables  # the collections of the model besides its parameters; {} for most
+    model_state: Variables  # collections besides "params", such as "batch_stats"; {} if there are none
     opt_state: PyTree[Array]
 
     @property
@@ -92,7 +92,7 @@ def loss_fn(
     Args:
       key: from which the streams of `spec.rng_streams` are drawn; None if there are none.
 
-    Returns: the loss, and the collections of the model after the step with the accuracy in [0, 1].
+    Returns: (loss, (model_state, accuracy)): the updated collections, and the accuracy in [0, 1].
     """
     rngs = {name: jax.random.fold_in(key, i) for i, name in enumerate(spec.rng_streams)}
 
@@ -123,10 +123,11 @@ def train_step(
     *,
     spec: TrainSpec,
 ) -> tuple[TrainState, Metrics]:
-    """Take one step of one member. Its metrics are scalars, of the batch before the step.
+    """Take one step of one member. Its metrics are scalars, computed on the batch before the update.
 
     With `optima` the gradient of J_r is added to that of the loss. The reported loss is the cross-entropy
-    alone. Where devices share the batch, images and labels are those of this device; all else is equal on them.
+    without J_r. If devices share the batch, `images` and `labels` are the part of this device; all other
+    arguments are equal on them.
     """
     gradient_fn = functools.partial(
         jax.value_and_grad(loss_fn, has_aux=True), state.params, state.model_state, spec=spec
@@ -206,7 +207,7 @@ def train_steps(
 
     Args:
       batches: of this epoch, from `Split.training_epochs`.
-      optima: Θ, the earlier optima of J_r, of all members.
+      optima: Θ, the earlier optima of J_r; None if there are none.
       keys: of this epoch, for `spec.rng_streams`; None if there are none.
     """
     if spec.execution.scan and batches.scannable:
@@ -218,12 +219,12 @@ def train_steps(
         return programs().step(states, masks, batch, number, rate, optima, keys, spec=spec)
 
     numbers = range(first_step, first_step + len(learning_rates))
-    # batches last: none is decoded in vain
+    # batches last, so that zip does not decode one more than it needs
     return python_loop(step, states, zip(numbers, learning_rates, batches.one_by_one(), strict=False))
 
 
 def scan_steps(states, masks, batches, first_step, learning_rates, optima, keys, *, spec):
-    """Take `len(learning_rates)` steps of all members as a loop of one program."""
+    """Take `len(learning_rates)` steps of all members in a `lax.scan`."""
 
     def step(states, inputs):
         return step_all_members(states, masks, batches, *inputs, optima, keys, spec=spec)
@@ -268,7 +269,7 @@ def sum_over_batches(
     Args:
       function: a module-level function: it is a static argument of jit, and a new lambda per call recompiles.
         `valid` [batch] is False for the padding in the last batch.
-      batch_size: None is the default of the split.
+      batch_size: None is the default of the split. Rounded up to a multiple of the devices that share a batch.
     """
     batch_size = min(batch_size or split.evaluation_batch_size, split.examples)
     batch_size = -(-batch_size // spec.data_devices) * spec.data_devices
@@ -323,7 +324,7 @@ class Programs(NamedTuple):
 
 @functools.cache
 def programs() -> Programs:
-    """Return all compiled functions of this module; their options depend on the backend."""
+    """Return the jitted functions of this module, whose compiler options depend on the backend."""
     jit = jit_with_backend_options
     return Programs(
         init_states=jit(init_states, static_argnames="spec"),

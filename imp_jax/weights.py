@@ -1,6 +1,6 @@
 """Statistics of the surviving weights: their distribution (figure 5), and the units that they connect.
 
-All functions are pure and may be jitted and vmapped; `exclude` is that of `masking`.
+All functions are pure and may be jitted and vmapped; `exclude` is as in `masking`.
 """
 
 import functools
@@ -72,7 +72,7 @@ def survivors_by_layer(mask: Mask) -> dict[str, Int[Array, ""]]:
 def dead_units(
     model: nn.Module, variables: dict[str, Any], mask: Mask, image_shape: tuple[int, int, int]
 ) -> dict[str, Int[Array, ""]]:
-    """Count the units (or channels) of each layer without a path, see `connectivity_of_units`."""
+    """Count the dead units (or channels) of each layer; see `connectivity_of_units`."""
     alive = connectivity_of_units(model, variables, mask, image_shape)
     return {name: jnp.sum(~units, dtype=jnp.int32) for name, units in alive.items()}
 
@@ -85,7 +85,7 @@ def connectivity_of_units(
     A path connects the image with the output: a unit without an incoming or without an outgoing path is dead.
     In a residual network the shortcut bypasses a unit and does not keep it alive. Purely structural: a unit
     that is connected but never active (dead ReLU) is not counted as dead, and the statistics of Flax's
-    normalisation layers are no paths.
+    normalisation layers do not count as paths.
 
     Paths are propagated through the operations that JAX traces. Layers that are not evaluated are omitted, and
     so are all layers of a model with an operation whose paths are unknown, such as the products of attention.
@@ -112,7 +112,7 @@ def connectivity_of_units(
     def outputs(masks):
         weights = [_Weight(name, masks[name]) for name in sorted(masks)]  # as JAX orders a dict
         reached = _propagate(closed, [*weights, _Reached(images)], unit_axes)
-        return sum((flow.there.sum() for flow in reached if isinstance(flow, _Reached)), jnp.zeros(()))
+        return sum((flow.indicator.sum() for flow in reached if isinstance(flow, _Reached)), jnp.zeros(()))
 
     try:
         paths = jax.grad(outputs)(masks)
@@ -136,7 +136,7 @@ class _Weight(NamedTuple):
 class _Reached(NamedTuple):
     """1 for elements of an array that a path from the image reaches, 0 for others."""
 
-    there: Float[Array, "..."]
+    indicator: Float[Array, "..."]
 
 
 class _UnknownError(Exception):
@@ -162,11 +162,11 @@ _ELEMENTWISE = {
 
 
 def _without_statistics(layer, args, kwargs, context):
-    """Replace normalisation layers by the identity, and convolutions by those of `lax`."""
+    """Replace normalisation layers by the identity, and a custom `conv_general_dilated` by that of `lax`."""
     module = context.module
     method = getattr(context.orig_method, "func", context.orig_method)  # Flax's own also under a subclass
-    of_flax = method.__module__ == nn.LayerNorm.__module__ and context.method_name == "__call__"
-    if isinstance(module, _NORMALISATIONS) and of_flax:
+    is_flax_call = method.__module__ == nn.LayerNorm.__module__ and context.method_name == "__call__"
+    if isinstance(module, _NORMALISATIONS) and is_flax_call:
         return args[0] if args else kwargs["x"]
     if type(module) is nn.Conv and (module.conv_general_dilated or module.conv_general_dilated_cls):
         plain = module.clone(parent=None, name=None, conv_general_dilated=None, conv_general_dilated_cls=None)
@@ -215,7 +215,7 @@ def _contract(primitive, params, inputs, unit_axes):
     operands = []
     for side, value in enumerate(inputs):
         if isinstance(value, _Reached):
-            operands.append(value.there)
+            operands.append(value.indicator)
         elif isinstance(value, _Weight):
             axes = _unit_axes(params, side, value.mask.ndim)
             if unit_axes.setdefault(value.name, axes) != axes:  # shared by layers of different kinds
@@ -241,10 +241,10 @@ def _unit_axes(params, side, rank):
 
 
 def _counts(primitive, params, inputs, shape):
-    """For each element of an output of such a shape, how many of those that it is computed from are reached."""
+    """Count, for each element of an output with this shape, the reached elements that it is computed from."""
 
     def flow(value):
-        return value.there if isinstance(value, _Reached) else jnp.zeros(jnp.shape(value))
+        return value.indicator if isinstance(value, _Reached) else jnp.zeros(jnp.shape(value))
 
     name, flows = primitive.name, [flow(value) for value in inputs]
     if name in _REARRANGEMENTS:
@@ -258,16 +258,16 @@ def _counts(primitive, params, inputs, shape):
     if name == "select_n" and not isinstance(inputs[0], _Reached):
         return lax.select_n(inputs[0], *flows[1:])
     if name in ("mul", "and") and not all(isinstance(value, _Reached) for value in inputs):
-        factors = [value.there if isinstance(value, _Reached) else value != 0 for value in inputs]
+        factors = [value.indicator if isinstance(value, _Reached) else value != 0 for value in inputs]
         return factors[0] * factors[1]
     if name in _ELEMENTWISE:
-        return sum(jnp.broadcast_to(of_input, shape) for of_input in flows)
+        return sum(jnp.broadcast_to(elements, shape) for elements in flows)
     raise _UnknownError
 
 
 @jax.custom_vjp
 def _binary(counts):
-    """1 for what is above 0, forwards and backwards: no number of paths is too large or too small."""
+    """Return 1 for positive counts, else 0, in gradients too: numbers of paths cannot overflow or underflow."""
     return (counts > 0).astype(jnp.float32)
 
 
