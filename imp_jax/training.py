@@ -106,7 +106,7 @@ def loss_fn(
         parts = spec.norm_parts // spec.data_devices
         logits, model_states = jax.vmap(forward)(images.reshape(parts, -1, *images.shape[1:]))
         logits = logits.reshape(len(images), -1)
-        model_state = jax.tree.map(lambda leaf: leaf.mean(0), model_states)
+        model_state = jax.tree.map(lambda leaf: leaf.mean(0, dtype=leaf.dtype), model_states)
     logits = logits.astype(jnp.float32)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     return loss, (model_state, jnp.mean(logits.argmax(-1) == labels))
@@ -139,7 +139,7 @@ def train_step(
     else:
         outputs = accumulate_gradients(gradient_fn, images, labels, key, spec=spec)
     if spec.data_devices > 1:
-        outputs = jax.lax.pmean(outputs, DATA)
+        outputs = _cast_like(jax.lax.pmean(outputs, DATA), outputs)
     (loss, (model_state, accuracy)), gradients = outputs
     if optima is not None:
         # as a gradient of its own: jax.grad of the sum would take several more passes over all weights
@@ -175,7 +175,12 @@ def accumulate_gradients(
     else:  # convolutions are slow in a loop on a CPU
         for number in range(steps):
             total, _ = add(total, jax.tree.map(lambda leaf: leaf[number], parts))  # noqa: B023
-    return jax.tree.map(lambda leaf: leaf / steps, total)
+    return _cast_like(jax.tree.map(lambda leaf: leaf / steps, total), total)
+
+
+def _cast_like(means, tree):
+    """Cast means to the types of `tree`, so that counters in the model state stay integers."""
+    return jax.tree.map(lambda mean, leaf: mean.astype(leaf.dtype), means, tree)
 
 
 def init_states(variables: Variables, masks: Mask, *, spec: TrainSpec) -> TrainState:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imp_jax import masking, repulsion, training
+from imp_jax import imp, masking, models, repulsion, training
 from imp_jax.data import Normalize
 from imp_jax.data.augmentation import augment
 from imp_jax.experiment import setup
@@ -290,3 +290,29 @@ def test_bfloat16_model_has_float32_state_and_loss(tiny_experiment):
     assert {x.dtype for x in jax.tree.leaves((states.params, states.opt_state)) if x.ndim > 1} == {
         jnp.dtype("float32")
     }
+
+
+class CountingModel(nn.Module):
+    """A linear model that counts its training steps in an integer variable."""
+
+    num_classes: int
+    width: float = 1.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        steps = self.variable("counts", "steps", lambda: jnp.int32(0))
+        if train and not self.is_initializing():
+            steps.value += 1
+        return nn.Dense(self.num_classes)(images.reshape(len(images), -1))
+
+
+@pytest.mark.parametrize("parts", [{}, {"accumulate_steps": 2}, {"norm_parts": 2}])
+def test_counters_in_the_model_state_stay_integers(tiny_experiment, monkeypatch, parts):
+    monkeypatch.setitem(models.MODELS, "counting", CountingModel)
+    experiment = tiny_experiment(**{"model.name": "counting"})
+    experiment = experiment._replace(spec=experiment.spec._replace(**parts))
+    (end,) = imp.rounds(experiment._replace(rounds=1))
+    counts = end.networks.trained["counts"]["steps"]
+    assert counts.dtype == jnp.int32
+    assert counts.tolist() == [experiment.learning_rates.size] * len(end.members)
