@@ -46,7 +46,7 @@ def update_history(
     first_step: int,
     steps_per_epoch: int,
 ) -> TrainingHistory:
-    """Add successive steps of one epoch to a history; `first_step` is counted from the start of the training."""
+    """Add successive steps of one epoch to a history; `first_step` counts from the start of the training."""
     steps_before = first_step % steps_per_epoch
     steps_after = steps_before + len(losses)
 

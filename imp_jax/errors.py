@@ -37,7 +37,7 @@ def lookup(options: Mapping[str, T], field: str, name: str) -> T:
       name: the name to look up.
 
     Raises:
-      UnknownNameError: `name` is not in `options`. The message lists the names, and suggests a similar one if there is one.
+      UnknownNameError: `name` is not in `options`. The message lists the names and any similar one.
     """
     if name not in options:
         raise UnknownNameError(
