@@ -176,7 +176,7 @@ def rewind(
     """Rewind at step k the members whose arm rewinds; return the tickets and states of all, on the mesh.
 
     In round 0, imp's weights at step k become its ticket: the other members that rewind start from it at step
-    k, with the state of imp's optimizer. In later rounds they are reset to their tickets, with fresh optimizers.
+    k, with the state of imp's optimizer. In later rounds, all are reset to their tickets with fresh optimizers.
     """
     places = devices.count_places(len(state.members), experiment.spec.mesh)
     rewinds = np.resize([arms.ARMS[member.arm].rewinds for member in state.members], places)
