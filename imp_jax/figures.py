@@ -1,4 +1,4 @@
-"""Matplotlib figures of the tables in a workdir: each function takes DataFrames and returns a `Figure`.
+"""Matplotlib figures of the tables in a workdir: pass DataFrames and get a `Figure` back.
 
 This module does not import JAX. Figures always have matplotlib's default style, whatever a user's matplotlibrc
 or style sheet says. The functions `draw_…` draw one panel of a figure into given axes.
@@ -166,7 +166,7 @@ def barriers(
       rounds: the rounds at which the drawn paths end; None is the first, the middle and the last one.
 
     Raises:
-      ValueError: no path between successive rounds, or none that ends in one of `rounds`.
+      ValueError: there are no paths between successive rounds, or none ends at one of `rounds`.
     """
     paths, barrier_table = (
         _require_rows(table[table["kind"] == "successive"], "rows of kind 'successive'")
@@ -246,10 +246,7 @@ def draw_mean(axes: Axes, rows: pd.DataFrame, column: str, scale: float = 1, **s
         stats.index,
         stats["mean"],
         # the mean of equal values may differ from them by rounding, and bars must not be negative
-        yerr=[
-            (summary["mean"] - summary["min"]).clip(lower=0),
-            (summary["max"] - summary["mean"]).clip(lower=0),
-        ],
+        yerr=[(stats["mean"] - stats["min"]).clip(lower=0), (stats["max"] - stats["mean"]).clip(lower=0)],
         markersize=3.5,
         linewidth=1.4,
         elinewidth=0.9,
