@@ -1,8 +1,8 @@
-"""Arms: what is trained on the mask of a round, such as the ticket itself and its control.
+"""Arms: the ways of training on the mask of a round, such as the ticket itself and its control.
 
-A member is one arm of one replicate. In every round the members are the leading axis of all batched trees, arm
-by arm. Starting weights and mask of an arm are functions of imp's ticket and mask. To add an arm, `register`
-one.
+A member is one arm of one replicate. In every round the members are the leading axis of all batched trees,
+sorted by arm. The starting weights and the mask of an arm are functions of imp's ticket and mask, see
+`ArmInputs`. To add an arm, call `register`.
 """
 
 import dataclasses
@@ -20,17 +20,17 @@ from imp_jax.errors import UserError
 from imp_jax.masking import Mask
 from imp_jax.training import Variables
 
-FIRST_USER_NUMBER = 100  # numbers below are of the arms of this package
-_RNG_STREAMS = {"init": 0, "reinit": 1, "data": 2, "score": 3, "arm": 4, "rngs": 5}  # these never change
+FIRST_USER_NUMBER = 100  # lower numbers are reserved for the arms of this package
+_RNG_STREAMS = {"init": 0, "reinit": 1, "data": 2, "score": 3, "arm": 4, "rngs": 5}  # must never change
 
 
 class ArmInputs(NamedTuple):
-    """What an arm's functions are given, of one replicate and without a member axis."""
+    """The inputs of an arm's functions, for one replicate; trees have no member axis."""
 
     ticket: Variables  # imp's starting variables of the round, not yet masked
     mask: Mask  # imp's mask of the round
     key: Key[Array, ""]  # of this arm, replicate and round
-    initialize: Callable[[str], Variables]  # a random initialisation of a named stream, the same in every round
+    initialize: Callable[[str], Variables]  # from the name of an RNG stream; the same in every round
 
 
 def _imp_mask(inputs: ArmInputs) -> Mask:
@@ -42,11 +42,11 @@ class Arm:
     """One way of training on a round's mask.
 
     Attributes:
-      number: folded into the arm's random keys, so it never changes; from 100 on for arms of users.
+      number: folded into the arm's random keys, so it must never change; at least 100 for arms of users.
       weights: returns the starting variables, a tree like `ArmInputs.ticket`; they are masked afterwards.
       mask: returns the mask, a tree like `ArmInputs.mask`.
-      rewinds: with `rewind_step=k`, whether the arm starts at step k of the training, as imp does. An arm that
-        starts from a random initialisation trains all steps.
+      rewinds: with `rewind_step=k`, whether step k resets the arm to its starting weights, as it does imp.
+        False for an arm that trains from a random initialisation, whose weights are those of step 0.
     """
 
     number: int
@@ -56,7 +56,7 @@ class Arm:
 
 
 ARMS: dict[str, Arm] = {
-    # the ticket itself; its masks are those that all arms start from
+    # the ticket itself; all arms derive their masks from its masks
     "imp": Arm(0, lambda inputs: inputs.ticket),
     # the control: another random initialisation, the same in all rounds (ours)
     "reinit": Arm(1, lambda inputs: inputs.initialize("reinit"), rewinds=False),
@@ -69,7 +69,8 @@ def register(name: str, arm: Arm) -> None:
     """Make `config.arms = ("imp", name)` train `arm` in every round.
 
     Raises:
-      UserError: not an `Arm`; a number below 100, or one of another arm; a name of this package.
+      UserError: `arm` is not an `Arm`, or its number is below 100 or taken; `name` is not an identifier, or is
+        that of an arm of this package.
     """
     if not isinstance(arm, Arm):
         raise UserError(f"the arm {name!r} is a {type(arm).__name__}; it should be an imp_jax.arms.Arm")
@@ -81,7 +82,7 @@ def register(name: str, arm: Arm) -> None:
         raise UserError(
             f"the arm {name!r} has the number {arm.number}; it should be an integer from {FIRST_USER_NUMBER} on"
         )
-    taken = {other.number: known for known, other in ARMS.items() if known != name}
+    taken = {other.number: other_name for other_name, other in ARMS.items() if other_name != name}
     if arm.number in taken:
         raise UserError(
             f"the arm {name!r} has the number {arm.number}, which is that of {taken[arm.number]!r}; it should "
@@ -96,25 +97,25 @@ class Member(NamedTuple):
 
 
 def members_of_rows(rows: Iterable[dict[str, Any]], number: int) -> tuple[Member, ...]:
-    """Return the members whose networks round `number` left, from rows of results.csv."""
+    """Return the members that finished round `number`, from rows of results.csv."""
     return tuple(Member(row["arm"], row["replicate"]) for row in rows if row["round"] == number)
 
 
 def members_for_next_round(members: Sequence[Member], arms: Sequence[str]) -> tuple[Member, ...]:
-    """Return the members that train in the next round too: of `arms`, and with an imp, whose mask they use."""
+    """Return the members that also train in the next round: of `arms`, in replicates whose imp remains."""
     return tuple(m for m in members if m.arm in arms and Member("imp", m.replicate) in members)
 
 
 def add_scheduled_members(
     members: Sequence[Member], rounds_by_arm: dict[str, frozenset[int]], number: int
 ) -> tuple[Member, ...]:
-    """Append the members of the arms that train in single rounds, such as `twin`, one for each imp."""
+    """Append the members of arms that train only in some rounds, such as `twin`: one for each imp."""
     scheduled = (arm for arm, rounds in rounds_by_arm.items() if number in rounds)
     return (*members, *(Member(arm, m.replicate) for arm in scheduled for m in members if m.arm == "imp"))
 
 
 def take_members(tree: PyTree[Array], members: Sequence[Member], wanted: Sequence[Member]) -> PyTree[Array]:
-    """Take the leaves of the members `wanted` from a tree of all `members`."""
+    """Take the entries of the members `wanted` from a tree whose leading axis is `members`."""
     if tuple(members) == tuple(wanted):
         return tree
     source = np.array([members.index(member) for member in wanted])
@@ -132,7 +133,7 @@ def member_keys(
     """Make one PRNG key per member: fold_in(seed, replicate, stream, *numbers), whatever the other members.
 
     Args:
-      path: returns the name of a stream and the numbers of a member.
+      path: returns the name of a member's RNG stream, followed by the numbers to fold in.
     """
 
     def fold(member):
@@ -155,7 +156,7 @@ def _replicate_key(seed, replicate):
 
 
 def stream_number(stream: str) -> int:
-    """Return the number that stands for a stream in keys; that of a user's stream is a checksum of its name."""
+    """Return the number that is folded into keys for an RNG stream; for a user's stream, a CRC of its name."""
     return _RNG_STREAMS.get(stream, zlib.crc32(stream.encode()))
 
 
@@ -167,13 +168,16 @@ def start_arm(
     replicate_keys: Key[Array, " replicates"],
     init: Callable[[Key[Array, ""]], Variables],
 ) -> tuple[Variables, Mask]:
-    """Compute starting weights and masks of an arm; all trees have a leading axis of replicates.
+    """Compute the starting weights and masks of an arm; all trees have a leading axis of replicates.
 
     Args:
-      init: the initialisation of the model by a key.
+      tickets, masks: imp's tickets, not yet masked, and imp's masks.
+      keys: of this arm and round.
+      replicate_keys: the same in all rounds and arms.
+      init: returns random variables of the model for a key.
 
     Raises:
-      ValueError: a tree of another structure or shape than the ticket or the mask.
+      ValueError: the arm returns a tree whose structure or shapes differ from those of the ticket or mask.
     """
 
     def start(ticket, mask, key, replicate_key):
@@ -190,5 +194,5 @@ def start_arm(
 
 
 def where_members(chosen: Bool[Array, " members"], one: PyTree[Array], other: PyTree[Array]) -> PyTree[Array]:
-    """Return the leaves of `one` for the chosen members and those of `other` for the rest."""
+    """Return the entries of `one` for the chosen members and those of `other` for the rest."""
     return jax.tree.map(lambda a, b: jnp.where(chosen.reshape(-1, *[1] * (a.ndim - 1)), a, b), one, other)

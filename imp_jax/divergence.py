@@ -17,7 +17,7 @@ LEARNED_FACTOR, CHANCE_FACTOR = 2.5, 1.25  # accuracies, as multiples of 1/class
 
 
 class DivergedError(UserError):
-    """A run that ended because a training diverged; the rounds before are kept."""
+    """A training diverged, which ends the run; earlier rounds are kept."""
 
     def __init__(self, message: str, round: int = 0, diverged: Mapping[Any, tuple[int, str]] | None = None):
         super().__init__(message)
@@ -26,12 +26,12 @@ class DivergedError(UserError):
 
 
 class TrainingHistory(NamedTuple):
-    """Loss and accuracy of a training so far, of each member."""
+    """Loss and accuracy of each member in its training so far."""
 
     broken_at: Int[np.ndarray, " members"]  # first step with a loss that is nan or infinite; −1 if none
     loss: Float[np.ndarray, " members"]  # mean over the steps of the latest epoch so far, in nats
     accuracy: Float[np.ndarray, " members"]  # the same, in [0, 1]
-    best_accuracy: Float[np.ndarray, " members"]  # of the finished epochs
+    best_accuracy: Float[np.ndarray, " members"]  # the highest mean of a finished epoch
 
 
 def init_history(members: int) -> TrainingHistory:
@@ -46,23 +46,23 @@ def update_history(
     first_step: int,
     steps_per_epoch: int,
 ) -> TrainingHistory:
-    """Add the steps of one epoch, from `first_step` of the training on, to a history."""
-    before = first_step % steps_per_epoch
-    after = before + len(losses)
+    """Add successive steps of one epoch to a history; `first_step` counts from the start of the training."""
+    steps_before = first_step % steps_per_epoch
+    steps_after = steps_before + len(losses)
 
-    def mean(so_far, values):
+    def update_mean(so_far, values):
         with np.errstate(invalid="ignore"):  # ∞ − ∞
-            return (so_far * before + values.sum(0, dtype=np.float64)) / after
+            return (so_far * steps_before + values.sum(0, dtype=np.float64)) / steps_after
 
     broken = ~np.isfinite(losses)
-    newly = (history.broken_at < 0) & broken.any(0)
-    accuracy = mean(history.accuracy, accuracies)
+    newly_broken = (history.broken_at < 0) & broken.any(0)
+    accuracy = update_mean(history.accuracy, accuracies)
     return TrainingHistory(
-        broken_at=np.where(newly, first_step + broken.argmax(0), history.broken_at),
-        loss=mean(history.loss, losses),
+        broken_at=np.where(newly_broken, first_step + broken.argmax(0), history.broken_at),
+        loss=update_mean(history.loss, losses),
         accuracy=accuracy,
         best_accuracy=np.maximum(history.best_accuracy, accuracy)
-        if after == steps_per_epoch
+        if steps_after == steps_per_epoch
         else history.best_accuracy,
     )
 
@@ -76,21 +76,23 @@ def non_finite_members(history: TrainingHistory) -> dict[int, tuple[int, str]]:
 def diverged_members(
     history: TrainingHistory, train_losses: Sequence[float], classes: int, steps: int
 ) -> dict[int, tuple[int, str]]:
-    """Return the members that diverged in a finished training of `steps` steps, like `non_finite_members`.
+    """Return the members that diverged in a finished training, in the form of `non_finite_members`.
 
     Args:
-      train_losses: of the trained networks.
+      train_losses: final loss of each member on the whole training set.
+      classes: number of classes, which sets the accuracy at chance.
+      steps: number of steps of the training, reported for members without a non-finite step.
     """
-    last = {
+    non_finite_at_end = {
         i: (steps, "the loss became nan or infinite")
         for i, loss in enumerate(train_losses)
         if not isfinite(loss)
     }
-    collapsed = (history.best_accuracy >= LEARNED_FACTOR / classes) & (
+    at_chance_again = (history.best_accuracy >= LEARNED_FACTOR / classes) & (
         history.accuracy <= CHANCE_FACTOR / classes
     )
-    fallen = {
+    collapsed = {
         i: (steps, f"the accuracy fell to {history.accuracy[i]:.1%} after {history.best_accuracy[i]:.1%}")
-        for i in np.flatnonzero(collapsed).tolist()
+        for i in np.flatnonzero(at_chance_again).tolist()
     }
-    return {**fallen, **last, **non_finite_members(history)}
+    return {**collapsed, **non_finite_at_end, **non_finite_members(history)}

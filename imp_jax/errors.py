@@ -32,12 +32,12 @@ def lookup(options: Mapping[str, T], field: str, name: str) -> T:
     """Return `options[name]`.
 
     Args:
-      options: what is registered, by name.
+      options: the registered objects by name.
       field: the config field that holds `name`, for the message.
       name: the name to look up.
 
     Raises:
-      UnknownNameError: `name` is not in `options`. The message lists the names, and suggests a similar one.
+      UnknownNameError: `name` is not in `options`. The message lists the names and any similar one.
     """
     if name not in options:
         raise UnknownNameError(
@@ -72,14 +72,14 @@ def import_by_path(path: str, field: str) -> Any:
     module_name, _, attribute = path.partition(":")
     try:
         return functools.reduce(getattr, attribute.split("."), importlib.import_module(module_name))
-    except Exception as error:  # importing the user's module may raise anything
+    except Exception as error:  # importing a user's module may raise anything
         raise UserError(f"{field} is {path!r}, which cannot be imported: {one_line(error)}") from error
 
 
 def lookup_or_import(options: dict, field: str, name: str) -> Any:
-    """Return `options[name]`, or the object with the dotted path `name`: registered names have no colon.
+    """Return `options[name]`; import the object instead if `name` is not in `options` and has a colon.
 
-    Raises as `lookup` and `import_by_path`.
+    Raises: see `lookup` and `import_by_path`.
     """
     if name not in options and ":" in name:
         return import_by_path(name, field)
@@ -100,5 +100,5 @@ def user_path(path: str | os.PathLike, name: str) -> Path:
         raise UserError(f"{name} is empty; it should be the path of a folder")
     expanded = os.path.expanduser(path)  # pathlib's would also expand the ~ of ./~
     if str(path).startswith("~") and expanded == str(path):
-        raise UserError(f"{name} is {str(path)!r}, and there is no home directory to put for ~")
+        raise UserError(f"{name} is {str(path)!r}, and there is no home directory to replace ~ with")
     return Path(expanded)

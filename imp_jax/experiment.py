@@ -1,4 +1,4 @@
-"""An experiment: what a config names, checked and loaded, before anything is trained."""
+"""Experiments: everything that a config names, checked and loaded before any training."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -27,11 +27,11 @@ class Pruning(NamedTuple):
     score: scores.Score
     fraction: float  # of the survivors, removed after each round
     exclude: tuple[str, ...]  # patterns of layers that are never pruned
-    images: int  # of the batch that `ScoreInputs.loss` is of; 0 if the score does not use it
+    images: int  # in the batch of `ScoreInputs.loss`; 0 if the score does not use it
 
 
 class OptimaStore(NamedTuple):
-    """How earlier optima are stored for J_r, whose strength is in `TrainSpec`."""
+    """How earlier optima are stored for J_r; its strength is in `TrainSpec`."""
 
     memory: str  # all, or last
     dtype: str
@@ -44,7 +44,7 @@ class Experiment(NamedTuple):
     seed: int
     rounds: int
     arms: tuple[str, ...]  # that train in every round
-    scheduled_arms: dict[str, frozenset[int]]  # that train in single rounds
+    scheduled_arms: dict[str, frozenset[int]]  # that train in these rounds only
     replicates: int
     dataset: data.Dataset  # on the device, unless it is streamed
     spec: training.TrainSpec
@@ -52,12 +52,12 @@ class Experiment(NamedTuple):
     rewind_step: int | None
     pruning: Pruning
     optima_store: OptimaStore
-    saved_steps: frozenset[int]  # of a training, at which its state is saved
+    saved_steps: frozenset[int]  # steps of a training at which its state is saved
     on_divergence: str  # stop, or drop
 
     @property
     def members(self) -> tuple[Member, ...]:
-        """The members that a run begins with, without those of single rounds."""
+        """The members at the start of a run, without those of `scheduled_arms`."""
         return tuple(Member(arm, replicate) for arm in self.arms for replicate in range(self.replicates))
 
 
@@ -65,13 +65,13 @@ def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: 
     """Check `config` and load what it names.
 
     Args:
-      dataset: used in the place of `config.dataset.name`, with its own augmentation unless the config names
-        one.
-      use_mesh: train on the devices of `config.mesh`; False is one device of this process.
+      dataset: used instead of `config.dataset.name`, with its own augmentation unless the config names one.
+      use_mesh: train on the devices of `config.mesh`; False uses one device of this process.
 
     Raises:
-      UserError: see `config.validate`; an unknown name; a set that is absent or smaller than a batch; a
-        rewind step beyond the training; devices that do not suit.
+      UserError: see `config.validate`; an unknown name; a set that is absent or smaller than a batch; a batch
+        that cannot be divided; a rewind step or milestone beyond the training; an invalid score, arm or
+        `pruning.exclude`; a mesh that does not fit the devices.
     """
     configs.validate(config)
     devices.require_usable()
@@ -109,10 +109,10 @@ def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: 
         rng_streams=models.rng_streams(model, dataset.train.image_shape),
     )
     uses_batch = _check_score(config.pruning.score, score, spec, dataset)
-    if not uses_batch and config.pruning.images != (usual := configs.default().pruning.images):
+    if not uses_batch and config.pruning.images != (default := configs.default().pruning.images):
         raise UserError(
             f"pruning.images is {config.pruning.images}; the score {config.pruning.score} uses no images, so "
-            f"it should be {usual}"
+            f"it should be {default}"
         )
     experiment = Experiment(
         name=f"{config.model.name} on {config.dataset.name}",
@@ -152,7 +152,7 @@ def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: 
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
-    """Make the masked optax transform of `config.optimizer`. Raises as `optimizers.make_optimizer`."""
+    """Make the masked optax transform of `config.optimizer`. Raises: see `optimizers.make_optimizer`."""
     return optimizers.make_optimizer(
         config.optimizer.name,
         learning_rate=config.optimizer.learning_rate,
@@ -182,10 +182,10 @@ def create_model(config: ConfigDict, num_classes: int, image_shape: tuple[int, i
 
 
 def put_on_mesh(experiment: Experiment, mesh: Mesh | None) -> Experiment:
-    """Return the experiment to be trained on a mesh, with data that are in memory on every device of it.
+    """Return the experiment for training on a mesh, with data sets in memory replicated on all its devices.
 
     Raises:
-      UserError: the devices share a batch, and the network could not normalise by all of it.
+      UserError: devices share a batch, and the network has statistics that it cannot average over devices.
     """
     if mesh is None:
         return experiment
@@ -201,16 +201,19 @@ def put_on_mesh(experiment: Experiment, mesh: Mesh | None) -> Experiment:
 
 
 def spec_on_mesh(spec: training.TrainSpec, mesh: Mesh | None) -> training.TrainSpec:
-    """The spec for steps on a mesh, whose network normalises over all devices that divide a batch."""
+    """Return the spec for training on a mesh.
+
+    If devices share each batch and `norm_parts` is 1, the network normalises by the whole batch, over devices.
+    """
     spec = spec._replace(mesh=mesh)
     if not hasattr(spec.model, "norm_axis"):
         return spec
-    whole = spec.data_devices > 1 and spec.norm_parts == 1
-    return spec._replace(model=spec.model.copy(norm_axis=DATA if whole else None))
+    normalizes_over_devices = spec.data_devices > 1 and spec.norm_parts == 1
+    return spec._replace(model=spec.model.copy(norm_axis=DATA if normalizes_over_devices else None))
 
 
 def put_on_one_device(experiment: Experiment) -> Experiment:
-    """Return the experiment of `put_on_mesh` for one device of this process; its data are those of the mesh."""
+    """Return an experiment from `put_on_mesh` for one device of this process; its data are not copied."""
     if experiment.spec.mesh is None:
         return experiment
     spec, dataset = spec_on_mesh(experiment.spec, None), experiment.dataset
@@ -219,13 +222,13 @@ def put_on_one_device(experiment: Experiment) -> Experiment:
 
 
 def describe_experiment(experiment: Experiment) -> str:
-    """Describe the network and its data in one line."""
+    """Describe the network, its data and the number of members in one line."""
     members = len(experiment.members)
     trained = f"{members} member{'s' * (members > 1)}"
     for rounds in experiment.scheduled_arms.values():
         if numbers := [str(n) for n in sorted(rounds) if n < experiment.rounds]:
-            more = f"with {experiment.replicates} more in round{'s' * (len(numbers) > 1)}"
-            trained += f", {more} {', '.join(numbers)}"
+            extra = f"with {experiment.replicates} more in round{'s' * (len(numbers) > 1)}"
+            trained += f", {extra} {', '.join(numbers)}"
     image_shape = experiment.dataset.train.image_shape
     params = models.shapes(experiment.spec.model, image_shape)["params"]
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -246,18 +249,18 @@ def _check_arms(names):
 
 
 def _check_unused_settings(config, dataset):
-    """Refuse settings of streamed sets for a set in memory."""
-    given, usual = configs.flatten(config), configs.flatten(configs.default())
+    """Refuse settings that only streamed sets read if the set is in memory."""
+    given, defaults = configs.flatten(config), configs.flatten(configs.default())
     for field in set(data.Streamed.settings) - set(dataset.train.settings):
-        if given[field] != usual[field]:
+        if given[field] != defaults[field]:
             raise UserError(
-                f"{field} is {given[field]!r}; only streamed sets read it, and {config.dataset.name} is held "
-                f"in memory, so it should be {usual[field]!r}"
+                f"{field} is {given[field]!r}; only streamed sets read it, and {config.dataset.name} is kept "
+                f"in memory, so it should be {defaults[field]!r}"
             )
 
 
 def _make_learning_rates(config, examples):
-    """Compute the learning rate of every step, once the batches are known to be possible."""
+    """Compute the learning rate of every step; check the batch size and the rewind step."""
     if config.batch_size > examples:
         raise UserError(
             f"batch_size is {config.batch_size}; {config.dataset.name} has {examples} training images, "
@@ -347,16 +350,16 @@ def init_fn(
 
 
 def _require_layers(patterns, params):
-    """Refuse a pattern of `pruning.exclude` that names no layer with weights, or patterns that name all."""
-    prunable = [masking.prunable(params, exclude) for exclude in ((), patterns, *([p] for p in patterns))]
-    for pattern, rest in zip(patterns, prunable[2:], strict=True):
-        if rest == prunable[0]:
+    """Refuse a pattern of `pruning.exclude` that matches no layer with weights, or patterns that match all."""
+    prunable, remaining = masking.prunable(params), masking.prunable(params, patterns)
+    for pattern in patterns:
+        if masking.prunable(params, pattern) == prunable:
             raise UserError(
                 f"pruning.exclude has {pattern!r}, which names no layer to prune; there are {', '.join(params)}"
             )
-    if not any(jax.tree.leaves(prunable[0])):
+    if not any(jax.tree.leaves(prunable)):
         raise UserError(
             f"the network has no weights to prune: none of {', '.join(params)} has a leaf called kernel"
         )
-    if not any(jax.tree.leaves(prunable[1])):
+    if not any(jax.tree.leaves(remaining)):
         raise UserError(f"pruning.exclude is {patterns}; it should leave some of {', '.join(params)} to prune")

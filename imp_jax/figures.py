@@ -1,7 +1,7 @@
-"""Tables → matplotlib figures. No JAX here: in a notebook, pass a DataFrame and get the Figure back.
+"""Matplotlib figures of the tables in a workdir: pass DataFrames and get a `Figure` back.
 
-They look the same everywhere: matplotlib's default style, whatever a user's matplotlibrc or style sheet says.
-The functions named `draw_…` draw into axes of yours, one panel of such a figure.
+This module does not import JAX. Figures always have matplotlib's default style, whatever a user's matplotlibrc
+or style sheet says. The functions `draw_…` draw one panel of a figure into given axes.
 """
 
 import functools
@@ -22,7 +22,7 @@ STYLES = {
     "imp": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
     "reinit": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
 }
-PATHS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00")
+PATH_COLORS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00")
 LABELS = {"imp": "IMP", "reinit": "random reinitialisation"}
 METRICS = {"angular": "Angle (2∠/π)", "cosine": "Cosine distance", "euclidean": "Euclidean distance"}
 DENSITY_TICKS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
@@ -54,7 +54,7 @@ def accuracy(results: pd.DataFrame) -> Figure:
     Args:
       results: the columns arm, density and test_accuracy of results.csv.
     """
-    return _over_density(results, "test_accuracy", 100, "Test accuracy (%)")
+    return _draw_over_density(results, "test_accuracy", 100, "Test accuracy (%)")
 
 
 def threshold(results: pd.DataFrame) -> Figure:
@@ -63,7 +63,7 @@ def threshold(results: pd.DataFrame) -> Figure:
     Args:
       results: the columns arm, density and threshold of results.csv.
     """
-    return _over_density(results, "threshold", 1, "Pruning threshold")
+    return _draw_over_density(results, "threshold", 1, "Pruning threshold")
 
 
 @_in_default_style
@@ -76,7 +76,7 @@ def distances(table: pd.DataFrame, metric: str = "angular") -> Figure:
       table: distances.csv.
       metric: angular, cosine or euclidean.
     """
-    table = _some(table[table["metric"] == metric], f"distances of metric {metric!r}")
+    table = _require_rows(table[table["metric"] == metric], f"distances of metric {metric!r}")
     arms = table["arm"].unique()
     limit = distance_limit(table, metric)
     figure = Figure(figsize=(0.9 + 3.2 * len(arms), 3.7), layout="constrained")
@@ -91,23 +91,23 @@ def distances(table: pd.DataFrame, metric: str = "angular") -> Figure:
 
 
 def distance_limit(distances: pd.DataFrame, metric: str) -> float:
-    """Return the upper end of a colour scale for means over replicates of `metric`; at least 1 for angles."""
+    """Return the upper end of a colour scale for means over replicates; at least 1 for angular distances."""
     table = distances[distances["metric"] == metric]
     means = table.groupby(["arm", "round_a", "round_b"])["distance"].mean()
     return max(1.0 if metric == "angular" else 0.0, means.max())
 
 
 def draw_distances(axes: Axes, distances: pd.DataFrame, metric: str, arm: str, limit: float) -> AxesImage:
-    """Draw the matrix of one arm (see `distances`), in colours from 0 to `limit`; returns the image."""
+    """Draw the matrix of one arm (see `distances`), in colours from 0 to `limit`; return the image."""
     table = distances[(distances["metric"] == metric) & (distances["arm"] == arm)]
     means = table.groupby(["round_a", "round_b"])["distance"].mean()
     rounds = sorted(table["round_a"].unique(), key=lambda number: (number < 0, number))
     matrix = means.unstack().reindex(rounds, columns=rounds)
     image = axes.imshow(matrix, vmin=0, vmax=limit, cmap="viridis")
     step = max(1, len(rounds) // 5)
-    places = [place for place in range(0, len(rounds) - 1, step) if place < len(rounds) - 1 - step / 2]
-    ticks = [*places, len(rounds) - 1]
-    labels = ["init" if rounds[place] < 0 else f"{rounds[place]}" for place in ticks]
+    regular = [index for index in range(0, len(rounds) - 1, step) if index < len(rounds) - 1 - step / 2]
+    ticks = [*regular, len(rounds) - 1]
+    labels = ["init" if rounds[index] < 0 else f"{rounds[index]}" for index in ticks]
     axes.set_xticks(ticks, labels)
     axes.set_yticks(ticks, labels)
     for line in (axes.axhline, axes.axvline):  # separates the initialisation
@@ -117,13 +117,13 @@ def draw_distances(axes: Axes, distances: pd.DataFrame, metric: str, arm: str, l
 
 @_in_default_style
 def histograms(table: pd.DataFrame, number: int = 10) -> Figure:
-    """Draw histograms of the surviving weights of one round (figure 5), all replicates together, of all arms.
+    """Draw histograms of the surviving weights of one round (figure 5), one per arm over all replicates.
 
     Args:
       table: histograms.csv.
-      number: the round; the last one of a shorter run.
+      number: the round; if the table ends before it, its last round.
     """
-    number = min(number, _some(table, "histograms")["round"].max())
+    number = min(number, _require_rows(table, "histograms")["round"].max())
     table = table[table["round"] == number]
     arms = table["arm"].unique()
     figure = Figure(figsize=(0.6 + 3 * len(arms), 2.9), layout="constrained")
@@ -138,13 +138,12 @@ def histograms(table: pd.DataFrame, number: int = 10) -> Figure:
 
 
 def draw_histogram(axes: Axes, histograms: pd.DataFrame, number: int, arm: str) -> float:
-    """Draw the surviving weights of one arm in round `number`; returns x for an axis from −x to x."""
+    """Draw the histogram of one arm in round `number`; return x for an axis from −x to x."""
     table = histograms[(histograms["round"] == number) & (histograms["arm"] == arm)]
     bins = table.groupby("left").agg({"right": "first", "count": "sum"})
-    seen = bins[
-        bins["count"] > bins["count"].sum() / 1e4
-    ]  # without a few outliers, which would narrow the rest
-    widest = max(seen["right"].max(), -seen.index.min()) if len(seen) else 1e-9  # if no weight survives
+    # a few outliers would narrow the rest
+    shown = bins[bins["count"] > bins["count"].sum() / 1e4]
+    widest = max(shown["right"].max(), -shown.index.min()) if len(shown) else 1e-9  # if no weight survives
     shares = 100 * bins["count"] / bins["count"].sum()
     color = STYLES.get(arm, {}).get("color")
     axes.stairs(shares, [*bins.index, bins["right"].iloc[-1]], fill=True, color=color)
@@ -164,10 +163,13 @@ def barriers(
 
     Args:
       paths, barrier_table, results: paths.csv, barriers.csv and results.csv.
-      rounds: in which the paths to draw end; None is the first, the middle and the last one.
+      rounds: the rounds at which the drawn paths end; None is the first, the middle and the last one.
+
+    Raises:
+      ValueError: there are no paths between successive rounds, or none ends at one of `rounds`.
     """
     paths, barrier_table = (
-        _some(table[table["kind"] == "successive"], "paths of kind 'successive'")
+        _require_rows(table[table["kind"] == "successive"], "rows of kind 'successive'")
         for table in (paths, barrier_table)
     )
     available = sorted(map(int, paths["round"].unique()))
@@ -182,13 +184,13 @@ def barriers(
 
 
 def draw_paths(axes: Axes, paths: pd.DataFrame, results: pd.DataFrame, rounds: Sequence[int]) -> None:
-    """Draw the test error along the paths that end in `rounds`: the mean, and min to max shaded."""
+    """Draw the test error along the paths that end in `rounds`: the mean, and a band from min to max."""
     density = _densities(results)
     for number, color, line in zip(
-        rounds, itertools.cycle(PATHS), itertools.cycle(("-", "--", ":", "-.")), strict=False
+        rounds, itertools.cycle(PATH_COLORS), itertools.cycle(("-", "--", ":", "-.")), strict=False
     ):
-        of_round = paths[(paths["round"] == number) & (paths["split"] == "test")]
-        errors = 100 * of_round.groupby("alpha")["error"].agg(["mean", "min", "max"])
+        rows = paths[(paths["round"] == number) & (paths["split"] == "test")]
+        errors = 100 * rows.groupby("alpha")["error"].agg(["mean", "min", "max"])
         label = " → ".join(f"{float(f'{100 * density[end]:.2g}'):g}" for end in (number - 1, number)) + " %"
         axes.plot(errors.index, errors["mean"], color=color, linestyle=line, linewidth=1.6, label=label)
         axes.fill_between(errors.index, errors["min"], errors["max"], color=color, alpha=0.15, linewidth=0)
@@ -201,7 +203,7 @@ def draw_paths(axes: Axes, paths: pd.DataFrame, results: pd.DataFrame, rounds: S
 def draw_barriers(
     axes: Axes, barriers: pd.DataFrame, results: pd.DataFrame, splits: Sequence[str] = ("test", "train")
 ) -> None:
-    """Draw the barriers of one kind over density, of both splits; a rise of test error alone may be chance."""
+    """Draw the barriers of one kind over density, for each split; one in the test error only may be noise."""
     table = barriers.assign(density=barriers["round"].map(_densities(results)))
     styles = {"test": STYLES["imp"], "train": {"color": "#666666", "linestyle": ":", "marker": "^"}}
     for split in splits:
@@ -220,15 +222,15 @@ def instability(barriers: pd.DataFrame, results: pd.DataFrame) -> Figure:
     Args:
       barriers, results: barriers.csv and results.csv.
     """
-    table = _some(barriers[barriers["kind"] == "instability"], "barriers of kind 'instability'")
+    table = _require_rows(barriers[barriers["kind"] == "instability"], "barriers of kind 'instability'")
     density = _densities(results)
     figure = Figure(figsize=(4.4, 3.2), layout="constrained")
     axes = figure.add_subplot()
     draw_barriers(axes, table, results)
     for number, rows in table.groupby("round"):
-        place = (density[number], 100 * rows["barrier"].max())
+        position = (density[number], 100 * rows["barrier"].max())
         axes.annotate(
-            f"round {number}", place, (0, 5), textcoords="offset points", ha="center", fontsize="small"
+            f"round {number}", position, (0, 5), textcoords="offset points", ha="center", fontsize="small"
         )
     axes.margins(y=0.2)
     density_axis(axes, table["round"].map(density).min() / 1.5)  # with room for the labels
@@ -237,14 +239,14 @@ def instability(barriers: pd.DataFrame, results: pd.DataFrame) -> Figure:
 
 
 def draw_mean(axes: Axes, rows: pd.DataFrame, column: str, scale: float = 1, **style: Any) -> None:
-    """Draw the mean of `column`, times `scale`, at each density above 0, with bars from min to max."""
+    """Draw the mean of `column` times `scale` at each density above 0, with bars from min to max."""
     by_density = rows.query("density > 0").groupby("density")[column]
-    over = scale * by_density.agg(["mean", "min", "max"]).sort_index(ascending=False)
+    stats = scale * by_density.agg(["mean", "min", "max"]).sort_index(ascending=False)
     axes.errorbar(
-        over.index,
-        over["mean"],
+        stats.index,
+        stats["mean"],
         # the mean of equal values may differ from them by rounding, and bars must not be negative
-        yerr=[(over["mean"] - over["min"]).clip(lower=0), (over["max"] - over["mean"]).clip(lower=0)],
+        yerr=[(stats["mean"] - stats["min"]).clip(lower=0), (stats["max"] - stats["mean"]).clip(lower=0)],
         markersize=3.5,
         linewidth=1.4,
         elinewidth=0.9,
@@ -268,21 +270,21 @@ def density_axis(axes: Axes, lowest: float) -> None:
 def to_bytes(figure: matplotlib.figure.Figure, file_format: str = "png", dpi: int = 200) -> bytes:
     """Return the figure as the bytes of a PNG file, by default at print resolution, or of a PDF."""
     buffer = io.BytesIO()
-    # without the date: the same figure gives the same file
+    # no date, so that the same figure gives the same file
     metadata = {"CreationDate": None} if file_format == "pdf" else None
     with matplotlib.style.context("default"):
         figure.savefig(buffer, format=file_format, dpi=dpi, metadata=metadata)
     return buffer.getvalue()
 
 
-def _some(table, what):
+def _require_rows(table, description):
     if table.empty:
-        raise ValueError(f"there are no {what} in the table to draw")
+        raise ValueError(f"there are no {description} in the table to draw")
     return table
 
 
 @_in_default_style
-def _over_density(results, column, scale, label):
+def _draw_over_density(results, column, scale, label):
     """Draw a column over density, one line per arm."""
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
     axes = figure.add_subplot()

@@ -1,7 +1,7 @@
-"""Iterative magnitude pruning: train, measure, prune, reset, record, round after round (section 2.1).
+"""Iterative magnitude pruning: train, prune, measure and reset, round after round (section 2.1).
 
-`rounds` is the algorithm. It needs no workdir: in a notebook it trains in memory. `runs.run` trains into a
-workdir, where every round is recorded and a stopped run goes on.
+`rounds` is the algorithm. It needs no workdir: in a notebook it trains in memory. `runs.run` records every
+round in a workdir, from which a stopped run resumes.
 """
 
 import functools
@@ -15,14 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 
 from imp_jax import arms, divergence, masking, pruning, repulsion, scores, training
-from imp_jax.arms import (
-    Member,
-    imp_of_each,
-    member_keys,
-    members_for_next_round,
-    take_members,
-    where_members,
-)
+from imp_jax.arms import Member, imp_of_each, member_keys, members_for_next_round, take_members, where_members
 from imp_jax.experiment import Experiment
 from imp_jax.masking import Mask
 from imp_jax.round_state import (
@@ -53,15 +46,16 @@ def rounds(
     on_epoch: Callbacks = (),
     on_round: Callbacks = (),
 ) -> Iterator[RoundEnd]:
-    """Run iterative magnitude pruning from round `first` to the last one; yields every `RoundEnd`.
+    """Run iterative magnitude pruning from round `first` to the last one, and yield the `RoundEnd` of each.
 
     Args:
-      state: what round `first` begins with; None is the start of a run.
-      progress: where to go on within round `first`; None is its beginning.
-      on_epoch, on_round: functions of an `EpochEnd` and of a `RoundEnd`.
+      state: the state at the start of round `first`; None is that of round 0.
+      progress: the state within round `first` to continue from; None starts at step 0.
+      on_epoch, on_round: functions to call with each `EpochEnd` and each `RoundEnd`.
 
     Raises:
-      DivergedError: a training diverged, and the config says stop; or no ticket is left.
+      DivergedError: see `raise_if_diverged`.
+      UserError: with repulsion, the mask of an arm regains a pruned weight.
     """
     state = state or init_state(experiment)
     for number in range(first, experiment.rounds):
@@ -79,7 +73,7 @@ def rounds(
 
 
 def init_state(experiment: Experiment) -> RoundState:
-    """Initialise round 0: the random initialisation of every member, and dense masks."""
+    """Make the state of round 0: each imp initialised at random with a dense mask, other arms from imp."""
     imps = [member for member in experiment.members if member.arm == "imp"]
     keys = member_keys(imps, experiment.seed, lambda member: ["init"])
     image_shape = experiment.dataset.train.image_shape
@@ -105,11 +99,11 @@ def train(
 
     Rewinding (`rewind_step=k`): round 0 stores imp's weights at step k as its ticket. Later rounds train all
     members from step 0, and at step k reset those whose arm rewinds to their tickets with a fresh optimizer
-    (Frankle et al. 2020); the control is never reset within a round (ours).
+    (Frankle et al. 2020); the control `reinit` is never reset within a round (ours).
 
     Args:
-      progress: where to go on, if not at the beginning.
-      on_epoch: functions of an `EpochEnd`.
+      progress: the state to continue from; None starts at step 0.
+      on_epoch: functions to call with each `EpochEnd`.
 
     Returns: the state after the last step, on the mesh.
 
@@ -119,16 +113,16 @@ def train(
     spec, (epochs, steps) = experiment.spec, experiment.learning_rates.shape
     progress = progress or begin_training(experiment, state)
 
-    def member_keys_of(stream):
-        path = [lambda member: [stream, arms.ARMS[member.arm].number, number]]
-        return devices.shard_members(member_keys(state.members, experiment.seed, *path), spec.mesh)
+    def make_keys(stream):
+        keys = member_keys(state.members, experiment.seed, lambda m: [stream, arms.ARMS[m.arm].number, number])
+        return devices.shard_members(keys, spec.mesh)
 
-    rng_keys = member_keys_of("rngs") if spec.rng_streams else None
+    rng_keys = make_keys("rngs") if spec.rng_streams else None
     optima = devices.shard_members(state.optima, spec.mesh)
     train_epochs = experiment.dataset.train.training_epochs(
-        member_keys_of("data"), epochs, spec.batch_size, progress.step, spec.mesh
+        make_keys("data"), epochs, spec.batch_size, progress.step, spec.mesh
     )
-    for first, last in itertools.pairwise(_pauses(experiment, progress.step)):
+    for first, last in itertools.pairwise(_list_sync_steps(experiment, progress.step)):
         start, compiled = time.perf_counter(), compile_seconds()
         tickets, states = progress.tickets, progress.states
         if first > 0 and first == experiment.rewind_step:
@@ -144,14 +138,14 @@ def train(
             None if rng_keys is None else _fold_in_members(rng_keys, epoch),
             spec=spec,
         )
-        # the only host–device synchronisation
+        # waits for the device, so that `seconds` includes the computation
         metrics = devices.gather_members(metrics, len(state.members), axis=1)
         compile_time = compile_seconds() - compiled
         seconds = time.perf_counter() - start - compile_time
         history = divergence.update_history(progress.history, metrics.loss, metrics.accuracy, first, steps)
         progress = MidRoundState(last, tickets, states, history, progress.seconds + seconds)
         broken = divergence.non_finite_members(history)
-        diverged = {state.members[i]: step_and_words for i, step_and_words in broken.items()}
+        diverged = {state.members[i]: step_and_description for i, step_and_description in broken.items()}
         end = EpochEnd(number, state.members, progress, metrics, seconds, compile_time, diverged)
         for callback in on_epoch:
             callback(end)
@@ -162,27 +156,27 @@ def train(
 _fold_in_members = jax.jit(jax.vmap(jax.random.fold_in, (0, None)))
 
 
-def _pauses(experiment, start):
-    """Return the steps from `start` on at which the host takes part: ends of epochs, saved steps, a rewind."""
+def _list_sync_steps(experiment, start):
+    """Return `start` and the later steps at which the host calls back, saves or rewinds, sorted."""
     epochs, steps = experiment.learning_rates.shape
     steps_per_call = experiment.dataset.train.steps_per_call or steps
-    pauses = {
+    sync_steps = {
         start,
         *range(0, epochs * steps, steps_per_call),
         *range(0, epochs * steps + 1, steps),
         experiment.rewind_step or 0,
         *experiment.saved_steps,
     }
-    return sorted(step for step in pauses if step >= start)
+    return sorted(step for step in sync_steps if step >= start)
 
 
 def rewind(
     experiment: Experiment, number: int, state: RoundState, tickets: Variables, states: training.TrainState
 ) -> tuple[Variables, training.TrainState]:
-    """Put the members whose arm rewinds to step k of the training; returns tickets and states on the mesh.
+    """Rewind at step k the members whose arm rewinds; return the tickets and states of all, on the mesh.
 
-    In round 0 imp's weights at this step become its ticket: all other members that rewind start from it here,
-    with the state of its optimizer. In later rounds they go back to the ticket, with a fresh optimizer.
+    In round 0, imp's weights at step k become its ticket: the other members that rewind start from it at step
+    k, with the state of imp's optimizer. In later rounds, all are reset to their tickets with fresh optimizers.
     """
     places = devices.count_places(len(state.members), experiment.spec.mesh)
     rewinds = np.resize([arms.ARMS[member.arm].rewinds for member in state.members], places)
@@ -190,34 +184,34 @@ def rewind(
         imps = imp_of_each(state.members)
         recurring = [member for member in state.members if member.arm in experiment.arms]
         imp_places = [i for i, member in enumerate(state.members) if member.arm == "imp"]
-        noted = start_round(
+        start = start_round(
             experiment, number, recurring, states.variables, state.masks, imp_places, imp_places
         )
-        return _note_tickets(
-            rewinds, np.resize(imps, places), tickets, states, noted.tickets, state.masks, spec=experiment.spec
+        return _replace_tickets(
+            rewinds, np.resize(imps, places), tickets, states, start.tickets, state.masks, spec=experiment.spec
         )
     fresh = training.programs().init_states(tickets, state.masks, spec=experiment.spec)
     return tickets, jax.jit(where_members)(rewinds, fresh, states)
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def _note_tickets(rewinds, imps, tickets, states, noted, masks, *, spec):
-    of_imp = jax.tree.map(lambda leaf: leaf[imps], states)
-    started = training.init_states(noted, masks, spec=spec)._replace(opt_state=of_imp.opt_state)
-    chosen = where_members(rewinds, (noted, started), (tickets, states))
+def _replace_tickets(rewinds, imps, tickets, states, new_tickets, masks, *, spec):
+    imp_states = jax.tree.map(lambda leaf: leaf[imps], states)
+    new_states = training.init_states(new_tickets, masks, spec=spec)._replace(opt_state=imp_states.opt_state)
+    chosen = where_members(rewinds, (new_tickets, new_states), (tickets, states))
     return devices.constrain_members(chosen, spec.mesh)
 
 
 def prune(
     experiment: Experiment, number: int, members: Sequence[Member], variables: Variables, masks: Mask
 ) -> tuple[Mask, Float[np.ndarray, " members"]]:
-    """Compute imp's masks after round `number`, and the threshold of every member.
+    """Compute imp's masks for the round after `number`, and the pruning threshold of every member.
 
     Args:
-      variables, masks: trained, of all members; on the mesh, with its places, or on the host.
+      variables, masks: of all members after training; on the mesh, padded to its slots, or on the host.
 
-    Returns: the masks of the imps, in their order; and for each member the threshold at which its own weights
-      would be pruned.
+    Returns: the next masks of the imps, in their order; and for each member the threshold at which its own
+      weights are, or would be, pruned.
     """
     spec, pruning_spec = experiment.spec, experiment.pruning
     places, image_shape = len(jax.tree.leaves(masks)[0]), experiment.dataset.train.image_shape
@@ -255,7 +249,7 @@ def _prune_members(variables, masks, keys, images, labels, imps, *, pruning_spec
     def prune_all(variables, masks, keys, images, labels):
         if images is None:
             return jax.vmap(lambda *inputs: prune_member((*inputs, None, None)))(variables, masks, keys)
-        # one after the other: gradients of many images take memory
+        # one member at a time: gradients of many images take memory
         return jax.lax.map(lambda inputs: prune_member((*inputs, images, labels)), (variables, masks, keys))
 
     member, whole = P(devices.MEMBER), P()
@@ -265,9 +259,9 @@ def _prune_members(variables, masks, keys, images, labels, imps, *, pruning_spec
 
 
 def reset(experiment: Experiment, progress: MidRoundState) -> Variables:
-    """Return the weights, not yet masked, that the next round's tickets are taken from: those of this round.
+    """Return the weights, not yet masked, from which the next round takes imp's tickets.
 
-    With `rewind_step=None`, imp goes on from its trained weights.
+    They are the tickets of this round; with `rewind_step=None`, the trained weights.
     """
     return progress.states.variables if experiment.rewind_step is None else progress.tickets
 
@@ -280,9 +274,9 @@ def measure(
     networks: RoundNetworks,
     thresholds: Float[np.ndarray, " members"],
 ) -> list[Row]:
-    """Evaluate the trained networks on both splits: the rows of results.csv.
+    """Evaluate the trained networks on both splits; return their rows of results.csv.
 
-    With repulsion also J_r at the end of training, and the mean cosine with the earlier optima.
+    With repulsion, rows also have J_r after training and, from round 1 on, the mean cosine with earlier optima.
     """
     dataset, spec, members = experiment.dataset, experiment.spec, state.members
     variables = progress.states.variables
@@ -332,7 +326,7 @@ def find_diverged(
     losses = [row["train_loss"] for row in rows]
     classes, steps = experiment.dataset.num_classes, experiment.learning_rates.size
     found = divergence.diverged_members(progress.history, losses, classes, steps)
-    diverged = {members[i]: step_and_words for i, step_and_words in found.items()}
+    diverged = {members[i]: step_and_description for i, step_and_description in found.items()}
     raise_if_diverged(experiment, number, members, diverged)
     return diverged
 
@@ -343,7 +337,7 @@ def raise_if_diverged(
     members: Sequence[Member],
     diverged: dict[Member, tuple[int, str]],
 ) -> None:
-    """Stop the run if a member has diverged and the config says stop, or if no ticket is left.
+    """Stop the run if a member has diverged with `on_divergence="stop"`, or if no ticket is left.
 
     Raises:
       DivergedError: with the members that diverged.
@@ -351,10 +345,10 @@ def raise_if_diverged(
     if not diverged:
         return
     if experiment.on_divergence == "stop":
-        member, (step, words) = next(iter(diverged.items()))
+        member, (step, description) = next(iter(diverged.items()))
         rate = experiment.learning_rates.max()
         raise divergence.DivergedError(
-            f"{words} in round {number}, arm {member.arm}, replicate {member.replicate}, at step {step} "
+            f"{description} in round {number}, arm {member.arm}, replicate {member.replicate}, at step {step} "
             f"of the training; {finished_rounds_text(number)} on disk; a lower optimizer.learning_rate "
             f"({rate:.6g}) or a warm-up may help, and --config.on_divergence=drop goes on with the other "
             f"members",
@@ -384,29 +378,29 @@ def end_round(
     tickets: Variables,
     masks: Mask,
 ) -> tuple[RoundEnd, RoundState]:
-    """Drop the members that diverged; return what the round leaves, and what the next one begins with.
+    """Drop the members that diverged; return the `RoundEnd` of the round and the state of the next one.
 
     Args:
       networks, rows, tickets: of all members of the round.
-      masks: of the next round, of all imps of the round.
+      masks: for the next round, of all imps of this one.
     """
     kept = tuple(member for member in state.members if member not in diverged)
     members = members_for_next_round(kept, experiment.arms)
     imps = [member for member in members if member.arm == "imp"]
     all_imps = [member for member in state.members if member.arm == "imp"]
-    mask_of = [all_imps.index(imp) for imp in imps]
-    ticket_of = [state.members.index(imp) for imp in imps]
-    next_state = start_round(experiment, number + 1, members, tickets, masks, ticket_of, mask_of)
+    mask_indices = [all_imps.index(imp) for imp in imps]
+    ticket_indices = [state.members.index(imp) for imp in imps]
+    next_state = start_round(experiment, number + 1, members, tickets, masks, ticket_indices, mask_indices)
     optima = None
     if experiment.spec.repulsion_strength:
-        known = state.optima and take_members(state.optima, state.members, members)
+        earlier = state.optima and take_members(state.optima, state.members, members)
         next_masks = take_members(
             devices.gather_members(next_state.masks, len(next_state.members)), next_state.members, members
         )
-        # after the last round too: the number of rounds may grow
-        optima = add_optimum(experiment, known, take_members(networks, state.members, members), next_masks)
+        # after the last round too, because a resumed run may have more rounds
+        optima = add_optimum(experiment, earlier, take_members(networks, state.members, members), next_masks)
         next_state = next_state._replace(optima=repeat_optima(optima, members, next_state.members))
-    imp_masks = jax.tree.map(lambda leaf: leaf[np.array(mask_of)], devices.gather_members(masks, None))
+    imp_masks = jax.tree.map(lambda leaf: leaf[np.array(mask_indices)], devices.gather_members(masks, None))
     end = RoundEnd(
         number,
         kept,

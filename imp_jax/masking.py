@@ -5,7 +5,7 @@ leaves called "kernel") may be pruned (appendix A.3); every other leaf of a mask
 dicts, FrozenDicts, lists or an `nnx.State`, and may hold boxed leaves such as `nn.Partitioned`. All functions
 are pure, and may be jitted and vmapped over a leading member axis. `exclude` names further layers that are
 never pruned, as patterns such as "projection_*"; a string is one pattern. Trees whose structures or shapes
-differ raise a ValueError, here and in the modules that build on this one.
+differ raise a ValueError, in this module and in those that build on it.
 """
 
 import fnmatch
@@ -23,10 +23,10 @@ Mask = PyTree[Bool[Array, "..."]]
 
 
 def prunable(params: PyTree, exclude: str | Sequence[str] = ()) -> PyTree[bool]:
-    """Return which leaves of `params` (or of a mask) may be pruned: all kernels, also of the output layer.
+    """Return which leaves of `params` (or of a mask) may be pruned: all kernels, including the output layer's.
 
-    The names on the path of a leaf decide, so it works on any Flax parameters. Biases and the parameters of
-    normalisation layers are never pruned (appendix A.3), nor are layers that `exclude` names.
+    Only the names on the path of a leaf matter, so this works for any Flax parameters. Biases and the
+    parameters of normalisation layers are never pruned (appendix A.3), nor are layers that `exclude` names.
 
     Raises:
       ValueError: a kernel is a container of an unknown kind, such as a quantised array.
@@ -52,13 +52,13 @@ def prunable_by_name(tree: PyTree[Array], exclude: str | Sequence[str] = ()) -> 
     named = {name(path): leaf for (path, leaf), kept in zip(leaves, keep, strict=True) if kept}
     if not named:
         patterns = (exclude,) if isinstance(exclude, str) else exclude
-        left = f" outside of {', '.join(patterns)}" if patterns else ""
-        raise ValueError(f"the tree has no leaf called 'kernel'{left}, so there is nothing to prune")
+        scope = f" outside of {', '.join(patterns)}" if patterns else ""
+        raise ValueError(f"the tree has no leaf called 'kernel'{scope}, so there is nothing to prune")
     return named
 
 
 def prunable_leaves(tree: PyTree[Array], exclude: str | Sequence[str] = ()) -> list[Array]:
-    """Return the prunable leaves of `tree` in tree order. Raises like `prunable_by_name`."""
+    """Return the prunable leaves of `tree` in tree order. Raises: see `prunable_by_name`."""
     return list(prunable_by_name(tree, exclude).values())
 
 
@@ -92,7 +92,7 @@ def _names(path):
         if path[-1] != jax.tree_util.GetAttrKey("value"):
             raise ValueError(
                 f"{'/'.join(names[:-1])} is a container of an unknown kind, not an array; "
-                f"give its array, as flax.core.meta.unbox does"
+                f"pass its array, as flax.core.meta.unbox returns it"
             )
         names.pop()
     return names
@@ -139,8 +139,8 @@ def density(mask: Mask, exclude: str | Sequence[str] = ()) -> Float[Array, ""]:
 def masked(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Wrap an optax transform to ignore pruned weights: `update(grads, state, params, mask=mask)`.
 
-    Gradients are masked before `inner`, so its moments and norms include surviving weights only. Updates are
-    masked after it, so a weight that starts a round at zero stays exactly zero whatever `inner` adds (momentum,
+    Gradients are masked before `inner`, so its moments and norms ignore pruned weights. Updates are masked
+    after it, so a weight that starts a round at zero stays exactly zero whatever `inner` adds (momentum,
     old moments, weight decay). The mask is an argument of `update` and not part of the state, so one compiled
     step serves all rounds.
     """

@@ -110,7 +110,7 @@ def test_the_augmentation_of_a_set_in_memory_can_be_replaced():
 def test_settings_of_streamed_sets_are_refused_for_a_set_in_memory():
     data.register("mine", lambda data_dir, image_side: make_set())
     config = quick_config(None, **{"dataset.name": "mine", "batch_size": 5, "dataset.image_side": 64})
-    with pytest.raises(UserError, match="image_side is 64; only streamed sets read it, and mine is held in"):
+    with pytest.raises(UserError, match="image_side is 64; only streamed sets read it, and mine is kept in"):
         experiment.setup(config)
     config.dataset.image_side = 224
     assert experiment.setup(config).dataset.num_classes == 3
