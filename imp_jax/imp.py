@@ -349,8 +349,8 @@ def raise_if_diverged(
         rate = experiment.learning_rates.max()
         raise divergence.DivergedError(
             f"{description} in round {number}, arm {member.arm}, replicate {member.replicate}, at step {step} "
-            f"of the training; {finished_rounds_text(number)} on disk; a lower optimizer.learning_rate "
-            f"({rate:.6g}) or a warm-up may help, and --config.on_divergence=drop goes on with the other "
+            f"of the training; {finished_rounds_text(number)} finished; a lower optimizer.learning_rate "
+            f"({rate:.6g}) or a warm-up may help, and --config.on_divergence=drop continues with the other "
             f"members",
             number,
             diverged,
@@ -358,7 +358,8 @@ def raise_if_diverged(
     remaining = [member for member in members if member not in diverged]
     if not members_for_next_round(remaining, experiment.arms):
         raise divergence.DivergedError(
-            f"no ticket is left: all have diverged, the last in round {number}; see divergences.csv",
+            f"no ticket is left: all have diverged, the last in round {number}; "
+            f"a workdir lists them in divergences.csv",
             number,
             diverged,
         )
