@@ -178,17 +178,17 @@ def rewind(
     In round 0, imp's weights at step k become its ticket: the other members that rewind start from it at step
     k, with the state of imp's optimizer. In later rounds, all are reset to their tickets with fresh optimizers.
     """
-    places = devices.count_places(len(state.members), experiment.spec.mesh)
-    rewinds = np.resize([arms.ARMS[member.arm].rewinds for member in state.members], places)
+    slots = devices.count_slots(len(state.members), experiment.spec.mesh)
+    rewinds = np.resize([arms.ARMS[member.arm].rewinds for member in state.members], slots)
     if number == 0:
         imps = imp_of_each(state.members)
         recurring = [member for member in state.members if member.arm in experiment.arms]
-        imp_places = [i for i, member in enumerate(state.members) if member.arm == "imp"]
+        imp_indices = [i for i, member in enumerate(state.members) if member.arm == "imp"]
         start = start_round(
-            experiment, number, recurring, states.variables, state.masks, imp_places, imp_places
+            experiment, number, recurring, states.variables, state.masks, imp_indices, imp_indices
         )
         return _replace_tickets(
-            rewinds, np.resize(imps, places), tickets, states, start.tickets, state.masks, spec=experiment.spec
+            rewinds, np.resize(imps, slots), tickets, states, start.tickets, state.masks, spec=experiment.spec
         )
     fresh = training.programs().init_states(tickets, state.masks, spec=experiment.spec)
     return tickets, jax.jit(where_members)(rewinds, fresh, states)
@@ -214,7 +214,7 @@ def prune(
       weights are, or would be, pruned.
     """
     spec, pruning_spec = experiment.spec, experiment.pruning
-    places, image_shape = len(jax.tree.leaves(masks)[0]), experiment.dataset.train.image_shape
+    slots, image_shape = len(jax.tree.leaves(masks)[0]), experiment.dataset.train.image_shape
     keys = member_keys(members, experiment.seed, lambda member: ["score", number])
     batch = (None, None)
     if pruning_spec.images:
@@ -223,7 +223,7 @@ def prune(
         examples = jax.random.permutation(key, experiment.dataset.train.examples)[: pruning_spec.images]
         batch = devices.gather_members(tuple(experiment.dataset.train.take(np.asarray(examples))), None)
     imps = np.array([i for i, member in enumerate(members) if member.arm == "imp"])
-    spec = spec if places == devices.count_places(len(members), spec.mesh) else spec._replace(mesh=None)
+    spec = spec if slots == devices.count_slots(len(members), spec.mesh) else spec._replace(mesh=None)
     keys = devices.shard_members(keys, spec.mesh)
     next_masks, thresholds = _prune_members(
         variables, masks, keys, *batch, imps, pruning_spec=pruning_spec, spec=spec, image_shape=image_shape

@@ -100,7 +100,7 @@ def start_round(
     start_of_member = [
         names.index(arm) * len(imps) + imps.index(Member("imp", replicate)) for arm, replicate in members
     ]
-    places = devices.count_places(len(members), experiment.spec.mesh)
+    slots = devices.count_slots(len(members), experiment.spec.mesh)
 
     def arm_keys(arm):
         return member_keys(imps, experiment.seed, lambda member: ["arm", arms.ARMS[arm].number, number])
@@ -112,7 +112,7 @@ def start_round(
         _take_imps(masks, in_order if mask_of is None else np.array(mask_of), mesh=mesh),
         replicate_keys(imps, experiment.seed),
         [arm_keys(name) for name in names],
-        np.resize(start_of_member, places),
+        np.resize(start_of_member, slots),
         arms=tuple(arms.ARMS[name] for name in names),
         image_shape=experiment.dataset.train.image_shape,
         spec=experiment.spec,

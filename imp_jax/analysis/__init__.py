@@ -158,7 +158,7 @@ def run(
         experiment = functools.cache(
             lambda: restore_execution(_setup(setup_config, workdir, config_file), workdir)
         )
-        compute(checkpoints, config, experiment, workdir, results, shown=True)
+        compute(checkpoints, config, experiment, workdir, results, show_progress=True)
         finished_run = load(workdir)
         save_file(workdir, workdir / "report.html", report.html(finished_run, draw(finished_run)))
     print(

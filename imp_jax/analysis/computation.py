@@ -64,7 +64,7 @@ def compute(
     experiment: Callable[[], Experiment],
     workdir: Path,
     results: pd.DataFrame,
-    shown: bool = False,
+    show_progress: bool = False,
 ) -> None:
     """Compute the rows missing from `analysis/*.csv` for all checkpointed rounds that are in `results`.
 
@@ -74,7 +74,7 @@ def compute(
     Args:
       experiment: returns the experiment; called only if needed, because it opens the data set.
       results: results.csv.
-      shown: whether to show a progress bar on a terminal.
+      show_progress: whether to show a progress bar on a terminal.
     """
     with reporting_write_errors(workdir):
         (workdir / "analysis").mkdir(exist_ok=True)
@@ -88,7 +88,7 @@ def compute(
     _warn_of_missing_rounds(workdir, tables, {*results["round"]} - set(on_disk))
 
     reader = NetworkReader(checkpoints, config, experiment, results, members)
-    _compute_missing(tables, reader, workdir, config, members, shown)
+    _compute_missing(tables, reader, workdir, config, members, show_progress)
     inputs = RunInputs(
         results, {**read_other_tables(workdir), **tables}, config, members, reader.read_all, experiment
     )
@@ -142,7 +142,7 @@ class NetworkReader:
         return {number: networks for number in self._members if (networks := self.read(number))}
 
 
-def _compute_missing(tables, reader, workdir, config, members, shown):
+def _compute_missing(tables, reader, workdir, config, members, show_progress):
     """Add missing rows to `tables`, round by round, for analyses that are called per network or pair."""
     missing = {number: [] for number in members}
     for call in _missing_calls(tables, config, members):
@@ -150,7 +150,7 @@ def _compute_missing(tables, reader, workdir, config, members, shown):
     needed = {number for calls in missing.values() for call in calls for number in (call.round, call.other[0])}
     networks, saved = {}, time.monotonic()
     console = make_console()
-    disable = not (shown and console.is_interactive)
+    disable = not (show_progress and console.is_interactive)
     for number in track(sorted(needed), "analysing", console=console, transient=True, disable=disable):
         networks = {n: networks[n] for n in networks if n == number - 1} | {number: reader.read(number)}
         for name in dict.fromkeys(call.analysis.name for call in missing[number]):

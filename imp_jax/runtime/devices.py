@@ -169,7 +169,7 @@ def batch_sharding(mesh: Mesh | None) -> NamedSharding | None:
     return mesh and NamedSharding(mesh, P(MEMBER, DATA))
 
 
-def count_places(members: int, mesh: Mesh | None) -> int:
+def count_slots(members: int, mesh: Mesh | None) -> int:
     """Return the number of slots for `members` on a mesh: the next multiple of the size of its member axis."""
     return members if mesh is None else -(-members // mesh.shape[MEMBER]) * mesh.shape[MEMBER]
 
