@@ -18,8 +18,6 @@ def make_group(*names):
 
 
 def test_every_figure_of_every_group_is_in_the_catalogue():
-    names = [figure.name for group in catalogue.GROUPS for figure in group.FIGURES]
-    assert sorted(catalogue.FIGURES) == sorted(names)
     assert list(catalogue.FIGURES) == [*(f"fig{n}" for n in range(1, 24)), "table1", "tablec", "claims"]
 
 

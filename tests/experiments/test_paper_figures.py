@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from experiments.paper import catalogue, commands
 from experiments.paper.catalogue import list_runs
 from experiments.paper.panels import NOT_RUN
-from experiments.paper.scales import MINI, PAPER, SCALES, SMOKE
+from experiments.paper.scales import MINI, PAPER, SMOKE
 from imp_jax import figures
 from tests.helpers.tables import tables
 
@@ -158,5 +158,4 @@ def test_describe_names_the_scale_and_the_trainings_of_a_figure():
     assert note.startswith("mini scale: LeNet-300-100 on mnist5k, 20 epochs, 3 replicates; in the paper LeNet")
     assert note.endswith("; 1 of 2 runs not finished")
     assert commands.describe(figure, PAPER, []) == "LeNet-300-100 on mnist, 25 epochs, 3 replicates"
-    assert set(SCALES) == {"paper", "mini", "smoke"}
     assert "1 epoch," in commands.describe(figure, SMOKE, [])

@@ -17,6 +17,7 @@ from imp_jax import divergence, repulsion
 from imp_jax.errors import UserError
 from imp_jax.training import TrainState
 from imp_jax.workdir.checkpoints import Checkpoints, DamagedError, MidRoundState, RoundNetworks
+from imp_jax.workdir.results import Results, read_results
 from tests.helpers.checkpoints import forget_definition
 
 ROWS = [{"replicate": 0, "arm": "imp", "round": 0, "threshold": 0.1234567, "cosine": float("nan")}]
@@ -387,18 +388,16 @@ def test_reading_a_workdir_unpickles_nothing(checkpoints, tmp_path, reopen, monk
     """Unpickling a file may execute code."""
     import pickle
 
-    import pandas as pd
-
     def refuse(*_, **__):
         raise AssertionError("something was unpickled")
 
     checkpoints.save(0, make_networks(), ROWS)
     checkpoints.save_progress(1, make_progress(3), STEPS)
-    pd.DataFrame(ROWS).to_csv(tmp_path / "results.csv")
+    Results(tmp_path, ROWS)
     for name in ("load", "loads", "Unpickler"):
         monkeypatch.setattr(pickle, name, refuse)
     reopened = reopen()
     assert_same(reopened.restore(0), make_networks())
     reopened.rows(0)
     reopened.progress(1, make_progress(0), STEPS)
-    pd.read_csv(tmp_path / "results.csv")
+    read_results(tmp_path)
