@@ -89,9 +89,9 @@ def read_stream(folder):
     """Return the batches of a stream, gathered from both processes, and how many examples this one decoded."""
     read, decoded = streaming._read, []
 
-    def record_and_read(split, example, draw):
+    def record_and_read(split, example, rng):
         decoded.append(int(example))
-        return read(split, example, draw)
+        return read(split, example, rng)
 
     streaming._read = record_and_read
     found = {}
