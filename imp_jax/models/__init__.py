@@ -3,7 +3,7 @@
 A model is a Flax Linen module. It is called as `model(images, train=False)` with float32 images [batch, height,
 width, channels] and returns logits [batch, num_classes]. It must have the field `num_classes` and float32
 parameters; the values of its fields must be hashable; and it may draw random numbers only if `train` is True.
-It may have
+Its parameters named "kernel" can be pruned (see `masking`). It may have
 
 - the fields `width`, `dtype`, `norm_affine` and `norm_momentum`, which the config sets;
 - the field `norm_axis`, the name of the mesh axis over which batch statistics are averaged;
