@@ -8,6 +8,7 @@ image-classification sets with the splits train and test (or validation) can be 
     python -m imp_jax.data prepare svhn_cropped --data_dir=…
 
 Sets whose images all have the same size are kept in memory; others, such as ImageNet, are streamed from disk.
+The set `folder` is also streamed if its images are large (`folder.MAX_SIDE`) or many (`folder.MAX_BYTES`).
 
 To add a set, register a function that returns it, for example in a config file:
 

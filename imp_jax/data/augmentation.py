@@ -1,4 +1,7 @@
-"""Random changes of training images in memory, computed on the device: shifts and flips (appendix A.2)."""
+"""Random augmentations of training images in memory, computed on the device.
+
+The paper does not specify its augmentations. "crop" and "flip" are those of He et al. 2016, section 4.2 (ours).
+"""
 
 from collections.abc import Callable
 

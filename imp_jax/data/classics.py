@@ -73,7 +73,7 @@ class _Idx(Classic):
 
 
 class _Cifar(Classic):
-    """Builder of a tar file of records: label bytes, then 32 × 32 bytes each of red, green and blue."""
+    """Builder of a tar file with records: label bytes, then 32 × 32 bytes each of red, green and blue."""
 
     LABEL_FEATURES: tuple[str, ...]  # in the order of a record's label bytes
     LABEL_FILES: tuple[str, ...]  # files with the names of the classes, in the same order
@@ -101,7 +101,7 @@ class _Cifar(Classic):
 
 
 def _read_idx(path) -> UInt8[np.ndarray, "..."]:
-    """Read a gzipped IDX file of bytes: its rank in byte 3, its shape as 32-bit numbers, then the values."""
+    """Read a gzipped IDX file of bytes: its rank in byte 3, its shape as big-endian int32, then the values."""
     with gzip.open(path) as file:
         content = file.read()
     rank = content[3]

@@ -68,7 +68,16 @@ class Split(Protocol):
     def training_epochs(
         self, keys: Key[Array, " members"], epochs: int, batch_size: int, first_step: int, mesh: Mesh | None
     ) -> Any:
-        """Return an object whose method `epoch(number)` returns the `Batches` of an epoch for all members."""
+        """Return an object whose method `epoch(number)` returns the `Batches` of an epoch for all members.
+
+        Args:
+          keys: one PRNG key per member, from which the order of examples and the augmentations are drawn.
+          epochs: number of epochs of the training.
+          batch_size: number of images per member and step.
+          first_step: step of the training at which a streamed split starts. A split in memory ignores it,
+            because `load` takes the number of the batch.
+          mesh: mesh on which streamed batches are put; None: the first device.
+        """
 
     def evaluation(self, batch_size: int, mesh: Mesh | None) -> Batches:
         """Return the whole split in batches; the last one is padded to `batch_size`."""
@@ -219,7 +228,7 @@ class Dataset(NamedTuple):
     classes: tuple[str, ...] = ()
 
     def identity(self) -> dict[str, Any]:
-        """Return the description, serializable as JSON, by which a workdir recognizes its data set."""
+        """Return a JSON-serialisable description, by which a workdir recognises its data set."""
         return {
             "train_examples": self.train.examples,
             "test_examples": self.test.examples,
@@ -307,7 +316,7 @@ def device_memory() -> int:
 
 
 def require_memory(name: str, examples: int, num_bytes: int) -> None:
-    """Refuse images that would leave too little device memory for training. Call before they are read."""
+    """Raise a `UserError` if images would take more than half of the device memory. Call before decoding."""
     available = device_memory()
     if num_bytes > available / 2:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Normalization of images, and the channel statistics that it uses."""
+"""Normalisation of images, and the channel statistics that it uses."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ STATISTICS_IMAGES = 10_000  # number of images of a streamed split from which st
 
 
 class Normalize(NamedTuple):
-    """Callable that normalizes stored images for a network: (image − mean) / std of each channel, in float32.
+    """Callable that normalises stored images for a network: (image − mean) / std of each channel, in float32.
 
     Images of type uint8 are first divided by 255; floating-point images are not.
 

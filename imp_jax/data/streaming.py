@@ -1,7 +1,7 @@
 """Splits that stay on disk, such as those of ImageNet: images of various sizes, decoded and cropped per batch.
 
-Each example of a stream is a pure function of its position in the training. So a stream can start at any step,
-and does not depend on the number of workers.
+Each training example is a pure function of its member's seed and of its position in the training. So a stream
+can start at any step, and does not depend on the number of workers.
 """
 
 import functools
@@ -296,7 +296,7 @@ def random_box(rng: np.random.Generator, width: int, height: int) -> Box:
 
 
 def central_box(width: int, height: int) -> Box:
-    """Return the central square with 224 / 256 of the shorter side.
+    """Return the central square whose side is 224 / 256 of the shorter side of the image.
 
     It is the part that remains if the shorter side is resized to 256 pixels and the central 224 are cropped.
     """

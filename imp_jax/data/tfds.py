@@ -55,7 +55,7 @@ def prepared_builder(name: str, data_dir: str | os.PathLike | None = None) -> tf
     """
     builder = _builder(name, data_dir)
     if not builder.is_prepared():
-        if _is_ours(builder):
+        if _is_builtin(builder):
             prepare(name, data_dir)
             return _builder(name, data_dir)
         flag = f" --data_dir={data_dir}" if data_dir else ""
@@ -74,7 +74,7 @@ def load_set(
     image_side: int = 224,
     workers: int | None = None,
 ) -> Dataset:
-    """Load the set `name` from `data_dir`: into memory if its images have one size, otherwise streamed.
+    """Load the set `name` from `data_dir`: into memory if TFDS gives its images one size, otherwise streamed.
 
     The arguments are those of `imp_jax.data.load`.
 
@@ -105,7 +105,7 @@ def prepare(name: str, data_dir: str | os.PathLike | None = None) -> Path:
     if builder.is_prepared():
         return Path(builder.data_path)
     root = _root(data_dir)
-    if not _is_ours(builder):
+    if not _is_builtin(builder):
         _require_tensorflow(name)
     _require_archives(builder, root)
     try:
@@ -162,7 +162,7 @@ def _builder(name, data_dir):
         ) from error
 
 
-def _is_ours(builder):
+def _is_builtin(builder):
     """Return whether a builder is one of `BUILDERS`, which need no TensorFlow."""
     return type(builder) in BUILDERS.values()
 
@@ -193,7 +193,7 @@ def _prepare(builder, root):
         if isinstance(builder, classics.Classic):
             builder.fetch()
         print(f"preparing {builder.name} in {builder.data_path}", flush=True)
-        with_bar = not _is_ours(builder) and sys.stderr.isatty()
+        with_bar = not _is_builtin(builder) and sys.stderr.isatty()
         (tfds.enable_progress_bar if with_bar else tfds.disable_progress_bar)()
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download even if there is none
             builder.download_and_prepare()
@@ -218,17 +218,17 @@ def _require_labelled_images(builder):
 
 
 def _in_memory_shape(builder):
-    """Return the height, width and channels of the images of a set, or None if their sizes differ."""
+    """Return the height, width and channels of the images of a set, or None if the set does not fix them."""
     feature = builder.info.features["image"]
-    sizes_differ = None in feature.shape
-    types = (np.uint8, np.uint16) if sizes_differ else (np.uint8,)
+    size_varies = None in feature.shape
+    types = (np.uint8, np.uint16) if size_varies else (np.uint8,)
     if feature.np_dtype not in types or feature.shape[-1] not in MODES:
         raise UserError(
             f"dataset.name is {builder.name!r}, whose images are {np.dtype(feature.np_dtype).name} of the "
             f"shape {feature.shape}; they should be {' or '.join(t.__name__ for t in types)} with 1, 3 or 4 "
             f"channels"
         )
-    return None if sizes_differ else feature.shape
+    return None if size_varies else feature.shape
 
 
 def _test_split(builder):

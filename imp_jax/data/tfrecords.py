@@ -49,7 +49,7 @@ class TFRecordDataSource(BaseDataSource):
 
 @dataclass
 class _Records:
-    """Sequence of the serialized examples of all files. A file is indexed when it is first read.
+    """Sequence of the serialised examples of all files. A file is indexed when it is first read.
 
     Raises:
       ValueError: on access, a file is truncated, its lengths are damaged, or its number of records is wrong.

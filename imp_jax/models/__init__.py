@@ -1,7 +1,9 @@
 """Networks, found by the name in a config.
 
-A model is a Flax Linen module that is called as `model(images, train=False)` and returns logits. It must have
-the field `num_classes`. It may have
+A model is a Flax Linen module. It is called as `model(images, train=False)` with float32 images [batch, height,
+width, channels] and returns logits [batch, num_classes]. It must have the field `num_classes` and float32
+parameters; the values of its fields must be hashable; and it may draw random numbers only if `train` is True.
+Its parameters named "kernel" can be pruned (see `masking`). It may have
 
 - the fields `width`, `dtype`, `norm_affine` and `norm_momentum`, which the config sets;
 - the field `norm_axis`, the name of the mesh axis over which batch statistics are averaged;
@@ -104,12 +106,12 @@ def create(
       image_shape: height, width and channels of the images.
       dtype: type of the computation; parameters must be float32.
       width: factor of the number of channels or hidden units.
-      norm_affine: whether normalization has a learnable scale and bias.
-      norm_momentum: decay of the running statistics of normalization, in [0, 1).
+      norm_affine: whether the normalisation has a learnable scale and bias.
+      norm_momentum: decay of the running statistics of the normalisation, in [0, 1).
 
     Raises:
       UserError: see `find`; also if an option differs from its default and the model has no field for it, if
-        the size of the images is unsuitable, or if the model breaks a rule of this module's docstring.
+        the size of the images is unsuitable, or if the model breaks one of the rules at the top of this module.
     """
     make = find(name)
     if not _takes(make, "num_classes"):
@@ -191,7 +193,7 @@ def _check_variables_and_logits(name, model, image_shape, num_classes):
 def check_normalization(
     name: str, model: nn.Module, image_shape: tuple[int, int, int], norm_parts: int, batch_norm: str
 ) -> None:
-    """Check that a model has the normalization that the settings of a run need.
+    """Check that a model has the normalisation that the settings of a run need.
 
     Args:
       name: name of the model, for messages.
@@ -206,7 +208,7 @@ def check_normalization(
     """
     has_statistics = set(shapes(model, image_shape)) != {"params"}
     if norm_parts > 1 and not has_statistics:
-        raise UserError(f"model.norm_parts is {norm_parts}; {name} has no normalization, so it should be 1")
+        raise UserError(f"model.norm_parts is {norm_parts}; {name} has no normalisation, so it should be 1")
     if batch_norm == "reestimate" and not (has_statistics and hasattr(model, "norm_momentum")):
         missing = "field norm_momentum" if has_statistics else "batch statistics"
         raise UserError(
@@ -216,7 +218,7 @@ def check_normalization(
 
 @functools.lru_cache(maxsize=4)
 def shapes(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, PyTree[jax.ShapeDtypeStruct]]:
-    """Return shapes and dtypes of a model's variables by collection, without computing them.
+    """Return the shapes and dtypes of a model's variables by collection, without computing them.
 
     Args:
       model: a Linen module.

@@ -10,9 +10,10 @@ from imp_jax.models.layers import MaxPool, kaiming_normal
 
 
 class Conv4(nn.Module):
-    """Two blocks of two 3 × 3 convolutions and a max-pool, two dense layers of 256 units, and the output.
+    """Two blocks of two 3 × 3 convolutions and a max-pool, two dense layers of 256 units, and the output layer.
 
-    It has 2,425,930 parameters on 32 × 32 × 3 images and 10 classes (table 1).
+    The convolutions have 64 channels in the first block and 128 in the second. The network has 2,425,930
+    parameters on 32 × 32 × 3 images and 10 classes (table 1).
 
     Attributes:
       num_classes: number of logits.
@@ -30,7 +31,7 @@ class Conv4(nn.Module):
     def __call__(
         self, images: Float[Array, "batch height width channels"], train: bool = False
     ) -> Float[Array, "batch classes"]:
-        """Return the logits of normalized images; `train` has no effect."""
+        """Return the logits of normalised images; `train` has no effect."""
         del train
         x = images
         for features in (64, 128):

@@ -1,7 +1,7 @@
 """Layers and initializers that several networks share.
 
-The initializers are those of He et al. 2015, with fan-in and gain √2, so that ReLU layers preserve the variance
-of their inputs (table 1 of the paper).
+The initializers are those of table 1 of the paper. They use the fan-in and the gain √2 (He et al. 2015), so
+that initially the pre-activations of all layers of a ReLU network have about the same variance.
 """
 
 from collections.abc import Sequence
@@ -36,8 +36,8 @@ class BatchNorm(nn.BatchNorm):
         """Return relu(norm(x) + shortcut).
 
         Args:
-          x: inputs of the normalization.
-          shortcut: residual connection to add to the normalized inputs, or None.
+          x: inputs of the normalisation.
+          shortcut: residual connection to add to the normalised inputs, or None.
         """
         x = super().__call__(x)
         if shortcut is not None:

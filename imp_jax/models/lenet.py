@@ -11,7 +11,7 @@ from imp_jax.models.layers import kaiming_uniform
 
 
 class LeNet(nn.Module):
-    """Dense layers: 300 and 100 hidden units, and the output.
+    """Two dense hidden layers, of 300 and 100 units, and a dense output layer.
 
     It has 266,610 parameters on 28 × 28 images and 10 classes (table 1).
 
@@ -33,7 +33,7 @@ class LeNet(nn.Module):
     def __call__(
         self, images: Float[Array, "batch height width channels"], train: bool = False
     ) -> Float[Array, "batch classes"]:
-        """Return the logits of normalized images; `train` has no effect."""
+        """Return the logits of normalised images; `train` has no effect."""
         del train
         x = images.reshape(len(images), -1)
         for features in self.widths:

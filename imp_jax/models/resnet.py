@@ -1,7 +1,7 @@
 """Residual networks: the CIFAR family 6n + 2 (He et al. 2016, section 4.2) and ResNet-50 for ImageNet.
 
-Convolutions have no bias. By default the normalization has no learnable scale and bias, which is how we read
-the paper; `norm_affine=True` adds them.
+Convolutions have no bias. By default the normalisation has no learnable scale and bias, which is how we read
+appendix A.3 of the paper; `norm_affine=True` adds them.
 """
 
 import functools
@@ -19,22 +19,24 @@ from imp_jax.models.layers import BatchNorm, MaxPool, kaiming_normal
 class CifarResNet(nn.Module):
     """Three stages of (depth − 2) / 6 residual blocks with 16, 32 and 64 channels, for small images.
 
+    The first block of the second and third stage halves height and width; its shortcut takes every second pixel
+    and pads the new channels with zeros (option A of He et al.), so no shortcut has weights.
+
     ResNet-20 has 268,346 parameters on images with 3 channels and 10 classes, and 269,722 with `norm_affine`.
-    (The 274K of table 1 are with another kind of shortcut.) The first block of the second and third stage
-    halves height and width; its shortcut takes every second pixel and pads the new channels with zeros (option
-    A of He et al.), so no shortcut has weights.
+    Table 1 gives 274K, which we obtain only with projection shortcuts (option B), learnable scales and biases,
+    and the running statistics counted: 274,042.
 
     Attributes:
-      depth: number of layers with weights, 6n + 2.
+      depth: number of layers with weights, 6n + 2 with n ≥ 1.
       num_classes: number of logits.
       width: factor of the number of channels.
-      norm_affine: whether the normalization has a learnable scale and bias.
+      norm_affine: whether the normalisation has a learnable scale and bias.
       norm_momentum: decay of the running statistics.
       norm_axis: name of the mesh axis over which batch statistics are averaged; None: no averaging.
       dtype: type of the computation; parameters and statistics are float32.
 
     Raises:
-      UserError: `depth` is not 6n + 2.
+      UserError: `depth` is not 6n + 2 with n ≥ 1.
     """
 
     depth: int = 20
@@ -58,7 +60,7 @@ class CifarResNet(nn.Module):
     def __call__(
         self, images: Float[Array, "batch height width channels"], train: bool = False
     ) -> Float[Array, "batch classes"]:
-        """Return the logits of normalized images.
+        """Return the logits of normalised images.
 
         If `train`, batch statistics are used, and the running statistics are updated.
         """
@@ -97,7 +99,7 @@ class ResNet50(nn.Module):
     def __call__(
         self, images: Float[Array, "batch height width channels"], train: bool = False
     ) -> Float[Array, "batch classes"]:
-        """Return the logits of normalized images.
+        """Return the logits of normalised images.
 
         If `train`, batch statistics are used, and the running statistics are updated.
         """

@@ -29,7 +29,7 @@ def find_name(image, candidates):
 def test_random_crop_shifts_by_up_to_four_pixels_and_fills_with_black():
     cropped = np.asarray(random_crop(jax.random.key(0), jnp.asarray(IMAGES)))
     assert cropped.dtype == np.uint8
-    corners = [find_name(after, shifts(before)) for before, after in zip(IMAGES, cropped, strict=True)]
+    corners = [find_name(changed, shifts(original)) for original, changed in zip(IMAGES, cropped, strict=True)]
     assert len(set(corners)) > 30  # 64 draws of 81 corners
     rows, columns = np.transpose(corners)
     for offsets in (rows, columns):
@@ -55,8 +55,8 @@ def test_random_crop_draws_all_corners_equally_often():
 def test_random_flip_mirrors_half_of_the_images():
     flipped = np.asarray(random_flip(jax.random.key(0), jnp.asarray(np.repeat(IMAGES, 10, 0))))
     names = [
-        find_name(after, {"same": before, "mirrored": before[:, ::-1]})
-        for before, after in zip(np.repeat(IMAGES, 10, 0), flipped, strict=True)
+        find_name(changed, {"same": original, "mirrored": original[:, ::-1]})
+        for original, changed in zip(np.repeat(IMAGES, 10, 0), flipped, strict=True)
     ]
     assert 260 < names.count("mirrored") < 380  # of 640; deviation 12.6
 
@@ -64,10 +64,10 @@ def test_random_flip_mirrors_half_of_the_images():
 def test_crops_and_flips_are_independent():
     augmented = np.asarray(augment(jax.random.key(3), jnp.asarray(IMAGES), ("crop", "flip")))
     names = []
-    for before, after in zip(IMAGES, augmented, strict=True):
-        candidates = {(*corner, 0): shift for corner, shift in shifts(before).items()}
-        candidates |= {(*corner, 1): shift[:, ::-1] for corner, shift in shifts(before).items()}
-        names.append(find_name(after, candidates))
+    for original, changed in zip(IMAGES, augmented, strict=True):
+        candidates = {(*corner, 0): shift for corner, shift in shifts(original).items()}
+        candidates |= {(*corner, 1): shift[:, ::-1] for corner, shift in shifts(original).items()}
+        names.append(find_name(changed, candidates))
     assert len({name[:2] for name in names if name[2]}) > 10
     assert len({name[:2] for name in names if not name[2]}) > 10
 

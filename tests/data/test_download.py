@@ -51,7 +51,7 @@ def no_tensorflow(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def short_timeouts(monkeypatch):
-    """Timeouts of at most a second, and waits of hundredths of a second."""
+    """Shorten timeouts to at most a second, and waits to hundredths of a second."""
     monkeypatch.setattr(download, "_FIRST_ANSWER_TIMEOUT_S", 1)
     monkeypatch.setattr(download, "_STALL_TIMEOUT_S", 0.2)
     monkeypatch.setattr(download, "_RETRY_WAITS_S", (0.01, 0.02, 0.03))
@@ -59,7 +59,7 @@ def short_timeouts(monkeypatch):
 
 @pytest.fixture
 def serve(monkeypatch):
-    """A function that starts a server of random archives of a set, and makes the builder download from it."""
+    """Return a function that serves random archives of a set, and makes the builder download them."""
     with contextlib.ExitStack() as stack:
 
         def serve(name, actions=(), files=None):
@@ -96,12 +96,12 @@ def test_a_set_is_downloaded_and_prepared_on_first_use(name, serve, tmp_path, ca
 
     downloads = {f"downloads/{name}/{file}" for file in server.files}
     assert downloads == {path for path in stored_files(tmp_path) if not path.startswith(f"{name}/")}
-    before = [(path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")]
+    files = [(path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")]
     with pytest.MonkeyPatch.context() as patch:  # no lock: a prepared set may be on a read-only disk
         patch.setattr(data.tfds, "FileLock", None)
         data.load(name, tmp_path)
         assert data.prepare(name, tmp_path) == dataset.folder
-    assert [(path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")] == before
+    assert [(path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")] == files
     assert len(server.requests) == len(server.files)
 
 

@@ -18,9 +18,9 @@ from tests.helpers.epochs import train_epoch
 
 @pytest.fixture(params=["xla", "onednn"])
 def implementation(request):
-    """Each library that computes convolutions; oneDNN is skipped if it is not available."""
+    """Return each library that computes convolutions; oneDNN is skipped if it is not available."""
     if request.param == "onednn" and not convolution.has_onednn():
-        pytest.skip("this XLA was built without oneDNN")
+        pytest.skip("this build of XLA has no working oneDNN convolution")
     convolution.disable_compilation_cache_writes()
     return request.param
 
@@ -158,7 +158,7 @@ def test_onednn_is_not_available_if_its_call_is_unknown_or_wrong(monkeypatch):
 
 
 class StandardizedConv(nn.Conv):
-    """A subclass that standardizes its kernel and calls `lax.conv_general_dilated` directly."""
+    """A subclass that standardises its kernel and calls `lax.conv_general_dilated` directly."""
 
     @nn.compact
     def __call__(self, x):

@@ -49,7 +49,7 @@ def test_conv4_has_the_parameters_of_table_1():
 
 
 def cifar_resnet_counts(depth):
-    """Return the numbers of weights (convolutions and output layer) and of normalized channels."""
+    """Return the numbers of weights (convolutions and output layer) and of normalised channels."""
     n = (depth - 2) // 6
     convolutions = 3 * 16 + (2 * n) * 16**2 + 16 * 32 + (2 * n - 1) * 32**2 + 32 * 64 + (2 * n - 1) * 64**2
     return 9 * convolutions + 64 * 10, 16 + 2 * n * (16 + 32 + 64)
@@ -90,7 +90,7 @@ def test_resnet50_has_the_expected_parameters():
 
 
 def test_resnet50_has_its_strides_in_the_3_by_3_convolutions():
-    """This is version 1.5: the 1 × 1 convolution before has outputs of the larger size."""
+    """In this version, 1.5, the preceding 1 × 1 convolution has outputs of the larger size."""
     model = ResNet50(num_classes=10, width=0.125)
     image = jnp.ones((1, 64, 64, 3))
 
@@ -198,7 +198,7 @@ def test_resnet50_equals_its_numpy_version():
     assert (state["batch_stats"]["BatchNorm_0"]["var"] != variables["batch_stats"]["BatchNorm_0"]["var"]).all()
 
 
-# --- initialization ---
+# --- initialisation ---
 
 
 def test_lenet_is_initialized_kaiming_uniform_with_zero_biases():

@@ -74,13 +74,13 @@ def results(model, kernels, variables, *arguments):
 
 
 def perturb(variables):
-    """Return variables of a normalization that all differ from their initial values."""
+    """Return variables of a normalisation that all differ from their initial values."""
     noise = jax.random.uniform(jax.random.key(1), (3,), minval=0.5, maxval=1.5)
     return jax.tree.map(lambda leaf: leaf + noise, variables)
 
 
 def is_fused(model, kernels, variables, images, shortcut=None, *_):
-    """Return whether the fused kernel computes a normalization of the model."""
+    """Return whether the fused kernel computes a normalisation layer of the model."""
     calls = []
 
     def normalize(*arguments):
@@ -153,7 +153,7 @@ def test_batch_norm_in_bfloat16_equals_flax_up_to_rounding(train):
 
 
 def test_a_batch_divided_over_a_mesh_axis_equals_the_whole_batch():
-    """This includes outputs, statistics and gradients."""
+    """Compare outputs, statistics and gradients."""
     batch = arrays()
     options = {"use_running_average": False, "momentum": 0.8}
     variables = perturb(BatchNorm(**options).init(jax.random.key(0), *batch[:2]))

@@ -18,14 +18,14 @@ CIFAR = (32, 32, 3)
 
 
 def create(name, image_shape=CIFAR, num_classes=10, *, norm_parts=1, batch_norm="interpolate", **options):
-    """Create a model and check its normalization, as the setup of a run does."""
+    """Create a model and check its normalisation, as the setup of a run does."""
     model = models.create(name, num_classes, image_shape, **options)
     models.check_normalization(name, model, image_shape, norm_parts, batch_norm)
     return model
 
 
 class Mixer(nn.Module):
-    """A network for images of one size, with no field of ours but `num_classes`."""
+    """A network for images of one size. Of the fields that a config can set, it has only `num_classes`."""
 
     num_classes: int = 10
     param_dtype: str = "float32"
@@ -102,7 +102,7 @@ def test_a_model_needs_only_the_field_num_classes(own_models):
             {"dtype": "bfloat16"},
             r"^dtype is bfloat16; mixer has no field dtype, so it should be float32",
         ),
-        ("mixer", {"norm_parts": 2}, r"model\.norm_parts is 2; mixer has no normalization"),
+        ("mixer", {"norm_parts": 2}, r"model\.norm_parts is 2; mixer has no normalisation"),
         ("lenet", {"norm_momentum": 0.5}, r"model\.norm_momentum is 0\.5; lenet has no field norm_momentum"),
         ("half", {}, r"'half', which has parameters of type bfloat16; they should be float32"),
         ("untrained", {}, r"'untrained', whose __call__ has no parameter train; it should be"),

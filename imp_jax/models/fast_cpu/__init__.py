@@ -1,12 +1,12 @@
 """Kernels that make convolutional networks fast on a CPU, and the switch that turns them on.
 
-Models are written in plain Flax. `use_kernels` replaces their layers by `nn.intercept_methods`:
+Models are written in plain Flax. `use_kernels` intercepts calls of their layers (`nn.intercept_methods`):
 
 - `convolution` replaces `nn.Conv`: oneDNN or XLA computes it, with gradients written as convolutions;
 - `normalization` replaces `models.layers.BatchNorm` and `nn.BatchNorm`, with a hand-written gradient;
-- `pooling` replaces `models.layers.MaxPool` of 2 × 2 windows.
+- `pooling` replaces `models.layers.MaxPool` with 2 × 2 windows and stride 2.
 
-The kernels have reverse-mode gradients of any order, but no forward mode.
+The kernels have reverse-mode gradients of any order; convolutions and normalisation have no forward mode.
 """
 
 import contextlib

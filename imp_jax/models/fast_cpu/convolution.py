@@ -121,8 +121,8 @@ def _forward(images, kernel, strides, pads, implementation):
     return _convolve(images, kernel, strides, pads, implementation), (images, kernel)
 
 
-def _backward(strides, pads, implementation, arguments, gradient):
-    images, kernel = arguments
+def _backward(strides, pads, implementation, residuals, gradient):
+    images, kernel = residuals
     gradient = lax.optimization_barrier(gradient)
     return (
         input_gradient(images.shape[1:3], kernel, strides, pads, gradient, implementation),
@@ -140,7 +140,7 @@ def xla_convolution(
 
     Inside a loop, XLA does not change the layout of operands, and is up to a hundred times slower if they have
     another layout (jax-ml/jax issue 12868). The barrier hides from XLA that an operand is a transpose, so that
-    it must be copied.
+    XLA must copy it.
     """
     if min(itertools.chain(*pads)) < 0:
         images, pads = _crop(images, pads, dilations.pop("lhs_dilation", (1, 1)))
@@ -195,7 +195,7 @@ def _onednn_supports(dtype):
 
 
 def disable_compilation_cache_writes() -> None:
-    """Stop writing to JAX's persistent compilation cache, because XLA cannot serialize calls of oneDNN."""
+    """Stop writing to JAX's persistent compilation cache, because XLA cannot serialise calls of oneDNN."""
     jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
 
 
@@ -245,7 +245,8 @@ def input_gradient(
       strides: strides of the convolution.
       pads: padding of the convolution.
       gradient: gradient of the loss with respect to the outputs of the convolution.
-      implementation: "xla" or "onednn"; at strides other than 1 it is "xla" in any case.
+      implementation: "xla" or "onednn". XLA is used in any case if a stride is not 1, or if the padding of this
+        convolution would be negative.
     """
     rotated = kernel[::-1, ::-1].swapaxes(2, 3)
     gradient_pads = tuple(

@@ -1,4 +1,4 @@
-"""Fused batch normalization, residual addition and ReLU, with a hand-written gradient.
+"""Fused batch normalisation, residual addition and ReLU, with a hand-written gradient.
 
 The gradient needs only the inputs and the outputs (the ReLU was active where outputs are positive), which are
 in memory anyway. The gradient that JAX derives also stores centred inputs and several products. Gradients are
@@ -97,13 +97,13 @@ def batch_norm(
     relu: bool,
     epsilon: float = 1e-5,
 ) -> tuple[Images, Channels, Channels]:
-    """Normalize a batch by its own statistics, add a shortcut and apply a ReLU.
+    """Normalise a batch by its own statistics, add a shortcut and apply a ReLU.
 
-    y = relu(γ x̂ + β + shortcut) with x̂ = (x − mean) / √(var + ε) in each channel (Ioffe & Szegedy 2015,
+    y = relu(γ x̂ + β + shortcut), with x̂ = (x − mean) / √(var + ε) in each channel (Ioffe & Szegedy 2015,
     algorithm 1). Sums are computed in float32.
 
     Args:
-      x: inputs, in at most 32 bits.
+      x: inputs, floating-point with at most 32 bits.
       shortcut: residual connection of the type of `x`, or None.
       gamma: scale γ.
       beta: offset β.
