@@ -5,7 +5,7 @@
 
 Expected (table of appendix C): with --config.optimizer.learning_rate=0.1, 72.1 % for the dense network and 2.0
 points less at 30 % density. At the learning rate of this file, the table quotes 76.1 % and 2.4 points less from
-Frankle et al. 2020, for a normalisation with learnable scale and bias (--config.model.norm_affine=True).
+Frankle et al. 2020a, for a normalisation with learnable scale and bias (--config.model.norm_affine=True).
 Cost: 231 million images; a CPU core decodes about 500 of them per second. `python -m experiments.run list`
 estimates the time of figures on measured devices.
 Status: run on 40 JPEGs, as a check.

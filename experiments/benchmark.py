@@ -79,9 +79,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("subject", choices=SUBJECTS)
-    add("--rounds", type=int, help="lenet: rounds to time (default: 8); others: rounds of a run (default: 25)")
-    add("--repeats", type=int, help="not lenet: number of timings (default: 5, or 2 to 7 for some subjects)")
-    add("--epochs", type=int, help="lenet, repulsion, checkpoints: of a training (default: the config's)")
+    whole_runs = "analysis, repulsion, checkpoints, throughput, disk: rounds of a run (default: 25)"
+    add("--rounds", type=int, help=f"lenet: rounds to time (default: 8); {whole_runs}")
+    add("--repeats", type=int, help="not lenet, disk: number of timings (default: 5; some subjects 2, 3 or 7)")
+    add("--epochs", type=int, help="lenet, repulsion, checkpoints: epochs per training (default: the config's)")
     add("--steps", type=int, help="table, one network, forms: training steps of a timing")
     add("--members", type=int, help="table, one network, forms: number of members (forms: default 1, 3 and 6)")
     batch_help = "default: the config's; for convolutions 128; for forms 128, 512 and 2048"

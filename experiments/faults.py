@@ -3,7 +3,8 @@
 The real command trains a small network on mnist5k, in a process of its own. It is killed, interrupted, starved
 of disk space or given damaged files, and started again, fault after fault, until the run is finished. Then the
 run is compared with an undisturbed one: results, masks and weights must be equal bit for bit, and the analyses
-up to rounding, because distances are computed from the rounds that are available then. Needs Linux.
+up to rounding, because the rounding of distances depends on how many rounds are compared in one call.
+Needs Linux.
 
 Full disks and read-only file systems need a tmpfs, which root may mount. For other users, a limit on the size
 of files and the permissions of folders replace it.

@@ -67,9 +67,9 @@ def make_parser() -> argparse.ArgumentParser:
     slurm.add_argument("--constraint", help="features of the node, such as h100")
     slurm.add_argument("--gpus", type=int, default=1, help="GPUs (default: 1)")
     slurm.add_argument("--cpus", type=int, help="cores")
-    slurm.add_argument("--mem_gb", type=float)
+    slurm.add_argument("--mem_gb", type=float, help="memory in GB")
     slurm.add_argument(
-        "--timeout_min", type=int, default=240, help="time after which it is requeued (default: 240)"
+        "--timeout_min", type=int, default=240, help="time limit; the job is then requeued (default: 240)"
     )
     return parser
 

@@ -1,6 +1,6 @@
 """Time the analyses of a run: `python -m experiments.benchmark analysis`.
 
-A run of configs/mnist5k.py with trainings of one epoch is analysed again and again.
+A run of configs/mnist5k.py with trainings of one epoch is analysed repeatedly.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """Time runs with repulsion: `python -m experiments.benchmark repulsion`.
 
 Whole runs of configs/mnist5k.py without repulsion and with λ = 2 are timed in turn. The size of the store of
-earlier optima is printed for each round: as it was for LeNet, and as it would be for ResNet-50.
+earlier optima is printed for each round: measured for LeNet, and computed for ResNet-50.
 """
 
 import contextlib

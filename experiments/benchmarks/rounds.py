@@ -53,7 +53,7 @@ def benchmark_rounds(timed_rounds: int, epochs: int | None, torch: bool) -> None
             "images/s, all members, whole round": (rates, "{:,.0f}"),
             "images/s, all members, training": ([images / seconds for seconds in trainings], "{:,.0f}"),
             "seconds per round": (rounds, "{:.2f}"),
-            "share of a round not training": (other, "{:.1%}"),
+            "share of a round outside training": (other, "{:.1%}"),
             "start, data, compilation (s)": ([first - statistics.median(rounds)], "{:.2f}"),
         }
         | {f"images/s of {name}": (values[2:], "{:,.0f}") for name, values in torch_rates.items()}

@@ -23,7 +23,7 @@ def read_table(path: str) -> dict:
         table = json.loads(Path(path).read_text())
         keys = {"images_per_second", "compilation", "memory", *WORK_FIELDS}
         if not table["date"] or any(keys - row.keys() for row in table["rows"].values()):
-            raise KeyError("something is missing")
+            raise KeyError("fields are missing")
         return table
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(

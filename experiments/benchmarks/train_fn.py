@@ -34,10 +34,10 @@ def make_train_fn(
     streamed = config.dataset.name == "imagenet2012"
     _, image_shape, num_classes = DATASET_SIZES[config.dataset.name]
     config.arms, config.replicates, config.instability.rounds = ("imp",), members, ()
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     count = config.batch_size * (1 if streamed else steps)
-    images = draw.integers(0, 256, (count, *image_shape), np.uint8)
-    labels = draw.integers(0, num_classes, count)
+    images = rng.integers(0, 256, (count, *image_shape), np.uint8)
+    labels = rng.integers(0, num_classes, count)
     augmentation = () if streamed else data.DEFAULT_AUGMENTATION.get(config.dataset.name, ())
     dataset = data.from_arrays(
         *(images, labels, images[:2], labels[:2]), num_classes=num_classes, augmentation=augmentation

@@ -19,7 +19,10 @@ HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "too little data"
 
 
 class Row(NamedTuple):
-    """A measured quantity: its mean, minimum and maximum over replicates; nan if there is too little data."""
+    """A measured quantity: its mean, minimum and maximum over the replicates that have all rounds it needs.
+
+    The numbers are nan if there are no such replicates.
+    """
 
     claim: Claim
     quantity: Quantity
@@ -108,7 +111,7 @@ def choose_scale(root: Path, name: str | None) -> Scale:
         if scales:
             contents = f"runs of the scales {', '.join(scale.name for scale in scales)}"
         raise UserError(
-            f"{root} holds {contents}; say which with --scale={'|'.join(SCALES)}, or give another --root"
+            f"{root} holds {contents}; choose the scale with --scale={'|'.join(SCALES)}, or give another --root"
         )
     return scales[0]
 

@@ -21,7 +21,7 @@ from imp_jax.errors import UserError
 from imp_jax.runtime.signals import GracefulStop
 from imp_jax.workdir.files import write_atomically
 
-POLL_S = 1.0  # between two looks at the runs that another process trains
+POLL_S = 1.0  # interval at which runs that another process trains are checked
 LETTERS_PER_INCH = 18  # of the note on a figure
 
 
@@ -86,7 +86,7 @@ def select_runs_to_train(figures: Sequence[PaperFigure], scale: Scale, sweep: Sw
 
 
 def check_data(runs: Sequence[Run], data_dir: str | None) -> None:
-    """Download the data sets of `runs` where that is possible.
+    """Check that the data sets of `runs` are prepared; download those that can be downloaded.
 
     Raises:
       UserError: a data set is not prepared.

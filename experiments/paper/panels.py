@@ -51,8 +51,8 @@ def draw_curves(
 ) -> None:
     """Draw a column of results.csv over density: IMP as a solid line, its reinit as a dashed one.
 
-    The y axis of accuracy covers at most `Y_RANGE_POINTS` points below the best value. It is the same in all
-    panels of a figure.
+    The y axis of accuracy covers at most `Y_RANGE_POINTS` points below the best value, plus a margin of 1. It
+    is the same in all panels of a figure.
 
     Args:
       series: (label, colour, run) of each pair of lines.

@@ -56,7 +56,7 @@ PAPER = Scale(
     lenet=make_run("lenet", {}),
     conv4=_CONV4,
     conv4_destabilised=_DESTABILISED,
-    conv4_restabilised=_DESTABILISED.with_overrides(batch_size=512),  # (ours) the paper only says "large"
+    conv4_restabilised=_DESTABILISED.with_overrides(batch_size=512),  # (ours) the paper gives no value
     one_shot=make_run("resnet50", {}),
     low_rate=0.1,
 )

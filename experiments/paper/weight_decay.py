@@ -1,4 +1,4 @@
-"""Figure 7 (section 4.2): without weight decay, the threshold grows longer, and the plateau is longer."""
+"""Figure 7 (section 4.2): without weight decay, the threshold grows for longer, and the plateau is longer."""
 
 from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""A run that is broken again and again: its processes, its file system, and its results."""
+"""A run that is broken by one fault after another: its processes, its file system, and its results."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ class LostError(Exception):
 
 
 class Chain:
-    """One run that is broken again and again, on a file system of its own if it can be mounted.
+    """One run that is broken by one fault after another, on a file system of its own if it can be mounted.
 
     Attributes:
       rng: decides where the faults strike.

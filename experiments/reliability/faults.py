@@ -172,7 +172,7 @@ FAULTS = {
     "a second signal": send_two_signals,
     "disk full": fill_disk,
     "read-only file system": make_read_only,
-    "two at once": start_twice,
+    "two processes on one workdir": start_twice,
     "file of the newest checkpoint truncated": _make_damage(_truncate),
     "a bit of the newest checkpoint flipped": _make_damage(_flip_bit),
     "file of the newest checkpoint deleted": _make_damage(_delete),

@@ -23,7 +23,7 @@ from imp_jax.workdir.files import write_atomically
 
 PROMPT = "$ "  # precedes the command in a log
 MAX_TRIES = 2  # of a run on this machine
-POLL_S = 0.2  # between two looks at the processes
+POLL_S = 0.2  # interval at which the processes are polled
 # exit statuses of a training that a signal stopped, after it saved its state or while it was starting
 STOPPED = {128 + number for number in SIGNALS} | {-number for number in SIGNALS}
 SIGNAL_DELAY_S = 120  # a Slurm job is signalled this long before its time limit, or at half of a short limit
@@ -116,15 +116,15 @@ class Interrupted(KeyboardInterrupt):
     """Raised after a sweep was stopped by signal `number` and all its trainings have ended."""
 
     def __init__(self, number: int):
-        super().__init__(f"stopped by {signal.Signals(number).name}; the same command goes on")
+        super().__init__(f"stopped by {signal.Signals(number).name}; the same command continues")
         self.number = number
 
 
 @contextlib.contextmanager
 def forward_signals(training) -> Iterator[list[int]]:
-    """Context manager that forwards signals to the `training` processes. Yields the list of received signals.
+    """Forward signals to the processes in `training`, a dict by run; yield the list of received signals.
 
-    On exit it ends the processes that are left, for instance if the launcher fails.
+    On exit, terminate the processes that are left, for instance if the launcher fails.
     """
     received = []
 
@@ -163,7 +163,7 @@ class Training:
         signal.signal(signal.SIGUSR2, previous_handler)
         status = self._process.wait()
         if status in STOPPED:
-            raise RuntimeError("stopped by a signal; the same command goes on")
+            raise RuntimeError("stopped by a signal; the same command continues")
         if status:
             raise RuntimeError(note_failure(self._sweep, self._run, status))
 

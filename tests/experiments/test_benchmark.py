@@ -34,7 +34,8 @@ def run_benchmark(*arguments):
 def test_the_lenet_benchmark_prints_its_table():
     finished = run_benchmark("lenet", "--rounds=1", "--epochs=1")
     assert finished.returncode == 0, finished.stderr
-    for quantity in ("all members, whole round", "share of a round not training", "compilation", "host memory"):
+    quantities = ("all members, whole round", "share of a round outside training", "compilation", "host memory")
+    for quantity in quantities:
         assert quantity in finished.stdout
 
 

@@ -206,7 +206,7 @@ def run_claims(*arguments):
 
 
 def test_the_scale_is_that_of_the_runs_in_the_folder(tmp_path, capsys):
-    with pytest.raises(SystemExit, match="holds no run that a claim is about; say which with --scale"):
+    with pytest.raises(SystemExit, match="holds no run that a claim is about; choose the scale with --scale"):
         run_claims(f"--root={tmp_path}")
     workdir = tmp_path / MINI.lenet.name
     (workdir / "analysis").mkdir(parents=True)
@@ -220,5 +220,5 @@ def test_the_scale_is_that_of_the_runs_in_the_folder(tmp_path, capsys):
     assert f"{MINI.lenet.name}\n" in out
     assert "too little data" in (tmp_path / "claims.md").read_text()
     (tmp_path / PAPER.lenet.name).mkdir()
-    with pytest.raises(SystemExit, match="holds runs of the scales paper, mini; say which with --scale"):
+    with pytest.raises(SystemExit, match="holds runs of the scales paper, mini; choose the scale with --scale"):
         run_claims(f"--root={tmp_path}")

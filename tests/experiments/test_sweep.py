@@ -289,7 +289,7 @@ def test_a_stopped_sweep_can_be_resumed(tmp_path, data_dir):
         process.send_signal(signal.SIGINT)
         out, err = process.communicate()
     assert process.returncode == 128 + signal.SIGINT
-    assert "stopped by SIGINT; the same command goes on" in err
+    assert "stopped by SIGINT; the same command continues" in err
     assert f"started {plain.name}" in out
     assert f"started {repelled.name}" not in out
     stopped = sweep.read_states([plain])[plain]
