@@ -46,11 +46,10 @@ def test_replicates_without_imp_are_not_trained_in_the_next_round():
     )
 
 
-def test_take_members_selects_their_leaves():
-    members = MEMBERS
+def test_take_members_takes_entries_of_leaves_in_the_wanted_order():
     tree = {"a": np.array([10, 11, 20, 21])}
-    np.testing.assert_array_equal(take_members(tree, members, [members[3], members[0]])["a"], [21, 10])
-    assert take_members(tree, members, list(members)) is tree
+    np.testing.assert_array_equal(take_members(tree, MEMBERS, [MEMBERS[3], MEMBERS[0]])["a"], [21, 10])
+    assert take_members(tree, MEMBERS, list(MEMBERS)) is tree
 
 
 def test_member_keys_fold_in_seed_replicate_stream_and_numbers():

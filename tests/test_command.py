@@ -16,7 +16,7 @@ from tests.helpers.commands import CONFIG, QUICK, run
 
 
 def user_environment(cache_dir):
-    """Return the environment of a user with this cache folder and without settings of JAX."""
+    """Return the environment of a user with this cache folder, without the JAX_ variables of the tests."""
     return {k: v for k, v in os.environ.items() if not k.startswith("JAX_")} | {
         "XDG_CACHE_HOME": str(cache_dir)
     }

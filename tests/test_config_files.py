@@ -104,7 +104,7 @@ def test_run_name_lists_the_overridden_fields():
             "pruning.exclude": ("projection_*", "Dense_2"),
             "repulsion.strength": -1.0,
             "rewind_step": None,
-            "dataset.data_dir": "/no/part/of/it",
+            "dataset.data_dir": "/not/in/the/name",
             "mesh.member": 2,
         }
     )

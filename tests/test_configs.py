@@ -51,7 +51,7 @@ def test_config_has_the_values_of_table_1(module):
 
 
 def test_mnist5k_normalises_its_images():
-    """As in OpenLTH, from which table 1 is taken."""
+    """As in OpenLTH; table 1 is based on Frankle et al. (2020)."""
     assert mnist5k.get_config().dataset.normalize is True
 
 

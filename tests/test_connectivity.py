@@ -152,15 +152,15 @@ class WithFirstLayer(nn.Module):
         ("after a norm", True),
     ],
 )
-def test_path_metrics_are_right_for_any_first_layer(first, affine, monkeypatch):
+def test_path_metrics_equal_those_of_the_middle_network_for_any_first_layer(first, affine, monkeypatch):
     """A layer that is not certainly affine in its weights is evaluated at each point."""
-    model, split, found = WithFirstLayer(first), random_split(12), []
+    model, split, answers = WithFirstLayer(first), random_split(12), []
     ends = [jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 8, 8, 3))) for seed in (0, 1)]
     is_affine = connectivity._is_affine
-    monkeypatch.setattr(connectivity, "_is_affine", lambda *a: found.append(is_affine(*a)) or found[-1])
+    monkeypatch.setattr(connectivity, "_is_affine", lambda *a: answers.append(is_affine(*a)) or answers[-1])
     spec = TrainSpec(model)
     losses, _ = connectivity.path_metrics(*ends, split, spec=spec, num_points=3)
-    assert set(found) == {affine}
+    assert set(answers) == {affine}
     middle = jax.tree.map(lambda leaf: leaf[1], connectivity.linear_path(*ends, 3))
     logits = jax.jit(model.apply)(middle, spec.normalize(split.images)).astype(jnp.float32)
     expected = -jax.nn.log_softmax(logits)[jnp.arange(12), split.labels].mean()
@@ -186,6 +186,7 @@ def test_path_metrics_do_not_depend_on_points_per_pass(monkeypatch):
     one_pass = connectivity.path_metrics(a, b, split, spec=spec, num_points=7)
     weights = 192 * 20 + 20 + 20 * 10 + 10 + 10 * 10 + 10
     outputs = 30 * (20 + 10 + 10 + 10)  # of three layers and the whole network
+    # a quarter of the memory holds three points in float32
     monkeypatch.setattr(data, "device_memory", lambda: 4 * 4 * (3 * (weights + outputs) + 1))
     assert connectivity._max_points_per_pass(a["params"], {}, split, 30, spec) == 3
     np.testing.assert_allclose(

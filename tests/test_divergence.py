@@ -18,7 +18,7 @@ STEPS = 4  # per epoch
 
 
 def make_history(losses, accuracies, cuts=()):
-    """Return the history of metrics [steps, members], read in chunks that end at epochs and at `cuts`."""
+    """Return the history of metrics [steps, members], read in chunks that end with each epoch and at `cuts`."""
     losses, accuracies = (np.array(values, np.float32) for values in (losses, accuracies))
     history = divergence.init_history(losses.shape[1])
     ends = sorted({*range(0, len(losses) + 1, STEPS), *cuts})
@@ -57,7 +57,7 @@ def test_diverged_members_are_found_at_the_end_of_training():
     found = divergence.diverged_members(
         make_history(losses, accuracies), [1, 1, 1, 1, 1, np.nan], classes=10, steps=8
     )
-    # 1 dropped to chance; 2 never learned; 3 is above chance; 4 has a non-finite loss; 5 has one at the end
+    # 1 dropped to chance; 2 never learned; 3 is above chance; 4 has a nan loss; 5 has one after training
     assert {i: step for i, (step, _) in found.items()} == {1: 8, 4: 6, 5: 8}
     assert found[1][1] == "the accuracy fell to 12.0% after 90.0%"
 
@@ -65,16 +65,16 @@ def test_diverged_members_are_found_at_the_end_of_training():
 # --- in whole runs, on mnist5k ---
 
 
-def break_in_round_1(monkeypatch, places, value=np.nan):
-    """Replace the weights of the members at `places` by `value` after the first epoch of round 1."""
+def break_in_round_1(monkeypatch, indices, value=np.nan):
+    """Replace the weights of the members at `indices` by `value` after the first epoch of round 1."""
     train_steps = training.train_steps
     calls = itertools.count()
 
     def train_steps_and_break(states, *args, **kwargs):
         states, metrics = train_steps(states, *args, **kwargs)
         members = len(metrics.loss[0])
-        if next(calls) == 3:  # after the three epochs of round 0
-            is_broken = jnp.isin(jnp.arange(members), jnp.array(places))
+        if next(calls) == 3:  # calls 0 to 2 are the epochs of round 0
+            is_broken = jnp.isin(jnp.arange(members), jnp.array(indices))
             states = states._replace(
                 params=jax.tree.map(
                     lambda p: jnp.where(is_broken.reshape(-1, *[1] * (p.ndim - 1)), value, p), states.params
@@ -170,7 +170,7 @@ def test_saved_optima_are_those_of_the_members_left(data_dir, tmp_path, monkeypa
 
 def test_member_that_drops_to_chance_is_dropped(data_dir, tmp_path, monkeypatch):
     config = quick_config(data_dir, epochs=3, on_divergence="drop", rounds=2, replicates=2)
-    break_in_round_1(monkeypatch, [3], value=0.0)  # weights of 0 get no gradient
+    break_in_round_1(monkeypatch, [3], value=0.0)  # then only the output bias has a gradient
     run(config, tmp_path)
     (line,) = pd.read_csv(tmp_path / "divergences.csv").to_dict("records")
     assert (line["arm"], line["replicate"], line["round"], line["step"]) == ("reinit", 1, 1, 24)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import optax
+import numpy as np
 import pytest
 
 from imp_jax import errors, models, optimizers, scores
@@ -14,7 +14,7 @@ def test_find_accepts_a_dotted_path():
     assert models.find("imp_jax.models.lenet:LeNet") is LeNet
     assert scores.find("imp_jax.scores:magnitude") is scores.magnitude
     optimizer = optimizers.make_optimizer("optax:lion", learning_rate=0.1)
-    params = {"kernel": optax.tree.zeros_like({"a": 1.0})["a"]}
+    params = {"kernel": np.zeros(2)}
     assert optimizer.init(params) is not None
 
 

@@ -1,4 +1,4 @@
-"""`setup` resolves what a config names and rejects what does not fit together."""
+"""`setup` resolves the names in a config and rejects values that do not fit together."""
 
 import numpy as np
 import pytest

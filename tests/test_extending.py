@@ -1,4 +1,4 @@
-"""A project outside of the repository adds one extension of every kind in one config file."""
+"""A project outside of the repository adds a model, data set, score, arm, analysis and optimizer of its own."""
 
 import os
 import shutil
@@ -18,7 +18,6 @@ def run(folder, module, *arguments):
     """Run a module of the repository in a folder; return its stdout."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
     environment = {"PYTHONPATH": str(ROOT)}
-
     done = subprocess.run(
         command, cwd=folder, env=os.environ | environment, capture_output=True, text=True, check=False
     )
@@ -28,7 +27,7 @@ def run(folder, module, *arguments):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """The workdir of a finished run of the project."""
+    """Return the workdir of a finished run of the project."""
     folder = tmp_path_factory.mktemp("project")
     shutil.copy(CONFIG, folder / "mine.py")
     run(folder, "imp_jax.main", f"--config={folder / 'mine.py'}")

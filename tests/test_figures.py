@@ -45,7 +45,7 @@ def test_accuracy_accepts_one_round_and_an_unknown_arm():
 
 
 def test_accuracy_accepts_equal_replicates():
-    """By rounding, the mean of equal values can differ from them, so that error bars would be negative."""
+    """By rounding, the mean of equal values can differ from them, which would make error bars negative."""
     accuracies = np.linspace(0.1, 0.9, 50).repeat(3)
     densities = np.geomspace(1, 0.01, 50).repeat(3)
     figures.accuracy(pd.DataFrame({"arm": "imp", "density": densities, "test_accuracy": accuracies}))
@@ -57,7 +57,7 @@ def test_notebook_displays_a_figure_as_png():
 
 
 def test_matplotlib_styles_of_the_user_do_not_change_figures():
-    """Nor do they raise: `text.usetex` would be an error on a machine without LaTeX."""
+    """They raise no error either: `text.usetex` would be an error on a machine without LaTeX."""
     pairs = [(a, b) for a in (-1, 0, 1) for b in (-1, 0, 1)]
     table = pd.DataFrame(pairs, columns=["round_a", "round_b"])
     table = table.assign(arm="imp", metric="angular", distance=abs(table["round_a"] - table["round_b"]) / 2)

@@ -71,9 +71,9 @@ def test_replicates_do_not_depend_on_their_number(tiny_experiment):
     for (a, _), (b, _), (c, _) in zip(
         train_rounds(three), train_rounds(one), train_rounds(only_imp), strict=True
     ):
-        for place_of_three, place_of_one in ((0, 0), (3, 1)):  # imp, reinit
-            assert_trees_equal(take_member(a.mask, place_of_three), take_member(b.mask, place_of_one))
-            assert_trees_close(take_member(a.trained, place_of_three), take_member(b.trained, place_of_one))
+        for i_of_three, i_of_one in ((0, 0), (3, 1)):  # imp, reinit
+            assert_trees_equal(take_member(a.mask, i_of_three), take_member(b.mask, i_of_one))
+            assert_trees_close(take_member(a.trained, i_of_three), take_member(b.trained, i_of_one))
         assert_trees_close(take_member(b.trained, 0), take_member(c.trained, 0))
 
 
@@ -161,7 +161,7 @@ def test_random_score_prunes_as_many_weights_as_magnitude_but_others(tiny_experi
 
 @pytest.fixture
 def compilations():
-    """Return a function that counts the programs that XLA has compiled since the test began."""
+    """Return a function that counts the programs compiled, or loaded from the cache, since the test began."""
     seconds = []
 
     def listen(event, duration, **kwargs):
@@ -184,7 +184,7 @@ def test_rounds_after_the_second_compile_nothing(tiny_experiment, compilations, 
 
 
 def test_training_time_excludes_compilation_time(tiny_experiment, monkeypatch):
-    """`train` reads the compile time twice per epoch; the fake compile time grows by 100 s at each reading."""
+    """`train` reads the compile time twice per epoch here; each reading adds 100 s to the fake compile time."""
     compile_clock, epoch_times = itertools.count(0, 100), []
     monkeypatch.setattr(imp, "compile_seconds", lambda: next(compile_clock))
     experiment = tiny_experiment()
@@ -360,7 +360,7 @@ def test_full_batch_training_has_no_instability(tiny_experiment):
 
 @pytest.mark.parametrize("rewind_step", [None, 3])
 def test_twins_do_not_change_other_members(tiny_experiment, rewind_step):
-    """Up to rounding, because another number of members is another program."""
+    """Up to rounding, because each number of members has its own compiled program."""
     without_twins, with_twins = (
         list(train_networks(tiny_experiment(**{"instability.rounds": r, "rewind_step": rewind_step}), 3))
         for r in ((), (0, 1))

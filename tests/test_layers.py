@@ -32,7 +32,7 @@ PACKAGE = ROOT / "imp_jax"
 
 
 def layer_number(name):
-    """Return the place of a top-level module in `LAYERS`, from the bottom."""
+    """Return the index in `LAYERS` of the layer of a top-level module."""
     return next(number for number, names in enumerate(LAYERS) if name in names)
 
 
@@ -57,7 +57,7 @@ def test_module_imports_nothing_from_higher_layers(path):
         assert layer_number(name) <= layer_number(own) or (own, name) in EXCEPTIONS, f"{own} imports {name}"
 
 
-def test_training_imports_neither_analyses_nor_reports():
+def test_modules_that_train_do_not_import_analyses():
     for path in MODULES:
         if path.relative_to(PACKAGE).parts[0] in (
             "training.py",

@@ -144,9 +144,9 @@ def test_vmap_over_members_equals_single_members():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_lowest_scores_are_pruned_also_negative_ones(dtype):
     """GraSP, for example, has negative scores."""
-    scores = {"kernel": jnp.array([0.5, -2.0, 3.0, -0.5, 0.0, -0.0], dtype)}
+    score_tree = {"kernel": jnp.array([0.5, -2.0, 3.0, -0.5, 0.0, -0.0], dtype)}
     params = {"kernel": jnp.arange(1.0, 7.0)}
-    mask, threshold = pruning.prune_by_score(scores, params, masking.ones_like(params), 0.5)
+    mask, threshold = pruning.prune_by_score(score_tree, params, masking.ones_like(params), 0.5)
     np.testing.assert_array_equal(mask["kernel"], [True, False, True, False, False, True])
     assert threshold == 5  # the threshold is a magnitude of weights, not a score
 
@@ -175,19 +175,19 @@ def test_fraction_outside_0_to_1_is_rejected(fraction):
 @pytest.mark.parametrize("dtype", ["int32", "uint32"])
 def test_integer_scores_are_rejected(dtype):
     params = {"kernel": jnp.asarray([1.0, 2.0, 3.0, 4.0])}
-    scores = {"kernel": jnp.asarray([3, 1, 4, 2], dtype)}
+    score_tree = {"kernel": jnp.asarray([3, 1, 4, 2], dtype)}
     with pytest.raises(ValueError, match=f"scores are of type {dtype}; they should be floating-point"):
-        pruning.prune_by_score(scores, params, masking.ones_like(params), 0.25)
+        pruning.prune_by_score(score_tree, params, masking.ones_like(params), 0.25)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_nan_scores_are_pruned_last(dtype):
     nan = np.float32([np.nan, -np.nan])
     assert list(np.signbit(nan)) == [False, True]
-    scores = {"kernel": jnp.asarray([1.0, *nan, -np.inf, 2.0, np.inf, 0.5]).astype(dtype)}
+    score_tree = {"kernel": jnp.asarray([1.0, *nan, -np.inf, 2.0, np.inf, 0.5]).astype(dtype)}
     params = {"kernel": jnp.ones(7, dtype)}
     for count, kept in ((2, [0, 1, 2, 4, 5]), (5, [1, 2]), (6, [2])):
-        mask, _ = pruning.prune_by_score(scores, params, masking.ones_like(params), count / 7)
+        mask, _ = pruning.prune_by_score(score_tree, params, masking.ones_like(params), count / 7)
         np.testing.assert_array_equal(np.flatnonzero(mask["kernel"]), kept)
 
 

@@ -78,7 +78,7 @@ def read_prose(path):
 
 @pytest.fixture(scope="module")
 def project(data_dir, tmp_path_factory):
-    """A folder with a finished run in runs/mnist5k."""
+    """Return a folder with a finished run in runs/mnist5k."""
     folder = tmp_path_factory.mktemp("project")
     overrides = {"rounds": 2, "instability.rounds": ()}
     runs.run(quick_config(data_dir, **overrides), folder / "runs" / "mnist5k")
@@ -259,6 +259,7 @@ def test_every_override_in_a_readme_is_a_field():
 @pytest.mark.parametrize("path", READMES, ids=relative)
 def test_every_field_in_backticks_exists(path):
     """For example `mesh.data=8` or `optimizer.name`."""
+    # `analysis.` is also the prefix of functions
     groups = {name for name, value in configs.default().items() if hasattr(value, "items")} - {"analysis"}
     for name, _ in re.findall(r"`([a-z_]+\.[a-z_]+)(=[^`]*)?`", read_prose(path)):
         if name.split(".")[0] in groups and not name.endswith((".py", ".md", ".json", ".png")):
@@ -269,7 +270,7 @@ def test_readme_has_at_most_220_lines():
     assert len((ROOT / "README.md").read_text().splitlines()) <= MAX_LINES
 
 
-def test_every_part_of_the_repository_has_a_readme():
+def test_main_folders_have_a_readme():
     folders = {relative(path.parent) for path in READMES}
     assert folders >= {
         ".",

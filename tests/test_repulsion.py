@@ -1,4 +1,4 @@
-"""J_r: the plain form compared with NumPy, and the store of optima compared with the plain form."""
+"""J_r: the plain form, `repulsion_loss`, compared with NumPy, and the store of optima with the plain form."""
 
 import itertools
 
@@ -138,7 +138,7 @@ def test_value_does_not_depend_on_the_scale_of_the_weights(form):
 
 @FORMS
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_value_and_gradient_are_exact_for_very_small_and_large_weights(form, dtype):
+def test_value_and_gradient_are_accurate_for_very_small_and_large_weights(form, dtype):
     """1,000 weights of size 1e-12 to 1e15; products of their squared norms overflow or underflow float32."""
     draws = jax.random.normal(jax.random.key(0), (2, 1000))
     params, earlier = ({"kernel": (draw + 0.5).astype(dtype)} for draw in draws)
@@ -230,7 +230,7 @@ def test_bounded_store_holds_only_the_last_optima(max_optima):
 
 
 def lenet_stores(max_optima):
-    """Yield the stores after 24 rounds of LeNet, with random weights instead of trained ones."""
+    """Yield the store after each of 24 rounds of LeNet, with random weights instead of trained ones."""
     initial = LeNet().init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)))["params"]
     masks = jax.tree.map(lambda p: jnp.ones((MEMBERS, *p.shape), bool), initial)
     prune = jax.jit(jax.vmap(lambda p, m: pruning.prune_by_magnitude(p, m, fraction=0.2)[0]))
@@ -311,7 +311,7 @@ def test_bfloat16_store_changes_cosines_by_at_most_one_percent():
 
 
 def train_rounds(experiment, rounds):
-    """Yield the end of each round with the earlier optima that repelled it, without those of twins."""
+    """Yield the `RoundEnd` of each round and the store of optima that it began with, which has no twins."""
     optima = None
     for end in itertools.islice(imp.rounds(experiment), rounds):
         yield end, optima
@@ -380,7 +380,7 @@ def test_repulsion_decreases_and_attraction_increases_the_cosine(tiny_experiment
     assert np.all(cosines[0.0] < cosines[-2.0])
 
 
-def test_strength_0_computes_nothing_of_repulsion(tiny_experiment, monkeypatch):
+def test_strength_0_calls_no_function_of_repulsion(tiny_experiment, monkeypatch):
     for name in ("add_optimum", "add_gradient", "summary"):
         monkeypatch.setattr(repulsion, name, None)
     experiment = tiny_experiment(rounds=2)

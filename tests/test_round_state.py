@@ -39,10 +39,11 @@ def test_twin_trains_the_ticket_of_imp_with_other_sgd_noise(tiny_experiment):
     assert members == (*experiment.members, ("twin", 0), ("twin", 1))
     networks = end.networks
     for replicate in range(2):
-        ticket, twin = (members.index(Member(arm, replicate)) for arm in ("imp", "twin"))
-        assert_trees_equal(take_member(networks.initial, ticket), take_member(networks.initial, twin))
-        assert_trees_equal(take_member(networks.mask, ticket), take_member(networks.mask, twin))
-        a, b = (take_member(networks.trained, i)["params"]["Dense_0"]["kernel"] for i in (ticket, twin))
+        imp_index, twin_index = (members.index(Member(arm, replicate)) for arm in ("imp", "twin"))
+        assert_trees_equal(take_member(networks.initial, imp_index), take_member(networks.initial, twin_index))
+        assert_trees_equal(take_member(networks.mask, imp_index), take_member(networks.mask, twin_index))
+        trained = (take_member(networks.trained, i) for i in (imp_index, twin_index))
+        a, b = (variables["params"]["Dense_0"]["kernel"] for variables in trained)
         assert np.abs(a - b).max() > 1e-3
         np.testing.assert_array_equal(a == 0, b == 0)
 

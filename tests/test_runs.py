@@ -36,7 +36,7 @@ def run_one_round(config, workdir):
 
 
 def test_rounds_in_memory_equal_those_of_a_workdir(tmp_path):
-    """To the bit, with twins, repulsion and rewinding."""
+    """Bit for bit, with twins, repulsion and rewinding."""
     config = make_tiny_config(rewind_step=3, **{"repulsion.strength": 2.0, "instability.rounds": (1,)})
     ends = list(imp.rounds(setup(config, make_tiny_dataset())))
     recorded = []
@@ -143,7 +143,7 @@ def run_with_stops(config, workdir, checks):
 
 
 def assert_same_runs(one, other):
-    """Compare the results and the networks of two workdirs to the bit."""
+    """Compare the results and the networks of two workdirs bit for bit."""
     pd.testing.assert_frame_equal(without_seconds(one), without_seconds(other), check_exact=True)
     with (
         contextlib.closing(checkpoints.Checkpoints(one)) as a,
@@ -220,7 +220,7 @@ def test_streamed_run_resumes_to_the_same_results(tmp_path):
     assert np.isfinite(results["train_loss"]).all()
 
 
-def test_single_round_with_repulsion_has_no_term(data_dir, tmp_path):
+def test_repulsion_of_a_single_round_is_0(data_dir, tmp_path):
     run(quick_config(data_dir, rounds=1, **{"repulsion.strength": 2.0, "model.width": 0.1}), tmp_path)
     assert list(without_seconds(tmp_path)["repulsion"]) == [0, 0]
 

@@ -39,7 +39,7 @@ def registered_scores(monkeypatch):
 
 
 def score_batch(experiment, number):
-    """Return the images and labels that scores get in round `number`, drawn by the seed and the round."""
+    """Return the images and labels that scores get in round `number`; seed and round determine them."""
     key = jax.random.fold_in(jax.random.key(experiment.seed), arms.stream_number("score images"))
     examples = jax.random.permutation(jax.random.fold_in(key, number), 46)[:IMAGES]
     images, labels = experiment.dataset.train
@@ -117,7 +117,7 @@ def test_score_prunes_the_weights_with_the_lowest_reference_values(
                 lambda leaf, i=i: leaf[i], (end.networks.trained["params"], end.networks.mask)
             )
             values = np.concatenate([leaf.ravel() for leaf in reference(experiment, end.round, params)])
-            alive = np.concatenate([mask[f"Dense_{i}"]["kernel"].ravel() for i in range(3)])
+            alive = np.concatenate([mask[f"Dense_{n}"]["kernel"].ravel() for n in range(3)])
             kept = np.concatenate([end.next_masks[f"Dense_{n}"]["kernel"][i].ravel() for n in range(3)])
             removed = alive & ~kept
             assert removed.sum() == round(0.2 * alive.sum())

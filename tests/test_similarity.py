@@ -44,7 +44,7 @@ def test_parallel_and_opposite_networks_give_no_nan(scale):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_distances_are_exact_for_very_small_and_large_weights(dtype):
+def test_distances_are_accurate_for_very_small_and_large_weights(dtype):
     """Squares of the weights overflow or underflow float32; sums in 16 bits would lose most digits."""
     draws = jax.random.normal(jax.random.key(0), (2, 3000)).astype(dtype)
     a, b = ({"kernel": draw} for draw in draws)

@@ -57,7 +57,7 @@ def list_leaves(tree):
 
 
 def train_in_numpy(config, params, mask, images, labels, orders, rates):
-    """Train in float64 with SGD, momentum or Adam, weight decay in the gradient, and pruned weights of zero."""
+    """Train in float64 with SGD, momentum or Adam; weight decay is in the gradient, pruned weights stay 0."""
     params = jax.tree.map(lambda p, m: np.float64(p) * m, params, mask)
     first, second = (jax.tree.map(np.zeros_like, params) for _ in range(2))
     losses, count = [], 0

@@ -164,7 +164,7 @@ class DoubledNorm(nn.LayerNorm):
 
 
 class Between(nn.Module):
-    """Dense layers of 3 and 2 units with something between them."""
+    """Dense layers of 3 and 2 units with `layer` between them."""
 
     layer: Callable
 
@@ -184,7 +184,7 @@ class Between(nn.Module):
         lambda x: nn.GroupNorm(num_groups=3)(x),
     ],
 )
-def test_normalisation_statistics_are_no_paths(layer):
+def test_normalisation_statistics_do_not_connect_units(layer):
     model = Between(layer)
     variables = model.init(jax.random.key(0), jnp.zeros((1, 2, 2, 1)))
     mask = masking.ones_like(variables["params"])
@@ -283,7 +283,7 @@ def test_units_are_alive_if_the_output_depends_on_their_weights(model, classes, 
 
 
 def test_normalisation_and_softmax_do_not_change_dead_units():
-    """Their statistics and sums over units are no paths."""
+    """Their statistics and sums over units do not count as paths."""
     model, plain = Mixer(), Mixer(norm=False)
     variables = zero_variables(model, (8, 8, 3))
     dense = masking.ones_like(variables["params"])
