@@ -1,8 +1,8 @@
-"""Arms: what is trained on the mask of a round, such as the ticket itself and its control.
+"""Arms: the networks trained on the mask of a round, such as the ticket itself and its control.
 
-A member is one arm of one replicate. In every round the members are the leading axis of all batched trees, arm
-by arm. Starting weights and mask of an arm are functions of imp's ticket and mask. To add an arm, `register`
-one.
+A member is one arm of one replicate. The members of a round are the leading axis of all batched trees, ordered
+by arm. The starting weights and the mask of an arm are functions of imp's ticket and mask. To add an arm,
+`register` one.
 """
 
 import dataclasses
@@ -20,17 +20,24 @@ from imp_jax.errors import UserError
 from imp_jax.masking import Mask
 from imp_jax.training import Variables
 
-FIRST_USER_NUMBER = 100  # numbers below are of the arms of this package
-_RNG_STREAMS = {"init": 0, "reinit": 1, "data": 2, "score": 3, "arm": 4, "rngs": 5}  # these never change
+FIRST_USER_NUMBER = 100  # smaller numbers are reserved for this package
+_RNG_STREAMS = {
+    "init": 0,
+    "reinit": 1,
+    "data": 2,
+    "score": 3,
+    "arm": 4,
+    "rngs": 5,
+}  # part of every key: never change them
 
 
 class ArmInputs(NamedTuple):
-    """What an arm's functions are given, of one replicate and without a member axis."""
+    """Arguments of an arm's functions, for one replicate (without a member axis)."""
 
     ticket: Variables  # imp's starting variables of the round, not yet masked
     mask: Mask  # imp's mask of the round
     key: Key[Array, ""]  # of this arm, replicate and round
-    initialize: Callable[[str], Variables]  # a random initialisation of a named stream, the same in every round
+    initialize: Callable[[str], Variables]  # random initialisation of a named stream, the same in every round
 
 
 def _imp_mask(inputs: ArmInputs) -> Mask:
@@ -45,8 +52,8 @@ class Arm:
       number: folded into the arm's random keys, so it never changes; from 100 on for arms of users.
       weights: returns the starting variables, a tree like `ArmInputs.ticket`; they are masked afterwards.
       mask: returns the mask, a tree like `ArmInputs.mask`.
-      rewinds: with `rewind_step=k`, whether the arm starts at step k of the training, as imp does. An arm that
-        starts from a random initialisation trains all steps.
+      rewinds: whether, with `rewind_step=k`, the arm is reset at step k of the training as imp is. An arm that
+        starts from a random initialisation is not.
     """
 
     number: int
@@ -56,7 +63,7 @@ class Arm:
 
 
 ARMS: dict[str, Arm] = {
-    # the ticket itself; its masks are those that all arms start from
+    # the ticket itself, whose mask all arms are given
     "imp": Arm(0, lambda inputs: inputs.ticket),
     # the control: another random initialisation, the same in all rounds (ours)
     "reinit": Arm(1, lambda inputs: inputs.initialize("reinit"), rewinds=False),
@@ -81,7 +88,7 @@ def register(name: str, arm: Arm) -> None:
         raise UserError(
             f"the arm {name!r} has the number {arm.number}; it should be an integer from {FIRST_USER_NUMBER} on"
         )
-    taken = {other.number: known for known, other in ARMS.items() if known != name}
+    taken = {registered.number: known for known, registered in ARMS.items() if known != name}
     if arm.number in taken:
         raise UserError(
             f"the arm {name!r} has the number {arm.number}, which is that of {taken[arm.number]!r}; it should "
@@ -96,19 +103,22 @@ class Member(NamedTuple):
 
 
 def members_of_rows(rows: Iterable[dict[str, Any]], number: int) -> tuple[Member, ...]:
-    """Return the members whose networks round `number` left, from rows of results.csv."""
+    """Return the members that completed round `number`, from rows of results.csv."""
     return tuple(Member(row["arm"], row["replicate"]) for row in rows if row["round"] == number)
 
 
 def members_for_next_round(members: Sequence[Member], arms: Sequence[str]) -> tuple[Member, ...]:
-    """Return the members that train in the next round too: of `arms`, and with an imp, whose mask they use."""
+    """Return the members that also train in the next round.
+
+    These are the members of `arms` whose replicate still has an imp, because all arms use its mask.
+    """
     return tuple(m for m in members if m.arm in arms and Member("imp", m.replicate) in members)
 
 
 def add_scheduled_members(
     members: Sequence[Member], rounds_by_arm: dict[str, frozenset[int]], number: int
 ) -> tuple[Member, ...]:
-    """Append the members of the arms that train in single rounds, such as `twin`, one for each imp."""
+    """Append the members of arms that train in some rounds only, such as `twin`, one for each imp."""
     scheduled = (arm for arm, rounds in rounds_by_arm.items() if number in rounds)
     return (*members, *(Member(arm, m.replicate) for arm in scheduled for m in members if m.arm == "imp"))
 
@@ -129,7 +139,9 @@ def imp_of_each(members: Sequence[Member]) -> np.ndarray:
 def member_keys(
     members: Sequence[Member], seed: int, path: Callable[[Member], list[Any]]
 ) -> Key[Array, " members"]:
-    """Make one PRNG key per member: fold_in(seed, replicate, stream, *numbers), whatever the other members.
+    """Make one PRNG key per member: fold_in(seed, replicate, stream, *numbers).
+
+    A key does not depend on which other members exist.
 
     Args:
       path: returns the name of a stream and the numbers of a member.
@@ -155,7 +167,7 @@ def _replicate_key(seed, replicate):
 
 
 def stream_number(stream: str) -> int:
-    """Return the number that stands for a stream in keys; that of a user's stream is a checksum of its name."""
+    """Return the number that stands for a stream in keys; for a user's stream, a checksum of its name."""
     return _RNG_STREAMS.get(stream, zlib.crc32(stream.encode()))
 
 
@@ -164,21 +176,23 @@ def start_arm(
     tickets: Variables,
     masks: Mask,
     keys: Key[Array, " replicates"],
-    replicate_keys: Key[Array, " replicates"],
+    init_keys: Key[Array, " replicates"],
     init: Callable[[Key[Array, ""]], Variables],
 ) -> tuple[Variables, Mask]:
-    """Compute starting weights and masks of an arm; all trees have a leading axis of replicates.
+    """Compute the starting weights and masks of an arm; all trees have a leading axis of replicates.
 
     Args:
-      init: the initialisation of the model by a key.
+      keys: of this arm and round, for `ArmInputs.key`.
+      init_keys: of the replicates, for `ArmInputs.initialize`.
+      init: initialises the model from a key.
 
     Raises:
-      ValueError: a tree of another structure or shape than the ticket or the mask.
+      ValueError: the arm returns a tree whose structure or shapes differ from those of the ticket or the mask.
     """
 
-    def start(ticket, mask, key, replicate_key):
+    def start(ticket, mask, key, init_key):
         def initialize(stream):
-            return init(jax.random.fold_in(replicate_key, stream_number(stream)))
+            return init(jax.random.fold_in(init_key, stream_number(stream)))
 
         inputs = ArmInputs(ticket, mask, key, initialize)
         weights, arm_mask = arm.weights(inputs), arm.mask(inputs)
@@ -186,9 +200,13 @@ def start_arm(
         masking.require_same_shapes(mask, arm_mask)
         return weights, jax.tree.map(lambda leaf: leaf.astype(bool), arm_mask)
 
-    return jax.vmap(start)(tickets, masks, keys, replicate_keys)
+    return jax.vmap(start)(tickets, masks, keys, init_keys)
 
 
-def where_members(chosen: Bool[Array, " members"], one: PyTree[Array], other: PyTree[Array]) -> PyTree[Array]:
-    """Return the leaves of `one` for the chosen members and those of `other` for the rest."""
-    return jax.tree.map(lambda a, b: jnp.where(chosen.reshape(-1, *[1] * (a.ndim - 1)), a, b), one, other)
+def where_members(
+    chosen: Bool[Array, " members"], on_true: PyTree[Array], on_false: PyTree[Array]
+) -> PyTree[Array]:
+    """Take the leaves of `on_true` for the chosen members and those of `on_false` for the others."""
+    return jax.tree.map(
+        lambda a, b: jnp.where(chosen.reshape(-1, *[1] * (a.ndim - 1)), a, b), on_true, on_false
+    )

@@ -19,7 +19,7 @@ class UserError(Exception):
 def one_line(error: Exception) -> str:
     """Describe an error in one line. The middle of a long message is left out, because the cause comes last."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    if code := re.search(r"os_error_code='(\d+)'", text):  # TensorStore puts it after a description of the file
+    if code := re.search(r"os_error_code='(\d+)'", text):  # TensorStore's messages are long; this is the cause
         return os.strerror(int(code[1]))
     return text if len(text) <= 400 else f"{text[:200]} […] {text[-200:]}"
 
@@ -32,12 +32,12 @@ def lookup(options: Mapping[str, T], field: str, name: str) -> T:
     """Return `options[name]`.
 
     Args:
-      options: what is registered, by name.
+      options: the registered objects by name.
       field: the config field that holds `name`, for the message.
       name: the name to look up.
 
     Raises:
-      UnknownNameError: `name` is not in `options`. The message lists the names, and suggests a similar one.
+      UnknownNameError: `name` is not in `options`. The message lists all names and suggests a similar one.
     """
     if name not in options:
         raise UnknownNameError(
@@ -77,7 +77,7 @@ def import_by_path(path: str, field: str) -> Any:
 
 
 def lookup_or_import(options: dict, field: str, name: str) -> Any:
-    """Return `options[name]`, or the object with the dotted path `name`: registered names have no colon.
+    """Return `options[name]`; a name with a colon that is not registered is imported as a dotted path.
 
     Raises as `lookup` and `import_by_path`.
     """
@@ -100,5 +100,5 @@ def user_path(path: str | os.PathLike, name: str) -> Path:
         raise UserError(f"{name} is empty; it should be the path of a folder")
     expanded = os.path.expanduser(path)  # pathlib's would also expand the ~ of ./~
     if str(path).startswith("~") and expanded == str(path):
-        raise UserError(f"{name} is {str(path)!r}, and there is no home directory to put for ~")
+        raise UserError(f"{name} is {str(path)!r}, and there is no home directory to replace ~")
     return Path(expanded)

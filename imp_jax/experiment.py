@@ -1,4 +1,4 @@
-"""An experiment: what a config names, checked and loaded, before anything is trained."""
+"""Turn a config into an `Experiment`: check all its fields, and load or build what they name."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -22,56 +22,57 @@ from imp_jax.runtime.execution import choose_execution
 
 
 class Pruning(NamedTuple):
-    """How masks shrink; static under jit."""
+    """The settings of pruning; a static argument of jit."""
 
     score: scores.Score
-    fraction: float  # of the survivors, removed after each round
+    fraction: float  # of the surviving weights, removed after each round
     exclude: tuple[str, ...]  # patterns of layers that are never pruned
-    images: int  # of the batch that `ScoreInputs.loss` is of; 0 if the score does not use it
+    images: int  # in the batch of `ScoreInputs.loss`; 0 if the score does not use it
 
 
 class OptimaStore(NamedTuple):
-    """How earlier optima are stored for J_r, whose strength is in `TrainSpec`."""
+    """How earlier optima are stored for J_r; its strength is in `TrainSpec`."""
 
-    memory: str  # all, or last
+    memory: str  # "all" or "last"
     dtype: str
 
 
 class Experiment(NamedTuple):
-    """Everything that a config names, resolved; constant during a run."""
+    """All parts of a run that its config specifies; constant during the run."""
 
     name: str  # such as "lenet on mnist5k"
     seed: int
     rounds: int
-    arms: tuple[str, ...]  # that train in every round
-    scheduled_arms: dict[str, frozenset[int]]  # that train in single rounds
+    arms: tuple[str, ...]  # trained in every round
+    scheduled_arms: dict[
+        str, frozenset[int]
+    ]  # rounds of arms that are trained in some rounds only, such as twin
     replicates: int
-    dataset: data.Dataset  # on the device, unless it is streamed
+    dataset: data.Dataset  # in device memory, unless it is streamed
     spec: training.TrainSpec
     learning_rates: Float[np.ndarray, "epochs steps"]
     rewind_step: int | None
     pruning: Pruning
     optima_store: OptimaStore
-    saved_steps: frozenset[int]  # of a training, at which its state is saved
-    on_divergence: str  # stop, or drop
+    saved_steps: frozenset[int]  # of each training, at which its state is saved
+    on_divergence: str  # "stop" or "drop"
 
     @property
     def members(self) -> tuple[Member, ...]:
-        """The members that a run begins with, without those of single rounds."""
+        """The members of the first round, without those of `scheduled_arms`."""
         return tuple(Member(arm, replicate) for arm in self.arms for replicate in range(self.replicates))
 
 
 def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: bool = True) -> Experiment:
-    """Check `config` and load what it names.
+    """Check `config`, and load or build what it names.
 
     Args:
-      dataset: used in the place of `config.dataset.name`, with its own augmentation unless the config names
-        one.
-      use_mesh: train on the devices of `config.mesh`; False is one device of this process.
+      dataset: used instead of `config.dataset.name`, with its own augmentation unless the config names one.
+      use_mesh: train on the devices of `config.mesh`; False uses one device of this process.
 
     Raises:
-      UserError: see `config.validate`; an unknown name; a set that is absent or smaller than a batch; a
-        rewind step beyond the training; devices that do not suit.
+      UserError: see `config.validate`; an unknown name; a data set that is missing or smaller than a batch; a
+        rewind step after the end of a training; a mesh that the devices of this machine cannot form.
     """
     configs.validate(config)
     devices.require_usable()
@@ -109,10 +110,10 @@ def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: 
         rng_streams=models.rng_streams(model, dataset.train.image_shape),
     )
     uses_batch = _check_score(config.pruning.score, score, spec, dataset)
-    if not uses_batch and config.pruning.images != (usual := configs.default().pruning.images):
+    if not uses_batch and config.pruning.images != (default_images := configs.default().pruning.images):
         raise UserError(
             f"pruning.images is {config.pruning.images}; the score {config.pruning.score} uses no images, so "
-            f"it should be {usual}"
+            f"it should be {default_images}"
         )
     experiment = Experiment(
         name=f"{config.model.name} on {config.dataset.name}",
@@ -152,7 +153,7 @@ def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: 
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
-    """Make the masked optax transform of `config.optimizer`. Raises as `optimizers.make_optimizer`."""
+    """Make the masked optax transform of `config.optimizer`. Raises like `optimizers.make_optimizer`."""
     return optimizers.make_optimizer(
         config.optimizer.name,
         learning_rate=config.optimizer.learning_rate,
@@ -162,7 +163,7 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
 
 
 def create_model(config: ConfigDict, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
-    """Create the model of `config.model`, and check it against the settings for normalization.
+    """Create the model of `config.model`, and check the settings for normalisation.
 
     Raises:
       UserError: see `models.create` and `models.check_normalization`.
@@ -182,10 +183,10 @@ def create_model(config: ConfigDict, num_classes: int, image_shape: tuple[int, i
 
 
 def put_on_mesh(experiment: Experiment, mesh: Mesh | None) -> Experiment:
-    """Return the experiment to be trained on a mesh, with data that are in memory on every device of it.
+    """Return the experiment for training on `mesh`, with in-memory data copied to each of its devices.
 
     Raises:
-      UserError: the devices share a batch, and the network could not normalise by all of it.
+      UserError: the devices share a batch, but the network cannot average its batch statistics over devices.
     """
     if mesh is None:
         return experiment
@@ -193,24 +194,27 @@ def put_on_mesh(experiment: Experiment, mesh: Mesh | None) -> Experiment:
     has_statistics = set(models.shapes(spec.model, dataset.train.image_shape)) != {"params"}
     if spec.data_devices > 1 and has_statistics and not hasattr(spec.model, "norm_axis"):
         raise UserError(
-            f"mesh.data is {spec.data_devices}; {experiment.name.partition(' on ')[0]} keeps statistics of its "
-            f"batches and has no field norm_axis to take them over devices, so it should be 1"
+            f"mesh.data is {spec.data_devices}; {experiment.name.partition(' on ')[0]} has batch statistics "
+            f"but no field norm_axis to average them over devices, so it should be 1"
         )
     train, test = (split.put_on_mesh(mesh) for split in (dataset.train, dataset.test))
     return experiment._replace(spec=spec, dataset=dataset._replace(train=train, test=test))
 
 
 def spec_on_mesh(spec: training.TrainSpec, mesh: Mesh | None) -> training.TrainSpec:
-    """The spec for steps on a mesh, whose network normalises over all devices that divide a batch."""
+    """Return the spec for steps on `mesh`.
+
+    With `norm_parts=1` its network computes batch statistics over all devices that share a batch.
+    """
     spec = spec._replace(mesh=mesh)
     if not hasattr(spec.model, "norm_axis"):
         return spec
-    whole = spec.data_devices > 1 and spec.norm_parts == 1
-    return spec._replace(model=spec.model.copy(norm_axis=DATA if whole else None))
+    over_batch = spec.data_devices > 1 and spec.norm_parts == 1
+    return spec._replace(model=spec.model.copy(norm_axis=DATA if over_batch else None))
 
 
 def put_on_one_device(experiment: Experiment) -> Experiment:
-    """Return the experiment of `put_on_mesh` for one device of this process; its data are those of the mesh."""
+    """Return the experiment of `put_on_mesh` for one device of this process, without copying its data."""
     if experiment.spec.mesh is None:
         return experiment
     spec, dataset = spec_on_mesh(experiment.spec, None), experiment.dataset
@@ -219,20 +223,20 @@ def put_on_one_device(experiment: Experiment) -> Experiment:
 
 
 def describe_experiment(experiment: Experiment) -> str:
-    """Describe the network and its data in one line."""
+    """Describe the network, the data and the members in one line."""
     members = len(experiment.members)
-    trained = f"{members} member{'s' * (members > 1)}"
+    members_text = f"{members} member{'s' * (members > 1)}"
     for rounds in experiment.scheduled_arms.values():
         if numbers := [str(n) for n in sorted(rounds) if n < experiment.rounds]:
-            more = f"with {experiment.replicates} more in round{'s' * (len(numbers) > 1)}"
-            trained += f", {more} {', '.join(numbers)}"
+            in_rounds = f"in round{'s' * (len(numbers) > 1)} {', '.join(numbers)}"
+            members_text += f", with {experiment.replicates} more {in_rounds}"
     image_shape = experiment.dataset.train.image_shape
     params = models.shapes(experiment.spec.model, image_shape)["params"]
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     weights = masking.size(params, experiment.pruning.exclude)
     return (
         f"{experiment.name} ({' × '.join(map(str, image_shape))}): "
-        f"{count:,} parameters, {weights:,} of them weights to prune; {trained}"
+        f"{count:,} parameters, {weights:,} of them weights to prune; {members_text}"
     )
 
 
@@ -240,24 +244,24 @@ def _check_arms(names):
     known = [name for name in arms.ARMS if name not in ("imp", "twin")]
     if not {"imp"} <= set(map(str, names)) <= {"imp", *known} or len(set(names)) < len(names):
         raise UserError(
-            f"arms is {names}; it should hold imp, whose masks all arms use, and any of {', '.join(known)}, "
-            f"none twice, written as ('imp', 'reinit'); the rounds of twins are in instability.rounds"
+            f"arms is {names}; it should contain imp, whose masks all arms use, and any of {', '.join(known)}, "
+            f"without repetition, such as ('imp', 'reinit'); instability.rounds sets the rounds of twins"
         )
 
 
 def _check_unused_settings(config, dataset):
-    """Refuse settings of streamed sets for a set in memory."""
-    given, usual = configs.flatten(config), configs.flatten(configs.default())
+    """Refuse settings of streamed data sets for a data set in memory."""
+    values, defaults = configs.flatten(config), configs.flatten(configs.default())
     for field in set(data.Streamed.settings) - set(dataset.train.settings):
-        if given[field] != usual[field]:
+        if values[field] != defaults[field]:
             raise UserError(
-                f"{field} is {given[field]!r}; only streamed sets read it, and {config.dataset.name} is held "
-                f"in memory, so it should be {usual[field]!r}"
+                f"{field} is {values[field]!r}; only streamed sets read it, and {config.dataset.name} is held "
+                f"in memory, so it should be {defaults[field]!r}"
             )
 
 
 def _make_learning_rates(config, examples):
-    """Compute the learning rate of every step, once the batches are known to be possible."""
+    """Compute the learning rate of every step, after checking batch size and rewind step against the data."""
     if config.batch_size > examples:
         raise UserError(
             f"batch_size is {config.batch_size}; {config.dataset.name} has {examples} training images, "
@@ -278,11 +282,11 @@ def _make_learning_rates(config, examples):
         )
     parts = config.accumulate_steps * config.model.norm_parts
     if config.batch_size % parts:
-        near = max(config.batch_size // parts, 1) * parts
+        multiple = max(config.batch_size // parts, 1) * parts
         raise UserError(
             f"batch_size is {config.batch_size}; with accumulate_steps {config.accumulate_steps} and "
-            f"model.norm_parts {config.model.norm_parts} it should be a multiple of {parts}, such as {near} or "
-            f"{near + parts}"
+            f"model.norm_parts {config.model.norm_parts} it should be a multiple of {parts}, such as "
+            f"{multiple} or {multiple + parts}"
         )
     return learning_rates
 
@@ -296,7 +300,7 @@ def _saved_steps(config, dataset, learning_rates):
 
 
 def _check_score(name, score, spec, dataset):
-    """Check by tracing that a score returns a tree like the parameters; return whether it uses `loss`."""
+    """Check by tracing that a score returns a tree like the parameters; return whether it calls `loss`."""
     image_shape = dataset.train.image_shape
     variables = models.shapes(spec.model, image_shape)
     calls = []
@@ -341,18 +345,19 @@ def _check_arm(name, experiment):
 def init_fn(
     model: nn.Module, image_shape: tuple[int, int, int]
 ) -> Callable[[Key[Array, ""]], training.Variables]:
-    """Return the initialisation of a model as a function of a key."""
+    """Return a function that initialises a model from a key."""
     image = jnp.zeros((1, *image_shape))
     return lambda key: dict(model.init(key, image, train=False))
 
 
 def _require_layers(patterns, params):
-    """Refuse a pattern of `pruning.exclude` that names no layer with weights, or patterns that name all."""
+    """Refuse a pattern of `pruning.exclude` that names no prunable layer, or patterns that name all of them."""
     prunable = [masking.prunable(params, exclude) for exclude in ((), patterns, *([p] for p in patterns))]
-    for pattern, rest in zip(patterns, prunable[2:], strict=True):
-        if rest == prunable[0]:
+    for pattern, remaining in zip(patterns, prunable[2:], strict=True):
+        if remaining == prunable[0]:
             raise UserError(
-                f"pruning.exclude has {pattern!r}, which names no layer to prune; there are {', '.join(params)}"
+                f"pruning.exclude has {pattern!r}, which names no layer to prune; the layers are "
+                f"{', '.join(params)}"
             )
     if not any(jax.tree.leaves(prunable[0])):
         raise UserError(

@@ -1,7 +1,7 @@
-"""Iterative magnitude pruning: train, measure, prune, reset, record, round after round (section 2.1).
+"""Iterative magnitude pruning: in each round train, prune, measure and reset (section 2.1).
 
-`rounds` is the algorithm. It needs no workdir: in a notebook it trains in memory. `runs.run` trains into a
-workdir, where every round is recorded and a stopped run goes on.
+`rounds` is the algorithm. It needs no workdir, so a notebook can run it in memory. `runs.run` also records
+every round in a workdir, and continues a stopped run.
 """
 
 import functools
@@ -53,15 +53,15 @@ def rounds(
     on_epoch: Callbacks = (),
     on_round: Callbacks = (),
 ) -> Iterator[RoundEnd]:
-    """Run iterative magnitude pruning from round `first` to the last one; yields every `RoundEnd`.
+    """Run iterative magnitude pruning from round `first` to the last one, and yield the `RoundEnd` of each.
 
     Args:
-      state: what round `first` begins with; None is the start of a run.
-      progress: where to go on within round `first`; None is its beginning.
-      on_epoch, on_round: functions of an `EpochEnd` and of a `RoundEnd`.
+      state: the state at the start of round `first`; None is that of a new run, in round 0.
+      progress: the state within round `first` from which to continue; None starts the round.
+      on_epoch, on_round: callbacks, called with an `EpochEnd` and a `RoundEnd`.
 
     Raises:
-      DivergedError: a training diverged, and the config says stop; or no ticket is left.
+      DivergedError: see `raise_if_diverged`.
     """
     state = state or init_state(experiment)
     for number in range(first, experiment.rounds):
@@ -79,7 +79,7 @@ def rounds(
 
 
 def init_state(experiment: Experiment) -> RoundState:
-    """Initialise round 0: the random initialisation of every member, and dense masks."""
+    """Make the state at the start of round 0: random initialisations and dense masks."""
     imps = [member for member in experiment.members if member.arm == "imp"]
     keys = member_keys(imps, experiment.seed, lambda member: ["init"])
     image_shape = experiment.dataset.train.image_shape
@@ -88,7 +88,7 @@ def init_state(experiment: Experiment) -> RoundState:
 
 
 def begin_training(experiment: Experiment, state: RoundState) -> MidRoundState:
-    """Make the state at step 0 of a round: the masked tickets and fresh optimizers, on the mesh."""
+    """Make the state at step 0 of a round, on the mesh: masked tickets and fresh optimizers."""
     states = training.programs().init_states(state.tickets, state.masks, spec=experiment.spec)
     return MidRoundState(0, state.tickets, states, divergence.init_history(len(state.members)), 0.0)
 
@@ -104,12 +104,13 @@ def train(
     """Train all members of round `number` to the end.
 
     Rewinding (`rewind_step=k`): round 0 stores imp's weights at step k as its ticket. Later rounds train all
-    members from step 0, and at step k reset those whose arm rewinds to their tickets with a fresh optimizer
-    (Frankle et al. 2020); the control is never reset within a round (ours).
+    members from step 0. At step k they reset the members whose arm rewinds to their tickets, with a fresh
+    optimizer (Frankle et al. 2020); the control is never reset within a round (ours).
 
     Args:
-      progress: where to go on, if not at the beginning.
-      on_epoch: functions of an `EpochEnd`.
+      progress: the state from which to continue; None starts the round.
+      on_epoch: callbacks, called with an `EpochEnd` at every pause: the ends of epochs and of `steps_per_call`
+        steps, saved steps, and the rewind step.
 
     Returns: the state after the last step, on the mesh.
 
@@ -119,17 +120,17 @@ def train(
     spec, (epochs, steps) = experiment.spec, experiment.learning_rates.shape
     progress = progress or begin_training(experiment, state)
 
-    def member_keys_of(stream):
+    def make_keys(stream):
         path = [lambda member: [stream, arms.ARMS[member.arm].number, number]]
         return devices.shard_members(member_keys(state.members, experiment.seed, *path), spec.mesh)
 
-    rng_keys = member_keys_of("rngs") if spec.rng_streams else None
+    rng_keys = make_keys("rngs") if spec.rng_streams else None
     optima = devices.shard_members(state.optima, spec.mesh)
     train_epochs = experiment.dataset.train.training_epochs(
-        member_keys_of("data"), epochs, spec.batch_size, progress.step, spec.mesh
+        make_keys("data"), epochs, spec.batch_size, progress.step, spec.mesh
     )
     for first, last in itertools.pairwise(_pauses(experiment, progress.step)):
-        start, compiled = time.perf_counter(), compile_seconds()
+        start, compiled_before = time.perf_counter(), compile_seconds()
         tickets, states = progress.tickets, progress.states
         if first > 0 and first == experiment.rewind_step:
             tickets, states = rewind(experiment, number, state, tickets, states)
@@ -146,12 +147,12 @@ def train(
         )
         # the only host–device synchronisation
         metrics = devices.gather_members(metrics, len(state.members), axis=1)
-        compile_time = compile_seconds() - compiled
+        compile_time = compile_seconds() - compiled_before
         seconds = time.perf_counter() - start - compile_time
         history = divergence.update_history(progress.history, metrics.loss, metrics.accuracy, first, steps)
         progress = MidRoundState(last, tickets, states, history, progress.seconds + seconds)
         broken = divergence.non_finite_members(history)
-        diverged = {state.members[i]: step_and_words for i, step_and_words in broken.items()}
+        diverged = {state.members[i]: step_and_reason for i, step_and_reason in broken.items()}
         raise_if_diverged(experiment, number, state.members, diverged)
         end = EpochEnd(number, state.members, progress, metrics, seconds, compile_time, diverged)
         for callback in on_epoch:
@@ -163,7 +164,7 @@ _fold_in_members = jax.jit(jax.vmap(jax.random.fold_in, (0, None)))
 
 
 def _pauses(experiment, start):
-    """Return the steps from `start` on at which the host takes part: ends of epochs, saved steps, a rewind."""
+    """Return the steps from `start` on at which the training pauses for the host (see `train`)."""
     epochs, steps = experiment.learning_rates.shape
     steps_per_call = experiment.dataset.train.steps_per_call or steps
     pauses = {
@@ -179,45 +180,43 @@ def _pauses(experiment, start):
 def rewind(
     experiment: Experiment, number: int, state: RoundState, tickets: Variables, states: training.TrainState
 ) -> tuple[Variables, training.TrainState]:
-    """Put the members whose arm rewinds to step k of the training; returns tickets and states on the mesh.
+    """Reset the members whose arm rewinds, at step k; return all tickets and training states, on the mesh.
 
-    In round 0 imp's weights at this step become its ticket: all other members that rewind start from it here,
-    with the state of its optimizer. In later rounds they go back to the ticket, with a fresh optimizer.
+    In round 0 imp's weights at this step become its ticket. The other members that rewind start from it, with
+    the optimizer state of imp. In later rounds the members are reset to their tickets, with fresh optimizers.
     """
     places = devices.count_places(len(state.members), experiment.spec.mesh)
     rewinds = np.resize([arms.ARMS[member.arm].rewinds for member in state.members], places)
     if number == 0:
-        imps = imp_of_each(state.members)
+        imps = np.resize(imp_of_each(state.members), places)
         recurring = [member for member in state.members if member.arm in experiment.arms]
         imp_places = [i for i, member in enumerate(state.members) if member.arm == "imp"]
-        noted = start_round(
+        rewound = start_round(
             experiment, number, recurring, states.variables, state.masks, imp_places, imp_places
         )
-        return _note_tickets(
-            rewinds, np.resize(imps, places), tickets, states, noted.tickets, state.masks, spec=experiment.spec
-        )
+        return _set_tickets(rewinds, imps, tickets, states, rewound.tickets, state.masks, spec=experiment.spec)
     fresh = training.programs().init_states(tickets, state.masks, spec=experiment.spec)
     return tickets, jax.jit(where_members)(rewinds, fresh, states)
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def _note_tickets(rewinds, imps, tickets, states, noted, masks, *, spec):
-    of_imp = jax.tree.map(lambda leaf: leaf[imps], states)
-    started = training.init_states(noted, masks, spec=spec)._replace(opt_state=of_imp.opt_state)
-    chosen = where_members(rewinds, (noted, started), (tickets, states))
+def _set_tickets(rewinds, imps, tickets, states, new_tickets, masks, *, spec):
+    imp_states = jax.tree.map(lambda leaf: leaf[imps], states)
+    new_states = training.init_states(new_tickets, masks, spec=spec)._replace(opt_state=imp_states.opt_state)
+    chosen = where_members(rewinds, (new_tickets, new_states), (tickets, states))
     return devices.constrain_members(chosen, spec.mesh)
 
 
 def prune(
     experiment: Experiment, number: int, members: Sequence[Member], variables: Variables, masks: Mask
 ) -> tuple[Mask, Float[np.ndarray, " members"]]:
-    """Compute imp's masks after round `number`, and the threshold of every member.
+    """Compute imp's masks after round `number`, and the pruning threshold of every member.
 
     Args:
-      variables, masks: trained, of all members; on the mesh, with its places, or on the host.
+      variables, masks: of all trained members, either on the mesh, padded to its places, or on the host.
 
-    Returns: the masks of the imps, in their order; and for each member the threshold at which its own weights
-      would be pruned.
+    Returns: the next masks of the imps in their order; and for each member the threshold at which its own
+      weights would be pruned.
     """
     spec, pruning_spec = experiment.spec, experiment.pruning
     places, image_shape = len(jax.tree.leaves(masks)[0]), experiment.dataset.train.image_shape
@@ -255,7 +254,7 @@ def _prune_members(variables, masks, keys, images, labels, imps, *, pruning_spec
     def prune_all(variables, masks, keys, images, labels):
         if images is None:
             return jax.vmap(lambda *inputs: prune_member((*inputs, None, None)))(variables, masks, keys)
-        # one after the other: gradients of many images take memory
+        # lax.map, because the gradients of many images take memory
         return jax.lax.map(lambda inputs: prune_member((*inputs, images, labels)), (variables, masks, keys))
 
     member, whole = P(devices.MEMBER), P()
@@ -265,9 +264,9 @@ def _prune_members(variables, masks, keys, images, labels, imps, *, pruning_spec
 
 
 def reset(experiment: Experiment, progress: MidRoundState) -> Variables:
-    """Return the weights, not yet masked, that the next round's tickets are taken from: those of this round.
+    """Return the unmasked weights for the next round's tickets: the tickets of this round.
 
-    With `rewind_step=None`, imp goes on from its trained weights.
+    With `rewind_step=None`, return the trained weights instead.
     """
     return progress.states.variables if experiment.rewind_step is None else progress.tickets
 
@@ -280,9 +279,9 @@ def measure(
     networks: RoundNetworks,
     thresholds: Float[np.ndarray, " members"],
 ) -> list[Row]:
-    """Evaluate the trained networks on both splits: the rows of results.csv.
+    """Evaluate the trained networks on both splits, and return the rows of results.csv.
 
-    With repulsion also J_r at the end of training, and the mean cosine with the earlier optima.
+    With repulsion the rows also have J_r at the end of training and the mean cosine with the earlier optima.
     """
     dataset, spec, members = experiment.dataset, experiment.spec, state.members
     variables = progress.states.variables
@@ -302,7 +301,7 @@ def measure(
         summary = repulsion.summary(networks.trained["params"], state.optima, spec.repulsion_strength)
         columns["repulsion"], columns["cosine"] = summary
     elif spec.repulsion_strength:
-        columns["repulsion"] = np.zeros(len(members))  # no earlier optimum, no term
+        columns["repulsion"] = np.zeros(len(members))  # without earlier optima J_r is 0
     columns = {name: np.asarray(column) for name, column in columns.items()}
     return [
         {"replicate": member.replicate, "arm": member.arm, "round": number}
@@ -332,7 +331,7 @@ def find_diverged(
     losses = [row["train_loss"] for row in rows]
     classes, steps = experiment.dataset.num_classes, experiment.learning_rates.size
     found = divergence.diverged_members(progress.history, losses, classes, steps)
-    diverged = {members[i]: step_and_words for i, step_and_words in found.items()}
+    diverged = {members[i]: step_and_reason for i, step_and_reason in found.items()}
     raise_if_diverged(experiment, number, members, diverged)
     return diverged
 
@@ -343,20 +342,20 @@ def raise_if_diverged(
     members: Sequence[Member],
     diverged: dict[Member, tuple[int, str]],
 ) -> None:
-    """Stop the run if a member has diverged and the config says stop, or if no ticket is left.
+    """Check whether the run can continue without the members that diverged.
 
     Raises:
-      DivergedError: with the members that diverged.
+      DivergedError: a member diverged, and `on_divergence` is "stop"; or no ticket is left.
     """
     if not diverged:
         return
     if experiment.on_divergence == "stop":
-        member, (step, words) = next(iter(diverged.items()))
+        member, (step, reason) = next(iter(diverged.items()))
         rate = experiment.learning_rates.max()
         raise divergence.DivergedError(
-            f"{words} in round {number}, arm {member.arm}, replicate {member.replicate}, at step {step} "
+            f"{reason} in round {number}, arm {member.arm}, replicate {member.replicate}, at step {step} "
             f"of the training; {finished_rounds_text(number)} on disk; a lower optimizer.learning_rate "
-            f"({rate:.6g}) or a warm-up may help, and --config.on_divergence=drop goes on with the other "
+            f"({rate:.6g}) or a warm-up may help, and --config.on_divergence=drop continues with the other "
             f"members",
             number,
             diverged,
@@ -384,29 +383,30 @@ def end_round(
     tickets: Variables,
     masks: Mask,
 ) -> tuple[RoundEnd, RoundState]:
-    """Drop the members that diverged; return what the round leaves, and what the next one begins with.
+    """Drop the members that diverged; return the results of the round and the state of the next one.
 
     Args:
-      networks, rows, tickets: of all members of the round.
-      masks: of the next round, of all imps of the round.
+      networks, rows: of all members of the round.
+      tickets: the weights of `reset`, of all members.
+      masks: imp's masks in the next round, for all imps of this round.
     """
     kept = tuple(member for member in state.members if member not in diverged)
     members = members_for_next_round(kept, experiment.arms)
     imps = [member for member in members if member.arm == "imp"]
     all_imps = [member for member in state.members if member.arm == "imp"]
-    mask_of = [all_imps.index(imp) for imp in imps]
-    ticket_of = [state.members.index(imp) for imp in imps]
-    next_state = start_round(experiment, number + 1, members, tickets, masks, ticket_of, mask_of)
+    mask_indices = [all_imps.index(imp) for imp in imps]
+    ticket_indices = [state.members.index(imp) for imp in imps]
+    next_state = start_round(experiment, number + 1, members, tickets, masks, ticket_indices, mask_indices)
     optima = None
     if experiment.spec.repulsion_strength:
-        known = state.optima and take_members(state.optima, state.members, members)
+        earlier = state.optima and take_members(state.optima, state.members, members)
         next_masks = take_members(
             devices.gather_members(next_state.masks, len(next_state.members)), next_state.members, members
         )
-        # after the last round too: the number of rounds may grow
-        optima = add_optimum(experiment, known, take_members(networks, state.members, members), next_masks)
+        # after the last round too, because `rounds` may be increased later
+        optima = add_optimum(experiment, earlier, take_members(networks, state.members, members), next_masks)
         next_state = next_state._replace(optima=repeat_optima(optima, members, next_state.members))
-    imp_masks = jax.tree.map(lambda leaf: leaf[np.array(mask_of)], devices.gather_members(masks, None))
+    imp_masks = jax.tree.map(lambda leaf: leaf[np.array(mask_indices)], devices.gather_members(masks, None))
     end = RoundEnd(
         number,
         kept,

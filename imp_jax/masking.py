@@ -4,8 +4,8 @@ A mask is a tree shaped like `params` with boolean leaves: True survives, False 
 leaves called "kernel") may be pruned (appendix A.3); every other leaf of a mask is all True. Parameters may be
 dicts, FrozenDicts, lists or an `nnx.State`, and may hold boxed leaves such as `nn.Partitioned`. All functions
 are pure, and may be jitted and vmapped over a leading member axis. `exclude` names further layers that are
-never pruned, as patterns such as "projection_*"; a string is one pattern. Trees whose structures or shapes
-differ raise a ValueError, here and in the modules that build on this one.
+never pruned, as patterns such as "projection_*"; a string is one pattern. The functions of this module, and of
+those that build on it, raise a ValueError for trees whose structures or shapes differ.
 """
 
 import fnmatch
@@ -23,9 +23,9 @@ Mask = PyTree[Bool[Array, "..."]]
 
 
 def prunable(params: PyTree, exclude: str | Sequence[str] = ()) -> PyTree[bool]:
-    """Return which leaves of `params` (or of a mask) may be pruned: all kernels, also of the output layer.
+    """Return which leaves of `params` (or of a mask) may be pruned: all kernels, including the output layer's.
 
-    The names on the path of a leaf decide, so it works on any Flax parameters. Biases and the parameters of
+    Decides by the names on the path of a leaf, so it works on any Flax parameters. Biases and the parameters of
     normalisation layers are never pruned (appendix A.3), nor are layers that `exclude` names.
 
     Raises:
@@ -45,15 +45,15 @@ def prunable_by_name(tree: PyTree[Array], exclude: str | Sequence[str] = ()) -> 
     """Return the prunable leaves of `tree` in tree order, by names such as "Dense_0/kernel".
 
     Raises:
-      ValueError: `tree` has no leaf called "kernel", or `exclude` names them all: there is nothing to prune.
+      ValueError: `tree` has no leaf called "kernel", or `exclude` names them all.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     keep = jax.tree.leaves(prunable(tree, exclude))
     named = {name(path): leaf for (path, leaf), kept in zip(leaves, keep, strict=True) if kept}
     if not named:
         patterns = (exclude,) if isinstance(exclude, str) else exclude
-        left = f" outside of {', '.join(patterns)}" if patterns else ""
-        raise ValueError(f"the tree has no leaf called 'kernel'{left}, so there is nothing to prune")
+        scope = f" outside of {', '.join(patterns)}" if patterns else ""
+        raise ValueError(f"the tree has no leaf called 'kernel'{scope}, so there is nothing to prune")
     return named
 
 

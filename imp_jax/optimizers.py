@@ -1,4 +1,4 @@
-"""Optimizers and learning rates, as `config.optimizer` names them.
+"""Optimizers and learning-rate schedules of `config.optimizer`.
 
 An entry of `OPTIMIZERS` is a function of the learning rate that returns a complete optax transform: its updates
 are added to the parameters. `optax.lion` and the other optimizers of optax are such functions.
@@ -57,8 +57,8 @@ def register(name: str, optimizer: Callable[..., optax.GradientTransformation]) 
 
     Args:
       optimizer: a function of `learning_rate`, a traced scalar, that returns a complete optax transform. If it
-        has an argument `momentum` too, `config.optimizer.momentum` is passed to it. A state of
-        `optax.inject_hyperparams` is given the rate of each step.
+        also has an argument `momentum`, `config.optimizer.momentum` is passed to it. In a state of
+        `optax.inject_hyperparams`, the learning rate is set at each step.
 
     Raises:
       UserError: `optimizer` is not a function of `learning_rate`.
@@ -80,12 +80,12 @@ def make_optimizer(
 ) -> optax.GradientTransformationExtraArgs:
     """Make the masked optax transform of a registered optimizer; its updates are added to the parameters.
 
-    It is called as `update(grads, state, params, mask=mask, learning_rate=rate)`, with a traced rate. Weight
-    decay is L2: added to the gradient, before Adam's moments too, on all parameters (ours).
+    Its update is called as `update(grads, state, params, mask=mask, learning_rate=rate)`, with a traced rate.
+    Weight decay is L2 (ours): it is added to the gradient of all parameters, also before the moments of Adam.
 
     Args:
       learning_rate: the base rate, on which some initial states depend.
-      momentum: None is the optimizer's own.
+      momentum: None uses the default of the optimizer.
 
     Raises:
       UserError: an unknown optimizer; a momentum for one that has none.
@@ -147,7 +147,7 @@ def learning_rates(
     milestones: Sequence[float] = (),
     warmup_epochs: float = 0.0,
 ) -> Float[np.ndarray, "epochs steps"]:
-    """Compute the learning rate of every step of a training (table 1), times the linear rise of the warm-up.
+    """Compute the learning rate of every step of a training (table 1), including the linear warm-up.
 
     Raises:
       UserError: an unknown schedule; a milestone after the last step.

@@ -1,7 +1,7 @@
 """Pruning: from scores to a threshold and the next mask.
 
 Pruning is global: the weights of all layers are ranked together, and exactly round(fraction · survivors) of
-those with the lowest scores are removed (section 2.1, appendix A.3). `scores` has the functions that score.
+those with the lowest scores are removed (section 2.1, appendix A.3). The scores are defined in `scores.py`.
 """
 
 from collections.abc import Sequence
@@ -45,9 +45,9 @@ def prune_by_magnitude(
 def prune_by_score(
     scores: Scores, params: Params, mask: Mask, fraction: float, exclude: str | Sequence[str] = ()
 ) -> tuple[Mask, Float[Array, ""]]:
-    """Prune like `prune_by_magnitude`, by any scores: the lowest are removed, negative ones first, nan last.
+    """Prune like `prune_by_magnitude`, but by `scores`: the lowest are removed, negative ones first, nan last.
 
-    The threshold is always one of |θ|.
+    The threshold is still the largest |θ| that was removed.
 
     Raises:
       ValueError: as `prune_by_magnitude`; scores that are not floating-point.
@@ -63,8 +63,8 @@ def prune_by_score(
     rank = _ordered_integers(_concatenate(scores, exclude))
     cut = _kth_smallest(rank, alive, count)  # the highest score that is removed
     below, tied = alive & (rank < cut), alive & (rank == cut)
-    places = count - jnp.sum(below, dtype=jnp.int32)
-    removed = below | (tied & (jnp.cumsum(tied, dtype=jnp.int32) <= places))
+    ties_to_remove = count - jnp.sum(below, dtype=jnp.int32)
+    removed = below | (tied & (jnp.cumsum(tied, dtype=jnp.int32) <= ties_to_remove))
     threshold = jnp.max(jnp.abs(_concatenate(params, exclude)), where=removed, initial=0.0)
     return _split(alive & ~removed, mask, exclude), threshold
 
@@ -82,10 +82,10 @@ def _ordered_integers(values: Float[Array, " n"]) -> UInt[Array, " n"]:
 
 
 def _kth_smallest(values: UInt[Array, " n"], where: Bool[Array, " n"], k: Int[Array, ""]) -> UInt[Array, ""]:
-    """Return the k-th smallest of the values `where` True, k from 1.
+    """Return the k-th smallest, k from 1, of the values at which `where` is True.
 
-    Sets its bits from the highest one down, counting smaller values: exact like a sort, in a tenth of the time
-    on a CPU.
+    Finds its bits from the highest to the lowest by counting smaller values. This is as exact as a sort, and
+    takes a tenth of the time on a CPU.
     """
     bits = 8 * values.dtype.itemsize
 
@@ -102,7 +102,7 @@ def _rounded_share(total: Int[Array, ""], fraction: float) -> Int[Array, ""]:
 
     float32 is off by one from 2²⁴ weights on.
     """
-    ratio = Fraction(float(fraction)).limit_denominator(10**9)  # the decimal as it was written, 0.2 = 1/5
+    ratio = Fraction(float(fraction)).limit_denominator(10**9)  # the decimal as the user wrote it, 0.2 = 1/5
     numerator, denominator = jnp.uint32(ratio.numerator), jnp.uint32(ratio.denominator)
 
     def append_bit(i, parts):

@@ -1,4 +1,4 @@
-"""What a round begins with and what it leaves; the start of all members from imp's ticket and mask."""
+"""The state at the start of a round and at its end, and how imp's tickets and masks start all members."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -30,20 +30,20 @@ from imp_jax.workdir.results import Row
 
 
 class RoundState(NamedTuple):
-    """What a round begins with. Trees have a leading axis of `members`; all but `optima` lie on the mesh."""
+    """The state at the start of a round. Trees have a leading member axis; all but `optima` are on the mesh."""
 
     members: tuple[Member, ...]
     tickets: Variables  # starting weights, not yet masked
     masks: Mask
-    optima: Optima | None = None  # earlier optima of J_r, on the host; None without repulsion, and in round 0
+    optima: Optima | None = None  # earlier optima for J_r, on the host; None without repulsion and in round 0
 
 
 class EpochEnd(NamedTuple):
-    """What `on_epoch` is called with after every epoch, and within one wherever the host takes part."""
+    """The argument of `on_epoch`, which is called after every epoch and at every pause within an epoch."""
 
     round: int
     members: tuple[Member, ...]
-    progress: MidRoundState  # its states are on the mesh and are donated to the next step: copy what you keep
+    progress: MidRoundState  # on the mesh; the next step donates its `states`, so copy what you keep
     metrics: Metrics  # of the steps since the last call, as NumPy arrays [steps, members]
     seconds: float  # of training since the last call
     compile_seconds: float
@@ -51,15 +51,15 @@ class EpochEnd(NamedTuple):
 
 
 class RoundEnd(NamedTuple):
-    """What `on_round` is called with after every round, and `rounds` yields."""
+    """The results of a round: the argument of `on_round`, which `rounds` also yields."""
 
     round: int
-    members: tuple[Member, ...]  # that have not diverged
+    members: tuple[Member, ...]  # without those that diverged
     networks: RoundNetworks  # of these members, on the host
     rows: list[Row]  # of results.csv
-    next_masks: Mask  # of imp in the next round, of each replicate that trains then; on the host
-    next_members: tuple[Member, ...]  # without those of single rounds
-    next_optima: Optima | None  # of these members
+    next_masks: Mask  # imp's in the next round, one per replicate that continues; on the host
+    next_members: tuple[Member, ...]  # without those of `scheduled_arms`
+    next_optima: Optima | None  # of `next_members`
     diverged: dict[Member, tuple[int, str]]  # members that were dropped: step and description
 
 
@@ -80,15 +80,16 @@ def start_round(
     members: Sequence[Member],
     tickets: Variables,
     masks: Mask,
-    ticket_of: Sequence[int] | None = None,
-    mask_of: Sequence[int] | None = None,
+    ticket_indices: Sequence[int] | None = None,
+    mask_indices: Sequence[int] | None = None,
 ) -> RoundState:
-    """Compute what the members of round `number` begin with, from imp's tickets and masks.
+    """Compute the state at the start of round `number` from imp's tickets and masks.
 
     Args:
-      members: that train in every round; those of single rounds, such as twins, are added.
-      tickets, masks: of the imps of `members`, or of more networks, of which `ticket_of` and `mask_of` give
-        the index of each imp.
+      members: those that train in every round; the members of `scheduled_arms`, such as twins, are added.
+      tickets, masks: of the imps of `members`, in this order, or of more networks.
+      ticket_indices, mask_indices: for each imp, its index in `tickets` and in `masks`, if these have more
+        networks.
     """
     imps = [member for member in members if member.arm == "imp"]
     members = add_scheduled_members(members, experiment.scheduled_arms, number)
@@ -101,11 +102,11 @@ def start_round(
     def arm_keys(arm):
         return member_keys(imps, experiment.seed, lambda member: ["arm", arms.ARMS[arm].number, number])
 
-    every = np.arange(len(imps))
+    all_imps = np.arange(len(imps))
     mesh = experiment.spec.mesh
     tickets, masks = _start_members(
-        _take_imps(tickets, every if ticket_of is None else np.array(ticket_of), mesh=mesh),
-        _take_imps(masks, every if mask_of is None else np.array(mask_of), mesh=mesh),
+        _take_networks(tickets, all_imps if ticket_indices is None else np.array(ticket_indices), mesh=mesh),
+        _take_networks(masks, all_imps if mask_indices is None else np.array(mask_indices), mesh=mesh),
         replicate_keys(imps, experiment.seed),
         [arm_keys(name) for name in names],
         np.resize(start_of_member, places),
@@ -117,17 +118,17 @@ def start_round(
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def _take_imps(tree, imps, *, mesh):
-    """Take the imps of a tree; always in one layout, so that `_start_members` is compiled once."""
-    return devices.constrain_whole(jax.tree.map(lambda leaf: leaf[imps], tree), mesh)
+def _take_networks(tree, indices, *, mesh):
+    """Take networks of a tree, always in the same layout, so that `_start_members` is compiled once."""
+    return devices.constrain_whole(jax.tree.map(lambda leaf: leaf[indices], tree), mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("arms", "image_shape", "spec"))
-def _start_members(tickets, masks, replicate_keys, keys, start_of_place, *, arms, image_shape, spec):
-    """Apply all arms to imp's tickets and masks of all replicates; then take the start of each place."""
+def _start_members(tickets, masks, init_keys, keys, start_of_place, *, arms, image_shape, spec):
+    """Start all arms from imp's tickets and masks, then take the start of each place on the mesh."""
     init = init_fn(spec.model, image_shape)
     starts = [
-        start_arm(arm, tickets, masks, arm_keys, replicate_keys, init)
+        start_arm(arm, tickets, masks, arm_keys, init_keys, init)
         for arm, arm_keys in zip(arms, keys, strict=True)
     ]
     starts = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[start_of_place], *starts)
@@ -135,7 +136,7 @@ def _start_members(tickets, masks, replicate_keys, keys, start_of_place, *, arms
 
 
 def copy_networks(state: RoundState, progress: MidRoundState) -> RoundNetworks:
-    """Copy the networks of a trained round to the host: the one copy of a round, for its checkpoint."""
+    """Copy the networks of a trained round to the host, for its checkpoint; a round does this only once."""
     params = _apply_masks(progress.tickets["params"], state.masks)
     initial = {**progress.tickets, "params": params}
     networks = (initial, progress.states.variables, state.masks)
@@ -146,7 +147,7 @@ _apply_masks = jax.jit(masking.apply)
 
 
 def repeat_optima(optima, members, next_members):
-    """Give the members of single rounds the earlier optima of their imp."""
+    """Return the earlier optima of `next_members`; those of `scheduled_arms` get the optima of their imp."""
     source = [m if m in members else Member("imp", m.replicate) for m in next_members]
     return take_members(optima, members, source)
 
@@ -157,15 +158,15 @@ def add_optimum(
     """Add the networks of the last round to the earlier optima, for the round that trains under `masks`.
 
     All trees have a leading axis of the members that train in every round. Each arm has its own optima (ours
-    for the control). None without repulsion.
+    for the control). Returns None without repulsion.
 
     Raises:
-      UserError: the mask of an arm holds a weight that it did not hold before.
+      UserError: the mask of an arm has a weight that an earlier round pruned.
     """
     if not experiment.spec.repulsion_strength:
         return None
     known = 0 if optima is None else int(np.max(optima.count))
-    # those of the last round are for a run that grows
+    # `known + 1`: the last round adds an optimum too, in case `rounds` is increased
     last_only = experiment.optima_store.memory == "last"
     max_optima = 1 if last_only else max(experiment.rounds - 1, known + 1)
     options = {"dtype": experiment.optima_store.dtype, "exclude": experiment.pruning.exclude}

@@ -1,4 +1,4 @@
-"""Runs: iterative magnitude pruning into a workdir, where a stopped run goes on."""
+"""Run iterative magnitude pruning in a workdir: record every round, and continue a stopped run."""
 
 import contextlib
 import os
@@ -48,22 +48,26 @@ def rebuild_optima(
     """Rebuild the earlier optima of `members` under `masks` from the checkpoints of all finished rounds.
 
     Args:
-      finished: the rounds from the first on, each with the members of its networks.
+      finished: the members and networks of each finished round, in order.
     """
-    optima, before = None, None
+    optima, previous = None, None
     for round_members, networks in finished:
         networks = take_members(networks, round_members, members)
-        if before:
-            optima = add_optimum(experiment, optima, before, networks.mask)
-        before = networks
-    return add_optimum(experiment, optima, before, masks)
+        if previous:
+            optima = add_optimum(experiment, optima, previous, networks.mask)
+        previous = networks
+    return add_optimum(experiment, optima, previous, masks)
 
 
 def resume(experiment: Experiment, checkpoints: Checkpoints, rows: Sequence[Row]) -> RoundState:
-    """Compute what the round after the last one of `checkpoints` begins with.
+    """Compute the state at the start of the round after the last one in `checkpoints`.
 
     Args:
-      rows: of results.csv, up to that last round.
+      rows: the rows of results.csv up to this last round.
+
+    Raises:
+      UserError: with repulsion, the earlier optima cannot be rebuilt, or belong to an earlier version of J_r.
+      DamagedError: the checkpoint of the last round cannot be read.
     """
     last = checkpoints.rounds()[-1]
     round_members = members_of_rows(rows, last)
@@ -71,7 +75,7 @@ def resume(experiment: Experiment, checkpoints: Checkpoints, rows: Sequence[Row]
     imps = [member for member in members if member.arm == "imp"]
     networks = jax.tree.map(np.asarray, checkpoints.restore(last))
     masks = checkpoints.next_masks(last)
-    if masks is None:  # of an earlier version
+    if masks is None:  # the checkpoint is of an earlier version
         masks, _ = prune(experiment, last, round_members, networks.trained, networks.mask)
         all_imps = [member for member in round_members if member.arm == "imp"]
         masks = take_members(devices.gather_members(masks, None), all_imps, imps)
@@ -79,7 +83,7 @@ def resume(experiment: Experiment, checkpoints: Checkpoints, rows: Sequence[Row]
         tickets = take_members(networks.trained, round_members, imps)
     else:
         tickets = _dense_tickets(checkpoints, rows, imps)
-        # the weights that survive are the only ones that this package's arms use
+        # masked tickets suffice, because the arms of this package use surviving weights only
         tickets = tickets or take_members(networks.initial, round_members, imps)
     state = start_round(experiment, last + 1, members, tickets, masks)
     if not experiment.spec.repulsion_strength:
@@ -87,7 +91,7 @@ def resume(experiment: Experiment, checkpoints: Checkpoints, rows: Sequence[Row]
     if last and checkpoints.similarity_definition(last) != similarity.DEFINITION:
         raise UserError(
             "the rounds so far were trained by an earlier version, whose J_r counted biases too, and a run "
-            "should not mix the two; train it in another --workdir, or go on with that version"
+            "should not mix the two; train it in another --workdir, or continue it with that version"
         )
     optima = checkpoints.optima(last)
     if optima is None:
@@ -99,14 +103,14 @@ def resume(experiment: Experiment, checkpoints: Checkpoints, rows: Sequence[Row]
             )
         except DamagedError as error:
             raise UserError(
-                f"{error}; repulsion needs all earlier rounds: once it and those after it are moved "
-                f"elsewhere, the same command trains them again"
+                f"{error}; repulsion needs all earlier rounds: move this round and those after it elsewhere, "
+                f"and the same command trains them again"
             ) from error
     return state._replace(optima=repeat_optima(optima, members, state.members))
 
 
 def _dense_tickets(checkpoints, rows, imps):
-    """Return the tickets as round 0 has them, before any pruning; None if its checkpoint is not there."""
+    """Return the unmasked tickets of round 0; None if its checkpoint is missing or damaged."""
     if 0 in checkpoints.rounds():
         with contextlib.suppress(DamagedError):
             initial = jax.tree.map(np.asarray, checkpoints.restore(0).initial)
@@ -125,19 +129,19 @@ def run(
     on_round: Callbacks = (),
     analyses: Any = None,
 ) -> None:
-    """Train the rounds of `config` that `workdir` lacks, record them there, and print a summary.
+    """Train the rounds of `config` that `workdir` lacks, record them in it, and print a summary.
 
     Args:
-      stop: signals to stop at; None handles none.
-      config_file: the file that `config` comes from, which the workdir keeps for `imp_jax.analysis`.
+      stop: stops the run at a signal; None does not handle signals.
+      config_file: the file that `config` comes from; the workdir stores it for `imp_jax.analysis`.
       dataset: see `setup`.
-      on_epoch, on_round: functions of an `EpochEnd` and of a `RoundEnd`, called after those of the recorder.
-      analyses: the module `imp_jax.analysis`, whose functions compute what analyses need of rounds that
-        `keep_checkpoints=ends` deletes. None deletes no round.
+      on_epoch, on_round: callbacks, called with an `EpochEnd` and a `RoundEnd` after those of the recorder.
+      analyses: the module `imp_jax.analysis`, which computes the analyses of a round before
+        `keep_checkpoints=ends` deletes it. None deletes no round.
 
     Raises:
-      UserError: anything wrong with the config, the data or the workdir, before any training and with nothing
-        overwritten; a round that cannot be recorded, or diverges, with all earlier rounds kept.
+      UserError: the config, the data or the workdir is wrong, which is found before any training, and nothing
+        is overwritten; a round diverges or cannot be recorded, and all earlier rounds are kept.
       Stopped: a signal arrived; the state of the current round has been saved.
     """
     workdir, stop = user_path(workdir, "the workdir"), stop or GracefulStop()
@@ -186,7 +190,7 @@ def _print_start(experiment, workdir, first, step):
     steps = experiment.learning_rates.size
     if first or step:
         finished = finished_rounds_text(first)
-        print(f"{workdir} has {finished}; going on with round {first} at step {step} of {steps}")
+        print(f"{workdir} has {finished}; continuing with round {first} at step {step} of {steps}")
     else:
         print(f"workdir: {workdir}")
     print(describe_experiment(experiment))

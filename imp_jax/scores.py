@@ -1,4 +1,4 @@
-"""Scores: by what weights are pruned. The lowest go. To add a score, `register` a function of `ScoreInputs`."""
+"""Scores of weights; the lowest are pruned. To add a score, `register` a function of `ScoreInputs`."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,10 +15,10 @@ Scores = PyTree[Float[Array, "..."]]
 
 
 class ScoreInputs(NamedTuple):
-    """What a score is given, of one network and without a member axis.
+    """Arguments of a score, for one network (without a member axis).
 
-    `loss` and `flow` are functions of parameters like `params`, in float32, which `jax.grad`, `jax.jvp` and
-    `jax.hessian` differentiate, also twice.
+    `loss` and `flow` are float32 functions of parameters like `params`. `jax.grad`, `jax.jvp` and `jax.hessian`
+    can differentiate them, also twice.
     """
 
     params: Params  # trained, zero where `mask` is False
@@ -43,10 +43,11 @@ def make_inputs(
 ) -> ScoreInputs:
     """Make the inputs of a score from the variables of one network and a batch of training images.
 
-    `images` and `labels` may be None where the score does not use `loss`.
+    `images` and `labels` may be None if the score does not use `loss`.
     """
     model_state = {name: leaves for name, leaves in variables.items() if name != "params"}
-    # Flax's own kernels, on this device alone: those for a CPU can be differentiated in reverse mode only
+    # Flax's own kernels, because the fast CPU kernels support only reverse mode; no mesh, because every device
+    # has the whole batch
     execution = spec.execution._replace(convolutions="flax")
     spec = spec._replace(execution=execution, norm_parts=1, mesh=None)
 
@@ -66,7 +67,7 @@ def magnitude(inputs: ScoreInputs) -> Scores:
 
 
 def random(inputs: ScoreInputs) -> Scores:
-    """Return uniform scores: the sanity control that any informed score must beat."""
+    """Return uniform scores: a sanity check that any informed score must beat."""
     leaves, treedef = jax.tree.flatten(inputs.params)
     keys = jax.random.split(inputs.key, len(leaves))
     return treedef.unflatten([jax.random.uniform(k, jnp.shape(p)) for k, p in zip(keys, leaves, strict=True)])
@@ -79,7 +80,7 @@ def find(name: str) -> Score:
     """Return a score by its name, or by a dotted path such as "their_package.scores:taylor".
 
     Raises:
-      UserError: an unknown name; a path that cannot be imported, or is not that of a function.
+      UserError: an unknown name; a path that cannot be imported, or whose object is not callable.
     """
     score = lookup_or_import(SCORES, "pruning.score", name)
     _check_callable(name, score)
@@ -89,8 +90,8 @@ def find(name: str) -> Score:
 def register(name: str, score: Score) -> None:
     """Make `config.pruning.score = name` prune by `score`, a function of `ScoreInputs`.
 
-    It returns a tree like `params` of floating-point leaves; the lowest scores go, negative ones first, nan
-    last. It is traced, and vmapped over members.
+    `score` returns a tree like `params` of floating-point leaves. The weights with the lowest scores are
+    pruned, negative scores first, nan last. `score` is traced, and vmapped over members.
 
     Raises:
       UserError: `score` is not callable.

@@ -410,7 +410,7 @@ def test_a_run_resumes_to_the_same_results(data_dir, tmp_path, capsys):
     run_one_round(config, tmp_path / "cut")
     capsys.readouterr()
     run(config, tmp_path / "cut")
-    assert "has rounds 0 to 0; going on with round 1" in capsys.readouterr().out
+    assert "has rounds 0 to 0; continuing with round 1" in capsys.readouterr().out
     pd.testing.assert_frame_equal(without_seconds(tmp_path / "whole"), without_seconds(tmp_path / "cut"))
     assert (tmp_path / "cut" / "figures" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
@@ -714,7 +714,7 @@ def test_a_damaged_round_is_set_aside_and_trained_again(data_dir, tmp_path, caps
     run(config, tmp_path / "run")
     said = capsys.readouterr()
     assert f"{tmp_path / 'run' / 'checkpoints' / '2'} is damaged" in said.err
-    assert "has rounds 0 to 1; going on with round 2" in said.out
+    assert "has rounds 0 to 1; continuing with round 2" in said.out
     assert_same_runs(tmp_path / "whole", tmp_path / "run")
     assert (tmp_path / "run" / "set-aside" / "checkpoints-2").is_dir()
 

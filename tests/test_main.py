@@ -199,7 +199,7 @@ def config_file(tmp_path):
     [
         ([], "--config is missing"),
         ([CONFIG, "--workdir="], "--workdir is empty; it should be the path of a folder"),
-        ([CONFIG, "--workdir=~no_such_user/w"], "there is no home directory to put for ~"),
+        ([CONFIG, "--workdir=~no_such_user/w"], "there is no home directory to replace ~"),
         ([W, CONFIG, "--flagfile=missing"], "Unable to open flagfile: [Errno 2] No such file"),
         ([CONFIG, "--config.optimizer.schedule=step"], "optimizer.milestones is (); the schedule step divides"),
         ([W, CONFIG, "extra"], "'extra' is not a flag"),
