@@ -24,23 +24,23 @@ def linear_path(params_a: Params, params_b: Params, num_points: int = 20) -> Par
     Returns: a tree like `params_a` with a leading axis of `num_points`; vmap an evaluation over it.
 
     Raises:
-      ValueError: `num_points` below 2; ends of different structures or shapes.
+      ValueError: `num_points` is below 2; the two trees differ in structure or shapes.
     """
     if num_points < 2:
         raise ValueError(f"num_points is {num_points}; a path needs at least its 2 ends")
     masking.require_same_shapes(params_a, params_b)
-    points = jax.vmap(_point, in_axes=(None, None, 0))
+    points = jax.vmap(_interpolate, in_axes=(None, None, 0))
     return points(params_a, params_b, jnp.linspace(0.0, 1.0, num_points))
 
 
-def _point(tree_a, tree_b, alpha):
+def _interpolate(tree_a, tree_b, alpha):
     """Compute (1 − α)·a + α·b, leaf by leaf in the type of a; the ends are exact even if not finite."""
 
-    def between(a, b):
-        inside = ((1 - alpha) * a + alpha * b).astype(a.dtype)
-        return jnp.where(alpha == 0, a, jnp.where(alpha == 1, b.astype(a.dtype), inside))
+    def interpolate_leaf(a, b):
+        interior = ((1 - alpha) * a + alpha * b).astype(a.dtype)
+        return jnp.where(alpha == 0, a, jnp.where(alpha == 1, b.astype(a.dtype), interior))
 
-    return jax.tree.map(between, tree_a, tree_b)
+    return jax.tree.map(interpolate_leaf, tree_a, tree_b)
 
 
 def error_barrier(errors: Float[Array, "*paths points"], baseline: str = "mean") -> Float[Array, "*paths"]:
@@ -48,9 +48,11 @@ def error_barrier(errors: Float[Array, "*paths points"], baseline: str = "mean")
 
     Args:
       errors: error (or loss) at equidistant points of one or many paths, ends included, in any unit.
-      baseline: what the increase is measured from. `mean` of the two ends, as the paper that introduced
-        instability defines it (Frankle et al. 2020, ours); `linear`, the straight line between the ends;
-        or `max`, the worse of the two ends.
+      baseline: the error from which the increase is measured: `mean`, that of the two ends, as in the paper
+        that introduced instability (Frankle et al. 2020; ours); `linear`, the straight line between the ends;
+        or `max`, the larger of the two ends.
+
+    Returns: one barrier per path, in the unit of `errors`.
 
     Raises:
       ValueError: an unknown baseline.
@@ -79,15 +81,15 @@ def path_metrics(
     batch_norm: str = "interpolate",
     train: data.Split | None = None,
 ) -> tuple[Float[np.ndarray, " points"], Float[np.ndarray, " points"]]:
-    """Compute mean cross-entropy (nats) and error, in [0, 1], of the networks at the points of `linear_path`.
+    """Compute the mean cross-entropy (nats) and the error, in [0, 1], at the points of `linear_path`.
 
-    Evaluates as many points per pass as fit in a quarter of the device memory (vmap); convolutional networks
-    one point at a time (`lax.map`); a streamed split in a single pass over the data. If the first layer is
-    Flax's own dense layer or convolution, its output is affine in its weights and is computed for the two ends
-    only: a path of LeNet costs five evaluations instead of twenty.
+    Evaluates as many points per pass as fit in a quarter of the device memory (vmap). Convolutional networks
+    are evaluated one point at a time (`lax.map`), and a streamed split in a single pass over the data. The
+    output of a first layer that is Flax's own dense layer or convolution is affine in its weights, so it is
+    computed for the two ends only: 20 points of LeNet cost as much as five evaluations.
 
     Args:
-      variables_a, variables_b: variables of one network each, as `model.init` returns them.
+      variables_a, variables_b: the variables of the two ends, as `model.init` returns them.
       split: the whole split to evaluate on.
       batch_norm: "interpolate" interpolates normalisation statistics like the weights (ours); "reestimate"
         computes them at every point from 5,000 images of `train`.
@@ -101,10 +103,10 @@ def path_metrics(
     states = linear_path(state_a, state_b, num_points)
     path = (params_a, params_b, jnp.linspace(0.0, 1.0, num_points), states)
     if batch_norm == "reestimate":
-        path = (*path[:3], _reestimated(path, train, spec))
+        path = (*path[:3], _reestimate_statistics(path, train, spec))
     elif batch_norm != "interpolate":
         raise ValueError(f"batch_norm is {batch_norm!r}; it should be one of 'interpolate', 'reestimate'")
-    losses, correct = _over_chunks(_path_sums, path, split, spec)
+    losses, correct = _sum_in_chunks(_path_sums, path, split, spec)
     return losses / split.examples, 1 - correct / split.examples
 
 
@@ -112,17 +114,17 @@ def _split_params(variables):
     return variables["params"], {name: leaves for name, leaves in variables.items() if name != "params"}
 
 
-def _over_chunks(function, path, split, spec, batch_size=None):
+def _sum_in_chunks(function, path, split, spec, batch_size=None):
     """Call `sum_over_batches` for a function of a path, a few points at a time."""
     params_a, params_b, alphas, states = path
     batch_size = min(batch_size or split.examples, split.evaluation_batch_size, split.examples)
-    chunk = len(alphas)
-    # a streamed split would be decoded again for every chunk; unrolled points follow each other in any case
+    chunk_size = len(alphas)
+    # a streamed split would be decoded again for every chunk; unrolled points run one by one anyway
     if split.in_memory and not spec.execution.unroll:
-        chunk = _max_points_per_pass(params_a, states, split, batch_size, spec)
+        chunk_size = _max_points_per_pass(params_a, states, split, batch_size, spec)
     sums = []
-    for first in range(0, len(alphas), chunk):
-        points = jax.tree.map(lambda leaf: leaf[first : first + chunk], (alphas, states))  # noqa: B023
+    for first in range(0, len(alphas), chunk_size):
+        points = jax.tree.map(lambda leaf: leaf[first : first + chunk_size], (alphas, states))  # noqa: B023
         networks = (params_a, params_b, *points)
         sums.append(sum_over_batches(function, networks, split, spec=spec, batch_size=batch_size))
     return jax.tree.map(lambda *parts: np.concatenate(parts), *sums)
@@ -137,47 +139,47 @@ def _max_points_per_pass(params, states, split, batch_size, spec):
         options = {"capture_intermediates": True, "mutable": ["intermediates"]}
         return spec.model.apply({"params": params, **state}, images, train=False, **options)[1]
 
-    held = jax.tree.leaves((params, jax.eval_shape(outputs, params, images)))
-    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in held)
-    return max(1, data.device_memory() // 4 // needed)
+    arrays = jax.tree.leaves((params, jax.eval_shape(outputs, params, images)))
+    bytes_per_point = sum(leaf.size * leaf.dtype.itemsize for leaf in arrays)
+    return max(1, data.device_memory() // 4 // bytes_per_point)
 
 
-def _over_points(function, alphas, states, spec):
-    """Compute `function(alpha, state)` at each point, stacked."""
+def _map_points(function, alphas, states, spec):
+    """Stack the results of `function(alpha, state)` at all points."""
     if spec.execution.unroll:
         return jax.lax.map(lambda point: function(*point), (alphas, states))
     return jax.vmap(function)(alphas, states)
 
 
-def _path_sums(path, images, labels, counted, *, spec):
+def _path_sums(path, images, labels, valid, *, spec):
     """Compute `example_sums` at each point."""
     params_a, params_b, alphas, states = path
     images = spec.normalize(images)
 
-    def at(alpha, state):
+    def sum_point(alpha, state):
         logits = _apply_interpolated(spec, params_a, params_b, alpha, state, images, train=False)
-        return example_sums(logits, labels, counted)
+        return example_sums(logits, labels, valid)
 
-    return _over_points(at, alphas, states, spec)
+    return _map_points(sum_point, alphas, states, spec)
 
 
-def _batch_statistics(path, images, labels, counted, *, spec):
+def _batch_statistics(path, images, labels, valid, *, spec):
     """Compute the normalisation statistics of one batch at each point."""
-    del labels, counted
+    del labels, valid
     params_a, params_b, alphas, states = path
     images = spec.normalize(images)
     # momentum 0: the result depends on this batch only
     spec = spec._replace(model=spec.model.copy(norm_momentum=0.0))
 
-    def at(alpha, state):
+    def estimate_point(alpha, state):
         options = {"train": True, "mutable": list(state)}
         return _apply_interpolated(spec, params_a, params_b, alpha, state, images, **options)[1]
 
-    return _over_points(at, alphas, states, spec)
+    return _map_points(estimate_point, alphas, states, spec)
 
 
-def _reestimated(path, train, spec):
-    """Average the normalisation statistics of batches of training images, at each point."""
+def _reestimate_statistics(path, train, spec):
+    """Average, at each point, the normalisation statistics of batches of training images."""
     states = path[3]
     if not states:
         return states
@@ -188,28 +190,28 @@ def _reestimated(path, train, spec):
     batch_size = min(250, train.examples)
     batches = min(ESTIMATION_IMAGES, train.examples) // batch_size
     examples = train.take(np.arange(batches * batch_size))
-    sums = _over_chunks(_batch_statistics, path, examples, spec, batch_size)
+    sums = _sum_in_chunks(_batch_statistics, path, examples, spec, batch_size)
     return jax.tree.map(lambda leaf: leaf / batches, sums)
 
 
 def _apply_interpolated(spec, params_a, params_b, alpha, state, images, **options):
-    """Apply the model at θ(α); the output of an affine first layer is interpolated from the two ends."""
-    params = _point(params_a, params_b, alpha)
-    first = True
+    """Apply the model at θ(α), interpolating the output of an affine first layer between the two ends."""
+    params = _interpolate(params_a, params_b, alpha)
+    is_first = True
 
     def intercept(layer, args, kwargs, context):
-        nonlocal first
-        if not (first and isinstance(context.module, nn.Dense | nn.Conv)):
+        nonlocal is_first
+        if not (is_first and isinstance(context.module, nn.Dense | nn.Conv)):
             return layer(*args, **kwargs)
-        first = False
+        is_first = False
         if not _is_affine(context.module, params, spec.execution.convolutions):
             return layer(*args, **kwargs)
         module = context.module.clone(parent=None, name=None)
 
         def output(params):
-            return module.apply({"params": _at(params, context.module.path)}, *args, **kwargs)
+            return module.apply({"params": _subtree(params, context.module.path)}, *args, **kwargs)
 
-        return _point(output(params_a), output(params_b), alpha)
+        return _interpolate(output(params_a), output(params_b), alpha)
 
     with use_kernels(spec.execution.convolutions), nn.intercept_methods(intercept):
         return spec.model.apply({"params": params, **state}, images, **options)
@@ -218,27 +220,33 @@ def _apply_interpolated(spec, params_a, params_b, alpha, state, images, **option
 def _is_affine(module, params, implementation):
     """Return whether the output of a dense layer or convolution is certainly affine in its leaves of `params`.
 
-    False for a subclass, for a replaced dot product or convolution, for weights that a wrapper computes from
-    others, and for computation in fewer than 32 bits, where rounding would depend on the order.
+    Returns False for a subclass, for a replaced dot product or convolution, for weights that a wrapper computes
+    from others, and for computation in fewer than 32 bits, whose rounding would depend on the order.
     """
-    own = {
+    known_functions = {
         nn.Dense: {"dot_general": (None,), "dot_general_cls": (None,)},
         nn.Conv: {
             "conv_general_dilated": (None, conv_general_dilated_by(implementation)),
             "conv_general_dilated_cls": (None,),
         },
     }.get(type(module))
-    if own is None or any(getattr(module, field) not in known for field, known in own.items()):
+    if known_functions is None or any(
+        getattr(module, field) not in known for field, known in known_functions.items()
+    ):
         return False
-    leaves = _at(params, module.path)
-    same = isinstance(leaves, Mapping) and all(
+    leaves = _subtree(params, module.path)
+    uses_leaves = isinstance(leaves, Mapping) and all(
         module.get_variable("params", name) is leaf for name, leaf in leaves.items()
     )
     types = [leaf.dtype for leaf in jax.tree.leaves(leaves)] + [module.dtype or jnp.float32]
-    return same and module.promote_dtype is promote_dtype and all(jnp.finfo(kind).bits >= 32 for kind in types)
+    return (
+        uses_leaves
+        and module.promote_dtype is promote_dtype
+        and all(jnp.finfo(kind).bits >= 32 for kind in types)
+    )
 
 
-def _at(params, path):
+def _subtree(params, path):
     """Return the part of `params` at the path of a module; None if there is none."""
     for name in path:
         params = params.get(name) if isinstance(params, Mapping) else None

@@ -17,16 +17,16 @@ LEARNED_FACTOR, CHANCE_FACTOR = 2.5, 1.25  # accuracies, as multiples of 1/class
 
 
 class DivergedError(UserError):
-    """A run that ended because a training diverged; the rounds before are kept."""
+    """A run stopped because a training diverged; earlier rounds are kept."""
 
-    def __init__(self, message: str, round: int = 0, diverged: Mapping[Any, tuple[int, str]] | None = None):
+    def __init__(self, message: str, number: int = 0, diverged: Mapping[Any, tuple[int, str]] | None = None):
         super().__init__(message)
-        self.round = round
+        self.round = number
         self.diverged = dict(diverged or {})  # by member: step and description
 
 
 class TrainingHistory(NamedTuple):
-    """Loss and accuracy of a training so far, of each member."""
+    """Loss and accuracy of each member in the training so far."""
 
     broken_at: Int[np.ndarray, " members"]  # first step with a loss that is nan or infinite; −1 if none
     loss: Float[np.ndarray, " members"]  # mean over the steps of the latest epoch so far, in nats
@@ -47,22 +47,22 @@ def update_history(
     steps_per_epoch: int,
 ) -> TrainingHistory:
     """Add the steps of one epoch, from `first_step` of the training on, to a history."""
-    before = first_step % steps_per_epoch
-    after = before + len(losses)
+    steps_before = first_step % steps_per_epoch
+    steps_after = steps_before + len(losses)
 
-    def mean(so_far, values):
+    def update_mean(mean, values):
         with np.errstate(invalid="ignore"):  # ∞ − ∞
-            return (so_far * before + values.sum(0, dtype=np.float64)) / after
+            return (mean * steps_before + values.sum(0, dtype=np.float64)) / steps_after
 
     broken = ~np.isfinite(losses)
-    newly = (history.broken_at < 0) & broken.any(0)
-    accuracy = mean(history.accuracy, accuracies)
+    newly_broken = (history.broken_at < 0) & broken.any(0)
+    accuracy = update_mean(history.accuracy, accuracies)
     return TrainingHistory(
-        broken_at=np.where(newly, first_step + broken.argmax(0), history.broken_at),
-        loss=mean(history.loss, losses),
+        broken_at=np.where(newly_broken, first_step + broken.argmax(0), history.broken_at),
+        loss=update_mean(history.loss, losses),
         accuracy=accuracy,
         best_accuracy=np.maximum(history.best_accuracy, accuracy)
-        if after == steps_per_epoch
+        if steps_after == steps_per_epoch
         else history.best_accuracy,
     )
 
@@ -79,18 +79,18 @@ def diverged_members(
     """Return the members that diverged in a finished training of `steps` steps, like `non_finite_members`.
 
     Args:
-      train_losses: of the trained networks.
+      train_losses: of the trained networks on the training set, in nats.
     """
-    last = {
+    non_finite = {
         i: (steps, "the loss became nan or infinite")
         for i, loss in enumerate(train_losses)
         if not isfinite(loss)
     }
-    collapsed = (history.best_accuracy >= LEARNED_FACTOR / classes) & (
+    is_collapsed = (history.best_accuracy >= LEARNED_FACTOR / classes) & (
         history.accuracy <= CHANCE_FACTOR / classes
     )
-    fallen = {
+    collapsed = {
         i: (steps, f"the accuracy fell to {history.accuracy[i]:.1%} after {history.best_accuracy[i]:.1%}")
-        for i in np.flatnonzero(collapsed).tolist()
+        for i in np.flatnonzero(is_collapsed).tolist()
     }
-    return {**fallen, **last, **non_finite_members(history)}
+    return {**collapsed, **non_finite, **non_finite_members(history)}

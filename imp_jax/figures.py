@@ -1,7 +1,7 @@
-"""Tables → matplotlib figures. No JAX here: in a notebook, pass a DataFrame and get the Figure back.
+"""Functions that take tables as DataFrames and return matplotlib figures. This module does not import JAX.
 
-They look the same everywhere: matplotlib's default style, whatever a user's matplotlibrc or style sheet says.
-The functions named `draw_…` draw into axes of yours, one panel of such a figure.
+The figures always have matplotlib's default style, whatever a user's matplotlibrc or style sheet says. The
+functions named `draw_…` draw one panel of such a figure into given axes.
 """
 
 import functools
@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-# Okabe and Ito's colours, which the colour-blind tell apart; imp solid and its control dashed, as in the paper
+# the colour-blind palette of Okabe and Ito; imp solid and its control dashed, as in the paper
 STYLES = {
     "imp": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
     "reinit": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
@@ -32,10 +32,10 @@ class Figure(matplotlib.figure.Figure):
     """A figure that a notebook displays without pyplot."""
 
     def draw(self, renderer: Any) -> None:
-        with matplotlib.style.context("default"):  # ticks are made when they are drawn
+        with matplotlib.style.context("default"):  # matplotlib makes ticks when it draws them
             super().draw(renderer)
 
-    def _repr_png_(self) -> bytes:  # the method IPython asks for
+    def _repr_png_(self) -> bytes:  # called by IPython
         return to_bytes(self, dpi=100)
 
 
@@ -54,7 +54,7 @@ def accuracy(results: pd.DataFrame) -> Figure:
     Args:
       results: the columns arm, density and test_accuracy of results.csv.
     """
-    return _over_density(results, "test_accuracy", 100, "Test accuracy (%)")
+    return _plot_over_density(results, "test_accuracy", 100, "Test accuracy (%)")
 
 
 def threshold(results: pd.DataFrame) -> Figure:
@@ -63,20 +63,20 @@ def threshold(results: pd.DataFrame) -> Figure:
     Args:
       results: the columns arm, density and threshold of results.csv.
     """
-    return _over_density(results, "threshold", 1, "Pruning threshold")
+    return _plot_over_density(results, "threshold", 1, "Pruning threshold")
 
 
 @_in_default_style
 def distances(table: pd.DataFrame, metric: str = "angular") -> Figure:
-    """Draw the matrices of distances between rounds (figures 4, 9 to 11), means over replicates, of all arms.
+    """Draw a matrix of distances between rounds for each arm, means over replicates (figures 4, 9 to 11).
 
-    All arms share a colour scale. The last row and column compare with the initialisation.
+    All arms share a colour scale. The last row and column are the distances from the initialisation.
 
     Args:
       table: distances.csv.
       metric: angular, cosine or euclidean.
     """
-    table = _some(table[table["metric"] == metric], f"distances of metric {metric!r}")
+    table = _require_rows(table[table["metric"] == metric], f"distances of metric {metric!r}")
     arms = table["arm"].unique()
     limit = distance_limit(table, metric)
     figure = Figure(figsize=(0.9 + 3.2 * len(arms), 3.7), layout="constrained")
@@ -91,39 +91,39 @@ def distances(table: pd.DataFrame, metric: str = "angular") -> Figure:
 
 
 def distance_limit(distances: pd.DataFrame, metric: str) -> float:
-    """Return the upper end of a colour scale for means over replicates of `metric`; at least 1 for angles."""
+    """Return the upper end of the colour scale for distances of `metric`; at least 1 for angles."""
     table = distances[distances["metric"] == metric]
     means = table.groupby(["arm", "round_a", "round_b"])["distance"].mean()
     return max(1.0 if metric == "angular" else 0.0, means.max())
 
 
 def draw_distances(axes: Axes, distances: pd.DataFrame, metric: str, arm: str, limit: float) -> AxesImage:
-    """Draw the matrix of one arm (see `distances`), in colours from 0 to `limit`; returns the image."""
+    """Draw the matrix of one arm (see `distances`), with colours from 0 to `limit`; return the image."""
     table = distances[(distances["metric"] == metric) & (distances["arm"] == arm)]
     means = table.groupby(["round_a", "round_b"])["distance"].mean()
     rounds = sorted(table["round_a"].unique(), key=lambda number: (number < 0, number))
     matrix = means.unstack().reindex(rounds, columns=rounds)
     image = axes.imshow(matrix, vmin=0, vmax=limit, cmap="viridis")
     step = max(1, len(rounds) // 5)
-    places = [place for place in range(0, len(rounds) - 1, step) if place < len(rounds) - 1 - step / 2]
-    ticks = [*places, len(rounds) - 1]
-    labels = ["init" if rounds[place] < 0 else f"{rounds[place]}" for place in ticks]
+    last = len(rounds) - 1
+    ticks = [*(tick for tick in range(0, last, step) if tick < last - step / 2), last]
+    labels = ["init" if rounds[tick] < 0 else f"{rounds[tick]}" for tick in ticks]
     axes.set_xticks(ticks, labels)
     axes.set_yticks(ticks, labels)
-    for line in (axes.axhline, axes.axvline):  # separates the initialisation
-        line(len(rounds) - 1.5, color="white", linewidth=1)
+    for line in (axes.axhline, axes.axvline):  # to separate the initialisation
+        line(last - 0.5, color="white", linewidth=1)
     return image
 
 
 @_in_default_style
 def histograms(table: pd.DataFrame, number: int = 10) -> Figure:
-    """Draw histograms of the surviving weights of one round (figure 5), all replicates together, of all arms.
+    """Draw a histogram of the surviving weights of one round for each arm, over all replicates (figure 5).
 
     Args:
       table: histograms.csv.
-      number: the round; the last one of a shorter run.
+      number: the round; a shorter run uses its last one.
     """
-    number = min(number, _some(table, "histograms")["round"].max())
+    number = min(number, _require_rows(table, "histograms")["round"].max())
     table = table[table["round"] == number]
     arms = table["arm"].unique()
     figure = Figure(figsize=(0.6 + 3 * len(arms), 2.9), layout="constrained")
@@ -138,13 +138,13 @@ def histograms(table: pd.DataFrame, number: int = 10) -> Figure:
 
 
 def draw_histogram(axes: Axes, histograms: pd.DataFrame, number: int, arm: str) -> float:
-    """Draw the surviving weights of one arm in round `number`; returns x for an axis from −x to x."""
+    """Draw the surviving weights of one arm in round `number`; return the limit x of an axis from −x to x."""
     table = histograms[(histograms["round"] == number) & (histograms["arm"] == arm)]
     bins = table.groupby("left").agg({"right": "first", "count": "sum"})
-    seen = bins[
-        bins["count"] > bins["count"].sum() / 1e4
-    ]  # without a few outliers, which would narrow the rest
-    widest = max(seen["right"].max(), -seen.index.min()) if len(seen) else 1e-9  # if no weight survives
+    # outliers would make the rest too narrow
+    frequent = bins[bins["count"] > bins["count"].sum() / 1e4]
+    # without a surviving weight, any limit above 0 will do
+    widest = max(frequent["right"].max(), -frequent.index.min()) if len(frequent) else 1e-9
     shares = 100 * bins["count"] / bins["count"].sum()
     color = STYLES.get(arm, {}).get("color")
     axes.stairs(shares, [*bins.index, bins["right"].iloc[-1]], fill=True, color=color)
@@ -164,10 +164,13 @@ def barriers(
 
     Args:
       paths, barrier_table, results: paths.csv, barriers.csv and results.csv.
-      rounds: in which the paths to draw end; None is the first, the middle and the last one.
+      rounds: the later rounds of the paths to draw; None draws the first, the middle and the last path.
+
+    Raises:
+      ValueError: a table has no successive rounds; `rounds` has a round in which no path ends.
     """
     paths, barrier_table = (
-        _some(table[table["kind"] == "successive"], "paths of kind 'successive'")
+        _require_rows(table[table["kind"] == "successive"], "paths of kind 'successive'")
         for table in (paths, barrier_table)
     )
     available = sorted(map(int, paths["round"].unique()))
@@ -182,13 +185,13 @@ def barriers(
 
 
 def draw_paths(axes: Axes, paths: pd.DataFrame, results: pd.DataFrame, rounds: Sequence[int]) -> None:
-    """Draw the test error along the paths that end in `rounds`: the mean, and min to max shaded."""
+    """Draw the test error along the paths that end in `rounds`: the mean, and a band from min to max."""
     density = _densities(results)
     for number, color, line in zip(
         rounds, itertools.cycle(PATHS), itertools.cycle(("-", "--", ":", "-.")), strict=False
     ):
-        of_round = paths[(paths["round"] == number) & (paths["split"] == "test")]
-        errors = 100 * of_round.groupby("alpha")["error"].agg(["mean", "min", "max"])
+        path_rows = paths[(paths["round"] == number) & (paths["split"] == "test")]
+        errors = 100 * path_rows.groupby("alpha")["error"].agg(["mean", "min", "max"])
         label = " → ".join(f"{float(f'{100 * density[end]:.2g}'):g}" for end in (number - 1, number)) + " %"
         axes.plot(errors.index, errors["mean"], color=color, linestyle=line, linewidth=1.6, label=label)
         axes.fill_between(errors.index, errors["min"], errors["max"], color=color, alpha=0.15, linewidth=0)
@@ -201,7 +204,10 @@ def draw_paths(axes: Axes, paths: pd.DataFrame, results: pd.DataFrame, rounds: S
 def draw_barriers(
     axes: Axes, barriers: pd.DataFrame, results: pd.DataFrame, splits: Sequence[str] = ("test", "train")
 ) -> None:
-    """Draw the barriers of one kind over density, of both splits; a rise of test error alone may be chance."""
+    """Draw the barriers of one kind over density for each split.
+
+    A barrier that only the test set has may be due to chance.
+    """
     table = barriers.assign(density=barriers["round"].map(_densities(results)))
     styles = {"test": STYLES["imp"], "train": {"color": "#666666", "linestyle": ":", "marker": "^"}}
     for split in splits:
@@ -220,18 +226,18 @@ def instability(barriers: pd.DataFrame, results: pd.DataFrame) -> Figure:
     Args:
       barriers, results: barriers.csv and results.csv.
     """
-    table = _some(barriers[barriers["kind"] == "instability"], "barriers of kind 'instability'")
+    table = _require_rows(barriers[barriers["kind"] == "instability"], "barriers of kind 'instability'")
     density = _densities(results)
     figure = Figure(figsize=(4.4, 3.2), layout="constrained")
     axes = figure.add_subplot()
     draw_barriers(axes, table, results)
     for number, rows in table.groupby("round"):
-        place = (density[number], 100 * rows["barrier"].max())
+        position = (density[number], 100 * rows["barrier"].max())
         axes.annotate(
-            f"round {number}", place, (0, 5), textcoords="offset points", ha="center", fontsize="small"
+            f"round {number}", position, (0, 5), textcoords="offset points", ha="center", fontsize="small"
         )
     axes.margins(y=0.2)
-    density_axis(axes, table["round"].map(density).min() / 1.5)  # with room for the labels
+    density_axis(axes, table["round"].map(density).min() / 1.5)  # leaves room for the labels
     axes.set_ylabel("Instability (percentage points of error)")
     return figure
 
@@ -239,12 +245,15 @@ def instability(barriers: pd.DataFrame, results: pd.DataFrame) -> Figure:
 def draw_mean(axes: Axes, rows: pd.DataFrame, column: str, scale: float = 1, **style: Any) -> None:
     """Draw the mean of `column`, times `scale`, at each density above 0, with bars from min to max."""
     by_density = rows.query("density > 0").groupby("density")[column]
-    over = scale * by_density.agg(["mean", "min", "max"]).sort_index(ascending=False)
+    statistics = scale * by_density.agg(["mean", "min", "max"]).sort_index(ascending=False)
     axes.errorbar(
-        over.index,
-        over["mean"],
-        # the mean of equal values may differ from them by rounding, and bars must not be negative
-        yerr=[(over["mean"] - over["min"]).clip(lower=0), (over["max"] - over["mean"]).clip(lower=0)],
+        statistics.index,
+        statistics["mean"],
+        # by rounding, the mean of equal values may differ from them, and bars must not be negative
+        yerr=[
+            (statistics["mean"] - statistics["min"]).clip(lower=0),
+            (statistics["max"] - statistics["mean"]).clip(lower=0),
+        ],
         markersize=3.5,
         linewidth=1.4,
         elinewidth=0.9,
@@ -266,24 +275,24 @@ def density_axis(axes: Axes, lowest: float) -> None:
 
 
 def to_bytes(figure: matplotlib.figure.Figure, file_format: str = "png", dpi: int = 200) -> bytes:
-    """Return the figure as the bytes of a PNG file, by default at print resolution, or of a PDF."""
+    """Return the figure as the bytes of a PNG or PDF file; `dpi` is in dots per inch."""
     buffer = io.BytesIO()
-    # without the date: the same figure gives the same file
+    # no date, so that the same figure gives the same file
     metadata = {"CreationDate": None} if file_format == "pdf" else None
     with matplotlib.style.context("default"):
         figure.savefig(buffer, format=file_format, dpi=dpi, metadata=metadata)
     return buffer.getvalue()
 
 
-def _some(table, what):
+def _require_rows(table, description):
     if table.empty:
-        raise ValueError(f"there are no {what} in the table to draw")
+        raise ValueError(f"there are no {description} in the table to draw")
     return table
 
 
 @_in_default_style
-def _over_density(results, column, scale, label):
-    """Draw a column over density, one line per arm."""
+def _plot_over_density(results, column, scale, label):
+    """Draw a column over density, with one line per arm."""
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
     axes = figure.add_subplot()
     for arm, rows in results[results["arm"] != "twin"].groupby("arm", sort=False):

@@ -1,9 +1,9 @@
 """J_r, the loss that repels a network from earlier optima or attracts it to them (section 3).
 
 J_r compares connections, the prunable weights on a mask: biases and the parameters of normalisation layers do
-not count, nor do layers that `exclude` names, as in `masking`. Every earlier optimum enters J_r masked by the
-mask of the current round, so only its values on surviving weights are stored. If a fifth of P weights is
-removed in each round, these are n · 0.8ⁿ · P values in round n, at most 1.64 P, where copies would need n · P.
+not count, nor do layers that `exclude` names, as in `masking`. The mask of the current round is applied to
+every earlier optimum, so only its values on surviving weights are stored. If each round removes a fifth of the
+P weights, these are n · 0.8ⁿ · P values in round n, at most 1.64 P; full copies would need n · P.
 """
 
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ from imp_jax import masking
 from imp_jax.masking import Mask, Params
 from imp_jax.similarity import inner_product, scale_of, widen
 
-# Size of a new store in units of P, if the round does not need more: room for future optima.
+# Size of a new store in units of P, with room for future optima, unless the round needs more.
 _STORE_SIZE_IN_P = 1.7
 # `positions` are strictly increasing, padding included: scatter and gather may assume sorted, unique indices.
 _SCATTER_HINTS = {"indices_are_sorted": True, "unique_indices": True}
 
 
 class GrownMaskError(ValueError):
-    """A mask holds a weight that an earlier one had pruned: the optima stored do not have it."""
+    """A mask has a weight that an earlier round had pruned, whose values are not stored."""
 
 
 class Optima(NamedTuple):
@@ -34,10 +34,10 @@ class Optima(NamedTuple):
     Slots and rows are padded so that one compiled program serves several rounds.
     """
 
-    # both by the name of a prunable leaf, such as "Dense_0/kernel"
-    positions: dict[str, Int[Array, " slots"]]  # of survivors in the flattened leaf; beyond its end if unused
+    # `positions` and `values` by the name of a prunable leaf, such as "Dense_0/kernel"
+    positions: dict[str, Int[Array, " slots"]]  # of survivors in the flattened leaf; past its end if unused
     values: dict[str, Float[Array, "rows slots"]]  # of each optimum at these positions; 0 if unused
-    inverse_norms: Float[Array, " rows"]  # 1/‖θ_r⊙m‖; 0 for an optimum that is zero there, or an unused row
+    inverse_norms: Float[Array, " rows"]  # 1/‖θ_r⊙m‖; 0 if θ_r⊙m is zero or the row unused
     count: Int[Array, ""]  # |Θ|
 
     @property
@@ -53,17 +53,17 @@ def repulsion_loss(
     strength: float = 2.0,
     exclude: str | Sequence[str] = (),
 ) -> Float[Array, ""]:
-    """J_r(θ) = λ_r / |Θ| · Σ_{θ_r ∈ Θ} cos²(θ⊙m, θ_r⊙m), the plain form of section 3.
+    """Compute J_r(θ) = λ_r / |Θ| · Σ_{θ_r ∈ Θ} cos²(θ⊙m, θ_r⊙m), the plain form of section 3.
 
     Args:
-      params: θ, the network in training; its prunable weights count.
+      params: θ, the network in training.
       mask: m, the mask of its round.
       earlier_params_list: Θ, the optima of earlier rounds; empty in round 0, where J_r is 0.
-      strength: λ_r, 2 repels and −1 attracts in the paper.
+      strength: λ_r; in the paper 2 repels and −1 attracts.
       exclude: layers that are not prunable.
 
-    Returns: a scalar. A network that is zero on the mask has no direction: its cosine counts as 0, and the
-      gradient there is 0 and not nan.
+    Returns: a scalar. A network that is zero on the mask has no direction; its cosine counts as 0, and the
+      gradient is 0 instead of nan.
 
     Raises:
       ValueError: trees of different structures or shapes, or without a prunable leaf.
@@ -98,21 +98,21 @@ def add_optimum(
 ) -> Optima:
     """Add `params`, the result of a round, to the earlier optima, for the next round under `masks`.
 
-    Runs on the host once per round and returns NumPy arrays: the number of slots depends on the masks. The
-    store keeps its padded shape as long as it is large enough and not mostly empty, because every new shape
+    Runs on the host once per round and returns NumPy arrays, because the number of slots depends on the masks.
+    The store keeps its padded shape as long as it is large enough and not mostly empty, because every new shape
     recompiles the step.
 
     Args:
-      optima: Θ of that round; None if it is empty. Its masks must contain `masks`.
-      params, masks: with a leading member axis; masks of members may differ.
-      max_optima: number of optima to keep, the latest ones.
-      dtype: of the stored values, float32 or bfloat16: half their memory, and in a repelled run of mnist5k an
-        error of at most 4e-4 in a cosine and 0.4 % in the gradient.
+      optima: Θ in the round of `params`; None if it is empty. `masks` must be subsets of that round's masks.
+      params, masks: trees with a leading member axis; masks of members may differ.
+      max_optima: largest number of optima to keep; only the latest ones are kept.
+      dtype: type of the stored values, float32 or bfloat16. bfloat16 takes half the memory; in a repelled run
+        of mnist5k its error is at most 4e-4 in a cosine and 0.4 % in the gradient.
       exclude: layers that are not prunable.
 
     Raises:
-      ValueError: a weight survives in `masks` that was pruned before; trees of different structures or shapes,
-        or without a prunable leaf.
+      GrownMaskError: a weight survives in `masks` that an earlier round pruned.
+      ValueError: trees of different structures or shapes, or without a prunable leaf.
     """
     masking.require_same_shapes(params, masks)
     params, masks = (masking.prunable_by_name(tree, exclude) for tree in (params, masks))
@@ -131,21 +131,21 @@ def add_optimum(
     rows, *slots = next_store_shape(shape, kept + 1, max_optima, needed, sum(leaf.shape[1] for leaf in leaves))
 
     all_positions, all_values = [], []
-    for leaf, mask, width, (before, values_before) in zip(leaves, masks, slots, earlier, strict=True):
+    for leaf, mask, width, (positions_before, values_before) in zip(leaves, masks, slots, earlier, strict=True):
         members, size = leaf.shape
         positions = np.tile(np.arange(size, size + width, dtype=np.int32), (members, 1))
         values = np.zeros((members, rows, width), jnp.dtype(dtype))
         for m in range(members):
-            there = np.arange(size) if width == size else np.flatnonzero(mask[m])
-            used = slice(len(there))
-            positions[m, used] = there
-            values[m, kept, used] = np.where(mask[m, there], leaf[m, there], 0)
+            kept_positions = np.arange(size) if width == size else np.flatnonzero(mask[m])
+            used = slice(len(kept_positions))
+            positions[m, used] = kept_positions
+            values[m, kept, used] = np.where(mask[m, kept_positions], leaf[m, kept_positions], 0)
             if kept:
-                slots_before = np.searchsorted(before[m], there)
-                if not np.array_equal(np.take(before[m], slots_before, mode="clip"), there):
-                    raise GrownMaskError("a mask holds a weight that the round before had pruned")
+                slots_before = np.searchsorted(positions_before[m], kept_positions)
+                if not np.array_equal(np.take(positions_before[m], slots_before, mode="clip"), kept_positions):
+                    raise GrownMaskError("a mask has a weight that an earlier round had pruned")
                 latest = values_before[m][count - kept : count, slots_before]
-                values[m, :kept, used] = np.where(mask[m, there], latest, 0)
+                values[m, :kept, used] = np.where(mask[m, kept_positions], latest, 0)
         all_positions.append(positions)
         all_values.append(values)
     norms = np.sqrt(sum(np.square(values, dtype=np.float64).sum(-1) for values in all_values))
@@ -156,23 +156,23 @@ def add_optimum(
 
 
 def next_store_shape(
-    before: Sequence[int] | None, count: int, max_optima: int, needed: Sequence[int], weights: int
+    last_shape: Sequence[int] | None, count: int, max_optima: int, needed: Sequence[int], weights: int
 ) -> tuple[int, ...]:
-    """Compute the shape of a store: the present one, if it is large enough and not mostly empty.
+    """Compute the shape of a store: that of the last round, if it is large enough and not mostly empty.
 
-    A new shape has rows for future optima, up to 1.7 P values in all. If the present optima need more, as with
+    A new shape has rows for future optima, up to 1.7 P values in all. If the optima so far need more, as with
     slower pruning, it has a quarter more rows than they need.
 
     Args:
-      before: the shape of the round before.
-      count, max_optima: number of optima now, and at most.
-      needed: surviving weights of each leaf.
-      weights: weights of the network, pruned or not.
+      last_shape: the shape in the last round; None if there was no store.
+      count, max_optima: the number of optima to store now, and the largest number that a run stores.
+      needed: the number of surviving weights of each leaf.
+      weights: P, the number of prunable weights of the network, pruned or not.
 
-    Returns: the number of rows, then of slots of each leaf.
+    Returns: the number of rows, followed by the number of slots of each leaf.
     """
-    if before is not None:
-        rows, *slots = before
+    if last_shape is not None:
+        rows, *slots = last_shape
         wasteful = sum(slots) > max(4 * sum(needed), weights / 10)
         suffices = count <= rows and all(a <= b for a, b in zip(needed, slots, strict=True))
         if suffices and not wasteful:
@@ -182,25 +182,25 @@ def next_store_shape(
 
 
 def add_gradient(gradients: Params, params: Params, optima: Optima, strength: float) -> Params:
-    """Add the gradient of J_r at θ⊙m = `params` to `gradients`; it is zero on pruned weights."""
-    of_survivors = jax.grad(survivor_loss)(gather_survivors(params, optima), optima, strength)
+    """Add the gradient of J_r at θ⊙m = `params`, which is zero on pruned weights, to `gradients`."""
+    survivor_gradients = jax.grad(survivor_loss)(gather_survivors(params, optima), optima, strength)
 
     def add(path, gradient):
         name = masking.name(path)
-        if name not in of_survivors:
+        if name not in survivor_gradients:
             return gradient
         flat, positions = gradient.reshape(-1), optima.positions[name]
         if positions.size == flat.size:
-            flat += of_survivors[name]
+            flat += survivor_gradients[name]
         else:
-            flat = flat.at[positions].add(of_survivors[name], mode="drop", **_SCATTER_HINTS)
+            flat = flat.at[positions].add(survivor_gradients[name], mode="drop", **_SCATTER_HINTS)
         return flat.reshape(gradient.shape)
 
     return jax.tree_util.tree_map_with_path(add, gradients)
 
 
 def gather_survivors(params: Params, optima: Optima) -> dict[str, Float[Array, " slots"]]:
-    """Gather the surviving weights of θ⊙m, leaf by leaf as in `optima`; 0 in unused slots."""
+    """Gather the surviving weights of θ⊙m = `params` by leaf, in the slots of `optima`; 0 in unused slots."""
 
     def take(name, leaf):
         flat, positions = leaf.reshape(-1), optima.positions[name]
@@ -219,10 +219,10 @@ def survivor_loss(
 
 
 def cosines(survivors: dict[str, Float[Array, " slots"]], optima: Optima) -> Float[Array, " rows"]:
-    """Compute cos(θ⊙m, θ_r⊙m) with every earlier optimum; 0 where one is zero, and in unused rows.
+    """Compute cos(θ⊙m, θ_r⊙m) with every earlier optimum; 0 if one of them is zero, and in unused rows.
 
-    In float32 or better, for norms from 1e-18 to 1e18: rescaling would take another pass over all weights. Uses
-    operators only, so that traced and NumPy arrays both work.
+    Computes in float32 or better. Norms must lie between 1e-18 and 1e18, because rescaling would take another
+    pass over all weights. Uses only operators, so that it works on traced and on NumPy arrays.
     """
     pairs = [(optima.values[name], widen(x)) for name, x in survivors.items()]
     with jax.default_matmul_precision("highest"):  # a GPU would round to TF32
@@ -238,17 +238,19 @@ def summary(params: Params, optima: Optima, strength: float) -> tuple[Float[np.n
     Runs on the host, so that no program is compiled.
     """
 
-    def of_member(m):
+    def summarize_member(m):
         optima_m = jax.tree.map(lambda leaf: np.asarray(leaf[m]), optima)
         survivors = {}
         for name, leaf in _stored_leaves(optima, params).items():
             leaf = np.asarray(leaf[m])
-            places = np.minimum(optima_m.positions[name], leaf.size)
-            survivors[name] = np.append(leaf, leaf.dtype.type(0))[places]
+            indices = np.minimum(optima_m.positions[name], leaf.size)
+            survivors[name] = np.append(leaf, leaf.dtype.type(0))[indices]
         mean_cosine = cosines(survivors, optima_m).sum() / optima_m.count
         return survivor_loss(survivors, optima_m, strength), mean_cosine
 
-    return tuple(np.array(column) for column in zip(*map(of_member, range(len(optima.count))), strict=True))
+    return tuple(
+        np.array(column) for column in zip(*map(summarize_member, range(len(optima.count))), strict=True)
+    )
 
 
 def _stored_leaves(optima, params):

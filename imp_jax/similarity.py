@@ -3,7 +3,7 @@
 Two networks are compared by their connections, the prunable weights, on the intersection m = m₁⊙m₂ of their
 masks: d(θ₁⊙m, θ₂⊙m). Biases and the parameters of normalisation layers do not count. All functions are pure
 and may be jitted and vmapped; `exclude` names further layers that do not count, as in `masking`. Weights may
-have any scale; sums are in float32 or better.
+have any scale; they are summed in float32 or better.
 
 All functions raise a ValueError for trees whose structures or shapes differ, or without a prunable leaf.
 """
@@ -22,7 +22,7 @@ DEFINITION = 2  # version of what is compared, also in J_r; version 1 included b
 
 
 def inner_product(params_a: PyTree[Array], params_b: PyTree[Array]) -> Float[Array, ""]:
-    """Compute ⟨a, b⟩ over all leaves, multiplied and summed in float32 or better."""
+    """Compute ⟨a, b⟩ over all leaves, in float32 or better."""
     masking.require_same_shapes(params_a, params_b)
     products = jax.tree.map(lambda a, b: jnp.sum(widen(a) * widen(b)), params_a, params_b)
     return sum(jax.tree.leaves(products))
@@ -33,9 +33,9 @@ def angular_distance(
 ) -> Float[Array, ""]:
     """Compute 2·∠(a, b)/π on the shared weights (section 4.1): 0 same direction, 1 orthogonal, 2 opposite.
 
-    nan if a direction is undefined: the intersection is empty, or a network is zero on it.
+    The result is nan if a direction is undefined: the intersection is empty, or a network is zero on it.
     """
-    a, b = map(_unit, _on_intersection(params_a, mask_a, params_b, mask_b, exclude))
+    a, b = map(_normalize, _restrict_to_intersection(params_a, mask_a, params_b, mask_b, exclude))
     # Kahan's form: arccos(a·b) loses half its digits near 0 and leaves its domain by rounding
     difference = _norm(jax.tree.map(jnp.subtract, a, b))
     total = _norm(jax.tree.map(jnp.add, a, b))
@@ -46,7 +46,7 @@ def cosine_distance(
     params_a: Params, mask_a: Mask, params_b: Params, mask_b: Mask, exclude: str | Sequence[str] = ()
 ) -> Float[Array, ""]:
     """Compute 1 − cos(a, b) on the shared weights (appendix B), in [0, 2]; nan as in `angular_distance`."""
-    a, b = map(_unit, _on_intersection(params_a, mask_a, params_b, mask_b, exclude))
+    a, b = map(_normalize, _restrict_to_intersection(params_a, mask_a, params_b, mask_b, exclude))
     difference = jax.tree.map(jnp.subtract, a, b)
     return inner_product(difference, difference) / 2  # = 1 − cos, without its cancellation near 0
 
@@ -55,7 +55,7 @@ def euclidean_distance(
     params_a: Params, mask_a: Mask, params_b: Params, mask_b: Mask, exclude: str | Sequence[str] = ()
 ) -> Float[Array, ""]:
     """Compute ‖a − b‖₂ on the shared weights (appendix B); 0 on an empty intersection."""
-    a, b = _on_intersection(params_a, mask_a, params_b, mask_b, exclude)
+    a, b = _restrict_to_intersection(params_a, mask_a, params_b, mask_b, exclude)
     return _norm(jax.tree.map(jnp.subtract, a, b))
 
 
@@ -67,10 +67,10 @@ def distance_matrix(
 ) -> Float[Array, "networks networks"]:
     """Compute the distances between all pairs of networks (figures 4, 9 to 11), each on its own intersection.
 
-    The three distances of this module are computed from Gram products of all networks at once. They are exact
-    to float32 in the cosines, which does not resolve angular distances below 1e-3, and in the squared
-    distances from the mean network. Any other function is called pair by pair, without `exclude`. Entries are
-    nan as in `distance`; the rest of the diagonal is 0.
+    The three distances of this module are computed from Gram products of all networks at once. Their cosines
+    have the rounding errors of float32, so angular distances below 1e-3 are not resolved; Euclidean distances
+    are rounded relative to the distances from the mean network. Any other function is called pair by pair,
+    without `exclude`. Entries are nan where `distance` is; otherwise the diagonal is 0.
     """
     masking.require_same_shapes(*params, *masks)
     params, masks = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) for trees in (params, masks))
@@ -95,8 +95,8 @@ def gram_products(
 ) -> tuple[Float[Array, "networks networks"], Float[Array, "networks networks"]]:
     """Compute ⟨θ_i, θ_j⟩ and ‖θ_i‖² at [i, j], both on m_i⊙m_j, of networks stacked along axis 0.
 
-    Takes two matrix products per leaf: θ⊙m with itself, and its square with the masks. The squares of weights
-    below 1e-19 or above 1e19 leave the range of float32.
+    Computes two matrix products per leaf: of θ⊙m with itself, and of its square with the masks. The squares of
+    weights below 1e-19 or above 1e19 leave the range of float32.
     """
     return _gram_products(*_weights_and_masks(params, masks, exclude))
 
@@ -107,9 +107,9 @@ def widen(leaf: Array) -> Array:
 
 
 def scale_of(leaves: Sequence[Array], axis: int | tuple[int, ...] | None = None) -> Array:
-    """Return the largest magnitude in `leaves`, or 1 if all are 0; divided by it, weights can be squared.
+    """Return the largest magnitude in `leaves`, or 1 if all are 0; weights divided by it can be squared safely.
 
-    It is a constant to gradients, as the scaled result does not depend on it.
+    Gradients treat it as a constant, because the final result does not depend on it.
     """
     largest = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(leaf), axis, initial=0) for leaf in leaves))
     return jax.lax.stop_gradient(jnp.where(largest == 0, 1, largest))
@@ -119,7 +119,7 @@ def _gram_products(weights, masks):
     dot = functools.partial(jnp.matmul, precision="highest")  # a GPU would round to TF32
     pairs = [(dot(p, p.T), dot(p * p, m.T.astype(p.dtype))) for p, m in zip(weights, masks, strict=True)]
     products, squares = map(sum, zip(*pairs, strict=True))
-    return (products + products.T) / 2, squares  # symmetric to the bit
+    return (products + products.T) / 2, squares  # exactly symmetric
 
 
 def _weights_and_masks(params, masks, exclude):
@@ -140,14 +140,14 @@ def _cosine(params, masks, exclude):
 
 def _euclidean(params, masks, exclude):
     weights, masks = _weights_and_masks(params, masks, exclude)
-    weights = [_from_mean(*pair) for pair in zip(weights, masks, strict=True)]
+    weights = [_subtract_mean(*pair) for pair in zip(weights, masks, strict=True)]
     scale = scale_of(weights)
     products, squares = _gram_products([leaf / scale for leaf in weights], masks)
     return _zero_diagonal(scale * jnp.sqrt(jnp.maximum(squares + squares.T - 2 * products, 0)))
 
 
-def _from_mean(weights, masks):
-    """Subtract the mean network: differences of networks far from 0 and near each other would cancel."""
+def _subtract_mean(weights, masks):
+    """Subtract the mean network, because differences of similar networks far from 0 would cancel."""
     mean = weights.sum(0) / jnp.maximum(masks.sum(0), 1)
     return jnp.where(masks, weights - mean, 0)
 
@@ -160,7 +160,7 @@ def _cosines(params, masks, exclude):
     weights, masks = _weights_and_masks(params, masks, exclude)
     scale = scale_of(weights, axis=1)[:, None]
     products, squares = _gram_products([leaf / scale for leaf in weights], masks)
-    # separate roots for squares of different scales; rounding may leave [−1, 1]
+    # separate roots, because the product may leave the range of float32; clip, because of rounding
     return jnp.clip(products / (jnp.sqrt(squares) * jnp.sqrt(squares.T)), -1, 1)
 
 
@@ -169,7 +169,7 @@ def _zero_diagonal(matrix):
     return jnp.where(jnp.eye(len(matrix), dtype=bool) & ~jnp.isnan(matrix), 0, matrix)
 
 
-def _on_intersection(params_a, mask_a, params_b, mask_b, exclude):
+def _restrict_to_intersection(params_a, mask_a, params_b, mask_b, exclude):
     """Return the prunable leaves of both networks, in float32 or better, zero outside of the intersection."""
     masking.require_same_shapes(params_a, mask_a, params_b, mask_b)
     a, keep_a, b, keep_b = (
@@ -187,7 +187,7 @@ def _norm(leaves):
     return scale * jnp.sqrt(inner_product(leaves, leaves))
 
 
-def _unit(leaves):
+def _normalize(leaves):
     scale = scale_of(leaves)
     leaves = [leaf / scale for leaf in leaves]  # scaled first: the norm may leave the range of float32
     norm = jnp.sqrt(inner_product(leaves, leaves))

@@ -1,8 +1,8 @@
-"""The train step, the epoch that scans over it, and evaluation, in the order in which a training calls them.
+"""The train step, the epoch that scans over it, and evaluation, in reading order.
 
-The functions of one network come first; the functions of all members call them. Every tree of those has a
-leading axis of members. Masks, learning rates, keys and earlier optima are arguments: one compiled program
-serves all rounds, or with repulsion all rounds whose `Optima` have one shape.
+The functions of one network come first. The functions of all members call them; their trees have a leading
+member axis. Masks, learning rates, keys and earlier optima are arguments, so one compiled program serves all
+rounds, or with repulsion all rounds whose `Optima` have the same shape.
 """
 
 import functools
@@ -38,19 +38,19 @@ Images = UInt8[Array, "batch height width channels"] | Float[Array, "batch heigh
 
 
 class TrainSpec(NamedTuple):
-    """The static half of a train step: what does not change during a run. A static argument of jit."""
+    """The parts of a train step that are constant during a run; a static argument of jit."""
 
     model: nn.Module
-    optimizer: optax.GradientTransformationExtraArgs | None = None  # None where nothing is trained
+    optimizer: optax.GradientTransformationExtraArgs | None = None  # None if nothing is trained
     batch_size: int = 1  # of each member
     normalize: Normalize = Normalize()
-    augmentation: tuple[str, ...] = ()  # of images in memory; a streamed split augments while it decodes
-    repulsion_strength: float = 0.0  # λ_r; used where there are earlier optima
+    augmentation: tuple[str, ...] = ()  # of images in memory; streamed splits augment while decoding
+    repulsion_strength: float = 0.0  # λ_r; used if there are earlier optima
     execution: ExecutionMode = ExecutionMode()
     accumulate_steps: int = 1  # equal parts of a batch whose gradients are computed one after the other
-    norm_parts: int = 1  # equal parts of each of those that are normalised by their own statistics
-    rng_streams: tuple[str, ...] = ()  # that the model draws from in training, such as "dropout"
-    mesh: Mesh | None = None  # None is one device
+    norm_parts: int = 1  # equal parts of each such part with separate BatchNorm statistics
+    rng_streams: tuple[str, ...] = ()  # of the model in training, such as "dropout"
+    mesh: Mesh | None = None  # None uses one device
 
     @property
     def data_devices(self) -> int:
@@ -58,14 +58,14 @@ class TrainSpec(NamedTuple):
         return self.mesh.shape[DATA] if self.mesh else 1
 
     def apply(self, variables: Variables, images: Images, **options: Any) -> Any:
-        """Apply the model to images as they are in a data set, with the kernels of `execution`."""
+        """Normalise images of a data set and apply the model, with the kernels of `execution`."""
         with use_kernels(self.execution.convolutions):
             return self.model.apply(variables, self.normalize(images), **options)
 
 
 class TrainState(NamedTuple):
     params: Params
-    model_state: Variables  # the collections of the model besides its parameters; {} for most
+    model_state: Variables  # all collections but "params"; {} for a model without others
     opt_state: PyTree[Array]
 
     @property
@@ -90,9 +90,9 @@ def loss_fn(
     """Compute the mean cross-entropy of a batch, in nats, with the model in training mode.
 
     Args:
-      key: from which the streams of `spec.rng_streams` are drawn; None if there are none.
+      key: from which the keys of `spec.rng_streams` are folded; None if there are none.
 
-    Returns: the loss, and the collections of the model after the step with the accuracy in [0, 1].
+    Returns: the loss; and a pair of the updated `model_state` and the accuracy in [0, 1].
     """
     rngs = {name: jax.random.fold_in(key, i) for i, name in enumerate(spec.rng_streams)}
 
@@ -123,10 +123,11 @@ def train_step(
     *,
     spec: TrainSpec,
 ) -> tuple[TrainState, Metrics]:
-    """Take one step of one member. Its metrics are scalars, of the batch before the step.
+    """Take one step of one member. The metrics are scalars, of this batch and the parameters before the step.
 
-    With `optima` the gradient of J_r is added to that of the loss. The reported loss is the cross-entropy
-    alone. Where devices share the batch, images and labels are those of this device; all else is equal on them.
+    With `optima` the gradient of J_r is added to that of the loss; the reported loss is only the cross-entropy.
+    If devices share the batch, `images` and `labels` are this device's part, and the other arguments are equal
+    on all devices.
     """
     gradient_fn = functools.partial(
         jax.value_and_grad(loss_fn, has_aux=True), state.params, state.model_state, spec=spec
@@ -141,7 +142,7 @@ def train_step(
         outputs = jax.lax.pmean(outputs, DATA)
     (loss, (model_state, accuracy)), gradients = outputs
     if optima is not None:
-        # as a gradient of its own: jax.grad of the sum would take several more passes over all weights
+        # a separate gradient, because jax.grad of the sum would take several more passes over all weights
         gradients = repulsion.add_gradient(gradients, state.params, optima, spec.repulsion_strength)
     updates, opt_state = spec.optimizer.update(
         gradients, state.opt_state, state.params, mask=mask, learning_rate=learning_rate
@@ -178,7 +179,7 @@ def accumulate_gradients(
 
 
 def init_states(variables: Variables, masks: Mask, *, spec: TrainSpec) -> TrainState:
-    """Make the states of all members at the start of a training: their tickets θ⊙m and fresh optimizers."""
+    """Make the states of all members at the start of a training: the tickets θ⊙m and fresh optimizers."""
 
     def init_state(variables, mask):
         model_state = {name: values for name, values in variables.items() if name != "params"}
@@ -199,14 +200,14 @@ def train_steps(
     *,
     spec: TrainSpec,
 ) -> tuple[TrainState, Metrics]:
-    """Train all members for `len(learning_rates)` steps of one epoch, from its step `first_step` on.
+    """Train all members for `len(learning_rates)` steps of one epoch, starting at its step `first_step`.
 
-    The steps are one program, or one program per step, as `spec.execution` and the split allow. Examples that
-    do not fill a last batch are left out of that epoch (ours). `states` is donated.
+    Runs one program for all steps if `spec.execution` and the split allow it, otherwise one program per step.
+    Leaves out the examples that do not fill the last batch of the epoch (ours). Donates `states`.
 
     Args:
       batches: of this epoch, from `Split.training_epochs`.
-      optima: Θ, the earlier optima of J_r, of all members.
+      optima: Θ, the earlier optima of all members for J_r.
       keys: of this epoch, for `spec.rng_streams`; None if there are none.
     """
     if spec.execution.scan and batches.scannable:
@@ -218,12 +219,12 @@ def train_steps(
         return programs().step(states, masks, batch, number, rate, optima, keys, spec=spec)
 
     numbers = range(first_step, first_step + len(learning_rates))
-    # batches last: none is decoded in vain
+    # `zip` takes from batches last, so that no batch is decoded without being used
     return python_loop(step, states, zip(numbers, learning_rates, batches.one_by_one(), strict=False))
 
 
 def scan_steps(states, masks, batches, first_step, learning_rates, optima, keys, *, spec):
-    """Take `len(learning_rates)` steps of all members as a loop of one program."""
+    """Take `len(learning_rates)` steps of all members with `lax.scan`."""
 
     def step(states, inputs):
         return step_all_members(states, masks, batches, *inputs, optima, keys, spec=spec)
@@ -232,7 +233,7 @@ def scan_steps(states, masks, batches, first_step, learning_rates, optima, keys,
 
 
 def step_all_members(states, masks, batches, number, learning_rate, optima, keys, *, spec):
-    """Take step `number` of an epoch with all members, each on a batch of its own."""
+    """Take step `number` of an epoch for all members, each on its own batch."""
     images, labels = batches.load(number, spec.batch_size, spec.augmentation)
     if keys is not None:
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
@@ -246,10 +247,10 @@ def step_all_members(states, masks, batches, number, learning_rate, optima, keys
 def evaluate(
     variables: Variables, split: Split, *, spec: TrainSpec, batch_size: int | None = None
 ) -> tuple[Float[Array, " members"], Int[Array, " members"]]:
-    """Compute mean cross-entropy (nats) and number of correct predictions of every member over a whole split.
+    """Compute the mean cross-entropy (nats) and the number of correct predictions of each member on a split.
 
     Args:
-      batch_size: changes only memory and rounding; see `sum_over_batches`.
+      batch_size: affects only memory and rounding; see `sum_over_batches`.
     """
     losses, correct = sum_over_batches(_sum_examples, variables, split, spec=spec, batch_size=batch_size)
     return losses / split.examples, correct
@@ -266,9 +267,9 @@ def sum_over_batches(
     """Sum `function(networks, images, labels, valid, spec=spec)` over all batches of a split.
 
     Args:
-      function: a module-level function: it is a static argument of jit, and a new lambda per call recompiles.
+      function: a module-level function, because it is a static argument of jit: a new lambda recompiles.
         `valid` [batch] is False for the padding in the last batch.
-      batch_size: None is the default of the split.
+      batch_size: None uses the default of the split.
     """
     batch_size = min(batch_size or split.evaluation_batch_size, split.examples)
     batch_size = -(-batch_size // spec.data_devices) * spec.data_devices
@@ -286,7 +287,7 @@ def sum_over_batches(
 def example_sums(
     logits: Float[Array, "batch classes"], labels: Int[Array, " batch"], valid: Bool[Array, " batch"]
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Sum the cross-entropies (nats), and count the correct predictions, over the valid examples."""
+    """Sum the cross-entropies (nats) and count the correct predictions of the valid examples."""
     logits = logits.astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     correct = logits.argmax(-1) == labels

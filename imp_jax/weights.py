@@ -1,6 +1,6 @@
-"""Statistics of the surviving weights: their distribution (figure 5), and the units that they connect.
+"""Statistics of the surviving weights: their distribution (figure 5) and the units that they connect.
 
-All functions are pure and may be jitted and vmapped; `exclude` is that of `masking`.
+All functions are pure and may be jitted and vmapped; `exclude` is as in `masking`.
 """
 
 import functools
@@ -25,26 +25,27 @@ def histogram(
 ) -> Int[Array, " bins"]:
     """Count the surviving weights in each of `bins` equal intervals of [−limit, limit] (figure 5).
 
-    An odd number of bins has one centred on 0. A weight beyond the limits counts in the outermost bin.
+    With an odd number of bins, one is centred on 0. Weights beyond the limits count in the outermost bins.
     """
     counts = jnp.zeros(bins, jnp.int32)
     for values, survives in _leaves(params, mask, exclude):
-        place = jnp.floor((values / limit + 1) / 2 * bins)
-        place = jnp.clip(place, 0, bins - 1).astype(jnp.int32)
-        counts = counts.at[place.ravel()].add(survives.ravel().astype(jnp.int32))
+        index = jnp.floor((values / limit + 1) / 2 * bins)
+        index = jnp.clip(index, 0, bins - 1).astype(jnp.int32)
+        counts = counts.at[index.ravel()].add(survives.ravel().astype(jnp.int32))
     return counts
 
 
 def bimodality(params: Params, mask: Mask, exclude: str | Sequence[str] = ()) -> Float[Array, ""]:
     """Compute Sarle's coefficient (skewness² + 1) / kurtosis of the surviving weights.
 
-    1/3 for a normal distribution, 5/9 for a uniform one, 1 for two points; nan if all survivors are equal.
+    It is 1/3 for a normal distribution, 5/9 for a uniform one, 1 for two points, and nan if all survivors are
+    equal.
     """
     leaves = _leaves(params, mask, exclude)
     count = sum(jnp.sum(survives) for _, survives in leaves)
     low = functools.reduce(jnp.minimum, [jnp.min(v, where=m, initial=jnp.inf) for v, m in leaves])
     high = functools.reduce(jnp.maximum, [jnp.max(v, where=m, initial=-jnp.inf) for v, m in leaves])
-    # scaled to [0, 1], where no power leaves the range of float32
+    # scaled to [0, 1], so that no power leaves the range of float32
     leaves = [((values - low) / (high - low), survives) for values, survives in leaves]
 
     def mean(function):
@@ -65,14 +66,14 @@ def share_near_zero(
 
 
 def survivors_by_layer(mask: Mask) -> dict[str, Int[Array, ""]]:
-    """Count the surviving weights of each layer with weights, by its name."""
+    """Count the surviving weights of each prunable layer, by its name."""
     return {name: jnp.sum(kernel, dtype=jnp.int32) for name, kernel in kernels(mask).items()}
 
 
 def dead_units(
     model: nn.Module, variables: dict[str, Any], mask: Mask, image_shape: tuple[int, int, int]
 ) -> dict[str, Int[Array, ""]]:
-    """Count the units (or channels) of each layer without a path, see `connectivity_of_units`."""
+    """Count the dead units (or channels) of each layer; see `connectivity_of_units`."""
     alive = connectivity_of_units(model, variables, mask, image_shape)
     return {name: jnp.sum(~units, dtype=jnp.int32) for name, units in alive.items()}
 
@@ -82,19 +83,19 @@ def connectivity_of_units(
 ) -> dict[str, Bool[Array, "..."]]:
     """Return whether each unit (or channel) of each layer is on a path of surviving weights.
 
-    A path connects the image with the output: a unit without an incoming or without an outgoing path is dead.
-    In a residual network the shortcut bypasses a unit and does not keep it alive. Purely structural: a unit
-    that is connected but never active (dead ReLU) is not counted as dead, and the statistics of Flax's
-    normalisation layers are no paths.
+    A path connects the image with the output; a unit without an incoming or an outgoing path is dead. In a
+    residual network the shortcut bypasses a unit and does not keep it alive. Only masks count: a unit that is
+    connected but never active (dead ReLU) is not dead, and the statistics of Flax's normalisation layers do not
+    connect units.
 
-    Paths are propagated through the operations that JAX traces. Layers that are not evaluated are omitted, and
-    so are all layers of a model with an operation whose paths are unknown, such as the products of attention.
+    Paths are propagated through the operations that JAX traces. Layers that are not evaluated are left out. The
+    result is empty for a model with an operation whose paths are unknown, such as the products of attention.
     """
     masking.require_same_shapes(variables["params"], mask)
     mask = meta.unbox(mask)
     masks = {name: leaf.astype(jnp.float32) for name, leaf in masking.prunable_by_name(mask).items()}
 
-    def constant(leaf):  # not 1, which arithmetic may turn into zero
+    def constant(leaf):  # 0.7 and not 1, because arithmetic such as 1 − 1 may give zero
         return jnp.full(leaf.shape, 0.7, leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
 
     state = {name: leaves for name, leaves in variables.items() if name != "params"}
@@ -109,14 +110,14 @@ def connectivity_of_units(
     closed = jax.make_jaxpr(apply)(masks, images)
     unit_axes = {}
 
-    def outputs(masks):
+    def count_reached_outputs(masks):
         weights = [_Weight(name, masks[name]) for name in sorted(masks)]  # as JAX orders a dict
-        reached = _propagate(closed, [*weights, _Reached(images)], unit_axes)
-        return sum((flow.there.sum() for flow in reached if isinstance(flow, _Reached)), jnp.zeros(()))
+        outputs = _propagate(closed, [*weights, _Reached(images)], unit_axes)
+        return sum((value.reached.sum() for value in outputs if isinstance(value, _Reached)), jnp.zeros(()))
 
     try:
-        paths = jax.grad(outputs)(masks)
-    except _UnknownError:
+        paths = jax.grad(count_reached_outputs)(masks)
+    except _UnknownPathsError:
         return {}
     return {
         _layer(name): jnp.any(
@@ -134,12 +135,12 @@ class _Weight(NamedTuple):
 
 
 class _Reached(NamedTuple):
-    """1 for elements of an array that a path from the image reaches, 0 for others."""
+    """A mask of the elements of an array that a path from the image reaches, as floats."""
 
-    there: Float[Array, "..."]
+    reached: Float[Array, "..."]
 
 
-class _UnknownError(Exception):
+class _UnknownPathsError(Exception):
     """An operation whose paths are unknown."""
 
 
@@ -162,11 +163,12 @@ _ELEMENTWISE = {
 
 
 def _without_statistics(layer, args, kwargs, context):
-    """Replace normalisation layers by the identity, and convolutions by those of `lax`."""
+    """Replace normalisation layers by the identity, and custom convolutions by those of `lax`."""
     module = context.module
-    method = getattr(context.orig_method, "func", context.orig_method)  # Flax's own also under a subclass
-    of_flax = method.__module__ == nn.LayerNorm.__module__ and context.method_name == "__call__"
-    if isinstance(module, _NORMALISATIONS) and of_flax:
+    # the method as Flax wrote it, even if a subclass inherits it
+    method = getattr(context.orig_method, "func", context.orig_method)
+    is_flax_method = method.__module__ == nn.LayerNorm.__module__ and context.method_name == "__call__"
+    if isinstance(module, _NORMALISATIONS) and is_flax_method:
         return args[0] if args else kwargs["x"]
     if type(module) is nn.Conv and (module.conv_general_dilated or module.conv_general_dilated_cls):
         plain = module.clone(parent=None, name=None, conv_general_dilated=None, conv_general_dilated_cls=None)
@@ -175,7 +177,7 @@ def _without_statistics(layer, args, kwargs, context):
 
 
 def _propagate(closed, inputs, unit_axes):
-    """Evaluate a jaxpr on arrays, weights and reached arrays; record the unit axes of each weight."""
+    """Evaluate a jaxpr on arrays, `_Weight`s and `_Reached`s; record the unit axes of each weight."""
     known = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     known |= zip(closed.jaxpr.invars, inputs, strict=True)
 
@@ -183,13 +185,13 @@ def _propagate(closed, inputs, unit_axes):
         return variable.val if isinstance(variable, Literal) else known[variable]
 
     for equation in closed.jaxpr.eqns:
-        outputs = _outputs(equation, [read(variable) for variable in equation.invars], unit_axes)
+        outputs = _eval_equation(equation, [read(variable) for variable in equation.invars], unit_axes)
         known |= zip(equation.outvars, outputs, strict=True)
     return [read(variable) for variable in closed.jaxpr.outvars]
 
 
-def _outputs(equation, inputs, unit_axes):
-    """Evaluate one operation."""
+def _eval_equation(equation, inputs, unit_axes):
+    """Evaluate one operation of a jaxpr, like `_propagate`."""
     primitive, params = equation.primitive, equation.params
     if primitive.name in _CALLS:
         inner = next(params[name] for name in ("jaxpr", "call_jaxpr", "fun_jaxpr") if name in params)
@@ -203,23 +205,23 @@ def _outputs(equation, inputs, unit_axes):
     if primitive.name in ("dot_general", "conv_general_dilated"):
         return [_Reached(_binary(_contract(primitive, params, inputs, unit_axes)))]
     if any(isinstance(value, _Weight) for value in inputs):
-        raise _UnknownError
-    counts = _counts(primitive, params, inputs, equation.outvars[0].aval.shape)
+        raise _UnknownPathsError
+    counts = _count_reached(primitive, params, inputs, equation.outvars[0].aval.shape)
     return [_Reached(_binary(count)) for count in (counts if primitive.multiple_results else [counts])]
 
 
 def _contract(primitive, params, inputs, unit_axes):
     """Count the paths through a dense layer, a convolution or a product with a constant."""
     if sum(isinstance(value, _Reached) for value in inputs) != 1:
-        raise _UnknownError
+        raise _UnknownPathsError
     operands = []
     for side, value in enumerate(inputs):
         if isinstance(value, _Reached):
-            operands.append(value.there)
+            operands.append(value.reached)
         elif isinstance(value, _Weight):
             axes = _unit_axes(params, side, value.mask.ndim)
             if unit_axes.setdefault(value.name, axes) != axes:  # shared by layers of different kinds
-                raise _UnknownError
+                raise _UnknownPathsError
             operands.append(value.mask)
         else:
             operands.append((value != 0).astype(jnp.float32))
@@ -236,38 +238,38 @@ def _unit_axes(params, side, rank):
         contracted, batched = (axes[side] for axes in dimensions)
         axes = tuple(axis for axis in range(rank) if axis not in contracted)
     if batched:
-        raise _UnknownError
+        raise _UnknownPathsError
     return axes
 
 
-def _counts(primitive, params, inputs, shape):
-    """For each element of an output of such a shape, how many of those that it is computed from are reached."""
+def _count_reached(primitive, params, inputs, shape):
+    """Count the reached elements from which each element of an output of shape `shape` is computed."""
 
-    def flow(value):
-        return value.there if isinstance(value, _Reached) else jnp.zeros(jnp.shape(value))
+    def reached(value):
+        return value.reached if isinstance(value, _Reached) else jnp.zeros(jnp.shape(value))
 
-    name, flows = primitive.name, [flow(value) for value in inputs]
+    name, masks = primitive.name, [reached(value) for value in inputs]
     if name in _REARRANGEMENTS:
-        return primitive.bind(*flows, **params)
+        return primitive.bind(*masks, **params)
     if name in _SELECTIONS and not any(isinstance(value, _Reached) for value in inputs[1:]):
-        return primitive.bind(flows[0], *inputs[1:], **params)
+        return primitive.bind(masks[0], *inputs[1:], **params)
     if name in _REDUCTIONS:
-        return flows[0].sum(params["axes"])
+        return masks[0].sum(params["axes"])
     if name in _WINDOWS:
-        return lax.reduce_window_sum_p.bind(*flows, **params)
+        return lax.reduce_window_sum_p.bind(*masks, **params)
     if name == "select_n" and not isinstance(inputs[0], _Reached):
-        return lax.select_n(inputs[0], *flows[1:])
+        return lax.select_n(inputs[0], *masks[1:])
     if name in ("mul", "and") and not all(isinstance(value, _Reached) for value in inputs):
-        factors = [value.there if isinstance(value, _Reached) else value != 0 for value in inputs]
+        factors = [value.reached if isinstance(value, _Reached) else value != 0 for value in inputs]
         return factors[0] * factors[1]
     if name in _ELEMENTWISE:
-        return sum(jnp.broadcast_to(of_input, shape) for of_input in flows)
-    raise _UnknownError
+        return sum(jnp.broadcast_to(mask, shape) for mask in masks)
+    raise _UnknownPathsError
 
 
 @jax.custom_vjp
 def _binary(counts):
-    """1 for what is above 0, forwards and backwards: no number of paths is too large or too small."""
+    """Map positive counts to 1, also in the gradient, so that numbers of paths neither overflow nor vanish."""
     return (counts > 0).astype(jnp.float32)
 
 
