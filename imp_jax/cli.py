@@ -1,4 +1,4 @@
-"""Functions shared by the commands: they read flags, word errors and make output safe to print."""
+"""Functions that the commands share: parse flags, phrase error messages, and print safely."""
 
 import copy
 import re
@@ -29,18 +29,18 @@ def define_config(flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHold
             lock_config=False,
             accept_new_attributes=True,  # config.validate reports unknown fields
         )
-    except flags.Error as error:  # raised because ml_collections already reads the command line here
-        sys.exit(f"error: {_one_line(error)}")
+    except flags.Error as error:  # ml_collections already reads the command line in this call
+        sys.exit(f"error: {_flag_error_message(error)}")
     flag = flag_values["config"]
     parse = flag.parser.parse
 
-    def parse_and_keep(path):
+    def parse_and_copy(path):
         config = parse(path)
         if isinstance(config, ConfigDict):
-            flag.config_of_file = copy.deepcopy(config)  # before fields are overridden, for `find_workdir`
+            flag.config_of_file = copy.deepcopy(config)  # as in the file, without overrides; for `find_workdir`
         return config
 
-    flag.parser.parse = parse_and_keep
+    flag.parser.parse = parse_and_copy
     return holder
 
 
@@ -56,7 +56,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     except flags.IllegalFlagValueError as error:
         match = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
         expected = describe_type(match[1]) if match else ""
-        message = str(error) if not str(error).startswith("flag --config") else _cannot_load(error)
+        is_config_error = str(error).startswith("flag --config")
+        message = _load_error_message(error) if is_config_error else str(error)
         message = f"{match[1]} is {match[2]!r}; it should be {expected}" if expected else message
     except flags.UnrecognizedFlagError as error:
         hint = (
@@ -64,22 +65,22 @@ def parse_flags(argv: list[str]) -> list[str]:
         )
         message = f"{error}{hint}"
     except flags.Error as error:
-        message = _one_line(error)
+        message = _flag_error_message(error)
     except Exception as error:  # a config file is Python and may raise anything
         if "--debug" in argv:
             raise
         overridden_fields = re.findall(r"--config\.([\w.]+)", " ".join(argv))
         unknown = [field for field in overridden_fields if not describe_type(field)]
-        message = unknown_field(unknown[0]) if unknown else _cannot_load(error)
+        message = unknown_field(unknown[0]) if unknown else _load_error_message(error)
     sys.exit(f"error: {' '.join(message.split())}")
 
 
-def _one_line(error):
+def _flag_error_message(error):
     return " ".join(str(error).removeprefix("ERROR:: ").split())
 
 
 def find_workdir(workdir: str | None, config: Any, flag: flags.Flag) -> Path:
-    """Return the folder of a run: `workdir`, or runs/NAME, named after the config and its overridden fields.
+    """Return the folder of a run: `workdir`, or by default runs/NAME, with the name of `config_files.run_name`.
 
     Args:
       workdir: the value of the flag --workdir, or None.
@@ -100,7 +101,7 @@ def find_workdir(workdir: str | None, config: Any, flag: flags.Flag) -> Path:
     return Path("runs") / config_files.run_name(name, flag.config_of_file, config)
 
 
-def _cannot_load(error):
+def _load_error_message(error):
     # ml_collections puts a whole traceback into the message; the last line is the cause
     cause = f"{type(error).__name__}: {error}".strip().splitlines()[-1].strip()
     return f"cannot load the config: {cause}"

@@ -1,4 +1,4 @@
-"""The command of `imp_jax.main`, once its flags are parsed: train, analyse, and exit with the right status."""
+"""The command `imp_jax.main` after its flags are parsed: train, analyse, and exit with a status."""
 
 import contextlib
 import os
@@ -25,13 +25,13 @@ def train_and_analyse(
     process: int | None = None,
     debug: bool = False,
 ) -> None:
-    """Train `config` into `workdir` and analyse it; ends the process with one sentence after a `UserError`.
+    """Train `config`, record the run in `workdir` and analyse it. Print one sentence and exit on a `UserError`.
 
     Args:
-      workdir: None is the folder of `cli.find_workdir`.
+      workdir: the value of the flag --workdir; None uses the folder of `cli.find_workdir`.
       config_flag: the flag --config, from which `config` comes.
       coordinator, processes, process: see `distributed.initialize`.
-      debug: show the traceback of a UserError too.
+      debug: raise a `UserError` with its traceback instead.
     """
     sys.unraisablehook = _report_unraisable
     try:
@@ -58,14 +58,14 @@ def train_and_analyse(
     except Stopped as stopped:
         print(stopped, file=sys.stderr, flush=True)
         distributed.shutdown(distributed.ABORT_TIMEOUT_S)
-        os._exit(128 + stopped.number)  # without waiting for analyses that run next to the training
+        os._exit(128 + stopped.number)  # does not wait for analyses on other threads
 
 
 def _train_and_analyse(config, workdir, config_file, stop):
     try:
         runs.run(config, workdir, stop, config_file, analyses=analysis)
     except DivergedError:
-        with contextlib.suppress(UserError):  # the rounds on disk are worth an analysis all the same
+        with contextlib.suppress(UserError):  # the divergence is the error to report
             if distributed.is_primary():
                 analysis.run(workdir)
         distributed.shutdown()
@@ -78,6 +78,6 @@ def _train_and_analyse(config, workdir, config_file, stop):
 
 
 def _report_unraisable(unraisable):
-    """Hide what Orbax prints after a write that failed and was reported: it has closed its event loop."""
+    """Hide an error of Orbax about its closed event loop, which follows a failed write that was reported."""
     if "Event loop is closed" not in str(unraisable.exc_value):
         sys.__unraisablehook__(unraisable)

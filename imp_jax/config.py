@@ -1,4 +1,4 @@
-"""All config fields: their defaults, meanings, allowed values and error messages."""
+"""All config fields: defaults, meanings, allowed values and error messages."""
 
 import difflib
 from collections.abc import Callable
@@ -23,7 +23,7 @@ class Field:
       check: a function that returns whether a value of the right type is allowed.
       words: a description of the allowed values that completes the sentence "it should be …".
       types: the types that a value may have; () allows the type of `default` only, and int for float.
-      may_change_on_resume: True if no training depends on the field, so that a stopped run may change it.
+      may_change_on_resume: True if no training depends on the field, so that a resumed run may change it.
     """
 
     default: Any
@@ -41,7 +41,7 @@ class Field:
         return isinstance(value, types)
 
     def describe_type(self) -> str:
-        """Return what types the field may have, for a message, such as "of type int, like 60"."""
+        """Describe the types that the field may have, for a message, such as "of type int, like 60"."""
         if self.types:
             return " or ".join("None" if t is type(None) else f"of type {t.__name__}" for t in self.types)
         return f"of type {type(self.default).__name__}, like {self.default!r}"
@@ -55,7 +55,7 @@ def _one_of(*names):
 
 # arguments that several fields share
 _AT_LEAST_1 = {"check": lambda value: value >= 1, "words": "at least 1"}
-_DEVICES = {"check": lambda value: value >= 1 or value == -1, "words": "at least 1, or -1 to fill"}
+_DEVICES = {"check": lambda value: value >= 1 or value == -1, "words": "at least 1, or -1 for automatic"}
 _AT_LEAST_0_AND_FINITE = {"check": lambda value: 0 <= value < float("inf"), "words": "at least 0 and finite"}
 _ABOVE_0_AND_FINITE = {"check": lambda value: 0 < value < float("inf"), "words": "above 0 and finite"}
 _RESUME = {"may_change_on_resume": True}
@@ -64,13 +64,14 @@ _RESUME = {"may_change_on_resume": True}
 FIELDS = {
     "seed": Field(
         0,
-        "all random keys are folded from it",
+        "seed from which all random keys are derived",
         check=lambda value: 0 <= value < 2**32,
         words="from 0 to 2³² − 1",
     ),
     "replicates": Field(
         3,
-        "repetitions, trained side by side; results of replicate 0 do not depend on their number",
+        "number of repetitions with different random keys, trained at the same time; it does not change the "
+        "results of replicate 0",
         **_AT_LEAST_1,
     ),
     "arms": Field(
@@ -78,11 +79,12 @@ FIELDS = {
     ),
     "rounds": Field(
         25,
-        "trainings, the dense one included; round n from 0 has density (1 − pruning.fraction)ⁿ",
+        "number of trainings, including the dense one, which is round 0; round n has density "
+        "(1 − pruning.fraction)ⁿ",
         **_AT_LEAST_1,
     ),
-    "epochs": Field(25, "epochs of each training", **_AT_LEAST_1),
-    "batch_size": Field(60, "training images per step", **_AT_LEAST_1),
+    "epochs": Field(25, "number of epochs of each training", **_AT_LEAST_1),
+    "batch_size": Field(60, "number of training images per step", **_AT_LEAST_1),
     "accumulate_steps": Field(
         1,
         "number of equal parts of a batch whose gradients are computed one after the other and added, to save "
@@ -101,8 +103,8 @@ FIELDS = {
     ),
     "rewind_step": Field(
         0,
-        "step of the dense training to whose weights the surviving weights are reset in each round; 0 is the "
-        "initialisation, None does not reset them",
+        "step of the dense training; every round resets the surviving weights to their values at this step; 0 "
+        "is the initialisation, None continues from the trained weights",
         check=lambda value: value is None or value >= 0,
         words="a step of the dense training from 0, or None",
         types=(int, type(None)),
@@ -145,23 +147,25 @@ FIELDS = {
     ),
     "dataset.augmentation": Field(
         None,
-        "names of augmentations of the training images, such as crop and flip; None is what is usual for the "
-        "set (both for CIFAR and ImageNet)",
+        "names of augmentations of the training images, such as crop and flip; None is the default of the set "
+        "(both for CIFAR and ImageNet)",
         types=(tuple, type(None)),
     ),
     "dataset.image_side": Field(
-        224, "height and width in pixels of the crops of a streamed set; no other set uses it", **_AT_LEAST_1
+        224,
+        "height and width in pixels of the crops of a streamed set; other sets do not use it",
+        **_AT_LEAST_1,
     ),
     "dataset.workers": Field(
         None,
-        "processes that decode a streamed set: None is one per core, 0 decodes in threads of the training "
-        "process; no other set uses it",
+        "number of processes that decode a streamed set: None is one per core, 0 decodes in threads of the "
+        "training process; other sets do not use it",
         check=lambda value: value is None or value >= 0,
         words="at least 0, or None",
         types=(int, type(None)),
         **_RESUME,
     ),
-    "model.name": Field("lenet", "lenet, conv4, resnet20 and its family by depth, or resnet50"),
+    "model.name": Field("lenet", "lenet, conv4, resnet50, or resnet20 (32, 44, 56, 110, …)"),
     "model.width": Field(
         1.0,
         "factor by which the numbers of channels or hidden units are multiplied, for quick runs",
@@ -170,7 +174,7 @@ FIELDS = {
     "model.norm_affine": Field(False, "whether the normalisation of ResNets has a learnable scale and bias"),
     "model.norm_momentum": Field(
         0.9,
-        "factor by which a step multiplies the running statistics of ResNets before it adds those of the batch",
+        "momentum of the running statistics of ResNets: new = momentum · old + (1 − momentum) · batch",
         check=lambda value: 0 <= value < 1,
         words="in [0, 1)",
     ),
@@ -199,7 +203,7 @@ FIELDS = {
         check=lambda value: (
             all(isinstance(e, _NUMBER) and e > 0 for e in value) and list(value) == sorted(set(value))
         ),
-        words="rising epochs above 0",
+        words="increasing epochs above 0",
     ),
     "optimizer.warmup_epochs": Field(
         0.0,
@@ -208,21 +212,21 @@ FIELDS = {
     ),
     "mesh.member": Field(
         -1,
-        "devices along the member axis; -1 is as many as reduce the time of a round; meshes change results by "
-        "rounding only",
+        "number of devices along the member axis; -1 is as many as reduce the time of a round; the mesh "
+        "changes results by rounding only",
         **_DEVICES,
         **_RESUME,
     ),
     "mesh.data": Field(
         1,
-        "devices that share each batch (data parallelism); -1 is all that the member axis leaves over",
+        "number of devices that share each batch (data parallelism); -1 is all that the member axis leaves",
         **_DEVICES,
         **_RESUME,
     ),
     "pruning.score": Field("magnitude", "magnitude or random; the weights with the lowest scores are pruned"),
     "pruning.images": Field(
         256,
-        "training images of the batch on which scores with gradients compute the loss; no other score uses it",
+        "number of training images on which a score computes the loss; scores without a loss do not use it",
         **_AT_LEAST_1,
     ),
     "pruning.fraction": Field(
@@ -234,18 +238,18 @@ FIELDS = {
     ),
     "pruning.exclude": Field(
         (),
-        'name patterns of layers that are never pruned, such as ("projection_*",) of ResNet-50',
+        'name patterns of layers that are never pruned, such as ("projection_*",) for ResNet-50',
         check=lambda value: all(isinstance(name, str) for name in value),
         words="names of layers, such as ('Dense_2',)",
     ),
     "repulsion.strength": Field(
         0.0,
-        "factor λ_r of the loss J_r over earlier optima: 2 repels, −1 attracts, 0 is without repulsion",
+        "factor λ_r of the loss J_r over earlier optima: 2 repels, −1 attracts, 0 turns J_r off",
         check=lambda value: abs(value) < float("inf"),
         words="finite",
     ),
     "repulsion.memory": Field(
-        "all", "which earlier optima J_r covers: all, or the last only", **_one_of("all", "last")
+        "all", "earlier optima that J_r includes: all, or only the last", **_one_of("all", "last")
     ),
     "repulsion.dtype": Field(
         "float32",
@@ -257,13 +261,13 @@ FIELDS = {
         "rounds in which the ticket is trained a second time, as the arm twin, with other data order and "
         "augmentation",
         check=lambda value: all(type(number) is int and number >= 0 for number in value),
-        words="rounds from 0, written as (5, 10); those the run does not reach count for nothing",
+        words="rounds, counted from 0, such as (5, 10); rounds after the last one are ignored",
     ),
     "analysis.path_points": Field(
         20,
         "number of points on a linear path, including its ends",
         check=lambda value: value >= 2,
-        words="at least 2, the ends",
+        words="at least 2, for the two ends",
         **_RESUME,
     ),
     "analysis.batch_norm": Field(
@@ -274,7 +278,8 @@ FIELDS = {
     ),
     "analysis.baseline": Field(
         "mean",
-        "error from which a barrier is measured: mean or max of a path's ends, or linear interpolation of them",
+        "error from which a barrier is measured: mean or max of the errors at the ends of a path, or the "
+        "linear interpolation between them",
         **_one_of("mean", "linear", "max"),
         **_RESUME,
     ),
@@ -282,7 +287,7 @@ FIELDS = {
 
 
 def default() -> ConfigDict:
-    """Return a config with the defaults of `FIELDS`. A config file starts from it and changes fields."""
+    """Return a config with the defaults of `FIELDS`. Config files start from it and change fields."""
     config = ConfigDict()
     for name, field in FIELDS.items():
         group_name, _, short_name = name.rpartition(".")
@@ -296,12 +301,12 @@ def default() -> ConfigDict:
 def validate(config: ConfigDict) -> None:
     """Check names, types and values of all fields.
 
-    The names of models, data sets, augmentations, optimizers, schedules, scores and arms are not checked here,
-    but where they are looked up.
+    Does not check the names of models, data sets, augmentations, optimizers, schedules, scores and arms:
+    `experiment.setup` does.
 
     Raises:
-      UserError: an unknown or missing field; a value of a wrong type, or one that is not allowed; a value that
-        has no effect with the values of other fields.
+      UserError: an unknown or missing field; a value that has a wrong type, is not allowed, or has no effect
+        with the values of other fields.
     """
     if not isinstance(config, ConfigDict):
         raise UserError(
@@ -331,7 +336,7 @@ def _refuse_unused_values(values):
     if schedule == "step" and not milestones:
         raise UserError(
             f"optimizer.milestones is (); the schedule step divides the rate at these epochs, so it should "
-            f"name one at least, such as ({epochs / 2:g},)"
+            f"have at least one, such as ({epochs / 2:g},)"
         )
     if schedule != "step" and milestones:
         raise UserError(
@@ -352,13 +357,13 @@ def _refuse_unused_values(values):
         for field in ("repulsion.memory", "repulsion.dtype"):
             if values[field] != FIELDS[field].default:
                 raise UserError(
-                    f"{field} is {values[field]!r}; without repulsion, as repulsion.strength is 0, it should "
-                    f"be {FIELDS[field].default!r}"
+                    f"{field} is {values[field]!r}; repulsion.strength is 0, so it has no effect and should be "
+                    f"{FIELDS[field].default!r}"
                 )
 
 
 def unknown_field(name: str) -> str:
-    """Return the message for a field that does not exist, with a similar name or the fields of its group."""
+    """Return the message for an unknown field, with a similar name or the fields of its group."""
     known_names = list(flatten(default()))
     close = difflib.get_close_matches(name, known_names, n=1, cutoff=0.8)
     group = name.rpartition(".")[0]
@@ -371,7 +376,7 @@ def unknown_field(name: str) -> str:
 
 
 def describe_type(name: str) -> str:
-    """Return the type of a field, for a message: "of type int, like 60"; empty for an unknown field."""
+    """Describe the type of a field for a message, as "of type int, like 60"; empty for an unknown field."""
     if name in FIELDS:
         return FIELDS[name].describe_type()
     is_group = any(field_name.startswith(f"{name}.") for field_name in FIELDS)
@@ -379,9 +384,9 @@ def describe_type(name: str) -> str:
 
 
 def may_change_on_resume(name: str) -> bool:
-    """Return whether no training depends on a field, so that it may be changed while a run is stopped.
+    """Return whether a field may change when a run is resumed, because no training depends on it.
 
-    A field of another version counts as the fields of its group, if they agree.
+    A field that only another version has is treated like the other fields of its group, if these agree.
     """
     if name in FIELDS:
         return FIELDS[name].may_change_on_resume

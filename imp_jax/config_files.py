@@ -1,4 +1,4 @@
-"""Configs on disk: config.json of a workdir, written, read and compared; the name of a run's folder."""
+"""Write, read and compare the config.json of a workdir, and name the folder of a run."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(stored: dict) -> ConfigDict:
-    """Return the config of a parsed config.json. A missing field gets the value of its behaviour at that time.
+    """Return the config of a parsed config.json. A missing field gets the value that keeps the old behaviour.
 
     Raises:
       UserError: see `validate`; a field or a format of a later version.
@@ -41,9 +41,9 @@ def from_json(stored: dict) -> ConfigDict:
 
 
 def differences(config: ConfigDict, stored: dict) -> list[str]:
-    """Describe where `config` and a parsed config.json ask for different results, one phrase per field.
+    """Describe the fields that differ between `config` and a parsed config.json, one phrase per field.
 
-    A larger number of rounds is not a difference, because the run continues from the rounds that it has.
+    Leaves out fields that do not change results, and a larger number of rounds, which continues the stored run.
 
     Raises:
       UserError: `stored` has a format of a later version.
@@ -72,7 +72,7 @@ def _upgraded_values(stored):
     number = stored.get("format", 1)
     if number > FORMAT:
         raise UserError(
-            f"the config has format {number}, of a later version; this one reads formats 1 to {FORMAT}"
+            f"the config has format {number}, of a later version; this version reads formats 1 to {FORMAT}"
         )
     values = flatten({name: value for name, value in stored.items() if name != "format"})
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
@@ -80,7 +80,7 @@ def _upgraded_values(stored):
 
 
 def _upgrade_from_format_1(values):
-    """Return the fields of format 1, with defaults for values that had no effect then and are refused now."""
+    """Return the fields of format 1 in this format, which refuses values that had no effect in format 1."""
     values = {**flatten(default()), **values}
     if values["optimizer.name"] != "momentum":
         values["optimizer.momentum"] = None
@@ -94,7 +94,7 @@ def _upgrade_from_format_1(values):
     if values["model.name"] in _WITHOUT_NORMALIZATION_IN_FORMAT_1:
         unused += ["model.norm_momentum", "analysis.batch_norm"]
     if (warmup_epochs := values["optimizer.warmup_epochs"]) > values["epochs"]:
-        # the same rates in every step: the part of the warmup that the training reached
+        # the training ended within its warm-up; this keeps the learning rate of every step
         values["optimizer.learning_rate"] *= values["epochs"] / warmup_epochs
         values["optimizer.warmup_epochs"] = float(values["epochs"])
     return values | {name: FIELDS[name].default for name in unused}
@@ -103,8 +103,8 @@ def _upgrade_from_format_1(values):
 def run_name(name: str, base: ConfigDict, config: ConfigDict) -> str:
     """Return the name of a run's folder: `name`, and each field in which `config` differs from `base`.
 
-    An example is `resnet20,batch_size=1024`. Fields on which no training depends are left out, except for the
-    name of the folder of images, of the set `folder`.
+    An example is `resnet20,batch_size=1024`. Leaves out fields on which no training depends, but includes the
+    name of the image folder for the data set `folder`.
     """
     base_values, values = flatten(base), flatten(config)
     parts = [name]
@@ -115,11 +115,11 @@ def run_name(name: str, base: ConfigDict, config: ConfigDict) -> str:
             continue
         if value != base_values.get(field):
             parts.append(f"{field}={as_name(value)}")
-    whole = ",".join(parts)
-    if len(whole.encode()) > _LONGEST_NAME_BYTES:
-        digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
-        whole = whole.encode()[: _LONGEST_NAME_BYTES - 9].decode(errors="ignore") + f"-{digest}"
-    return whole
+    full_name = ",".join(parts)
+    if len(full_name.encode()) > _LONGEST_NAME_BYTES:
+        digest = hashlib.sha256(full_name.encode()).hexdigest()[:8]
+        full_name = full_name.encode()[: _LONGEST_NAME_BYTES - 9].decode(errors="ignore") + f"-{digest}"
+    return full_name
 
 
 def _folder_name(path: str | os.PathLike | None) -> str:

@@ -13,14 +13,14 @@ _CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
-    "Where the run is kept; a run found there goes on where it stopped. By default runs/ and the config's name "
-    "with the fields that were overridden.",
+    "Folder of the run. A run that was stopped in this folder is continued. Default: runs/NAME, where NAME is "
+    "the name of the config and the overridden fields.",
 )
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of every error.")
-# of several processes that train together; srun and mpirun set these
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0 of several.")
-_PROCESSES = flags.DEFINE_integer("processes", None, "How many train together.", lower_bound=1)
-_PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0)
+# for several processes that train together; under srun and mpirun JAX finds these values itself
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, if several train together.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes that train together.", lower_bound=1)
+_PROCESS = flags.DEFINE_integer("process", None, "Index of this process, from 0.", lower_bound=0)
 
 
 def main(argv):
@@ -28,9 +28,9 @@ def main(argv):
         sys.exit(f"error: {argv[1]!r} is not a flag; flags are written --name=value")
     if _CONFIG.value is None:
         sys.exit("error: --config is missing; name a config file, such as --config=configs/mnist5k.py")
-    # Orbax and TFDS log every file, and Matplotlib when it is imported; what they raise is reported
+    # Orbax and TFDS log every file, and Matplotlib its import; their exceptions are reported all the same
     logging.set_verbosity(logging.FATAL)
-    from imp_jax import command  # not before the flags are parsed: --help needs no JAX
+    from imp_jax import command  # imported after flags are parsed: --help needs no JAX
 
     command.train_and_analyse(
         _CONFIG.value,

@@ -38,8 +38,12 @@ from imp_jax.errors import UserError
         ("optimizer.momentum", 1.0, r"optimizer.momentum is 1.0; it should be in \[0, 1\)"),
         ("optimizer.weight_decay", -1e-4, "optimizer.weight_decay is -0.0001; it should be at least 0"),
         ("optimizer.warmup_epochs", -1.0, "optimizer.warmup_epochs is -1.0"),
-        ("optimizer.milestones", (71, 56), r"optimizer.milestones is \(71, 56\); it should be rising epochs"),
-        ("optimizer.milestones", ("56",), "rising epochs above 0"),
+        (
+            "optimizer.milestones",
+            (71, 56),
+            r"optimizer.milestones is \(71, 56\); it should be increasing epochs",
+        ),
+        ("optimizer.milestones", ("56",), "increasing epochs above 0"),
         ("pruning.fraction", 0.0, "pruning.fraction is 0.0; it should be between 0 and 1"),
         ("repulsion.strength", float("inf"), "repulsion.strength is inf; it should be finite"),
         ("repulsion.strength", "2", "repulsion.strength is '2'; it should be of type float"),
@@ -68,8 +72,8 @@ from imp_jax.errors import UserError
             26.0,
             "warmup_epochs is 26.0; a training has 25 epochs, so it should be at most",
         ),
-        ("repulsion.memory", "last", "repulsion.memory is 'last'; without repulsion, .* it should be 'all'"),
-        ("repulsion.dtype", "bfloat16", "repulsion.dtype is 'bfloat16'; without repulsion"),
+        ("repulsion.memory", "last", "repulsion.memory is 'last'; repulsion.strength is 0, .* should be 'all'"),
+        ("repulsion.dtype", "bfloat16", "repulsion.dtype is 'bfloat16'; repulsion.strength is 0"),
     ],
 )
 def test_wrong_field_raises_one_sentence(field, value, sentence):
