@@ -165,7 +165,11 @@ FIELDS = {
         types=(int, type(None)),
         **_RESUME,
     ),
-    "model.name": Field("lenet", "lenet, conv4, resnet50, or resnet20 (32, 44, 56, 110, …)"),
+    "model.name": Field(
+        "lenet",
+        "lenet, conv4, resnet50, or resnet20 (32, 44, 56, 110, …); a registered name; or a dotted path such as "
+        "their_package.nets:VGG11",
+    ),
     "model.width": Field(
         1.0,
         "factor by which the numbers of channels or hidden units are multiplied, for quick runs",
@@ -184,7 +188,7 @@ FIELDS = {
         "code bases); 1 uses the statistics of the whole batch, over all devices",
         **_AT_LEAST_1,
     ),
-    "optimizer.name": Field("adam", "adam, momentum or sgd"),
+    "optimizer.name": Field("adam", "adam, momentum, sgd, a registered name, or a dotted path"),
     "optimizer.learning_rate": Field(12e-4, "learning rate before the schedule", **_ABOVE_0_AND_FINITE),
     "optimizer.momentum": Field(
         None,
@@ -223,7 +227,10 @@ FIELDS = {
         **_DEVICES,
         **_RESUME,
     ),
-    "pruning.score": Field("magnitude", "magnitude or random; the weights with the lowest scores are pruned"),
+    "pruning.score": Field(
+        "magnitude",
+        "magnitude, random, a registered name, or a dotted path; the weights with the lowest scores are pruned",
+    ),
     "pruning.images": Field(
         256,
         "number of training images on which a score computes the loss; scores without a loss do not use it",

@@ -243,8 +243,8 @@ def _check_arms(names):
     known = [name for name in arms.ARMS if name not in ("imp", "twin")]
     if not {"imp"} <= set(map(str, names)) <= {"imp", *known} or len(set(names)) < len(names):
         raise UserError(
-            f"arms is {names}; it should hold imp, whose masks all arms use, and any of {', '.join(known)}, "
-            f"none twice, written as ('imp', 'reinit'); the rounds of twins are in instability.rounds"
+            f"arms is {names}; it should contain imp, whose masks all arms use, and any of {', '.join(known)}, "
+            f"without repetition, such as ('imp', 'reinit'); instability.rounds sets the rounds of twins"
         )
 
 

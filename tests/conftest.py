@@ -28,8 +28,8 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from imp_jax import analysis, data, experiment, models
 from imp_jax import config as configs
-from imp_jax import data, experiment, models
 from imp_jax.models.lenet import LeNet
 
 # the slowest files, slowest first: each runs in one worker, so they should start early
@@ -62,6 +62,13 @@ def pytest_collection_modifyitems(items):
 def optimised(monkeypatch):
     """Let processes that a test starts compile with full optimisation; for tests with long trainings."""
     monkeypatch.setenv("XLA_FLAGS", "")
+
+
+@pytest.fixture
+def one_figure(monkeypatch):
+    """Let analyses in this process draw only one of the figures, which take a second and a half together."""
+    for name in list(analysis.FIGURES)[1:]:
+        monkeypatch.delitem(analysis.FIGURES, name)
 
 
 @pytest.fixture(scope="session")

@@ -106,7 +106,9 @@ def test_divergence_stops_the_run_and_is_recorded(data_dir, tmp_path, monkeypatc
         ([2, 4], [("imp", 0), ("imp", 1), ("reinit", 1), ("twin", 1)], [("imp", 0), ("imp", 1), ("reinit", 1)]),
     ],
 )
-def test_member_with_a_nan_loss_is_dropped(data_dir, tmp_path, monkeypatch, broken, in_round_1, in_round_2):
+def test_member_with_a_nan_loss_is_dropped(
+    data_dir, tmp_path, monkeypatch, one_figure, broken, in_round_1, in_round_2
+):
     """If it is imp, whose mask all arms use, its whole replicate ends. Other members do not change."""
     config = quick_config(data_dir, epochs=3, replicates=2, on_divergence="drop")
     config.model.width, config.analysis.path_points = 0.1, 3

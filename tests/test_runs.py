@@ -294,7 +294,7 @@ def test_damaged_round_is_moved_away_and_trained_again(data_dir, tmp_path, capsy
         run(config, tmp_path / "repelled")
 
 
-def test_run_with_twins_and_repulsion_resumes_to_the_same_results(data_dir, tmp_path):
+def test_run_with_twins_and_repulsion_resumes_to_the_same_results(data_dir, tmp_path, one_figure):
     """Repulsion needs the optima of rounds before the stop."""
     config = quick_config(data_dir, rounds=4, epochs=2)
     config.instability.rounds = (1, 9)

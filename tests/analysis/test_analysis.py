@@ -49,8 +49,8 @@ def analysed(data_dir, tmp_path_factory):
 
 
 @pytest.fixture
-def copy(analysed, tmp_path):
-    """Return a copy of the analysed workdir that a test may change."""
+def copy(analysed, tmp_path, one_figure):
+    """Return a copy of the analysed workdir that a test may change. Analyses of it draw one figure."""
     return shutil.copytree(analysed, tmp_path / "run")
 
 
@@ -377,7 +377,9 @@ def test_a_run_without_a_readable_round_still_has_a_report(copy, capsys):
     assert "accuracy" in (copy / "report.html").read_text()
 
 
-def test_a_figure_that_cannot_be_drawn_is_skipped_with_a_message(copy, monkeypatch, capsys):
+def test_a_figure_that_cannot_be_drawn_is_skipped_with_a_message(analysed, tmp_path, monkeypatch, capsys):
+    copy = shutil.copytree(analysed, tmp_path / "run")
+
     def fail_once(figure, *arguments):
         if not failed:
             failed.append(figure)

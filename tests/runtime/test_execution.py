@@ -101,8 +101,8 @@ def test_a_resumed_workdir_keeps_its_execution(tiny_experiment, tmp_path, capsys
     assert capsys.readouterr().err == ""
     assert restore("xla").spec.execution == (True, True, "xla")
     assert capsys.readouterr().err == (
-        f"{tmp_path} was begun with convolutions by oneDNN, which cannot be used on this machine; it "
-        "continues with convolutions by XLA in forms for a CPU, and results differ by rounding\n"
+        f"{tmp_path} was begun with convolutions by oneDNN, which cannot be used on this machine; "
+        "convolutions by XLA in forms for a CPU are used instead, and results differ by rounding\n"
     )
     (tmp_path / "execution.json").write_text('{"scan": true, "future": 1}')
     assert restore("xla").spec.execution == (True, True, "xla")
