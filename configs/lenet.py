@@ -13,7 +13,7 @@ from imp_jax.config import default
 def get_config():
     config = default()
     config.dataset.name = "mnist"
-    config.dataset.normalize = True  # (ours) as in OpenLTH, from which table 1 is taken
+    config.dataset.normalize = True  # (ours) as in OpenLTH
     config.epochs = 25
     config.batch_size = 60
     config.model.name = "lenet"

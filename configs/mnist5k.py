@@ -15,7 +15,7 @@ from imp_jax.config import default
 def get_config():
     config = default()
     config.dataset.name = "mnist5k"
-    config.dataset.normalize = True  # (ours) as in OpenLTH, from which table 1 is taken
+    config.dataset.normalize = True  # (ours) as in OpenLTH
     config.epochs = 10
     config.batch_size = 60
     config.model.name = "lenet"

@@ -54,7 +54,7 @@ def train_and_analyse(
     except OSError as error:
         if not distributed.is_disk_failure(error):
             raise
-        sys.exit(f"error: cannot go on: {error}")
+        sys.exit(f"error: cannot continue: {error}")
     except Stopped as stopped:
         print(stopped, file=sys.stderr, flush=True)
         distributed.shutdown(distributed.ABORT_TIMEOUT_S)

@@ -91,7 +91,7 @@ def resume(experiment: Experiment, checkpoints: Checkpoints, rows: Sequence[Row]
     if last and checkpoints.similarity_definition(last) != similarity.DEFINITION:
         raise UserError(
             "the rounds so far were trained by an earlier version, whose J_r counted biases too, and a run "
-            "should not mix the two; train it in another --workdir, or go on with that version"
+            "should not mix the two; train it in another --workdir, or continue with that version"
         )
     optima = checkpoints.optima(last)
     if optima is None:
@@ -190,7 +190,7 @@ def _print_start(experiment, workdir, first, step):
     steps = experiment.learning_rates.size
     if first or step:
         finished = finished_rounds_text(first)
-        print(f"{workdir} has {finished}; going on with round {first} at step {step} of {steps}")
+        print(f"{workdir} has {finished}; continuing with round {first} at step {step} of {steps}")
     else:
         print(f"workdir: {workdir}")
     print(describe_experiment(experiment))

@@ -98,7 +98,7 @@ def test_resumed_run_has_the_results_of_an_uninterrupted_one(data_dir, tmp_path,
     run_one_round(config, tmp_path / "resumed")
     capsys.readouterr()
     run(config, tmp_path / "resumed")
-    assert "has rounds 0 to 0; going on with round 1" in capsys.readouterr().out
+    assert "has rounds 0 to 0; continuing with round 1" in capsys.readouterr().out
     pd.testing.assert_frame_equal(without_seconds(tmp_path / "whole"), without_seconds(tmp_path / "resumed"))
     assert (tmp_path / "resumed" / "figures" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
@@ -276,7 +276,7 @@ def test_damaged_round_is_moved_away_and_trained_again(data_dir, tmp_path, capsy
     run(config, tmp_path / "run")
     captured = capsys.readouterr()
     assert f"{tmp_path / 'run' / 'checkpoints' / '2'} is damaged" in captured.err
-    assert "has rounds 0 to 1; going on with round 2" in captured.out
+    assert "has rounds 0 to 1; continuing with round 2" in captured.out
     assert_same_runs(tmp_path / "whole", tmp_path / "run")
     assert (tmp_path / "run" / "set-aside" / "checkpoints-2").is_dir()
 

@@ -216,8 +216,8 @@ def register(
     all_columns = [*KEYS[needs], *columns]
     if isinstance(columns, str) or not columns or len(set(all_columns)) < len(all_columns):
         raise UserError(
-            f"the analysis {name!r} has the columns {columns!r}; they should be names, none twice and none of "
-            f"{', '.join(KEYS[needs]) or 'the keys'}, written as ('norm',)"
+            f"the analysis {name!r} has the columns {columns!r}; they should be names, without repetition and "
+            f"none of {', '.join(KEYS[needs]) or 'the keys'}, written as ('norm',)"
         )
     if figure:
         register_figure(name, figure, caption)

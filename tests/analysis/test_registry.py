@@ -221,7 +221,7 @@ def test_a_registered_figure_is_drawn_and_in_the_report(copy):
     ("name", "options", "sentence"),
     [
         ("norms", {"columns": ("a",), "needs": "rounds"}, "needs 'rounds'; it should need one of round"),
-        ("norms", {"columns": ("round",)}, "none twice and none of replicate, arm, round"),
+        ("norms", {"columns": ("round",)}, "without repetition and none of replicate, arm, round"),
         ("a/b", {"columns": ("a",)}, "should have a name of letters"),
         ("weights", {"columns": ("a",)}, "should have a name of letters, .* none of distances"),
     ],
