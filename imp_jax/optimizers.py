@@ -22,31 +22,8 @@ Rate = Float[Any, ""] | float
 _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
 
-def scale_by_adam() -> optax.GradientTransformation:
-    """Make `optax.scale_by_adam()` with fewer divisions; equal up to rounding (Kingma & Ba 2015, section 2).
-
-    m̂ / (√v̂ + ε) = m √c₂ / c₁ / (√v + ε √c₂) with cᵢ = 1 − βᵢᵗ takes one division per weight instead of three.
-    """
-
-    def update(gradients, state, params=None):
-        del params
-        count = optax.safe_increment(state.count)
-        mu = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, state.mu, gradients)
-        nu = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, state.nu, gradients)
-        mu_correction, root = 1 - 0.9**count, jnp.sqrt(1 - 0.999**count)
-        directions = jax.tree.map(lambda m, v: m * (root / mu_correction) / (jnp.sqrt(v) + 1e-8 * root), mu, nu)
-        return directions, optax.ScaleByAdamState(count, mu, nu)
-
-    return optax.GradientTransformation(optax.scale_by_adam().init, update)
-
-
-def adam(learning_rate: Rate) -> optax.GradientTransformation:
-    """Make `optax.adam(learning_rate)`; equal up to rounding."""
-    return optax.chain(scale_by_adam(), optax.scale_by_learning_rate(learning_rate))
-
-
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
-    "adam": adam,
+    "adam": optax.adam,
     "momentum": functools.partial(optax.sgd, momentum=0.9),  # heavy ball, not Nesterov (ours)
     "sgd": optax.sgd,
 }
