@@ -88,7 +88,7 @@ def load_mask(workdir, number):
         return stored.restore(number).mask
 
 
-def without_seconds(workdir):
+def read_results_without_seconds(workdir):
     return pd.read_csv(workdir / "results.csv").drop(columns="seconds")
 
 
@@ -99,7 +99,9 @@ def test_resumed_run_has_the_results_of_an_uninterrupted_one(data_dir, tmp_path,
     capsys.readouterr()
     run(config, tmp_path / "resumed")
     assert "has rounds 0 to 0; continuing with round 1" in capsys.readouterr().out
-    pd.testing.assert_frame_equal(without_seconds(tmp_path / "whole"), without_seconds(tmp_path / "resumed"))
+    pd.testing.assert_frame_equal(
+        read_results_without_seconds(tmp_path / "whole"), read_results_without_seconds(tmp_path / "resumed")
+    )
     assert (tmp_path / "resumed" / "figures" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
     results = (tmp_path / "resumed" / "results.csv").read_bytes()
@@ -144,7 +146,9 @@ def run_with_stops(config, workdir, checks):
 
 def assert_same_runs(one, other):
     """Compare the results and the networks of two workdirs bit for bit."""
-    pd.testing.assert_frame_equal(without_seconds(one), without_seconds(other), check_exact=True)
+    pd.testing.assert_frame_equal(
+        read_results_without_seconds(one), read_results_without_seconds(other), check_exact=True
+    )
     with (
         contextlib.closing(checkpoints.Checkpoints(one)) as a,
         contextlib.closing(checkpoints.Checkpoints(other)) as b,
@@ -215,14 +219,14 @@ def test_streamed_run_resumes_to_the_same_results(tmp_path):
     messages = run_with_stops(config, tmp_path / "resumed", 0)
     assert "in round 0 at step 4 of" in messages[0]  # the rewind step
     assert_same_runs(tmp_path / "whole", tmp_path / "resumed")
-    results = without_seconds(tmp_path / "whole")
+    results = read_results_without_seconds(tmp_path / "whole")
     assert results["density"].round(2).tolist() == [1, 1, 0.8, 0.8]
     assert np.isfinite(results["train_loss"]).all()
 
 
 def test_repulsion_of_a_single_round_is_0(data_dir, tmp_path):
     run(quick_config(data_dir, rounds=1, **{"repulsion.strength": 2.0, "model.width": 0.1}), tmp_path)
-    assert list(without_seconds(tmp_path)["repulsion"]) == [0, 0]
+    assert list(read_results_without_seconds(tmp_path)["repulsion"]) == [0, 0]
 
 
 def test_keep_checkpoints_may_change_while_a_run_is_stopped(data_dir, tmp_path):
@@ -235,7 +239,9 @@ def test_keep_checkpoints_may_change_while_a_run_is_stopped(data_dir, tmp_path):
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["0", "2", "3", "4"]
     run(config, tmp_path / "run")
     pd.testing.assert_frame_equal(
-        without_seconds(tmp_path / "whole"), without_seconds(tmp_path / "run"), check_exact=True
+        read_results_without_seconds(tmp_path / "whole"),
+        read_results_without_seconds(tmp_path / "run"),
+        check_exact=True,
     )
     # as if the process were killed after the last round
     (tmp_path / "run" / "progress" / "7").mkdir(parents=True)
@@ -254,7 +260,7 @@ def test_keep_checkpoints_may_change_while_a_run_is_stopped(data_dir, tmp_path):
     # the store of optima has other shapes, which changes the order of sums
     columns = ["round", "density", "train_loss", "repulsion", "cosine"]
     extended, whole = (
-        without_seconds(tmp_path / name)[columns].query("round > 0") for name in ("run", "whole")
+        read_results_without_seconds(tmp_path / name)[columns].query("round > 0") for name in ("run", "whole")
     )
     assert len(extended) == 13
     np.testing.assert_allclose(extended, whole, rtol=1e-2)
@@ -304,8 +310,8 @@ def test_run_with_twins_and_repulsion_resumes_to_the_same_results(data_dir, tmp_
     assert_same_runs(tmp_path / "whole", tmp_path / "resumed")
     config.keep_checkpoints = "ends"
     run_with_stops(config, tmp_path / "ends", 3)
-    results = without_seconds(tmp_path / "whole")
-    pd.testing.assert_frame_equal(results, without_seconds(tmp_path / "ends"), check_exact=True)
+    results = read_results_without_seconds(tmp_path / "whole")
+    pd.testing.assert_frame_equal(results, read_results_without_seconds(tmp_path / "ends"), check_exact=True)
     assert sorted(path.name for path in (tmp_path / "ends" / "checkpoints").iterdir()) == ["0", "2", "3"]
     analysis.run(tmp_path / "whole")
     analysis.run(tmp_path / "ends")

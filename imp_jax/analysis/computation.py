@@ -68,8 +68,8 @@ def compute(
 ) -> None:
     """Compute the rows missing from `analysis/*.csv` for all checkpointed rounds that are in `results`.
 
-    Existing rows are kept, including those of deleted rounds. Unreadable tables are moved to set-aside/ and
-    recomputed; damaged rounds are skipped; both print a warning.
+    Existing rows are kept, including those of deleted rounds. Outdated and unreadable tables are moved to
+    set-aside/ and recomputed; damaged rounds are skipped; all of these print a warning.
 
     Args:
       experiment: returns the experiment; called only if needed, because it opens the data set.
@@ -96,6 +96,7 @@ def compute(
         if analysis.needs == "run":
             table = analysis.make_table(analysis.function(inputs))
             inputs.tables[analysis.name] = _with_unknown_columns(analysis, table, tables[analysis.name])
+    reader.release()
     for name in ANALYSES:
         write_table(workdir, name, inputs.tables[name])
 
@@ -109,6 +110,7 @@ class NetworkReader:
         self._thresholds = results.set_index(["arm", "replicate", "round"])["threshold"].to_dict()
         self._members = members
         self._damaged = set()
+        self._in_memory = {}
 
     def read(self, number: int) -> dict[Member, NetworkInputs]:
         """Return the networks of a round; {} if its checkpoint is damaged."""
@@ -120,7 +122,7 @@ class NetworkReader:
             print(f"{error}; it is left out of the analyses", file=sys.stderr)
             self._damaged.add(number)
             return {}
-        networks = {}
+        networks = self._in_memory.setdefault(number, {})
         for index, member in enumerate(self._members[number]):
             initial, trained, mask = jax.tree.map(lambda leaf: leaf[index], restored)  # noqa: B023
             networks[member] = NetworkInputs(
@@ -141,6 +143,12 @@ class NetworkReader:
         """Return the networks of all rounds that can be read."""
         return {number: networks for number in self._members if (networks := self.read(number))}
 
+    def release(self, before: int | None = None) -> None:
+        """Free the networks of all rounds, or of those before a round: they refer to each other."""
+        for number in list(self._in_memory):
+            if before is None or number < before:
+                self._in_memory.pop(number).clear()
+
 
 def _compute_missing(tables, reader, workdir, config, members, show_progress):
     """Add missing rows to `tables`, round by round, for analyses that are called per network or pair."""
@@ -153,6 +161,7 @@ def _compute_missing(tables, reader, workdir, config, members, show_progress):
     disable = not (show_progress and console.is_interactive)
     for number in track(sorted(needed), "analysing", console=console, transient=True, disable=disable):
         networks = {n: networks[n] for n in networks if n == number - 1} | {number: reader.read(number)}
+        reader.release(before=number - 1)
         for name in dict.fromkeys(call.analysis.name for call in missing[number]):
             calls = [call for call in missing[number] if call.analysis.name == name]
             rows = {call.key: _call(call, networks) for call in calls if _can_call(call, networks)}
@@ -174,7 +183,7 @@ def _missing_calls(tables, config, members: Members) -> Iterator[Call]:
         if not set(analysis.columns) <= set(table):  # a table of an earlier version
             current[:] = False
         elif analysis.is_current and len(table):
-            current = analysis.is_current(table, config)
+            current = analysis.is_current(table, config).astype(bool)
         keys = list(analysis.keys)
         stale = set(table.loc[~current, keys].itertuples(index=False, name=None))
         known = set(table[keys].itertuples(index=False, name=None)) - stale

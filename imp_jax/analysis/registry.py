@@ -164,6 +164,7 @@ class RegisteredFigure:
 
 ANALYSES: dict[str, Analysis] = {}
 FIGURES: dict[str, RegisteredFigure] = {}
+_BUILTIN = {"analysis": (), "figure": ()}  # names that cannot be registered again
 
 
 def register(
@@ -210,7 +211,7 @@ def register(
             return decorated
 
         return decorator
-    _check_name("analysis", name, function, {known.name: known.function for known in ANALYSES.values()})
+    _check_name("analysis", name, function)
     if needs not in KEYS:
         raise UserError(f"the analysis {name!r} needs {needs!r}; it should need one of {', '.join(KEYS)}")
     all_columns = [*KEYS[needs], *columns]
@@ -235,16 +236,25 @@ def register_figure(name: str, draw: Callable[[Any], Figure | None], caption: st
     Raises:
       UserError: `name` is not a plain file name or is a figure of imp_jax.
     """
-    _check_name("figure", name, draw, {known.name: known.draw for known in FIGURES.values()})
+    _check_name("figure", name, draw)
     FIGURES[name] = RegisteredFigure(name, draw, caption)
 
 
-def _check_name(kind, name, function, registered):
-    own = [known for known, value in registered.items() if value.__module__.startswith("imp_jax.")]
-    if not re.fullmatch(r"\w+", name) or name in own:
+def protect_names() -> None:
+    """Make the analyses and figures that are registered so far those of imp_jax, which users cannot replace."""
+    _BUILTIN.update(analysis=tuple(ANALYSES), figure=tuple(FIGURES))
+
+
+def is_builtin(name: str) -> bool:
+    """Return whether `name` is an analysis of imp_jax."""
+    return name in _BUILTIN["analysis"]
+
+
+def _check_name(kind, name, function):
+    if not re.fullmatch(r"\w+", name) or name in _BUILTIN[kind]:
         raise UserError(
             f"the {kind} {name!r} should have a name of letters, digits and underscores that is none of "
-            f"{', '.join(own)}"
+            f"{', '.join(_BUILTIN[kind])}"
         )
     if not callable(function):
         raise UserError(f"the {kind} {name!r} is a {type(function).__name__}; it should be a function")

@@ -8,10 +8,8 @@ from typing import Any
 import pandas as pd
 
 from imp_jax import config_files
-from imp_jax.analysis.registry import ANALYSES, FIGURES
+from imp_jax.analysis.registry import ANALYSES, FIGURES, is_builtin
 
-# tables that are shown in figures or summarised with the results; the others are listed
-_SUMMARISED = {"distances", "paths", "barriers", "histograms", "weights", "layers"}
 STYLE = """
 body { font: 15px/1.5 sans-serif; color: #222; max-width: 76em; margin: 2em auto; padding: 0 1em }
 .table { overflow-x: auto; font-size: 13px }
@@ -80,7 +78,7 @@ def _listed_tables(run) -> str:
     """Format the tables of users' analyses, averaged per round and arm if they have these columns."""
     parts = []
     for name, table in run.tables.items():
-        if name in _SUMMARISED:
+        if is_builtin(name):  # shown in figures, or summarised with the results
             continue
         keys = [column for column in ("round", "arm") if column in table]
         values = table.select_dtypes("number").columns.difference([*keys, "replicate"], sort=False)

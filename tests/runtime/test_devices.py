@@ -128,7 +128,7 @@ def mesh_sizes(monkeypatch):
         (8, 6, (2, -1), (2, 4)),
         (9, 2, (-1, -1), (2, 4)),
         (8, 6, (1, 1), (1, 1)),
-        (8, 6, (8, 1), (8, 1)),  # a larger mesh than needed, if the config says so
+        (8, 6, (8, 1), (8, 1)),  # a larger mesh than needed, as requested
     ],
 )
 def test_devices_are_used_for_members_first_then_for_batches(
