@@ -130,7 +130,9 @@ def imp_of_each(members: Sequence[Member]) -> np.ndarray:
 def member_keys(
     members: Sequence[Member], seed: int, path: Callable[[Member], list[Any]]
 ) -> Key[Array, " members"]:
-    """Make one PRNG key per member: fold_in(seed, replicate, stream, *numbers), whatever the other members.
+    """Make one PRNG key per member: fold_in(seed, replicate, stream, *numbers).
+
+    A key does not depend on which other members exist.
 
     Args:
       path: returns the name of a member's RNG stream, followed by the numbers to fold in.

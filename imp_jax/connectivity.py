@@ -24,7 +24,7 @@ def linear_path(params_a: Params, params_b: Params, num_points: int = 20) -> Par
     Returns: a tree like `params_a` with a leading axis of `num_points`; vmap an evaluation over it.
 
     Raises:
-      ValueError: `num_points` below 2; ends of different structures or shapes.
+      ValueError: `num_points` is below 2; the two trees differ in structure or shapes.
     """
     if num_points < 2:
         raise ValueError(f"num_points is {num_points}; a path needs at least its 2 ends")
@@ -79,7 +79,7 @@ def path_metrics(
     batch_norm: str = "interpolate",
     train: data.Split | None = None,
 ) -> tuple[Float[np.ndarray, " points"], Float[np.ndarray, " points"]]:
-    """Compute mean cross-entropy (nats) and error, in [0, 1], of the networks at the points of `linear_path`.
+    """Compute the mean cross-entropy (nats) and the error, in [0, 1], at the points of `linear_path`.
 
     Evaluates as many points per pass over the data as fit in a quarter of the device memory (vmap), and a
     streamed split in a single pass. If `spec.execution.unroll`, as `auto` chooses for convolutional networks,
@@ -88,7 +88,7 @@ def path_metrics(
     as much as five evaluations.
 
     Args:
-      variables_a, variables_b: variables of one network each, as `model.init` returns them.
+      variables_a, variables_b: the variables of the two ends, as `model.init` returns them.
       split: the whole split to evaluate on.
       batch_norm: "interpolate" interpolates normalisation statistics like the weights (ours); "reestimate"
         averages those of batches of at most the first 5,000 images of `train`, at every point.

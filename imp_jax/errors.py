@@ -19,7 +19,7 @@ class UserError(Exception):
 def one_line(error: Exception) -> str:
     """Describe an error in one line. The middle of a long message is left out, because the cause comes last."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    if code := re.search(r"os_error_code='(\d+)'", text):  # TensorStore puts it after a description of the file
+    if code := re.search(r"os_error_code='(\d+)'", text):  # TensorStore's messages are long; this is the cause
         return os.strerror(int(code[1]))
     return text if len(text) <= 400 else f"{text[:200]} […] {text[-200:]}"
 

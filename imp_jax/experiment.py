@@ -22,10 +22,10 @@ from imp_jax.runtime.execution import choose_execution
 
 
 class Pruning(NamedTuple):
-    """How masks shrink; static under jit."""
+    """The settings of pruning; a static argument of jit."""
 
     score: scores.Score
-    fraction: float  # of the survivors, removed after each round
+    fraction: float  # of the surviving weights, removed after each round
     exclude: tuple[str, ...]  # patterns of layers that are never pruned
     images: int  # in the batch of `ScoreInputs.loss`; 0 if the score does not use it
 
@@ -33,12 +33,12 @@ class Pruning(NamedTuple):
 class OptimaStore(NamedTuple):
     """How earlier optima are stored for J_r; its strength is in `TrainSpec`."""
 
-    memory: str  # all, or last
+    memory: str  # "all" or "last"
     dtype: str
 
 
 class Experiment(NamedTuple):
-    """Everything that a config names, resolved; constant during a run."""
+    """All parts of a run that its config specifies; constant during the run."""
 
     name: str  # such as "lenet on mnist5k"
     seed: int
@@ -46,7 +46,7 @@ class Experiment(NamedTuple):
     arms: tuple[str, ...]  # that train in every round
     scheduled_arms: dict[str, frozenset[int]]  # that train in these rounds only
     replicates: int
-    dataset: data.Dataset  # on the device, unless it is streamed
+    dataset: data.Dataset  # in device memory, unless it is streamed
     spec: training.TrainSpec
     learning_rates: Float[np.ndarray, "epochs steps"]
     rewind_step: int | None
@@ -62,7 +62,7 @@ class Experiment(NamedTuple):
 
 
 def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: bool = True) -> Experiment:
-    """Check `config` and load what it names.
+    """Check `config`, and load or build what it names.
 
     Args:
       dataset: used instead of `config.dataset.name`, with its own augmentation unless the config names one.
@@ -162,7 +162,7 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
 
 
 def create_model(config: ConfigDict, num_classes: int, image_shape: tuple[int, int, int]) -> nn.Module:
-    """Create the model of `config.model`, and check it against the settings for normalization.
+    """Create the model of `config.model`, and check the settings for normalisation.
 
     Raises:
       UserError: see `models.create` and `models.check_normalization`.
@@ -299,7 +299,7 @@ def _saved_steps(config, dataset, learning_rates):
 
 
 def _check_score(name, score, spec, dataset):
-    """Check by tracing that a score returns a tree like the parameters; return whether it uses `loss`."""
+    """Check by tracing that a score returns a tree like the parameters; return whether it calls `loss`."""
     image_shape = dataset.train.image_shape
     variables = models.shapes(spec.model, image_shape)
     calls = []
@@ -344,7 +344,7 @@ def _check_arm(name, experiment):
 def init_fn(
     model: nn.Module, image_shape: tuple[int, int, int]
 ) -> Callable[[Key[Array, ""]], training.Variables]:
-    """Return the initialisation of a model as a function of a key."""
+    """Return a function that initialises a model from a key."""
     image = jnp.zeros((1, *image_shape))
     return lambda key: dict(model.init(key, image, train=False))
 

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-# Okabe and Ito's colours, which the colour-blind tell apart; imp solid and its control dashed, as in the paper
+# the colour-blind palette of Okabe and Ito; imp solid and its control dashed, as in the paper
 STYLES = {
     "imp": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
     "reinit": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
@@ -32,10 +32,10 @@ class Figure(matplotlib.figure.Figure):
     """A figure that a notebook displays without pyplot."""
 
     def draw(self, renderer: Any) -> None:
-        with matplotlib.style.context("default"):  # ticks are made when they are drawn
+        with matplotlib.style.context("default"):  # matplotlib makes ticks when it draws them
             super().draw(renderer)
 
-    def _repr_png_(self) -> bytes:  # the method IPython asks for
+    def _repr_png_(self) -> bytes:  # called by IPython
         return to_bytes(self, dpi=100)
 
 
@@ -68,9 +68,9 @@ def threshold(results: pd.DataFrame) -> Figure:
 
 @_in_default_style
 def distances(table: pd.DataFrame, metric: str = "angular") -> Figure:
-    """Draw the matrices of distances between rounds (figures 4, 9 to 11), means over replicates, of all arms.
+    """Draw a matrix of distances between rounds for each arm, means over replicates (figures 4, 9 to 11).
 
-    All arms share a colour scale. The last row and column compare with the initialisation.
+    All arms share a colour scale. The last row and column are the distances from the initialisation.
 
     Args:
       table: distances.csv.
@@ -233,7 +233,7 @@ def instability(barriers: pd.DataFrame, results: pd.DataFrame) -> Figure:
             f"round {number}", position, (0, 5), textcoords="offset points", ha="center", fontsize="small"
         )
     axes.margins(y=0.2)
-    density_axis(axes, table["round"].map(density).min() / 1.5)  # with room for the labels
+    density_axis(axes, table["round"].map(density).min() / 1.5)  # leaves room for the labels
     axes.set_ylabel("Instability (percentage points of error)")
     return figure
 
@@ -268,7 +268,7 @@ def density_axis(axes: Axes, lowest: float) -> None:
 
 
 def to_bytes(figure: matplotlib.figure.Figure, file_format: str = "png", dpi: int = 200) -> bytes:
-    """Return the figure as the bytes of a PNG file, by default at print resolution, or of a PDF."""
+    """Return the figure as the bytes of a PNG or PDF file; `dpi` is in dots per inch."""
     buffer = io.BytesIO()
     # no date, so that the same figure gives the same file
     metadata = {"CreationDate": None} if file_format == "pdf" else None

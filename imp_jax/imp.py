@@ -82,7 +82,7 @@ def init_state(experiment: Experiment) -> RoundState:
 
 
 def begin_training(experiment: Experiment, state: RoundState) -> MidRoundState:
-    """Make the state at step 0 of a round: the masked tickets and fresh optimizers, on the mesh."""
+    """Make the state at step 0 of a round, on the mesh: masked tickets and fresh optimizers."""
     states = training.programs().init_states(state.tickets, state.masks, spec=experiment.spec)
     return MidRoundState(0, state.tickets, states, divergence.init_history(len(state.members)), 0.0)
 
@@ -296,7 +296,7 @@ def measure(
         summary = repulsion.summary(networks.trained["params"], state.optima, spec.repulsion_strength)
         columns["repulsion"], columns["cosine"] = summary
     elif spec.repulsion_strength:
-        columns["repulsion"] = np.zeros(len(members))  # no earlier optimum, no term
+        columns["repulsion"] = np.zeros(len(members))  # without earlier optima J_r is 0
     columns = {name: np.asarray(column) for name, column in columns.items()}
     return [
         {"replicate": member.replicate, "arm": member.arm, "round": number}
@@ -340,7 +340,7 @@ def raise_if_diverged(
     """Stop the run if a member has diverged with `on_divergence="stop"`, or if no ticket is left.
 
     Raises:
-      DivergedError: with the members that diverged.
+      DivergedError: a member diverged, and `on_divergence` is "stop"; or no ticket is left.
     """
     if not diverged:
         return

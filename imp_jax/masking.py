@@ -45,7 +45,7 @@ def prunable_by_name(tree: PyTree[Array], exclude: str | Sequence[str] = ()) -> 
     """Return the prunable leaves of `tree` in tree order, by names such as "Dense_0/kernel".
 
     Raises:
-      ValueError: `tree` has no leaf called "kernel", or `exclude` names them all: there is nothing to prune.
+      ValueError: `tree` has no leaf called "kernel", or `exclude` names them all.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     keep = jax.tree.leaves(prunable(tree, exclude))

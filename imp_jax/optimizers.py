@@ -1,4 +1,4 @@
-"""Optimizers and learning rates, as `config.optimizer` names them.
+"""Optimizers and learning-rate schedules of `config.optimizer`.
 
 An entry of `OPTIMIZERS` is a function of the learning rate that returns a complete optax transform: its updates
 are added to the parameters. `optax.lion` and the other optimizers of optax are such functions.

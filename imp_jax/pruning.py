@@ -45,7 +45,7 @@ def prune_by_magnitude(
 def prune_by_score(
     scores: Scores, params: Params, mask: Mask, fraction: float, exclude: str | Sequence[str] = ()
 ) -> tuple[Mask, Float[Array, ""]]:
-    """Prune like `prune_by_magnitude`, by any scores: the lowest are removed, negative ones first, nan last.
+    """Prune like `prune_by_magnitude`, but by `scores`: the lowest are removed, negative ones first, nan last.
 
     The threshold is the largest |θ| removed, whatever the scores.
 
@@ -99,7 +99,7 @@ def _kth_smallest(values: UInt[Array, " n"], where: Bool[Array, " n"], k: Int[Ar
 
 def _rounded_share(total: Int[Array, ""], fraction: float) -> Int[Array, ""]:
     """Compute round-half-even(fraction · total) exactly; float32 would be off by one from 2²⁴ weights on."""
-    ratio = Fraction(float(fraction)).limit_denominator(10**9)  # the decimal as it was written, 0.2 = 1/5
+    ratio = Fraction(float(fraction)).limit_denominator(10**9)  # the decimal as the user wrote it, 0.2 = 1/5
     with jax.enable_x64(True):
         product = total.astype(jnp.uint64) * ratio.numerator  # at most 2³¹ · 10⁹, so it fits
         whole, rest = jnp.divmod(product, ratio.denominator)

@@ -1,9 +1,9 @@
 """J_r, the loss that repels a network from earlier optima or attracts it to them (section 3).
 
 J_r compares connections, the prunable weights on a mask: biases and the parameters of normalisation layers do
-not count, nor do layers that `exclude` names, as in `masking`. Every earlier optimum enters J_r masked by the
-mask of the current round, so only its values on surviving weights are stored. If a fifth of P weights is
-removed in each round, these are n · 0.8ⁿ · P values in round n, at most 1.64 P, where copies would need n · P.
+not count, nor do layers that `exclude` names, as in `masking`. The mask of the current round is applied to
+every earlier optimum, so only its values on surviving weights are stored. If each round removes a fifth of the
+P weights, these are n · 0.8ⁿ · P values in round n, at most 1.64 P; full copies would need n · P.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from imp_jax import masking
 from imp_jax.masking import Mask, Params
 from imp_jax.similarity import inner_product, scale_of, widen
 
-# Size of a new store in units of P, if the round does not need more: room for future optima.
+# Size of a new store in units of P, with room for future optima, unless the round needs more.
 _STORE_SIZE_IN_P = 1.7
 # `positions` are strictly increasing, padding included: scatter and gather may assume sorted, unique indices.
 _SCATTER_HINTS = {"indices_are_sorted": True, "unique_indices": True}
@@ -37,7 +37,7 @@ class Optima(NamedTuple):
     # both by the name of a prunable leaf, such as "Dense_0/kernel"
     positions: dict[str, Int[Array, " slots"]]  # of survivors in the flattened leaf; unused: past its end
     values: dict[str, Float[Array, "rows slots"]]  # of each optimum, from the earliest; unused: 0
-    inverse_norms: Float[Array, " rows"]  # 1/‖θ_r⊙m‖; 0 for an optimum that is zero there, or an unused row
+    inverse_norms: Float[Array, " rows"]  # 1/‖θ_r⊙m‖; 0 if θ_r⊙m is zero or the row unused
     count: Int[Array, ""]  # |Θ|
 
     @property
@@ -59,11 +59,11 @@ def repulsion_loss(
       params: θ, the network in training; only its prunable weights count.
       mask: m, the mask of its round.
       earlier_params_list: Θ, the optima of earlier rounds; empty in round 0, where J_r is 0.
-      strength: λ_r, 2 repels and −1 attracts in the paper.
+      strength: λ_r; in the paper 2 repels and −1 attracts.
       exclude: patterns of layers that do not count.
 
-    Returns: a scalar. A network that is zero on the mask has no direction: its cosine counts as 0, and the
-      gradient there is 0 and not nan.
+    Returns: a scalar. A network that is zero on the mask has no direction; its cosine counts as 0, and the
+      gradient is 0 instead of nan.
 
     Raises:
       ValueError: trees of different structures or shapes, or without a prunable leaf.
@@ -98,8 +98,8 @@ def add_optimum(
 ) -> Optima:
     """Add `params`, the result of a round, to the earlier optima, for the next round under `masks`.
 
-    Runs on the host once per round and returns NumPy arrays: the number of slots depends on the masks. The
-    store keeps its padded shape as long as it is large enough and not mostly empty, because every new shape
+    Runs on the host once per round and returns NumPy arrays, because the number of slots depends on the masks.
+    The store keeps its padded shape as long as it is large enough and not mostly empty, because every new shape
     recompiles the step.
 
     Args:
@@ -159,9 +159,9 @@ def add_optimum(
 def next_store_shape(
     present: Sequence[int] | None, count: int, max_optima: int, needed: Sequence[int], weights: int
 ) -> tuple[int, ...]:
-    """Compute the shape of a store: the present one, if it is large enough and not mostly empty.
+    """Compute the shape of a store: that of the last round, if it is large enough and not mostly empty.
 
-    A new shape has rows for future optima, up to 1.7 P values in all. If the present optima need more, as with
+    A new shape has rows for future optima, up to 1.7 P values in all. If the optima so far need more, as with
     slower pruning, it has a quarter more rows than they need.
 
     Args:
@@ -171,7 +171,7 @@ def next_store_shape(
       needed: number of surviving weights of each leaf.
       weights: P, the number of prunable weights of the network, pruned or not.
 
-    Returns: the number of rows, then of slots of each leaf.
+    Returns: the number of rows, followed by the number of slots of each leaf.
     """
     if present is not None:
         rows, *slots = present
@@ -221,10 +221,10 @@ def survivor_loss(
 
 
 def cosines(survivors: dict[str, Float[Array, " slots"]], optima: Optima) -> Float[Array, " rows"]:
-    """Compute cos(θ⊙m, θ_r⊙m) with every earlier optimum; 0 where one is zero, and in unused rows.
+    """Compute cos(θ⊙m, θ_r⊙m) with every earlier optimum; 0 if one of them is zero, and in unused rows.
 
-    In float32 or better, for norms from 1e-18 to 1e18: rescaling would take another pass over all weights. Uses
-    operators only, so that traced and NumPy arrays both work.
+    Computes in float32 or better. Norms must lie between 1e-18 and 1e18, because rescaling would take another
+    pass over all weights. Uses only operators, so that it works on traced and on NumPy arrays.
     """
     pairs = [(optima.values[name], widen(x)) for name, x in survivors.items()]
     with jax.default_matmul_precision("highest"):  # a GPU would round to TF32

@@ -39,7 +39,7 @@ class RoundState(NamedTuple):
     members: tuple[Member, ...]
     tickets: Variables  # starting weights, not yet masked
     masks: Mask
-    optima: Optima | None = None  # earlier optima of J_r, on the host; None without repulsion, and in round 0
+    optima: Optima | None = None  # earlier optima for J_r, on the host; None without repulsion and in round 0
 
 
 class EpochEnd(NamedTuple):
@@ -47,7 +47,7 @@ class EpochEnd(NamedTuple):
 
     round: int
     members: tuple[Member, ...]
-    progress: MidRoundState  # its states are on the mesh and are donated to the next step: copy what you keep
+    progress: MidRoundState  # on the mesh; the next step donates its `states`, so copy what you keep
     metrics: Metrics  # of the steps since the last call, as NumPy arrays [steps, members]
     seconds: float  # of training since the last call, without compilation
     compile_seconds: float  # since the last call
@@ -58,7 +58,7 @@ class RoundEnd(NamedTuple):
     """The argument of `on_round` after every round, and what `rounds` yields."""
 
     round: int
-    members: tuple[Member, ...]  # that have not diverged
+    members: tuple[Member, ...]  # without those that diverged
     networks: RoundNetworks  # of these members, on the host
     rows: list[Row]  # of results.csv
     next_masks: Mask  # of the imps among `next_members`, in their order; on the host

@@ -140,8 +140,8 @@ def run(
         round before it deletes it. None deletes no round.
 
     Raises:
-      UserError: anything wrong with the config, the data or the workdir, before any training and with nothing
-        overwritten; a round that cannot be recorded, or diverges, with all earlier rounds kept.
+      UserError: the config, the data or the workdir is wrong, which is found before any training, and nothing
+        is overwritten; a round diverges or cannot be recorded, and all earlier rounds are kept.
       Stopped: a signal arrived; the state of the current round has been saved.
     """
     workdir, stop = user_path(workdir, "the workdir"), stop or GracefulStop()

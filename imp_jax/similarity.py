@@ -22,7 +22,7 @@ DEFINITION = 2  # version of what is compared, also in J_r; version 1 included b
 
 
 def inner_product(params_a: PyTree[Array], params_b: PyTree[Array]) -> Float[Array, ""]:
-    """Compute ⟨a, b⟩ over all leaves, multiplied and summed in float32 or better."""
+    """Compute ⟨a, b⟩ over all leaves, in float32 or better."""
     masking.require_same_shapes(params_a, params_b)
     products = jax.tree.map(lambda a, b: jnp.sum(widen(a) * widen(b)), params_a, params_b)
     return sum(jax.tree.leaves(products))
@@ -33,7 +33,7 @@ def angular_distance(
 ) -> Float[Array, ""]:
     """Compute 2·∠(a, b)/π on the shared weights (section 4.1): 0 same direction, 1 orthogonal, 2 opposite.
 
-    nan if a direction is undefined: the intersection is empty, or a network is zero on it.
+    The result is nan if a direction is undefined: the intersection is empty, or a network is zero on it.
     """
     a, b = map(_unit, _on_intersection(params_a, mask_a, params_b, mask_b, exclude))
     # Kahan's form: arccos(a·b) loses half its digits near 0 and leaves its domain by rounding
@@ -95,8 +95,8 @@ def gram_products(
 ) -> tuple[Float[Array, "networks networks"], Float[Array, "networks networks"]]:
     """Compute ⟨θ_i, θ_j⟩ and ‖θ_i‖² at [i, j], both on m_i⊙m_j, of networks stacked along axis 0.
 
-    Takes two matrix products per leaf: θ⊙m with itself, and its square with the masks. The squares of weights
-    below 1e-19 or above 1e19 leave the range of float32.
+    Computes two matrix products per leaf: of θ⊙m with itself, and of its square with the masks. The squares of
+    weights below 1e-19 or above 1e19 leave the range of float32.
     """
     return _gram_products(*_weights_and_masks(params, masks, exclude))
 
@@ -120,7 +120,7 @@ def _gram_products(weights, masks):
     dot = functools.partial(jnp.matmul, precision="highest")  # a GPU would round to TF32
     pairs = [(dot(p, p.T), dot(p * p, m.T.astype(p.dtype))) for p, m in zip(weights, masks, strict=True)]
     products, squares = map(sum, zip(*pairs, strict=True))
-    return (products + products.T) / 2, squares  # symmetric to the bit
+    return (products + products.T) / 2, squares  # exactly symmetric
 
 
 def _weights_and_masks(params, masks, exclude):

@@ -1,4 +1,4 @@
-"""The train step, the epoch that scans over it, and evaluation, in the order in which a training calls them.
+"""The train step, the epoch that scans over it, and evaluation, in reading order.
 
 The functions of one network come first; the functions of all members call them, and their trees have a leading
 axis of members. Masks, learning rates, keys and earlier optima are arguments: one compiled program serves all
@@ -38,7 +38,7 @@ Images = UInt8[Array, "batch height width channels"] | Float[Array, "batch heigh
 
 
 class TrainSpec(NamedTuple):
-    """The static half of a train step: what does not change during a run. A static argument of jit."""
+    """The parts of a train step that are constant during a run; a static argument of jit."""
 
     model: nn.Module
     optimizer: optax.GradientTransformationExtraArgs | None = None  # None if nothing is trained
@@ -90,7 +90,7 @@ def loss_fn(
     """Compute the mean cross-entropy of a batch, in nats, with the model in training mode.
 
     Args:
-      key: from which the streams of `spec.rng_streams` are drawn; None if there are none.
+      key: from which the keys of `spec.rng_streams` are folded; None if there are none.
 
     Returns: (loss, (model_state, accuracy)): the updated collections, and the accuracy in [0, 1].
     """
@@ -142,7 +142,7 @@ def train_step(
         outputs = _cast_like(jax.lax.pmean(outputs, DATA), outputs)
     (loss, (model_state, accuracy)), gradients = outputs
     if optima is not None:
-        # as a gradient of its own: jax.grad of the sum would take several more passes over all weights
+        # a separate gradient, because jax.grad of the sum would take several more passes over all weights
         gradients = repulsion.add_gradient(gradients, state.params, optima, spec.repulsion_strength)
     updates, opt_state = spec.optimizer.update(
         gradients, state.opt_state, state.params, mask=mask, learning_rate=learning_rate
@@ -184,7 +184,7 @@ def _cast_like(means, tree):
 
 
 def init_states(variables: Variables, masks: Mask, *, spec: TrainSpec) -> TrainState:
-    """Make the states of all members at the start of a training: their tickets θ⊙m and fresh optimizers."""
+    """Make the states of all members at the start of a training: the tickets θ⊙m and fresh optimizers."""
 
     def init_state(variables, mask):
         model_state = {name: values for name, values in variables.items() if name != "params"}
@@ -205,10 +205,10 @@ def train_steps(
     *,
     spec: TrainSpec,
 ) -> tuple[TrainState, Metrics]:
-    """Train all members for `len(learning_rates)` steps of one epoch, from its step `first_step` on.
+    """Train all members for `len(learning_rates)` steps of one epoch, starting at its step `first_step`.
 
-    The steps are one program, or one program per step, as `spec.execution` and the split allow. Examples that
-    do not fill a last batch are left out of that epoch (ours). `states` is donated.
+    Runs one program for all steps if `spec.execution` and the split allow it, otherwise one program per step.
+    Leaves out the examples that do not fill the last batch of the epoch (ours). Donates `states`.
 
     Args:
       batches: of this epoch, from `Split.training_epochs`.
@@ -238,7 +238,7 @@ def scan_steps(states, masks, batches, first_step, learning_rates, optima, keys,
 
 
 def step_all_members(states, masks, batches, number, learning_rate, optima, keys, *, spec):
-    """Take step `number` of an epoch with all members, each on a batch of its own."""
+    """Take step `number` of an epoch for all members, each on its own batch."""
     images, labels = batches.load(number, spec.batch_size, spec.augmentation)
     if keys is not None:
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
@@ -252,10 +252,10 @@ def step_all_members(states, masks, batches, number, learning_rate, optima, keys
 def evaluate(
     variables: Variables, split: Split, *, spec: TrainSpec, batch_size: int | None = None
 ) -> tuple[Float[Array, " members"], Int[Array, " members"]]:
-    """Compute mean cross-entropy (nats) and number of correct predictions of every member over a whole split.
+    """Compute the mean cross-entropy (nats) and the number of correct predictions of each member on a split.
 
     Args:
-      batch_size: changes only memory and rounding; see `sum_over_batches`.
+      batch_size: affects only memory and rounding; see `sum_over_batches`.
     """
     losses, correct = sum_over_batches(_sum_examples, variables, split, spec=spec, batch_size=batch_size)
     return losses / split.examples, correct
@@ -272,7 +272,7 @@ def sum_over_batches(
     """Sum `function(networks, images, labels, valid, spec=spec)` over all batches of a split.
 
     Args:
-      function: a module-level function: it is a static argument of jit, and a new lambda per call recompiles.
+      function: a module-level function, because it is a static argument of jit: a new lambda recompiles.
         `valid` [batch] is False for the padding in the last batch.
       batch_size: None is the default of the split. Rounded up to a multiple of the devices that share a batch.
     """
@@ -292,7 +292,7 @@ def sum_over_batches(
 def example_sums(
     logits: Float[Array, "batch classes"], labels: Int[Array, " batch"], valid: Bool[Array, " batch"]
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Sum the cross-entropies (nats), and count the correct predictions, over the valid examples."""
+    """Sum the cross-entropies (nats) and count the correct predictions of the valid examples."""
     logits = logits.astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     correct = logits.argmax(-1) == labels

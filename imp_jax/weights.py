@@ -1,4 +1,4 @@
-"""Statistics of the surviving weights: their distribution (figure 5), and the units that they connect.
+"""Statistics of the surviving weights: their distribution (figure 5) and the units that they connect.
 
 All functions are pure and may be jitted and vmapped; `exclude` is as in `masking`.
 """
@@ -25,7 +25,7 @@ def histogram(
 ) -> Int[Array, " bins"]:
     """Count the surviving weights in each of `bins` equal intervals of [−limit, limit] (figure 5).
 
-    An odd number of bins has one centred on 0. A weight beyond the limits counts in the outermost bin.
+    With an odd number of bins, one is centred on 0. Weights beyond the limits count in the outermost bins.
     """
     counts = jnp.zeros(bins, jnp.int32)
     for values, survives in _leaves(params, mask, exclude):
@@ -38,13 +38,14 @@ def histogram(
 def bimodality(params: Params, mask: Mask, exclude: str | Sequence[str] = ()) -> Float[Array, ""]:
     """Compute Sarle's coefficient (skewness² + 1) / kurtosis of the surviving weights.
 
-    1/3 for a normal distribution, 5/9 for a uniform one, 1 for two points; nan if all survivors are equal.
+    It is 1/3 for a normal distribution, 5/9 for a uniform one, 1 for two points, and nan if all survivors are
+    equal.
     """
     leaves = _leaves(params, mask, exclude)
     count = sum(jnp.sum(survives) for _, survives in leaves)
     low = functools.reduce(jnp.minimum, [jnp.min(v, where=m, initial=jnp.inf) for v, m in leaves])
     high = functools.reduce(jnp.maximum, [jnp.max(v, where=m, initial=-jnp.inf) for v, m in leaves])
-    # scaled to [0, 1], where no power leaves the range of float32
+    # scaled to [0, 1], so that no power leaves the range of float32
     leaves = [((values - low) / (high - low), survives) for values, survives in leaves]
 
     def mean(function):
@@ -65,7 +66,7 @@ def share_near_zero(
 
 
 def survivors_by_layer(mask: Mask) -> dict[str, Int[Array, ""]]:
-    """Count the surviving weights of each layer with weights, by its name."""
+    """Count the surviving weights of each layer with a kernel, by its name."""
     return {name: jnp.sum(kernel, dtype=jnp.int32) for name, kernel in kernels(mask).items()}
 
 
@@ -87,14 +88,14 @@ def connectivity_of_units(
     that is connected but never active (dead ReLU) is not counted as dead, and the statistics of Flax's
     normalisation layers do not count as paths.
 
-    Paths are propagated through the operations that JAX traces. Layers that are not evaluated are omitted, and
-    so are all layers of a model with an operation whose paths are unknown, such as the products of attention.
+    Paths are propagated through the operations that JAX traces. Layers that are not evaluated are left out. The
+    result is empty for a model with an operation whose paths are unknown, such as the products of attention.
     """
     masking.require_same_shapes(variables["params"], mask)
     mask = meta.unbox(mask)
     masks = {name: leaf.astype(jnp.float32) for name, leaf in masking.prunable_by_name(mask).items()}
 
-    def constant(leaf):  # not 1, which arithmetic may turn into zero
+    def constant(leaf):  # 0.7 and not 1, because arithmetic such as 1 − 1 may give zero
         return jnp.full(leaf.shape, 0.7, leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
 
     state = {name: leaves for name, leaves in variables.items() if name != "params"}
@@ -134,7 +135,7 @@ class _Weight(NamedTuple):
 
 
 class _Reached(NamedTuple):
-    """1 for elements of an array that a path from the image reaches, 0 for others."""
+    """A mask of the elements of an array that a path from the image reaches, as floats."""
 
     indicator: Float[Array, "..."]
 
@@ -175,7 +176,7 @@ def _without_statistics(layer, args, kwargs, context):
 
 
 def _propagate(closed, inputs, unit_axes):
-    """Evaluate a jaxpr on arrays, weights and reached arrays; record the unit axes of each weight."""
+    """Evaluate a jaxpr on arrays, `_Weight`s and `_Reached`s; record the unit axes of each weight."""
     known = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
     known |= zip(closed.jaxpr.invars, inputs, strict=True)
 
