@@ -83,7 +83,9 @@ def init_state(experiment: Experiment) -> RoundState:
 
 def begin_training(experiment: Experiment, state: RoundState) -> MidRoundState:
     """Make the state at step 0 of a round, on the mesh: masked tickets and fresh optimizers."""
-    states = training.programs().init_states(state.tickets, state.masks, spec=experiment.spec)
+    states = training.programs(experiment.spec.execution.unroll).init_states(
+        state.tickets, state.masks, spec=experiment.spec
+    )
     return MidRoundState(0, state.tickets, states, divergence.init_history(len(state.members)), 0.0)
 
 
@@ -190,7 +192,9 @@ def rewind(
         return _replace_tickets(
             rewinds, np.resize(imps, slots), tickets, states, start.tickets, state.masks, spec=experiment.spec
         )
-    fresh = training.programs().init_states(tickets, state.masks, spec=experiment.spec)
+    fresh = training.programs(experiment.spec.execution.unroll).init_states(
+        tickets, state.masks, spec=experiment.spec
+    )
     return tickets, jax.jit(where_members)(rewinds, fresh, states)
 
 

@@ -216,12 +216,12 @@ def train_steps(
       keys: of this epoch, for `spec.rng_streams`; None if there are none.
     """
     if spec.execution.scan and batches.scannable:
-        return programs().scan_steps(
+        return programs(spec.execution.unroll).scan_steps(
             states, masks, batches, first_step, learning_rates, optima, keys, spec=spec
         )
 
     def step(states, number, rate, batch):
-        return programs().step(states, masks, batch, number, rate, optima, keys, spec=spec)
+        return programs(spec.execution.unroll).step(states, masks, batch, number, rate, optima, keys, spec=spec)
 
     numbers = range(first_step, first_step + len(learning_rates))
     # batches last, so that zip does not decode one more than it needs
@@ -280,10 +280,10 @@ def sum_over_batches(
     batch_size = -(-batch_size // spec.data_devices) * spec.data_devices
     batches, numbers = split.evaluation(batch_size, spec.mesh), np.arange(-(-split.examples // batch_size))
     if spec.execution.scan and batches.scannable:
-        sums = programs().map_batches(function, networks, batches, numbers, spec=spec)
+        sums = programs(spec.execution.unroll).map_batches(function, networks, batches, numbers, spec=spec)
     else:
         sums = stack_step_outputs(
-            programs().apply_to_batch(function, networks, batch, number, spec=spec)
+            programs(spec.execution.unroll).apply_to_batch(function, networks, batch, number, spec=spec)
             for number, batch in zip(numbers, batches.one_by_one(), strict=False)
         )
     return jax.tree.map(lambda leaf: leaf.sum(0), sums)
@@ -328,9 +328,14 @@ class Programs(NamedTuple):
 
 
 @functools.cache
-def programs() -> Programs:
-    """Return the jitted functions of this module, whose compiler options depend on the backend."""
-    jit = jit_with_backend_options
+def programs(unroll: bool) -> Programs:
+    """Return the jitted functions of this module, whose compiler options depend on the backend.
+
+    Args:
+      unroll: whether members are unrolled, see `ExecutionMode`.
+    """
+    # if members are vmapped, YNNPACK's reductions make a member's bits depend on the number of members
+    jit = functools.partial(jit_with_backend_options, ynnpack_reductions=unroll)
     return Programs(
         init_states=jit(init_states, static_argnames="spec"),
         scan_steps=jit(scan_steps, static_argnames="spec", donate_argnames="states"),

@@ -435,9 +435,9 @@ def test_rounds_with_one_store_shape_share_a_program(tiny_experiment):
         epochs=1,
         **{"repulsion.strength": 2.0, "repulsion.dtype": "bfloat16", "instability.rounds": ()},
     )
-    training.programs().scan_steps.clear_cache()
+    training.programs(False).scan_steps.clear_cache()
     stores = [optima for _, optima in train_rounds(experiment, 12)][1:]
     assert {str(leaf.dtype) for optima in stores for leaf in jax.tree.leaves(optima.values)} == {"bfloat16"}
     shapes = {None, *(optima.shape for optima in stores)}
     assert len(shapes) <= 8
-    assert training.programs().scan_steps._cache_size() == len(shapes)
+    assert training.programs(False).scan_steps._cache_size() == len(shapes)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imp_jax import imp, masking, models, repulsion, training
+from imp_jax import data, imp, masking, models, repulsion, training
 from imp_jax.data import Normalize
 from imp_jax.data.augmentation import augment
 from imp_jax.experiment import setup
@@ -317,3 +317,18 @@ def test_counters_in_the_model_state_stay_integers(tiny_experiment, monkeypatch,
     counts = end.networks.trained["counts"]["steps"]
     assert counts.dtype == jnp.int32
     assert counts.tolist() == [experiment.learning_rates.size] * len(end.members)
+
+
+def test_bits_of_a_member_do_not_depend_on_the_number_of_members():
+    generator = np.random.default_rng(0)
+    images, labels = generator.integers(0, 256, (640, 4, 4, 1), np.uint8), generator.integers(0, 10, 640)
+    dataset = data.from_arrays(images, labels, images[:64], labels[:64])
+
+    def train(replicates):
+        config = make_tiny_config(replicates=replicates, epochs=1, batch_size=64)
+        experiment = setup(config, dataset, use_mesh=False)
+        return imp.train(experiment, 0, imp.init_state(experiment)).states.params
+
+    # XLA computes the sums over 10 classes of 2 · 64 and of 20 · 64 images with different kernels if it may
+    few, many = train(replicates=1), train(replicates=10)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[:1], b[:1]), few, many)
