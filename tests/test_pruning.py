@@ -210,3 +210,48 @@ def test_prune_by_magnitude_without_jit_and_in_double_precision():
         got, threshold = pruning.prune_by_magnitude(params, mask, 0.25)
         assert threshold == np.sort(np.abs(params["kernel"]))[9]
     np.testing.assert_array_equal(got["kernel"], expected)
+
+
+def test_layer_scope_prunes_the_fraction_of_each_layer():
+    generator = np.random.default_rng(0)
+    params = {
+        name: {"kernel": jnp.asarray(scale * generator.normal(size=size)), "bias": jnp.zeros(3)}
+        for name, scale, size in (("a", 1, 45), ("b", 100, 20), ("out", 0.01, 30))
+    }
+    scores_tree = jax.tree.map(jnp.abs, params)
+    mask, previous = masking.ones_like(params), {"a": 45, "b": 20, "out": 30}
+    for _ in range(3):
+        earlier = mask
+        mask, threshold = pruning.prune_by_score(
+            scores_tree, params, mask, 0.2, scope="layer", layer_factors=(("o*", 0.5), ("out", 3.0))
+        )
+        removed_magnitudes = []
+        for name, share in (("a", 0.2), ("b", 0.2), ("out", 0.1)):
+            keep, before = mask[name]["kernel"], earlier[name]["kernel"]
+            assert keep.sum() == previous[name] - round(share * previous[name])
+            previous[name] = int(keep.sum())
+            magnitudes = np.abs(params[name]["kernel"])
+            removed_magnitudes.append(magnitudes[before & ~keep].max())
+            assert removed_magnitudes[-1] <= magnitudes[keep].min()
+            assert mask[name]["bias"].all()
+        assert threshold == max(removed_magnitudes)
+
+
+def test_layer_factors_need_the_layer_scope():
+    params = {"a": {"kernel": jnp.ones(4)}}
+    mask = masking.ones_like(params)
+    with pytest.raises(ValueError, match="with the scope 'global' it should be"):
+        pruning.prune_by_score(params, params, mask, 0.2, layer_factors=(("a", 0.5),))
+    with pytest.raises(ValueError, match="scope is 'unit'; it should be 'global' or 'layer'"):
+        pruning.prune_by_score(params, params, mask, 0.2, scope="unit")
+
+
+@pytest.mark.parametrize("count", [0, 1, 17, 40])
+def test_keep_highest_keeps_exactly_the_highest(count):
+    values = jax.random.normal(jax.random.key(0), (40,)).round(1)  # with ties
+    tree = {"a": {"kernel": values[:15]}, "b": {"kernel": values[15:].reshape(5, 5)}}
+    kept = pruning.keep_highest(tree, masking.ones_like(tree), jnp.int32(count))
+    flat = np.concatenate([leaf.ravel() for leaf in masking.prunable_leaves(kept)])
+    expected = np.zeros(40, bool)
+    expected[np.argsort(values, kind="stable")[40 - count :]] = True
+    np.testing.assert_array_equal(flat, expected)
