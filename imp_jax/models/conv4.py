@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from imp_jax.models.layers import MaxPool, kaiming_normal
+from imp_jax.permutations import PermutationSpec, chain_spec
 
 
 class Conv4(nn.Module):
@@ -45,3 +46,8 @@ class Conv4(nn.Module):
             features = max(1, round(self.width * 256))
             x = nn.relu(nn.Dense(features, dtype=self.dtype, kernel_init=kaiming_normal)(x))
         return nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=kaiming_normal)(x)
+
+    def permutation_spec(self) -> PermutationSpec:
+        """Return which units can be permuted together: the channels or units of each hidden layer."""
+        layers = [*((f"Conv_{i}", 4) for i in range(4)), *((f"Dense_{i}", 2) for i in range(3))]
+        return chain_spec(layers, [max(1, round(self.width * n)) for n in (64, 64, 128, 128, 256, 256)])

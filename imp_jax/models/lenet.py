@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from imp_jax.models.layers import kaiming_uniform
+from imp_jax.permutations import PermutationSpec, chain_spec
 
 
 class LeNet(nn.Module):
@@ -36,7 +37,14 @@ class LeNet(nn.Module):
         """Return the logits of normalised images; `train` has no effect."""
         del train
         x = images.reshape(len(images), -1)
-        for features in self.widths:
-            features = max(1, round(self.width * features))
+        for features in self._sizes:
             x = nn.relu(nn.Dense(features, dtype=self.dtype, kernel_init=kaiming_uniform)(x))
         return nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=kaiming_uniform)(x)
+
+    @property
+    def _sizes(self):
+        return [max(1, round(self.width * features)) for features in self.widths]
+
+    def permutation_spec(self) -> PermutationSpec:
+        """Return which units can be permuted together: those of each hidden layer."""
+        return chain_spec([(f"Dense_{i}", 2) for i in range(len(self.widths) + 1)], self._sizes)

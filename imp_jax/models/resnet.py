@@ -5,15 +5,18 @@ appendix A.3 of the paper; `norm_affine=True` adds them.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from imp_jax.errors import UserError
 from imp_jax.models.layers import BatchNorm, MaxPool, kaiming_normal
+from imp_jax.permutations import PermutationSpec, layer_axes, norm_axes
 
 
 class CifarResNet(nn.Module):
@@ -76,6 +79,26 @@ class CifarResNet(nn.Module):
                 x = norm()(y, shortcut)
         return nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=kaiming_normal)(x.mean((1, 2)))
 
+    def permutation_spec(self) -> PermutationSpec:
+        """Return which channels can be permuted together.
+
+        All blocks of a stage add to the same channels. Those of a stage are the channels of the stage before,
+        which the shortcut copies, and new ones.
+        """
+        channels = [max(1, round(n * self.width)) for n in (16, 32, 64)]
+        streams = [("stream_0",), ("stream_0", "stream_1"), ("stream_0", "stream_1", "stream_2")]
+        sizes = {f"stream_{i}": n for i, n in enumerate(np.diff([0, *channels]).tolist())}
+        axes = layer_axes("Conv_0", (), streams[0], 4) | norm_axes("BatchNorm_0", streams[0])
+        inputs, blocks = streams[0], (self.depth - 2) // 6
+        for block in range(3 * blocks):
+            stream, inner = streams[block // blocks], (f"inner_{block}",)
+            sizes[inner[0]] = channels[block // blocks]
+            first, second = 2 * block + 1, 2 * block + 2
+            axes |= layer_axes(f"Conv_{first}", inputs, inner, 4) | norm_axes(f"BatchNorm_{first}", inner)
+            axes |= layer_axes(f"Conv_{second}", inner, stream, 4) | norm_axes(f"BatchNorm_{second}", stream)
+            inputs = stream
+        return PermutationSpec(sizes, axes | layer_axes("Dense_0", inputs, ()))
+
 
 class ResNet50(nn.Module):
     """Stages of 3, 4, 6 and 3 bottleneck blocks with projection shortcuts (He et al. 2016, section 4.1).
@@ -118,6 +141,26 @@ class ResNet50(nn.Module):
                     x = norm(relu=False, name=f"{name}_norm")(conv(4 * channels, (1, 1), stride, name=name)(x))
                 x = norm()(y, x)
         return nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=kaiming_normal)(x.mean((1, 2)))
+
+    def permutation_spec(self) -> PermutationSpec:
+        """Return which channels can be permuted together; all blocks of a stage add to the same channels."""
+        stem, inputs, index = ("stem",), ("stem",), 1
+        sizes = {"stem": max(1, round(64 * self.width))}
+        axes = layer_axes("Conv_0", (), stem, 4) | norm_axes("BatchNorm_0", stem)
+        for stage, blocks in enumerate((3, 4, 6, 3)):
+            channels, stream = max(1, round(64 * 2**stage * self.width)), (f"stream_{stage}",)
+            sizes[stream[0]] = 4 * channels
+            name = f"projection_{stage}"
+            axes |= layer_axes(name, inputs, stream, 4) | norm_axes(f"{name}_norm", stream)
+            for block in range(blocks):
+                inner = [(f"inner_{stage}_{block}_{i}",) for i in range(2)]
+                sizes |= {group: channels for (group,) in inner}
+                for before, after in itertools.pairwise((inputs, *inner, stream)):
+                    axes |= layer_axes(f"Conv_{index}", before, after, 4)
+                    axes |= norm_axes(f"BatchNorm_{index}", after)
+                    index += 1
+                inputs = stream
+        return PermutationSpec(sizes, axes | layer_axes("Dense_0", inputs, ()))
 
 
 def _layers(module: nn.Module, train: bool) -> tuple[Callable[..., nn.Conv], Callable[..., BatchNorm]]:
