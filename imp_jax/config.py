@@ -1,57 +1,13 @@
 """All config fields: defaults, meanings, allowed values and error messages."""
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference
 
+from imp_jax.config_field import NUMBER, Field, one_of
 from imp_jax.errors import UserError
-
-_NUMBER = (int, float)
-
-
-@dataclass(frozen=True)
-class Field:
-    """A config field.
-
-    Attributes:
-      default: the value of the field unless a config sets it.
-      meaning: a description of the field for readers.
-      check: a function that returns whether a value of the right type is allowed.
-      words: a description of the allowed values that completes the sentence "it should be …".
-      types: the types that a value may have; () allows the type of `default` only, and int for float.
-      may_change_on_resume: True if no training depends on the field, so that a resumed run may change it.
-    """
-
-    default: Any
-    meaning: str
-    check: Callable[[Any], bool] = lambda value: True
-    words: str = ""
-    types: tuple[type, ...] = ()
-    may_change_on_resume: bool = False
-
-    def has_type(self, value: Any) -> bool:
-        """Return whether a value has a type that the field may have."""
-        types = self.types or (_NUMBER if isinstance(self.default, float) else (type(self.default),))
-        if isinstance(value, bool):  # a bool is an int in Python, but not in a config
-            return bool in types
-        return isinstance(value, types)
-
-    def describe_type(self) -> str:
-        """Describe the types that the field may have, for a message, such as "of type int, like 60"."""
-        if self.types:
-            return " or ".join("None" if t is type(None) else f"of type {t.__name__}" for t in self.types)
-        return f"of type {type(self.default).__name__}, like {self.default!r}"
-
-
-def _one_of(*names):
-    """Return the arguments `check` and `words` of a field whose values are `names`."""
-    words = f"{', '.join(names[:-1])} or {names[-1]}"
-    return {"check": lambda value: value in names, "words": words}
-
 
 # arguments that several fields share
 _AT_LEAST_1 = {"check": lambda value: value >= 1, "words": "at least 1"}
@@ -94,7 +50,7 @@ FIELDS = {
     "dtype": Field(
         "float32",
         "type of the computation; parameters and optimizer state are always float32",
-        **_one_of("float32", "bfloat16"),
+        **one_of("float32", "bfloat16"),
     ),
     "execution": Field(
         "auto",
@@ -118,13 +74,13 @@ FIELDS = {
     "keep_checkpoints": Field(
         "all",
         "rounds whose checkpoints are kept: all, or ends, the first and the last two",
-        **_one_of("all", "ends"),
+        **one_of("all", "ends"),
         **_RESUME,
     ),
     "on_divergence": Field(
         "stop",
         "what to do when a member diverges: stop the run, or drop the member and continue without it",
-        **_one_of("stop", "drop"),
+        **one_of("stop", "drop"),
         **_RESUME,
     ),
     "dataset.name": Field(
@@ -205,7 +161,7 @@ FIELDS = {
         (),
         "epochs, below `epochs`, after which the step schedule divides the learning rate by 10",
         check=lambda value: (
-            all(isinstance(e, _NUMBER) and e > 0 for e in value) and list(value) == sorted(set(value))
+            all(isinstance(e, NUMBER) and e > 0 for e in value) and list(value) == sorted(set(value))
         ),
         words="increasing epochs above 0",
     ),
@@ -249,6 +205,25 @@ FIELDS = {
         check=lambda value: all(isinstance(name, str) for name in value),
         words="names of layers, such as ('Dense_2',)",
     ),
+    "pruning.scope": Field(
+        "global",
+        "global ranks the scores of all layers together; layer prunes the fraction in each layer",
+        **one_of("global", "layer"),
+    ),
+    "pruning.layer_factors": Field(
+        (),
+        "with scope layer: pairs of a name pattern and the factor of the fraction in such layers, as "
+        '(("Dense_2", 0.5),)',
+        check=lambda value: all(
+            isinstance(pair, tuple | list)
+            and len(pair) == 2
+            and isinstance(pair[0], str)
+            and type(pair[1]) in NUMBER
+            and pair[1] > 0
+            for pair in value
+        ),
+        words="pairs of a name and a factor above 0, such as (('Dense_2', 0.5),)",
+    ),
     "repulsion.strength": Field(
         0.0,
         "factor λ_r of the loss J_r over earlier optima: 2 repels, −1 attracts, 0 turns J_r off",
@@ -256,12 +231,12 @@ FIELDS = {
         words="finite",
     ),
     "repulsion.memory": Field(
-        "all", "earlier optima that J_r includes: all, or only the last", **_one_of("all", "last")
+        "all", "earlier optima that J_r includes: all, or only the last", **one_of("all", "last")
     ),
     "repulsion.dtype": Field(
         "float32",
         "type in which earlier optima are stored; bfloat16 takes half the memory",
-        **_one_of("float32", "bfloat16"),
+        **one_of("float32", "bfloat16"),
     ),
     "instability.rounds": Field(
         (5, 10, 15),
@@ -280,14 +255,14 @@ FIELDS = {
     "analysis.batch_norm": Field(
         "interpolate",
         "BatchNorm statistics on a path: interpolate those of its ends, or reestimate them on training data",
-        **_one_of("interpolate", "reestimate"),
+        **one_of("interpolate", "reestimate"),
         **_RESUME,
     ),
     "analysis.baseline": Field(
         "mean",
         "error from which a barrier is measured: mean or max of the errors at the ends of a path, or the "
         "linear interpolation between them",
-        **_one_of("mean", "linear", "max"),
+        **one_of("mean", "linear", "max"),
         **_RESUME,
     ),
 }

@@ -1,21 +1,19 @@
 """Experiments: everything that a config names, checked and loaded before any training."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Key
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from imp_jax import arms, data, masking, models, optimizers, scores, training
 from imp_jax import config as configs
-from imp_jax.arms import Member
-from imp_jax.errors import UserError, lookup, one_line
+from imp_jax import data, masking, models, optimizers, scores, setup_checks, training
+from imp_jax.errors import UserError, lookup
+from imp_jax.members import Member
 from imp_jax.runtime import devices
 from imp_jax.runtime.devices import DATA
 from imp_jax.runtime.execution import choose_execution
@@ -27,7 +25,10 @@ class Pruning(NamedTuple):
     score: scores.Score
     fraction: float  # of the surviving weights, removed after each round
     exclude: tuple[str, ...]  # patterns of layers that are never pruned
-    images: int  # in the batch of `ScoreInputs.loss`; 0 if the score does not use it
+    images: int  # in the batch of `ScoreInputs.loss`; 0 if neither the score nor an arm uses it
+    score_uses_images: bool
+    scope: str  # global or layer, see `pruning.prune_by_score`
+    layer_factors: tuple[tuple[str, float], ...]
 
 
 class OptimaStore(NamedTuple):
@@ -45,6 +46,7 @@ class Experiment(NamedTuple):
     rounds: int
     arms: tuple[str, ...]  # that train in every round
     scheduled_arms: dict[str, frozenset[int]]  # that train in these rounds only
+    arms_with_images: frozenset[str]  # whose masks depend on the loss of an untrained network
     replicates: int
     dataset: data.Dataset  # in device memory, unless it is streamed
     spec: training.TrainSpec
@@ -75,7 +77,7 @@ def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: 
     """
     configs.validate(config)
     devices.require_usable()
-    _check_arms(config.arms)
+    setup_checks.check_arms(config.arms, config.repulsion.strength)
     score = scores.find(config.pruning.score)
     optimizer = make_optimizer(config)
     lookup(optimizers.SCHEDULES, "optimizer.schedule", config.optimizer.schedule)
@@ -91,11 +93,13 @@ def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: 
         )
     elif config.dataset.augmentation is not None:
         dataset = dataset._replace(augmentation=tuple(config.dataset.augmentation))
-    _check_unused_settings(config, dataset)
+    setup_checks.check_unused_settings(config, dataset)
     learning_rates = _make_learning_rates(config, dataset.train.examples)
     model = create_model(config, dataset.num_classes, dataset.train.image_shape)
     params = models.shapes(model, dataset.train.image_shape)["params"]
-    _require_layers(config.pruning.exclude, params)
+    setup_checks.require_layers(config.pruning.exclude, params)
+    setup_checks.check_layer_factors(config, params)
+    setup_checks.check_aligned_arms(config, model)
     spec = training.TrainSpec(
         model=model,
         optimizer=optimizer,
@@ -108,8 +112,14 @@ def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: 
         norm_parts=config.model.norm_parts,
         rng_streams=models.rng_streams(model, dataset.train.image_shape),
     )
-    uses_batch = _check_score(config.pruning.score, score, spec, dataset)
-    if not uses_batch and config.pruning.images != (default := configs.default().pruning.images):
+    score_uses_images = setup_checks.check_score(config.pruning.score, score, spec, dataset)
+    arms_with_images = frozenset(
+        name
+        for name in config.arms
+        if setup_checks.check_arm(name, spec, dataset, tuple(config.pruning.exclude))
+    )
+    uses_images = score_uses_images or bool(arms_with_images)
+    if not uses_images and config.pruning.images != (default := configs.default().pruning.images):
         raise UserError(
             f"pruning.images is {config.pruning.images}; the score {config.pruning.score} uses no images, so "
             f"it should be {default}"
@@ -120,6 +130,7 @@ def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: 
         rounds=config.rounds,
         arms=tuple(config.arms),
         scheduled_arms={"twin": frozenset(config.instability.rounds)},
+        arms_with_images=arms_with_images,
         replicates=config.replicates,
         dataset=dataset,
         spec=spec,
@@ -129,15 +140,15 @@ def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: 
             score=score,
             fraction=config.pruning.fraction,
             exclude=tuple(config.pruning.exclude),
-            images=min(config.pruning.images, dataset.train.examples) if uses_batch else 0,
+            images=min(config.pruning.images, dataset.train.examples) if uses_images else 0,
+            score_uses_images=score_uses_images,
+            scope=config.pruning.scope,
+            layer_factors=tuple(config.pruning.layer_factors),
         ),
         optima_store=OptimaStore(config.repulsion.memory, config.repulsion.dtype),
         saved_steps=_saved_steps(config, dataset, learning_rates),
         on_divergence=config.on_divergence,
     )
-    for name in config.arms:
-        if arms.ARMS[name].number >= arms.FIRST_USER_NUMBER:
-            _check_arm(name, experiment)
     if not use_mesh:
         return experiment
     mesh = devices.make_mesh(
@@ -239,26 +250,6 @@ def describe_experiment(experiment: Experiment) -> str:
     )
 
 
-def _check_arms(names):
-    known = [name for name in arms.ARMS if name not in ("imp", "twin")]
-    if not {"imp"} <= set(map(str, names)) <= {"imp", *known} or len(set(names)) < len(names):
-        raise UserError(
-            f"arms is {names}; it should contain imp, whose masks all arms use, and any of {', '.join(known)}, "
-            f"without repetition, such as ('imp', 'reinit'); instability.rounds sets the rounds of twins"
-        )
-
-
-def _check_unused_settings(config, dataset):
-    """Refuse settings that only streamed sets read if the set is in memory."""
-    given, defaults = configs.flatten(config), configs.flatten(configs.default())
-    for field in set(data.Streamed.settings) - set(dataset.train.settings):
-        if given[field] != defaults[field]:
-            raise UserError(
-                f"{field} is {given[field]!r}; only streamed sets read it, and {config.dataset.name} is kept "
-                f"in memory, so it should be {defaults[field]!r}"
-            )
-
-
 def _make_learning_rates(config, examples):
     """Compute the learning rate of every step; check the batch size and the rewind step."""
     if config.batch_size > examples:
@@ -296,70 +287,3 @@ def _saved_steps(config, dataset, learning_rates):
     if "checkpoint_every_steps" in dataset.train.settings:
         intervals.append(config.checkpoint_every_steps)
     return frozenset(step for n in intervals for step in range(n, learning_rates.size, n))
-
-
-def _check_score(name, score, spec, dataset):
-    """Check by tracing that a score returns a tree like the parameters; return whether it calls `loss`."""
-    image_shape = dataset.train.image_shape
-    variables = models.shapes(spec.model, image_shape)
-    calls = []
-
-    def trace(variables, key):
-        params = variables["params"]
-        images, labels = jnp.zeros((1, *image_shape)), jnp.zeros(1, jnp.int32)
-        inputs = scores.make_inputs(
-            variables, masking.ones_like(params), key, images, labels, image_shape=image_shape, spec=spec
-        )
-        loss = inputs.loss
-        return score(inputs._replace(loss=lambda params: calls.append(1) or loss(params)))
-
-    result = jax.eval_shape(trace, variables, jax.random.key(0))
-    try:
-        masking.require_same_shapes(variables["params"], result)
-    except ValueError as error:
-        raise UserError(
-            f"pruning.score is {name!r}, which should return a tree like the parameters: {one_line(error)}"
-        ) from error
-    return bool(calls)
-
-
-def _check_arm(name, experiment):
-    """Check by tracing that an arm returns trees like the ticket and the mask."""
-    image_shape = experiment.dataset.train.image_shape
-    variables = models.shapes(experiment.spec.model, image_shape)
-
-    def trace(variables, key):
-        trees = jax.tree.map(lambda leaf: leaf[None], (variables, masking.ones_like(variables["params"])))
-        keys = key[None]
-        return arms.start_arm(arms.ARMS[name], *trees, keys, keys, init_fn(experiment.spec.model, image_shape))
-
-    try:
-        jax.eval_shape(trace, variables, jax.random.key(0))
-    except ValueError as error:
-        raise UserError(
-            f"arms has {name!r}, which should return trees like the ticket and the mask: {one_line(error)}"
-        ) from error
-
-
-def init_fn(
-    model: nn.Module, image_shape: tuple[int, int, int]
-) -> Callable[[Key[Array, ""]], training.Variables]:
-    """Return a function that initialises a model from a key."""
-    image = jnp.zeros((1, *image_shape))
-    return lambda key: dict(model.init(key, image, train=False))
-
-
-def _require_layers(patterns, params):
-    """Refuse a pattern of `pruning.exclude` that matches no layer with weights, or patterns that match all."""
-    prunable, remaining = masking.prunable(params), masking.prunable(params, patterns)
-    for pattern in patterns:
-        if masking.prunable(params, pattern) == prunable:
-            raise UserError(
-                f"pruning.exclude has {pattern!r}, which names no layer to prune; there are {', '.join(params)}"
-            )
-    if not any(jax.tree.leaves(prunable)):
-        raise UserError(
-            f"the network has no weights to prune: none of {', '.join(params)} has a leaf called kernel"
-        )
-    if not any(jax.tree.leaves(remaining)):
-        raise UserError(f"pruning.exclude is {patterns}; it should leave some of {', '.join(params)} to prune")

@@ -11,27 +11,34 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 
-from imp_jax import arms, divergence, masking, pruning, repulsion, scores, training
-from imp_jax.arms import Member, imp_of_each, member_keys, members_for_next_round, take_members, where_members
+from imp_jax import arms, divergence, masking, repulsion, training
 from imp_jax.experiment import Experiment
 from imp_jax.masking import Mask
+from imp_jax.members import (
+    Member,
+    imp_of_each,
+    member_keys,
+    members_for_next_round,
+    take_members,
+    where_members,
+)
+from imp_jax.next_masks import prune
 from imp_jax.round_state import (
     Callbacks,
     EpochEnd,
     RoundEnd,
     RoundState,
     add_optimum,
+    align_networks,
     copy_networks,
-    init_variables,
+    init_tickets,
     repeat_optima,
     start_round,
 )
 from imp_jax.runtime import devices
 from imp_jax.runtime.compilation import compile_seconds
-from imp_jax.runtime.execution import shard_over_mesh
 from imp_jax.training import Variables
 from imp_jax.workdir.checkpoints import MidRoundState, RoundNetworks
 from imp_jax.workdir.results import Row
@@ -61,11 +68,19 @@ def rounds(
     for number in range(first, experiment.rounds):
         progress = train(experiment, number, state, progress, on_epoch=on_epoch)
         networks = copy_networks(state, progress)
-        masks, thresholds = prune(experiment, number, state.members, progress.states.variables, state.masks)
+        masks, thresholds = prune(
+            experiment,
+            number,
+            state.members,
+            progress.states.variables,
+            state.masks,
+            progress.tickets["params"],
+        )
         rows = measure(experiment, number, state, progress, networks, thresholds)
         diverged = find_diverged(experiment, number, state.members, progress, rows)
         tickets = reset(experiment, progress)
-        end, state = end_round(experiment, number, state, diverged, networks, rows, tickets, masks)
+        trained = progress.states.variables
+        end, state = end_round(experiment, number, state, diverged, networks, rows, tickets, masks, trained)
         for callback in on_round:
             callback(end)
         yield end
@@ -75,10 +90,10 @@ def rounds(
 def init_state(experiment: Experiment) -> RoundState:
     """Make the state of round 0: each imp initialised at random with a dense mask, other arms from imp."""
     imps = [member for member in experiment.members if member.arm == "imp"]
-    keys = member_keys(imps, experiment.seed, lambda member: ["init"])
-    image_shape = experiment.dataset.train.image_shape
-    tickets = init_variables(keys, model=experiment.spec.model, image_shape=image_shape)
-    return start_round(experiment, 0, experiment.members, tickets, masking.ones_like(tickets["params"]))
+    tickets = init_tickets(experiment, imps)
+    permutations = align_networks(experiment, imps, None)
+    masks = masking.ones_like(tickets["params"])
+    return start_round(experiment, 0, experiment.members, tickets, masks, permutations=permutations)
 
 
 def begin_training(experiment: Experiment, state: RoundState) -> MidRoundState:
@@ -187,7 +202,14 @@ def rewind(
         recurring = [member for member in state.members if member.arm in experiment.arms]
         imp_indices = [i for i, member in enumerate(state.members) if member.arm == "imp"]
         start = start_round(
-            experiment, number, recurring, states.variables, state.masks, imp_indices, imp_indices
+            experiment,
+            number,
+            recurring,
+            states.variables,
+            state.masks,
+            imp_indices,
+            imp_indices,
+            permutations=state.permutations,
         )
         return _replace_tickets(
             rewinds, np.resize(imps, slots), tickets, states, start.tickets, state.masks, spec=experiment.spec
@@ -204,62 +226,6 @@ def _replace_tickets(rewinds, imps, tickets, states, new_tickets, masks, *, spec
     new_states = training.init_states(new_tickets, masks, spec=spec)._replace(opt_state=imp_states.opt_state)
     chosen = where_members(rewinds, (new_tickets, new_states), (tickets, states))
     return devices.constrain_members(chosen, spec.mesh)
-
-
-def prune(
-    experiment: Experiment, number: int, members: Sequence[Member], variables: Variables, masks: Mask
-) -> tuple[Mask, Float[np.ndarray, " members"]]:
-    """Compute imp's masks for the round after `number`, and the pruning threshold of every member.
-
-    Args:
-      variables, masks: of all members after training; on the mesh, padded to its slots, or on the host.
-
-    Returns: the next masks of the imps, in their order; and for each member the threshold at which its own
-      weights are, or would be, pruned.
-    """
-    spec, pruning_spec = experiment.spec, experiment.pruning
-    slots, image_shape = len(jax.tree.leaves(masks)[0]), experiment.dataset.train.image_shape
-    keys = member_keys(members, experiment.seed, lambda member: ["score", number])
-    batch = (None, None)
-    if pruning_spec.images:
-        key = jax.random.fold_in(jax.random.key(experiment.seed), arms.stream_number("score images"))
-        key = jax.random.fold_in(key, number)
-        examples = jax.random.permutation(key, experiment.dataset.train.examples)[: pruning_spec.images]
-        batch = devices.gather_members(tuple(experiment.dataset.train.take(np.asarray(examples))), None)
-    imps = np.array([i for i, member in enumerate(members) if member.arm == "imp"])
-    spec = spec if slots == devices.count_slots(len(members), spec.mesh) else spec._replace(mesh=None)
-    keys = devices.shard_members(keys, spec.mesh)
-    next_masks, thresholds = _prune_members(
-        variables, masks, keys, *batch, imps, pruning_spec=pruning_spec, spec=spec, image_shape=image_shape
-    )
-    return next_masks, devices.gather_members(thresholds, len(members))
-
-
-@functools.partial(jax.jit, static_argnames=("pruning_spec", "spec", "image_shape"))
-def _prune_members(variables, masks, keys, images, labels, imps, *, pruning_spec, spec, image_shape):
-    def prune_member(inputs):
-        variables, mask, key, images, labels = inputs
-        score_inputs = scores.make_inputs(
-            variables, mask, key, images, labels, image_shape=image_shape, spec=spec
-        )
-        return pruning.prune_by_score(
-            pruning_spec.score(score_inputs),
-            variables["params"],
-            mask,
-            pruning_spec.fraction,
-            pruning_spec.exclude,
-        )
-
-    def prune_all(variables, masks, keys, images, labels):
-        if images is None:
-            return jax.vmap(lambda *inputs: prune_member((*inputs, None, None)))(variables, masks, keys)
-        # one member at a time: gradients of many images take memory
-        return jax.lax.map(lambda inputs: prune_member((*inputs, images, labels)), (variables, masks, keys))
-
-    member, whole = P(devices.MEMBER), P()
-    prune_all = shard_over_mesh(prune_all, (member, member, member, whole, whole), spec.mesh)
-    masks, thresholds = prune_all(variables, masks, keys, images, labels)
-    return jax.tree.map(lambda leaf: leaf[imps], masks), thresholds
 
 
 def reset(experiment: Experiment, progress: MidRoundState) -> Variables:
@@ -382,11 +348,12 @@ def end_round(
     rows: list[Row],
     tickets: Variables,
     masks: Mask,
+    trained: Variables,
 ) -> tuple[RoundEnd, RoundState]:
     """Drop the members that diverged; return the `RoundEnd` of the round and the state of the next one.
 
     Args:
-      networks, rows, tickets: of all members of the round.
+      networks, rows, tickets, trained: of all members of the round; `trained` on the mesh.
       masks: for the next round, of all imps of this one.
     """
     kept = tuple(member for member in state.members if member not in diverged)
@@ -395,7 +362,21 @@ def end_round(
     all_imps = [member for member in state.members if member.arm == "imp"]
     mask_indices = [all_imps.index(imp) for imp in imps]
     ticket_indices = [state.members.index(imp) for imp in imps]
-    next_state = start_round(experiment, number + 1, members, tickets, masks, ticket_indices, mask_indices)
+    if number == 0:
+        permutations = align_networks(experiment, imps, (state.members, networks))
+    else:
+        permutations = take_members(state.permutations, all_imps, imps)
+    next_state = start_round(
+        experiment,
+        number + 1,
+        members,
+        tickets,
+        masks,
+        ticket_indices,
+        mask_indices,
+        trained=trained,
+        permutations=permutations,
+    )
     optima = None
     if experiment.spec.repulsion_strength:
         earlier = state.optima and take_members(state.optima, state.members, members)

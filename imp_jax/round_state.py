@@ -10,20 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from imp_jax import arms, masking, repulsion
-from imp_jax.arms import (
+from imp_jax import arms, masking, models, repulsion
+from imp_jax.arms import ArmInputs, initializer, start_arm
+from imp_jax.errors import UserError
+from imp_jax.experiment import Experiment, spec_on_mesh
+from imp_jax.masking import Mask
+from imp_jax.members import (
     Member,
     add_scheduled_members,
     member_keys,
     replicate_keys,
-    start_arm,
+    stream_number,
     take_members,
 )
-from imp_jax.errors import UserError
-from imp_jax.experiment import Experiment, init_fn
-from imp_jax.masking import Mask
+from imp_jax.permutations import Permutations, identity, match_weights
 from imp_jax.repulsion import Optima
 from imp_jax.runtime import devices
+from imp_jax.scores import make_inputs
 from imp_jax.training import Metrics, Variables
 from imp_jax.workdir.checkpoints import MidRoundState, RoundNetworks
 from imp_jax.workdir.results import Row
@@ -40,6 +43,7 @@ class RoundState(NamedTuple):
     tickets: Variables  # starting weights, not yet masked
     masks: Mask
     optima: Optima | None = None  # earlier optima for J_r, on the host; None without repulsion and in round 0
+    permutations: Permutations | None = None  # of the imps, on the host; None unless an arm is `aligned`
 
 
 class EpochEnd(NamedTuple):
@@ -67,6 +71,8 @@ class RoundEnd(NamedTuple):
     diverged: dict[Member, tuple[int, str]]  # members that were dropped: step and description
 
 
+ARM_IMAGES = "arm images"  # RNG stream of the images on which masks at initialisation are computed
+
 Callbacks = Sequence[Callable[[Any], None]]
 
 
@@ -75,7 +81,14 @@ def init_variables(
     keys: Key[Array, " members"], *, model: nn.Module, image_shape: tuple[int, int, int]
 ) -> Variables:
     """Initialise the variables of one network for each key."""
-    return jax.vmap(init_fn(model, image_shape))(keys)
+    return jax.vmap(models.init_fn(model, image_shape))(keys)
+
+
+def init_tickets(experiment: Experiment, imps: Sequence[Member]) -> Variables:
+    """Initialise the networks of imps at random, from keys that depend only on the seed and the replicate."""
+    keys = member_keys(imps, experiment.seed, lambda member: ["init"])
+    image_shape = experiment.dataset.train.image_shape
+    return init_variables(keys, model=experiment.spec.model, image_shape=image_shape)
 
 
 def start_round(
@@ -86,6 +99,9 @@ def start_round(
     masks: Mask,
     ticket_of: Sequence[int] | None = None,
     mask_of: Sequence[int] | None = None,
+    *,
+    trained: Variables | None = None,
+    permutations: Permutations | None = None,
 ) -> RoundState:
     """Compute the state at the start of round `number` from imp's tickets and masks, without earlier optima.
 
@@ -93,6 +109,8 @@ def start_round(
       members: the members that train in every round; those of single rounds, such as twins, are added.
       tickets, masks: of the imps of `members`, in their order; or of any networks, if `ticket_of` and `mask_of`
         give the index of each imp.
+      trained: of the networks of `tickets`, at the end of the round before; None in round 0.
+      permutations: of the imps of `members`, see `ArmInputs`.
     """
     imps = [member for member in members if member.arm == "imp"]
     members = add_scheduled_members(members, experiment.scheduled_arms, number)
@@ -107,17 +125,40 @@ def start_round(
 
     in_order = np.arange(len(imps))
     mesh = experiment.spec.mesh
+    ticket_of, mask_of = (in_order if of is None else np.array(of) for of in (ticket_of, mask_of))
+    imp_starts = (
+        *_take_imps((tickets, tickets if trained is None else trained), ticket_of, mesh=mesh),
+        _take_imps(masks, mask_of, mesh=mesh),
+        permutations,
+    )
+    uses_images = tuple(name in experiment.arms_with_images for name in names)
     tickets, masks = _start_members(
-        _take_imps(tickets, in_order if ticket_of is None else np.array(ticket_of), mesh=mesh),
-        _take_imps(masks, in_order if mask_of is None else np.array(mask_of), mesh=mesh),
+        imp_starts,
         replicate_keys(imps, experiment.seed),
         [arm_keys(name) for name in names],
+        take_images(experiment, ARM_IMAGES, 0) if any(uses_images) else (None, None),
         np.resize(start_of_member, slots),
         arms=tuple(arms.ARMS[name] for name in names),
+        uses_images=uses_images,
+        continues=experiment.rewind_step is None,
+        exclude=experiment.pruning.exclude,
         image_shape=experiment.dataset.train.image_shape,
         spec=experiment.spec,
     )
-    return RoundState(members, tickets, masks)
+    return RoundState(members, tickets, masks, permutations=permutations)
+
+
+def take_images(experiment: Experiment, stream: str, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Take the training images and labels on which scores are computed; the same for all members.
+
+    Args:
+      stream: name of the RNG stream that draws the images.
+      number: folded into its key, such as the number of the round.
+    """
+    key = jax.random.fold_in(jax.random.key(experiment.seed), stream_number(stream))
+    examples = jax.random.permutation(jax.random.fold_in(key, number), experiment.dataset.train.examples)
+    examples = np.asarray(examples[: experiment.pruning.images])
+    return devices.gather_members(tuple(experiment.dataset.train.take(examples)), None)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
@@ -126,16 +167,89 @@ def _take_imps(tree, imps, *, mesh):
     return devices.constrain_whole(jax.tree.map(lambda leaf: leaf[imps], tree), mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("arms", "image_shape", "spec"))
-def _start_members(tickets, masks, replicate_keys, keys, start_of_place, *, arms, image_shape, spec):
+@functools.partial(
+    jax.jit, static_argnames=("arms", "uses_images", "continues", "exclude", "image_shape", "spec")
+)
+def _start_members(
+    imp_starts,
+    replicate_keys,
+    keys,
+    images_and_labels,
+    start_of_place,
+    *,
+    arms,
+    uses_images,
+    continues,
+    exclude,
+    image_shape,
+    spec,
+):
     """Start all arms from imp's tickets and masks of all replicates; then take the one of each place."""
-    init = init_fn(spec.model, image_shape)
-    starts = [
-        start_arm(arm, tickets, masks, arm_keys, replicate_keys, init)
-        for arm, arm_keys in zip(arms, keys, strict=True)
-    ]
+    one_device = spec_on_mesh(spec, None)
+    init = models.init_fn(one_device.model, image_shape)
+
+    def start(arm, imp_start, replicate_key, key, images, labels):
+        ticket, trained, mask, permutations = imp_start
+        initialize = initializer(init, replicate_key)
+        if continues:  # pruned weights are zero in the trained network, which other masks may keep
+            whole = jax.tree.map(jnp.where, mask, ticket["params"], initialize("init")["params"])
+            ticket = {**ticket, "params": whole}
+
+        def score_inputs(variables, mask):
+            return make_inputs(variables, mask, key, images, labels, image_shape=image_shape, spec=one_device)
+
+        return start_arm(
+            arm, ArmInputs(ticket, mask, key, initialize, trained, score_inputs, permutations, exclude)
+        )
+
+    starts = []
+    for arm, arm_keys, has_images in zip(arms, keys, uses_images, strict=True):
+        each = (imp_starts, replicate_keys, arm_keys)
+        if has_images:  # one replicate at a time: gradients of many images take memory
+            starts.append(jax.lax.map(lambda i, arm=arm: start(arm, *i, *images_and_labels), each))
+        else:
+            starts.append(jax.vmap(lambda *i, arm=arm: start(arm, *i, None, None))(*each))
     starts = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[start_of_place], *starts)
     return devices.constrain_members(starts, spec.mesh)
+
+
+def align_networks(
+    experiment: Experiment,
+    imps: Sequence[Member],
+    finished: tuple[Sequence[Member], RoundNetworks] | None,
+) -> Permutations | None:
+    """Compute the permutations of each imp that align its dense network with that of reinit, on the host.
+
+    Args:
+      imps: the members that the result has an entry of.
+      finished: the members and networks of round 0; None before it ends, which gives identities.
+
+    Returns: None if no arm of the experiment is `aligned`.
+
+    Raises:
+      UserError: a replicate of `imps` has no reinit.
+    """
+    if not any(arms.ARMS[name].aligned for name in experiment.arms):
+        return None
+    spec = experiment.spec.model.permutation_spec()
+    params = models.shapes(experiment.spec.model, experiment.dataset.train.image_shape)["params"]
+
+    def align(replicate):
+        if finished is None:
+            return identity(spec, params)
+        members, networks = finished
+        if Member("reinit", replicate) not in members:
+            raise UserError(
+                f"the arm permuted needs the dense network of reinit, and replicate {replicate} has none; "
+                f"it should be left out of arms, or reinit be trained"
+            )
+        source, target = (
+            jax.tree.map(lambda leaf, arm=arm: leaf[members.index(Member(arm, replicate))], networks.trained)
+            for arm in ("imp", "reinit")
+        )
+        return match_weights(spec, target["params"], source["params"])
+
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *(align(imp.replicate) for imp in imps))
 
 
 def copy_networks(state: RoundState, progress: MidRoundState) -> RoundNetworks:

@@ -1,6 +1,5 @@
 """Runs of iterative magnitude pruning in a workdir, which records them and from which they resume."""
 
-import contextlib
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,26 +9,24 @@ import numpy as np
 import pandas as pd
 from ml_collections import ConfigDict
 
+from imp_jax import arms, data, similarity
 from imp_jax import config as configs
-from imp_jax import data, similarity
-from imp_jax.arms import Member, members_for_next_round, members_of_rows, take_members
 from imp_jax.errors import UserError, user_path
 from imp_jax.experiment import Experiment, describe_experiment, setup
-from imp_jax.imp import (
+from imp_jax.imp import begin_training, finished_rounds_text, init_state, prune, rounds
+from imp_jax.masking import Mask
+from imp_jax.members import Member, members_for_next_round, members_of_rows, take_members
+from imp_jax.repulsion import Optima
+from imp_jax.round_state import (
     Callbacks,
     EpochEnd,
     RoundState,
     add_optimum,
-    begin_training,
-    finished_rounds_text,
-    init_state,
-    prune,
+    align_networks,
+    init_tickets,
     repeat_optima,
-    rounds,
     start_round,
 )
-from imp_jax.masking import Mask
-from imp_jax.repulsion import Optima
 from imp_jax.runtime import devices, distributed
 from imp_jax.runtime.signals import GracefulStop
 from imp_jax.workdir.checkpoints import Checkpoints, DamagedError, RoundNetworks
@@ -76,16 +73,24 @@ def resume(experiment: Experiment, checkpoints: Checkpoints, rows: Sequence[Row]
     networks = jax.tree.map(np.asarray, checkpoints.restore(last))
     masks = checkpoints.next_masks(last)
     if masks is None:  # earlier versions did not save them
-        masks, _ = prune(experiment, last, round_members, networks.trained, networks.mask)
+        masks, _ = prune(
+            experiment, last, round_members, networks.trained, networks.mask, networks.initial["params"]
+        )
         all_imps = [member for member in round_members if member.arm == "imp"]
         masks = take_members(devices.gather_members(masks, None), all_imps, imps)
     if experiment.rewind_step is None:
         tickets = take_members(networks.trained, round_members, imps)
     else:
-        tickets = _dense_tickets(checkpoints, rows, imps)
-        # `initial` is masked, which suffices for the arms of this package: they use surviving weights only
-        tickets = tickets or take_members(networks.initial, round_members, imps)
-    state = start_round(experiment, last + 1, members, tickets, masks)
+        tickets = _whole_tickets(experiment, checkpoints, rows, imps)
+        if tickets is None:
+            tickets = take_members(networks.initial, round_members, imps)
+    permutations = None
+    if any(arms.ARMS[name].aligned for name in experiment.arms):
+        permutations = align_networks(experiment, imps, read_round(checkpoints, rows, 0))
+    trained = take_members(networks.trained, round_members, imps)
+    state = start_round(
+        experiment, last + 1, members, tickets, masks, trained=trained, permutations=permutations
+    )
     if not experiment.spec.repulsion_strength:
         return state
     if last and checkpoints.similarity_definition(last) != similarity.DEFINITION:
@@ -109,13 +114,37 @@ def resume(experiment: Experiment, checkpoints: Checkpoints, rows: Sequence[Row]
     return state._replace(optima=repeat_optima(optima, members, state.members))
 
 
-def _dense_tickets(checkpoints, rows, imps):
-    """Return the tickets of round 0, before any pruning; None if its checkpoint is missing or damaged."""
-    if 0 in checkpoints.rounds():
-        with contextlib.suppress(DamagedError):
-            initial = jax.tree.map(np.asarray, checkpoints.restore(0).initial)
-            return take_members(initial, members_of_rows(rows, 0), imps)
-    return None
+def read_round(
+    checkpoints: Checkpoints, rows: Sequence[Row], number: int
+) -> tuple[tuple[Member, ...], RoundNetworks]:
+    """Read the networks of a round, as NumPy arrays, with its members.
+
+    Raises:
+      DamagedError: the round is not on disk; see also `Checkpoints.restore`.
+    """
+    if number not in checkpoints.rounds():
+        raise DamagedError(f"there is no checkpoint of round {number}")
+    return members_of_rows(rows, number), jax.tree.map(np.asarray, checkpoints.restore(number))
+
+
+def _whole_tickets(experiment, checkpoints, rows, imps):
+    """Return imp's tickets with the weights that later masks prune; None if they are lost and not needed.
+
+    They are the starting weights of round 0. With `rewind_step=0` these are the random initialisations, which
+    can be computed again.
+    """
+    try:
+        members, networks = read_round(checkpoints, rows, 0)
+    except DamagedError as error:
+        if not experiment.rewind_step:
+            return init_tickets(experiment, imps)
+        own_masks = [name for name in experiment.arms if arms.ARMS[name].mask is not arms.ARMS["imp"].mask]
+        if own_masks:
+            raise UserError(
+                f"{error}; {', '.join(own_masks)} may keep weights that imp has pruned, so round 0 is needed"
+            ) from error
+        return None
+    return take_members(networks.initial, members, imps)
 
 
 def run(

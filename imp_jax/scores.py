@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from imp_jax import training
+from imp_jax import masking, training
 from imp_jax.errors import UserError, lookup_or_import
 from imp_jax.masking import Mask, Params
 
@@ -20,8 +20,8 @@ Scores = PyTree[Float[Array, "..."]]
 class ScoreInputs(NamedTuple):
     """The argument of a score, for one network, without a member axis.
 
-    `loss` and `flow` map parameters like `params` to a float32 scalar. `jax.grad`, `jax.jvp` and `jax.hessian`
-    differentiate them, also twice.
+    `loss`, `flow` and `example_loss` map parameters like `params` to a float32 scalar. `jax.grad`, `jax.jvp`
+    and `jax.hessian` differentiate them, also twice.
     """
 
     params: Params  # trained, zero where `mask` is False
@@ -29,6 +29,10 @@ class ScoreInputs(NamedTuple):
     key: Key[Array, ""]  # of this replicate and round
     loss: Callable[[Params], Float[Array, ""]]  # mean cross-entropy (nats) of `pruning.images` training images
     flow: Callable[[Params], Float[Array, ""]]  # sum of the logits of an image of ones (SynFlow: at |θ|)
+    initial: Params | None = None  # at the start of the round's training, zero where `mask` is False
+    # cross-entropy (nats) of image i of `num_examples`, in evaluation mode: no image depends on another
+    example_loss: Callable[[Params, Int[Array, ""]], Float[Array, ""]] | None = None
+    num_examples: int = 0
 
 
 Score = Callable[[ScoreInputs], Scores]
@@ -43,10 +47,13 @@ def make_inputs(
     *,
     image_shape: tuple[int, int, int],
     spec: training.TrainSpec,
+    initial: Params | None = None,
 ) -> ScoreInputs:
     """Make the inputs of a score from the variables of one network and a batch of training images.
 
-    `images` and `labels` may be None if the score does not use `loss`.
+    Args:
+      images, labels: may be None if the score uses no loss.
+      initial: the parameters at the start of the training, not yet masked; None for an untrained network.
     """
     model_state = {name: leaves for name, leaves in variables.items() if name != "params"}
     # Flax's own kernels, on one device: those for a CPU can be differentiated in reverse mode only
@@ -56,11 +63,18 @@ def make_inputs(
     def loss(params):
         return training.loss_fn(params, model_state, images, labels, key, spec=spec)[0]
 
+    def example_loss(params, i):
+        logits = spec.apply({"params": params, **model_state}, images[i][None], train=False)
+        return training.example_sums(logits, labels[i][None], jnp.ones(1, bool))[0]
+
     def flow(params):
         image = jnp.ones((1, *image_shape))
         return spec.model.apply({"params": params, **model_state}, image, train=False).astype(jnp.float32).sum()
 
-    return ScoreInputs(variables["params"], mask, key, loss, flow)
+    params = variables["params"]
+    initial = masking.apply(params if initial is None else initial, mask)
+    count = 0 if images is None else len(images)
+    return ScoreInputs(params, mask, key, loss, flow, initial, example_loss, count)
 
 
 def magnitude(inputs: ScoreInputs) -> Scores:
@@ -75,7 +89,62 @@ def random(inputs: ScoreInputs) -> Scores:
     return treedef.unflatten([jax.random.uniform(k, jnp.shape(p)) for k, p in zip(keys, leaves, strict=True)])
 
 
-SCORES: dict[str, Score] = {"magnitude": magnitude, "random": random}
+def movement(inputs: ScoreInputs) -> Scores:
+    """Return |θ| − |θ₀|, the growth of each weight since the round's start (Zhou et al. 2019)."""
+    return jax.tree.map(lambda p, start: jnp.abs(p) - jnp.abs(start), inputs.params, inputs.initial)
+
+
+def taylor(inputs: ScoreInputs) -> Scores:
+    """Return |θ ⊙ ∂L/∂θ|, the first-order change of the loss if a weight is removed (Molchanov et al. 2017).
+
+    At initialisation this is the score of SNIP (Lee et al. 2019).
+    """
+    return jax.tree.map(lambda p, g: jnp.abs(p * g), inputs.params, jax.grad(inputs.loss)(inputs.params))
+
+
+def fisher(inputs: ScoreInputs) -> Scores:
+    """Return θ² ⊙ E[(∂ℓ/∂θ)²], with the loss ℓ of single images (Theis et al. 2018, without its factor 1/2)."""
+
+    def add_square(total, i):
+        gradient = jax.grad(inputs.example_loss)(inputs.params, i)
+        return jax.tree.map(lambda t, g: t + g**2, total, gradient), None
+
+    zeros = jax.tree.map(jnp.zeros_like, inputs.params)
+    total, _ = jax.lax.scan(add_square, zeros, jnp.arange(inputs.num_examples))
+    return jax.tree.map(lambda p, t: p**2 * t / inputs.num_examples, inputs.params, total)
+
+
+def grasp(inputs: ScoreInputs) -> Scores:
+    """Return θ ⊙ H ∂L/∂θ, with the Hessian H: low if removing the weight increases ‖∂L/∂θ‖ (Wang et al. 2020).
+
+    The paper removes the highest of −θ ⊙ H ∂L/∂θ, which are the lowest here. The temperature of its code, which
+    divides the logits by 200, is left out (ours).
+    """
+    gradient_of_loss = jax.grad(inputs.loss)
+    gradient = gradient_of_loss(inputs.params)
+    _, product = jax.jvp(gradient_of_loss, (inputs.params,), (gradient,))
+    return jax.tree.map(jnp.multiply, inputs.params, product)
+
+
+def synflow(inputs: ScoreInputs) -> Scores:
+    """Return |θ| ⊙ ∂R/∂|θ|, where R is the sum of the logits of an image of ones at |θ| (Tanaka et al. 2020).
+
+    R is the sum over all paths of the products of their weights. In networks of more than about 25 layers it
+    may exceed float32; the scores are then nan or infinite.
+    """
+    positive = jax.tree.map(jnp.abs, inputs.params)
+    return jax.tree.map(jnp.multiply, positive, jax.grad(inputs.flow)(positive))
+
+
+SCORES: dict[str, Score] = {
+    "magnitude": magnitude,
+    "random": random,
+    "movement": movement,
+    "taylor": taylor,
+    "fisher": fisher,
+    "grasp": grasp,
+    "synflow": synflow,
+}
 
 
 def find(name: str) -> Score:

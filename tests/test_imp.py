@@ -13,9 +13,10 @@ import pandas as pd
 import pytest
 
 from imp_jax import connectivity, imp, masking, pruning, repulsion, training
-from imp_jax.arms import ARMS, member_keys
+from imp_jax.arms import ARMS
 from imp_jax.divergence import DivergedError
 from imp_jax.experiment import setup
+from imp_jax.members import member_keys
 from tests.conftest import quick_config
 from tests.helpers import ROOT, folders
 from tests.helpers.epochs import train_epoch
@@ -206,10 +207,11 @@ def test_rows_hold_the_metrics_of_each_member(tiny_experiment):
     for number in range(2):
         progress = imp.train(experiment, number, state)._replace(seconds=1.23456)
         networks = imp.copy_networks(state, progress)
-        masks, thresholds = imp.prune(experiment, number, state.members, progress.states.variables, state.masks)
+        trained, initial = progress.states.variables, progress.tickets["params"]
+        masks, thresholds = imp.prune(experiment, number, state.members, trained, state.masks, initial)
         rows = imp.measure(experiment, number, state, progress, networks, thresholds)
         tickets = imp.reset(experiment, progress)
-        _, state = imp.end_round(experiment, number, state, {}, networks, rows, tickets, masks)
+        _, state = imp.end_round(experiment, number, state, {}, networks, rows, tickets, masks, trained)
     assert [(row["arm"], row["replicate"], row["round"]) for row in rows] == [
         ("imp", 0, 1), ("imp", 1, 1), ("reinit", 0, 1), ("reinit", 1, 1),
     ]  # fmt: skip
@@ -239,7 +241,10 @@ def test_random_pruning_draws_new_scores_each_round(tiny_experiment):
     experiment = tiny_experiment(**{"pruning.score": "random", "pruning.fraction": 0.5})
     networks, _ = next(train_rounds(experiment))
     (first, _), (second, _) = (
-        imp.prune(experiment, number, experiment.members, networks.trained, networks.mask) for number in (0, 1)
+        imp.prune(
+            experiment, number, experiment.members, networks.trained, networks.mask, networks.initial["params"]
+        )
+        for number in (0, 1)
     )
     assert not np.array_equal(first["Dense_0"]["kernel"], second["Dense_0"]["kernel"])
 

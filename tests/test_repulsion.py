@@ -9,7 +9,8 @@ import optax
 import pytest
 
 from imp_jax import imp, masking, pruning, repulsion, training
-from imp_jax.arms import ARMS, member_keys
+from imp_jax.arms import ARMS
+from imp_jax.members import member_keys
 from imp_jax.models.lenet import LeNet
 
 MEMBERS = 2

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from imp_jax import imp, masking
-from imp_jax.arms import Member, add_scheduled_members, imp_of_each, members_for_next_round
+from imp_jax.members import Member, add_scheduled_members, imp_of_each, members_for_next_round
 from imp_jax.round_state import repeat_optima, start_round
 from tests.helpers.rounds import assert_trees_equal, initial_weights, take_member, train_rounds
 

@@ -1,5 +1,8 @@
 """Scores of users, compared with independent implementations on the same batch."""
 
+import functools
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +10,9 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from imp_jax import arms, imp, scores
+from imp_jax import imp, masking, pruning, scores, training
 from imp_jax.errors import UserError
+from imp_jax.members import stream_number
 
 IMAGES = 20
 
@@ -40,7 +44,7 @@ def registered_scores(monkeypatch):
 
 def score_batch(experiment, number):
     """Return the images and labels that scores get in round `number`; seed and round determine them."""
-    key = jax.random.fold_in(jax.random.key(experiment.seed), arms.stream_number("score images"))
+    key = jax.random.fold_in(jax.random.key(experiment.seed), stream_number("score images"))
     examples = jax.random.permutation(jax.random.fold_in(key, number), 46)[:IMAGES]
     images, labels = experiment.dataset.train
     return images[examples] / 255, labels[examples]
@@ -97,9 +101,58 @@ def numpy_synaptic_flow(experiment, number, params):
     return values[::-1]
 
 
+def numpy_fisher(experiment, number, params):
+    """Compute θ² E[g²] with backpropagation of one image after the other in NumPy."""
+    images, labels = score_batch(experiment, number)
+    weights = [np.asarray(params[f"Dense_{i}"]["kernel"], float) for i in range(3)]
+    biases = [np.asarray(params[f"Dense_{i}"]["bias"], float) for i in range(3)]
+    total = [np.zeros_like(w) for w in weights]
+    for image, label in zip(np.asarray(images, float).reshape(IMAGES, -1), np.asarray(labels), strict=True):
+        inputs = [image]
+        for i in range(2):
+            inputs.append(np.maximum(inputs[-1] @ weights[i] + biases[i], 0))
+        logits = inputs[-1] @ weights[2] + biases[2]
+        error = np.exp(logits) / np.exp(logits).sum() - np.eye(3)[label]
+        for i in (2, 1, 0):
+            total[i] += np.outer(inputs[i], error) ** 2
+            error = (weights[i] @ error) * (inputs[i] > 0)
+    return [w**2 * t / IMAGES for w, t in zip(weights, total, strict=True)]
+
+
+def finite_difference_grasp(experiment, number, params):
+    """Compute θ Hg: minus the derivative of ‖∂L/∂θ‖² / 2 as each weight is reduced in proportion to itself."""
+    with jax.enable_x64(True):
+        images, labels = score_batch(experiment, number)
+        images = jnp.asarray(np.asarray(images), jnp.float64)
+        weights = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), params)
+        flat, unravel = ravel_pytree(weights)
+
+        def loss(flat):
+            x, tree = images.reshape(IMAGES, -1), unravel(flat)
+            for i in range(3):
+                x = x @ tree[f"Dense_{i}"]["kernel"] + tree[f"Dense_{i}"]["bias"]
+                x = jnp.maximum(x, 0) if i < 2 else x
+            return optax.softmax_cross_entropy_with_integer_labels(x, labels).mean()
+
+        half_square = jax.jit(lambda flat: (jax.grad(loss)(flat) ** 2).sum() / 2)
+        step = 1e-6
+        slopes = []
+        for i in range(len(flat)):
+            change = step * flat[i]
+            slopes.append(
+                (half_square(flat.at[i].add(change)) - half_square(flat.at[i].add(-change))) / (2 * step)
+            )
+        values = unravel(jnp.stack(slopes))
+        return [np.asarray(values[f"Dense_{i}"]["kernel"]) for i in range(3)]
+
+
 @pytest.mark.parametrize(
     ("score", "reference", "uses_images"),
     [
+        (scores.taylor, numpy_saliency, True),
+        (scores.fisher, numpy_fisher, True),
+        (scores.grasp, finite_difference_grasp, True),
+        (scores.synflow, numpy_synaptic_flow, False),
         (saliency, numpy_saliency, True),
         (curvature, full_hessian_curvature, True),
         (synaptic_flow, numpy_synaptic_flow, False),
@@ -153,3 +206,79 @@ def test_images_for_a_score_that_uses_none_are_rejected(tiny_experiment):
 def test_register_rejects_a_score_that_is_not_a_function():
     with pytest.raises(UserError, match="the score 'mine' is a float; it should be a function of"):
         scores.register("mine", 0.5)
+
+
+def test_movement_prunes_the_weights_that_grew_least_in_the_round(tiny_experiment):
+    experiment = tiny_experiment(rounds=2, **{"pruning.score": "movement"})
+    for end in imp.rounds(experiment):
+        for i in range(2):
+            take = functools.partial(jax.tree.map, lambda leaf, i=i: np.asarray(leaf[i]))
+            trained, initial, mask, kept = (
+                np.concatenate([tree[f"Dense_{n}"]["kernel"].ravel() for n in range(3)])
+                for tree in map(
+                    take,
+                    (
+                        end.networks.trained["params"],
+                        end.networks.initial["params"],
+                        end.networks.mask,
+                        end.next_masks,
+                    ),
+                )
+            )
+            growth = np.abs(trained) - np.abs(initial)
+            assert growth[mask & ~kept].max() <= growth[kept].min()
+            assert (mask & ~kept).sum() == round(0.2 * mask.sum())
+
+
+# --- synaptic flow ---
+
+
+def bias_free_network():
+    """Return a ReLU network without biases whose middle layer has tiny weights, and its inputs of a score."""
+
+    class Network(nn.Module):
+        num_classes: int = 5
+
+        @nn.compact
+        def __call__(self, images, train=False):
+            x = nn.relu(nn.Conv(6, (3, 3), use_bias=False)(images))
+            x = nn.relu(nn.Conv(8, (3, 3), strides=2, use_bias=False)(x))
+            x = nn.relu(nn.Dense(12, use_bias=False)(x.reshape(len(x), -1)))
+            return nn.Dense(self.num_classes, use_bias=False)(x)
+
+    model = Network()
+    params = model.init(jax.random.key(0), jnp.ones((1, 6, 6, 2)))["params"]
+    params["Conv_1"]["kernel"] *= 1e-3
+    spec = training.TrainSpec(model)
+
+    def inputs(mask):
+        return scores.make_inputs(
+            {"params": masking.apply(params, mask)},
+            mask,
+            jax.random.key(0),
+            None,
+            None,
+            image_shape=(6, 6, 2),
+            spec=spec,
+        )
+
+    return params, inputs
+
+
+def test_synaptic_flow_is_positive_and_its_sum_is_the_same_in_all_layers():
+    params, inputs = bias_free_network()
+    values = masking.prunable_leaves(scores.synflow(inputs(masking.ones_like(params))))
+    sums = [np.sum(leaf, dtype=float) for leaf in values]
+    np.testing.assert_allclose(sums, sums[0], rtol=1e-5)
+    assert all((leaf > 0).all() for leaf in values)
+
+
+def test_synaptic_flow_in_steps_collapses_no_layer_where_magnitude_does():
+    params, inputs = bias_free_network()
+    dense = masking.ones_like(params)
+    count = masking.size(params) // 20
+    mask = pruning.prune_in_steps(lambda mask: scores.synflow(inputs(mask)), dense, jnp.int32(count), 100)
+    by_magnitude = pruning.keep_highest(scores.magnitude(inputs(dense)), dense, jnp.int32(count))
+    assert int(masking.survivors(mask)) == int(masking.survivors(by_magnitude)) == count
+    assert int(by_magnitude["Conv_1"]["kernel"].sum()) == 0
+    assert min(int(leaf.sum()) for leaf in masking.prunable_leaves(mask)) > 0

@@ -35,9 +35,9 @@ from imp_jax.analysis.tables import (
     save_file,
     table_path,
 )
-from imp_jax.arms import Member, members_of_rows
 from imp_jax.errors import UnknownNameError, UserError, one_line
 from imp_jax.experiment import setup
+from imp_jax.members import Member, members_of_rows
 from imp_jax.workdir.checkpoints import Checkpoints, RoundNetworks
 from imp_jax.workdir.execution import restore_execution
 from imp_jax.workdir.lock import CONFIG_COPY, open_workdir, require_same_dataset, stored_config_file

@@ -23,8 +23,8 @@ from imp_jax.analysis.tables import (
     reporting_write_errors,
     write_table,
 )
-from imp_jax.arms import Member, members_of_rows
 from imp_jax.experiment import Experiment
+from imp_jax.members import Member, members_of_rows
 from imp_jax.workdir.checkpoints import Checkpoints, DamagedError
 from imp_jax.workdir.progress import make_console
 

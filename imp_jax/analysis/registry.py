@@ -10,10 +10,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from imp_jax.arms import Member
 from imp_jax.errors import UserError
 from imp_jax.experiment import Experiment
 from imp_jax.masking import Mask, Params
+from imp_jax.members import Member
 from imp_jax.training import Variables
 
 # columns that precede those that an analysis returns, by its `needs`, which sets how often it is called

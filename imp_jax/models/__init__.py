@@ -24,7 +24,7 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, Key, PyTree
 
 from imp_jax.errors import UserError, lookup_or_import, one_line
 from imp_jax.models.conv4 import Conv4
@@ -259,6 +259,12 @@ def rng_streams(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[st
             if missing is None or missing[1] in names:
                 raise
             names.append(missing[1])
+
+
+def init_fn(model: nn.Module, image_shape: tuple[int, int, int]) -> Callable[[Key[Array, ""]], dict[str, Any]]:
+    """Return a function that initialises a model from a key."""
+    image = jnp.zeros((1, *image_shape))
+    return lambda key: dict(model.init(key, image, train=False))
 
 
 def _image(image_shape):

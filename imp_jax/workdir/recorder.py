@@ -15,10 +15,10 @@ import pandas as pd
 from ml_collections import ConfigDict
 
 from imp_jax import figures
-from imp_jax.arms import Member
 from imp_jax.divergence import DivergedError
 from imp_jax.errors import UserError, one_line
 from imp_jax.experiment import Experiment, put_on_one_device
+from imp_jax.members import Member
 from imp_jax.runtime import devices, distributed
 from imp_jax.workdir.checkpoints import Checkpoints, DamagedError, MidRoundState
 from imp_jax.workdir.checksums import is_os_error

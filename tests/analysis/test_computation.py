@@ -12,7 +12,7 @@ import pytest
 
 from imp_jax import analysis, figures, masking, runs
 from imp_jax.analysis import registry
-from imp_jax.arms import Member
+from imp_jax.members import Member
 from imp_jax.workdir.checkpoints import Checkpoints
 from imp_jax.workdir.results import read_results
 from tests.conftest import quick_config

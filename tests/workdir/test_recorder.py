@@ -16,9 +16,9 @@ import pytest
 from filelock import FileLock
 
 from imp_jax import analysis, divergence, figures, imp, masking, runs
-from imp_jax.arms import Member, take_members
 from imp_jax.errors import UserError
 from imp_jax.experiment import setup
+from imp_jax.members import Member, take_members
 from imp_jax.round_state import EpochEnd, RoundEnd
 from imp_jax.training import Metrics
 from imp_jax.workdir.checkpoints import Checkpoints, MidRoundState, RoundNetworks
