@@ -3,6 +3,7 @@
 import copy
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,36 @@ def parse_flags(argv: list[str]) -> list[str]:
         unknown = [field for field in overridden_fields if not describe_type(field)]
         message = unknown_field(unknown[0]) if unknown else _load_error_message(error)
     sys.exit(f"error: {' '.join(message.split())}")
+
+
+def parse_overrides(arguments: Sequence[str], config: ConfigDict) -> dict[str, Any]:
+    """Return the fields that arguments of the form --config.FIELD=VALUE set, with the types of `config`.
+
+    Raises:
+      UserError: another argument, an unknown field, or a value of a wrong type.
+    """
+    from imp_jax import config as configs
+
+    known = configs.flatten(config)
+    for argument in arguments:
+        match = re.fullmatch(r"--config\.([\w.]+)(=.*)?", argument, re.DOTALL)
+        if not match or not match[2]:
+            raise errors.UserError(f"{argument!r} is not a flag; fields are set by --config.FIELD=VALUE")
+        if match[1] not in known:
+            raise errors.UserError(configs.unknown_field(match[1]))
+    values = flags.FlagValues()
+    copied = config.copy_and_resolve_references()
+    holder = config_flags.DEFINE_config_dict("config", copied, flag_values=values, lock_config=False)
+    try:
+        values(["imp_jax", *arguments])
+    except flags.Error as error:
+        match = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
+        expected = configs.describe_type(match[1]) if match else ""
+        message = f"{match[1]} is {match[2]!r}; it should be {expected}" if expected else str(error)
+        raise errors.UserError(message) from error
+    new = configs.flatten(holder.value)
+    names = [argument.removeprefix("--config.").partition("=")[0] for argument in arguments]
+    return {name: new[name] for name in names}
 
 
 def _flag_error_message(error):

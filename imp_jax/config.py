@@ -224,6 +224,18 @@ FIELDS = {
         ),
         words="pairs of a name and a factor above 0, such as (('Dense_2', 0.5),)",
     ),
+    "branch.name": Field("", "name of a branch, which `imp_jax.branch` sets; empty for a run"),
+    "branch.rounds": Field(
+        (),
+        "rounds on whose masks a branch trains; () is all rounds of the run",
+        check=lambda value: all(type(number) is int and number >= 0 for number in value),
+        words="rounds, counted from 0, such as (1, 5, 10)",
+    ),
+    "branch.mask_from": Field(
+        None,
+        "workdir of another run, under whose masks a branch trains; None is the run itself",
+        types=(str, type(None)),
+    ),
     "repulsion.strength": Field(
         0.0,
         "factor λ_r of the loss J_r over earlier optima: 2 repels, −1 attracts, 0 turns J_r off",

@@ -6,10 +6,11 @@ import os
 import re
 from typing import Any
 
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from imp_jax.config import FIELDS, default, flatten, may_change_on_resume, unknown_field, validate
-from imp_jax.errors import UserError
+from imp_jax.errors import UserError, one_line
 
 # The format of config.json. Format 1 had no number, and its momentum was used by the optimizer momentum only.
 FORMAT = 2
@@ -102,6 +103,23 @@ def _upgrade_from_format_1(values):
         values["optimizer.learning_rate"] *= values["epochs"] / warmup_epochs
         values["optimizer.warmup_epochs"] = float(values["epochs"])
     return values | {name: FIELDS[name].default for name in unused}
+
+
+def execute(config_file: str) -> None:
+    """Execute a config file, which may register models, data sets, arms and analyses.
+
+    Raises:
+      UserError: the file cannot be read, or raises an exception.
+    """
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, lock_config=False)
+    try:
+        values(["imp_jax", f"--config={config_file}"])
+        getattr(values.config, "items", None)  # a file that could not be read raises here
+    except Exception as error:  # the file is code and may raise any exception
+        raise UserError(
+            f"cannot execute the config file {config_file}: {one_line(error)}; fix it, or give another --config"
+        ) from error
 
 
 def run_name(name: str, base: ConfigDict, config: ConfigDict) -> str:

@@ -77,7 +77,7 @@ def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: 
     """
     configs.validate(config)
     devices.require_usable()
-    setup_checks.check_arms(config.arms, config.repulsion.strength)
+    setup_checks.check_arms(config.arms, config.repulsion.strength, bool(config.branch.name))
     score = scores.find(config.pruning.score)
     optimizer = make_optimizer(config)
     lookup(optimizers.SCHEDULES, "optimizer.schedule", config.optimizer.schedule)

@@ -21,6 +21,22 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 STYLES = {
     "imp": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
     "reinit": {"color": "#D55E00", "linestyle": "--", "marker": "s"},
+    # other masks with the ticket's weights
+    "shuffled": {"color": "#009E73", "linestyle": "-.", "marker": "^"},
+    "random": {"color": "#666666", "linestyle": ":", "marker": "x"},
+    "inverted": {"color": "#000000", "linestyle": ":", "marker": "v"},
+    "erk": {"color": "#44AA99", "linestyle": ":", "marker": "<"},
+    "uniform": {"color": "#999933", "linestyle": ":", "marker": ">"},
+    "snip": {"color": "#CC79A7", "linestyle": "-.", "marker": "h"},
+    "grasp": {"color": "#E69F00", "linestyle": "-.", "marker": "p"},
+    "synflow": {"color": "#56B4E9", "linestyle": "-.", "marker": "d"},
+    "magnitude_init": {"color": "#888888", "linestyle": "-.", "marker": "8"},
+    # other weights with imp's mask
+    "signs": {"color": "#AA4499", "linestyle": "--", "marker": "P"},
+    "magnitudes": {"color": "#DDAA33", "linestyle": "--", "marker": "X"},
+    "constant": {"color": "#332288", "linestyle": "--", "marker": "D"},
+    "trained_signs": {"color": "#882255", "linestyle": "--", "marker": "*"},
+    "permuted": {"color": "#117733", "linestyle": "--", "marker": "H"},
 }
 PATH_COLORS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00")
 LABELS = {"imp": "IMP", "reinit": "random reinitialisation"}
@@ -286,13 +302,22 @@ def _require_rows(table, description):
 @_in_default_style
 def _draw_over_density(results, column, scale, label):
     """Draw a column over density, one line per arm."""
-    figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+    results = results[results["arm"] != "twin"]
+    many = results["arm"].nunique() > 4
+    figure = Figure(figsize=(7.6 if many else 5.6, 4.2 if many else 3.6), layout="constrained")
     axes = figure.add_subplot()
-    for arm, rows in results[results["arm"] != "twin"].groupby("arm", sort=False):
-        draw_mean(axes, rows, column, scale, label=LABELS.get(arm, arm), **STYLES.get(arm, {}))
+    for arm, rows in results.groupby("arm", sort=False):
+        name = arm.partition(" ")[0]  # without the branch
+        style = (
+            STYLES.get(name, {}) if name == arm else {"color": STYLES.get(name, {}).get("color"), "marker": "."}
+        )
+        draw_mean(axes, rows, column, scale, label=LABELS.get(arm, arm), **style)
     density_axis(axes, results.query("density > 0")["density"].min())
     axes.set_ylabel(label)
-    axes.legend(frameon=False)
+    if many:  # beside the axes, where it hides no line
+        figure.legend(frameon=False, fontsize="small", loc="outside right center")
+    else:
+        axes.legend(frameon=False)
     return figure
 
 

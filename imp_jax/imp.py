@@ -17,10 +17,12 @@ from imp_jax import arms, divergence, masking, repulsion, training
 from imp_jax.experiment import Experiment
 from imp_jax.masking import Mask
 from imp_jax.members import (
+    BranchMember,
     Member,
     imp_of_each,
     member_keys,
     members_for_next_round,
+    round_of,
     take_members,
     where_members,
 )
@@ -112,7 +114,7 @@ def train(
     *,
     on_epoch: Callbacks = (),
 ) -> MidRoundState:
-    """Train all members of round `number` to the end.
+    """Train all members of round `number`, or of a branch, to the end.
 
     Rewinding (`rewind_step=k`): round 0 stores imp's weights at step k as its ticket. Later rounds train all
     members from step 0, and at step k reset those whose arm rewinds to their tickets with a fresh optimizer
@@ -131,7 +133,9 @@ def train(
     progress = progress or begin_training(experiment, state)
 
     def make_keys(stream):
-        keys = member_keys(state.members, experiment.seed, lambda m: [stream, arms.ARMS[m.arm].number, number])
+        keys = member_keys(
+            state.members, experiment.seed, lambda m: [stream, arms.ARMS[m.arm].number, round_of(m, number)]
+        )
         return devices.shard_members(keys, spec.mesh)
 
     rng_keys = make_keys("rngs") if spec.rng_streams else None
@@ -269,7 +273,7 @@ def measure(
         columns["repulsion"] = np.zeros(len(members))  # without earlier optima J_r is 0
     columns = {name: np.asarray(column) for name, column in columns.items()}
     return [
-        {"replicate": member.replicate, "arm": member.arm, "round": number}
+        {"replicate": member.replicate, "arm": member.arm, "round": round_of(member, number)}
         | {name: float(str(column[i])) for name, column in columns.items()}  # float32 as 0.1, not 0.10000000149
         | {"seconds": round(progress.seconds, 3)}
         for i, member in enumerate(members)
@@ -318,15 +322,17 @@ def raise_if_diverged(
         member, (step, description) = next(iter(diverged.items()))
         rate = experiment.learning_rates.max()
         raise divergence.DivergedError(
-            f"{description} in round {number}, arm {member.arm}, replicate {member.replicate}, at step {step} "
-            f"of the training; {finished_rounds_text(number)} finished; a lower optimizer.learning_rate "
+            f"{description} in round {round_of(member, number)}, arm {member.arm}, replicate "
+            f"{member.replicate}, at step {step} of the training; {finished_rounds_text(number)} finished; "
+            f"a lower optimizer.learning_rate "
             f"({rate:.6g}) or a warm-up may help, and --config.on_divergence=drop continues with the other "
             f"members",
             number,
             diverged,
         )
     remaining = [member for member in members if member not in diverged]
-    if not members_for_next_round(remaining, experiment.arms):
+    is_branch = isinstance(members[0], BranchMember)
+    if not is_branch and not members_for_next_round(remaining, experiment.arms):
         raise divergence.DivergedError(
             f"no ticket is left: all have diverged, the last in round {number}; "
             f"a workdir lists them in divergences.csv",

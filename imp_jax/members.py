@@ -17,6 +17,19 @@ class Member(NamedTuple):
     replicate: int
 
 
+class BranchMember(NamedTuple):
+    """A member of a branch, which trains members of many rounds together."""
+
+    arm: str
+    replicate: int
+    round: int
+
+
+def round_of(member: Member | BranchMember, number: int) -> int:
+    """Return the round on whose mask a member trains: `number`, unless it is the member of a branch."""
+    return getattr(member, "round", number)
+
+
 def members_of_rows(rows: Iterable[dict[str, Any]], number: int) -> tuple[Member, ...]:
     """Return the members that finished round `number`, from rows of results.csv."""
     return tuple(Member(row["arm"], row["replicate"]) for row in rows if row["round"] == number)

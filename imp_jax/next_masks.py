@@ -40,7 +40,7 @@ def prune(
     keys = member_keys(members, experiment.seed, lambda member: ["score", number])
     uses_images = pruning_spec.score_uses_images
     batch = take_images(experiment, "score images", number) if uses_images else (None, None)
-    imps = np.array([i for i, member in enumerate(members) if member.arm == "imp"])
+    imps = np.array([i for i, member in enumerate(members) if member.arm == "imp"], int)
     spec = spec if slots == devices.count_slots(len(members), spec.mesh) else spec._replace(mesh=None)
     keys = devices.shard_members(keys, spec.mesh)
     next_masks, thresholds = _prune_members(

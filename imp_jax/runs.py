@@ -176,6 +176,11 @@ def run(
     workdir, stop = user_path(workdir, "the workdir"), stop or GracefulStop()
     with distributed.raise_on_all_processes():
         configs.validate(config)
+        if config.branch.name:
+            raise UserError(
+                f"branch.name is {config.branch.name!r}; it should be '' for a run; branches are trained by "
+                f"python -m imp_jax.branch"
+            )
     distributed.check_same_everywhere(configs.describe_for_processes(config))
     with distributed.raise_on_all_processes():
         experiment = setup(config, dataset)
@@ -190,7 +195,9 @@ def run(
             with distributed.raise_on_all_processes():
                 state = resume(experiment, recorder.checkpoints, recorder.rows) if first else None
             state = state or init_state(experiment)
-            progress = recorder.saved_progress(first, like=begin_training(experiment, state))
+            progress = recorder.saved_progress(
+                first, like=begin_training(experiment, state), mesh=experiment.spec.mesh
+            )
             _print_start(experiment, workdir, first, progress.step if progress else 0)
             if distributed.is_primary():
                 store_execution(experiment, workdir)

@@ -12,7 +12,13 @@ from imp_jax.errors import UserError, one_line
 from imp_jax.permutations import identity
 
 
-def check_arms(names, repulsion_strength):
+def check_arms(names, repulsion_strength, is_branch):
+    if is_branch:
+        if unknown := [name for name in names if name not in arms.ARMS]:
+            raise UserError(f"there is no arm {unknown[0]!r}; there are {', '.join(arms.ARMS)}")
+        if not names or len(set(names)) < len(names):
+            raise UserError(f"arms is {tuple(names)}; it should have at least one arm, without repetition")
+        return
     known = [name for name in arms.ARMS if name not in ("imp", "twin")]
     if not {"imp"} <= set(map(str, names)) <= {"imp", *known} or len(set(names)) < len(names):
         raise UserError(
@@ -31,7 +37,7 @@ def check_arms(names, repulsion_strength):
 def check_aligned_arms(config, model):
     """Check that the arms that need permutations of units can have them."""
     for name in config.arms:
-        if arms.ARMS[name].aligned and "reinit" not in config.arms:
+        if arms.ARMS[name].aligned and "reinit" not in config.arms and not config.branch.name:
             raise UserError(f"arms is {tuple(config.arms)}; {name} needs the dense network of reinit beside it")
         if arms.ARMS[name].aligned and not hasattr(model, "permutation_spec"):
             raise UserError(

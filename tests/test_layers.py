@@ -17,9 +17,11 @@ LAYERS = (
     ("experiment", "setup_checks"),
     ("workdir",),
     ("round_state", "next_masks", "imp"),
-    ("runs", "branch", "analysis"),
+    ("runs",),
+    ("branch_start",),
+    ("analysis",),
     ("cli",),
-    ("command",),
+    ("branch", "command"),
     ("main",),
 )
 EXCEPTIONS = {

@@ -11,15 +11,13 @@ a notebook, `load(workdir)` returns the tables, and the networks of a round on r
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import sys
 import warnings
 from pathlib import Path
 
 import pandas as pd
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from imp_jax import config_files, errors, figures, similarity
 from imp_jax.analysis import paper, report
@@ -40,7 +38,13 @@ from imp_jax.experiment import setup
 from imp_jax.members import Member, members_of_rows
 from imp_jax.workdir.checkpoints import Checkpoints, RoundNetworks
 from imp_jax.workdir.execution import restore_execution
-from imp_jax.workdir.lock import CONFIG_COPY, open_workdir, require_same_dataset, stored_config_file
+from imp_jax.workdir.lock import (
+    CONFIG_COPY,
+    open_workdir,
+    require_same_dataset,
+    stored_config,
+    stored_config_file,
+)
 from imp_jax.workdir.results import Results, read_results, recorded_rounds, with_columns
 
 __all__ = [
@@ -86,6 +90,12 @@ class Run:
                 raise UserError(f"{self.workdir} has no round {number}; it has {checkpoints.rounds()}")
             return checkpoints.restore(number)
 
+    @property
+    def branches(self) -> "dict[str, Run]":
+        """The branches of the run by name, each a run of its own; see `imp_jax.branch`."""
+        folders = sorted(path.parent for path in self.workdir.glob("branches/*/config.json"))
+        return {folder.name: load(folder) for folder in folders}
+
     def members(self, number: int) -> tuple[Member, ...]:
         """Return the (arm, replicate) pairs that round `number` trained, without those that diverged."""
         return members_of_rows(self.results.to_dict("records"), number)
@@ -101,7 +111,7 @@ def load(workdir: str | os.PathLike) -> Run:
       UserError: the folder is not the workdir of a run.
     """
     workdir = errors.user_path(workdir, "the workdir")
-    config = _stored_config(workdir)
+    config = stored_config(workdir)
     for name in outdated(workdir):
         warnings.warn(
             f"{workdir}/analysis/{name}.csv was computed by an earlier version, which defined it differently; "
@@ -138,12 +148,12 @@ def run(
         process is writing to it; the data set is missing; a name is not registered.
     """
     workdir = errors.user_path(workdir, "the workdir")
-    config = _stored_config(workdir)
+    config = stored_config(workdir)
     setup_config = config.copy_and_resolve_references()
     if data_dir is not None:
         setup_config.dataset.data_dir = str(errors.user_path(data_dir, "--data_dir"))
     if config_file:  # it may register analyses
-        _execute_config_file(config_file)
+        config_files.execute(config_file)
     with contextlib.ExitStack() as stack:
         stack.enter_context(open_workdir(workdir, config))
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir)))
@@ -201,18 +211,6 @@ def _setup(config, workdir, config_file):
     return experiment
 
 
-def _execute_config_file(config_file):
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, lock_config=False)
-    try:
-        values(["imp_jax.analysis", f"--config={config_file}"])
-        getattr(values.config, "items", None)  # a file that could not be read raises here
-    except Exception as error:  # the file is code and may raise any exception
-        raise UserError(
-            f"cannot execute the config file {config_file}: {one_line(error)}; fix it, or give another --config"
-        ) from error
-
-
 def _has_old_repulsion(workdir, config):
     """Return whether the newest round on disk was trained with an earlier definition of J_r."""
     if not config.repulsion.strength:
@@ -220,13 +218,3 @@ def _has_old_repulsion(workdir, config):
     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
         finished = checkpoints.rounds()
         return bool(finished) and checkpoints.similarity_definition(finished[-1]) != similarity.DEFINITION
-
-
-def _stored_config(workdir):
-    path = workdir / "config.json"
-    try:
-        return config_files.from_json(json.loads(path.read_text()))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{workdir} is not the workdir of a run: it has no config.json") from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"cannot read {path} as a config: {error}") from error

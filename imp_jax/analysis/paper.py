@@ -1,5 +1,7 @@
 """The analyses and figures of the paper, registered in the same way as a user's own."""
 
+import pandas as pd
+
 from imp_jax import figures, similarity
 from imp_jax.analysis.distances import compute_distances
 from imp_jax.analysis.paths import compute_barriers, compute_path, paths_are_current
@@ -68,6 +70,12 @@ register_figure(
     "Test accuracy over density; mean of the replicates, bars from minimum to maximum.",
 )
 register_figure(
+    "branches",
+    lambda run: figures.accuracy(results_with_branches(run)) if run.branches else None,
+    "Test accuracy over density of all arms of the run and of its branches; mean of the replicates, bars from "
+    "minimum to maximum.",
+)
+register_figure(
     "threshold",
     lambda run: figures.threshold(run.results),
     "Pruning threshold, the largest magnitude removed after a round, over density.",
@@ -101,6 +109,17 @@ register_figure(
     "augmentation.",
 )
 protect_names()
+
+
+def results_with_branches(run):
+    """Return results.csv of a run and its branches; an arm that several of them have gets the branch's name."""
+    tables, seen = [run.results], set(run.results["arm"])
+    for name, branch in run.branches.items():
+        table = branch.results
+        names = {arm: f"{arm} ({name})" if arm in seen else arm for arm in table["arm"].unique()}
+        tables.append(table.assign(arm=table["arm"].map(names)))
+        seen |= set(names)
+    return pd.concat([table for table in tables if len(table)], ignore_index=True)
 
 
 def _has(run, kind):

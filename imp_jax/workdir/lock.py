@@ -115,6 +115,17 @@ def store_config_file(workdir: Path, config_file: str) -> None:
         )
 
 
+def stored_config(workdir: Path) -> ConfigDict:
+    """Return the config of a workdir. Raises a UserError if the folder is not the workdir of a run."""
+    path = workdir / "config.json"
+    try:
+        return config_files.from_json(json.loads(path.read_text()))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{workdir} is not the workdir of a run: it has no config.json") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"cannot read {path} as a config: {error}") from error
+
+
 def stored_config_file(workdir: Path, existing: bool = False) -> str | None:
     """Return the --config that `store_config_file` stored, with an absolute path; None if there is none.
 

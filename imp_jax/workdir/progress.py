@@ -80,7 +80,7 @@ class ProgressDisplay:
             self._progress.update(
                 self._task,
                 completed=number * self._steps + step,
-                description=f"round {number}/{self._rounds - 1} {step / self._steps:4.0%}",
+                description=self._describe(number, step),
                 speed=images / seconds,
                 left=self._left(number * self._steps + step),
                 accuracies=self._accuracies,
@@ -103,10 +103,30 @@ class ProgressDisplay:
             self._console.print(line, highlight=False)
             sys.stdout.flush()
 
+    def _describe(self, number, step):
+        return f"round {number}/{self._rounds - 1} {step / self._steps:4.0%}"
+
     def _left(self, step):
         rate = (time.perf_counter() - self._start) / max(step - self._first_step, 1)
         minutes, seconds = divmod(round(rate * (self._rounds * self._steps - step)), 60)
         return f"{minutes}:{seconds:02}"
+
+
+class BranchDisplay(ProgressDisplay):
+    """A `ProgressDisplay` of a branch, whose programs train the members of many rounds."""
+
+    def round(self, number: int, rows: Sequence[Row], images: int) -> None:
+        """Print the line of round `number` with its `rows`, after the program that trained it."""
+        accuracies = pd.DataFrame(rows).groupby("arm", sort=False)["test_accuracy"].mean()
+        text = " ".join(f"{arm} {mean:.2%}" for arm, mean in accuracies.items())
+        with _suppress_print_errors():
+            self._console.print(
+                f"round {number}  density {rows[0]['density']:.2%}  test accuracy {text}", highlight=False
+            )
+            sys.stdout.flush()
+
+    def _describe(self, number, step):
+        return f"program {number + 1} of {self._rounds} {step / self._steps:4.0%}"
 
 
 def _suppress_print_errors():

@@ -12,13 +12,14 @@ from typing import Any
 
 import jax
 import pandas as pd
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from imp_jax import figures
 from imp_jax.divergence import DivergedError
 from imp_jax.errors import UserError, one_line
 from imp_jax.experiment import Experiment, put_on_one_device
-from imp_jax.members import Member
+from imp_jax.members import Member, round_of
 from imp_jax.runtime import devices, distributed
 from imp_jax.workdir.checkpoints import Checkpoints, DamagedError, MidRoundState
 from imp_jax.workdir.checksums import is_os_error
@@ -145,8 +146,8 @@ class Recorder(contextlib.AbstractContextManager):
                 f"the processes see different files in {self.workdir}; it should be a folder that they share"
             )
 
-    def saved_progress(self, number: int, like: MidRoundState) -> MidRoundState | None:
-        """Return the saved state of round `number`, on the mesh; None if there is none.
+    def saved_progress(self, number: int, like: MidRoundState, mesh: Mesh | None) -> MidRoundState | None:
+        """Return the saved state of round `number`, on `mesh`; None if there is none.
 
         `like` is a state with the same tree structure, such as that of a training that has not begun.
         """
@@ -166,7 +167,7 @@ class Recorder(contextlib.AbstractContextManager):
         self._wait_until_equal(lambda: str(progress and progress.step))
         if progress is not None:
             trees = (progress.tickets, progress.states)
-            tickets, states = devices.shard_members(trees, self._experiment.spec.mesh)
+            tickets, states = devices.shard_members(trees, mesh)
             return progress._replace(tickets=tickets, states=states)
         with distributed.raise_on_all_processes(), _reporting_write_errors(self.workdir):
             if self._is_primary and damage:
@@ -176,8 +177,11 @@ class Recorder(contextlib.AbstractContextManager):
                 self.checkpoints.discard_progress()  # of a finished round, or one that followed a damaged one
         return None
 
-    def begin(self, number: int, step: int) -> None:
-        """Start the threads, event files and display for a training that begins at `step` of round `number`."""
+    def begin(self, number: int, step: int, display: ProgressDisplay | None = None) -> None:
+        """Start the threads, event files and display for a training that begins at `step` of round `number`.
+
+        `display` is by default that of a run from this round to the last.
+        """
         self._thread, self._analysis_thread = (ThreadPoolExecutor(max_workers=1) for _ in range(2))
         if not self._is_primary:
             return
@@ -188,7 +192,7 @@ class Recorder(contextlib.AbstractContextManager):
         total = epochs * steps
         self._events = TensorBoardWriter(self.workdir, first_epoch=number * epochs + step // steps + 1)
         self._stack.enter_context(contextlib.closing(self._events))
-        display = ProgressDisplay(self._experiment.rounds, total, first_step=number * total + step)
+        display = display or ProgressDisplay(self._experiment.rounds, total, first_step=number * total + step)
         self._display = self._stack.enter_context(display)
 
     def finish_cleanup(self) -> None:
@@ -240,7 +244,7 @@ class Recorder(contextlib.AbstractContextManager):
         step, history = end.progress.step, end.progress.history
         images = end.metrics.loss.size * self._experiment.spec.batch_size
         self._display.chunk(end.round, step, images, end.seconds, end.compile_seconds)
-        if step % steps == 0:
+        if step % steps == 0 and not self._config.branch.name:  # the epochs of a branch belong to many rounds
             scalars = {"epoch_loss": history.loss, "epoch_accuracy": history.accuracy}
             self._write_events(end.round * epochs + step // steps, end.members, scalars)
 
@@ -290,7 +294,7 @@ class Recorder(contextlib.AbstractContextManager):
             {
                 "replicate": member.replicate,
                 "arm": member.arm,
-                "round": number,
+                "round": round_of(member, number),
                 "step": step,
                 "what": description,
             }

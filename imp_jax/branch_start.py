@@ -1,0 +1,133 @@
+"""The starting weights and masks of a branch, read from the workdir of its run."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from imp_jax import arms as arm_registry
+from imp_jax import masking, runs
+from imp_jax.errors import UserError
+from imp_jax.experiment import Experiment
+from imp_jax.masking import Mask
+from imp_jax.members import BranchMember, Member, take_members
+from imp_jax.round_state import RoundState, align_networks, start_round
+from imp_jax.runtime import devices
+from imp_jax.training import Variables
+from imp_jax.workdir.checkpoints import Checkpoints, RoundNetworks
+from imp_jax.workdir.results import Row
+
+
+class Source(NamedTuple):
+    """A workdir from which a branch reads masks, tickets and trained networks."""
+
+    workdir: Path
+    checkpoints: Checkpoints
+    rows: list[Row]
+
+    def read(self, number: int) -> tuple[tuple[Member, ...], RoundNetworks]:
+        """Read the networks of a round, with its members. Raises: see `runs.read_round`."""
+        return runs.read_round(self.checkpoints, self.rows, number)
+
+
+@contextlib.contextmanager
+def open_source(workdir: Path) -> Iterator[Source]:
+    """Open a workdir for reading; it may be growing. Raises a UserError if it has no finished round."""
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+        finished = checkpoints.rounds()
+        if not finished:
+            raise UserError(f"{workdir} has no finished round, whose mask a branch could use")
+        yield Source(workdir, checkpoints, checkpoints.rows(finished[-1]))
+
+
+def choose_rounds(experiment: Experiment, rounds: Sequence[int], trunk: Source, masks_of: Source) -> list[int]:
+    """Return the rounds on which a branch trains, sorted; by default all that both workdirs have on disk.
+
+    Raises:
+      UserError: a round is not on disk, or cannot be trained later.
+    """
+    available = [n for n in masks_of.checkpoints.rounds() if _ticket_is_on_disk(experiment, trunk, n)]
+    if experiment.rewind_step:
+        # in round 0 the other arms take over the optimizer of imp at the rewind step, which is not kept
+        available = [number for number in available if number > 0]
+    for number in rounds:
+        if number not in available:
+            raise UserError(
+                f"--rounds has {number}; its mask or ticket is not on disk, or its mask is dense and the run "
+                f"rewinds to a later step; there are {', '.join(map(str, available))}"
+            )
+    if not available:
+        raise UserError(f"{masks_of.workdir} has no round on whose mask a branch could train")
+    return sorted(rounds) or available
+
+
+def _ticket_is_on_disk(experiment, trunk, number):
+    """Return whether the starting weights of imp in a round can be read."""
+    needed = number - 1 if experiment.rewind_step is None else 0
+    return max(needed, 0) in trunk.checkpoints.rounds()
+
+
+def start(experiment: Experiment, rounds: Sequence[int], trunk: Source, masks_of: Source) -> RoundState:
+    """Compute the starting weights and masks of all members of some rounds, on the host.
+
+    The members are sorted by round, then by arm. Replicates whose imp diverged are left out.
+
+    Raises:
+      UserError: a round is damaged; masks have other shapes than the network; a replicate has no ticket.
+    """
+    starts = [_start_one_round(experiment, number, trunk, masks_of) for number in rounds]
+    members, tickets, masks = zip(*starts, strict=True)
+    join = lambda *leaves: np.concatenate(leaves)  # noqa: E731
+    return RoundState(
+        tuple(member for group in members for member in group),
+        jax.tree.map(join, *tickets),
+        jax.tree.map(join, *masks),
+    )
+
+
+def _start_one_round(experiment, number, trunk, masks_of):
+    mask_members, networks = masks_of.read(number)
+    imps = [m for m in mask_members if m.arm == "imp" and m.replicate < experiment.replicates]
+    masks = take_members(networks.mask, mask_members, imps)
+    tickets = _read_tickets(experiment, number, trunk, imps)
+    _require_fitting_masks(tickets, masks, masks_of.workdir)
+    trained = tickets
+    if number > 0 and number - 1 in masks_of.checkpoints.rounds():
+        members, networks = masks_of.read(number - 1)
+        trained = take_members(networks.trained, members, imps)
+    elif number > 0 and "trained_signs" in experiment.arms:
+        raise UserError(
+            f"trained_signs needs round {number - 1}, which {masks_of.workdir} does not have on disk"
+        )
+    permutations = None
+    if any(arm_registry.ARMS[name].aligned for name in experiment.arms):
+        if masks_of is not trunk:
+            raise UserError("permuted needs imp and reinit of one run, so it should be without --mask_from")
+        permutations = align_networks(experiment, imps, trunk.read(0) if number else None)
+    members = tuple(Member(arm, m.replicate) for arm in ("imp", *experiment.arms) for m in imps)
+    members = tuple(dict.fromkeys(members))
+    state = start_round(experiment, number, members, tickets, masks, trained=trained, permutations=permutations)
+    wanted = [member for member in members if member.arm in experiment.arms]
+    wanted.sort(key=lambda member: experiment.arms.index(member.arm))
+    starts = devices.gather_members((state.tickets, state.masks), len(members))
+    starts = take_members(starts, members, wanted)
+    return [BranchMember(*member, number) for member in wanted], *starts
+
+
+def _read_tickets(experiment, number, trunk, imps) -> Variables:
+    """Read imp's tickets of a round; with `rewind_step=None` its weights at the end of the round before."""
+    if experiment.rewind_step is None and number > 0:
+        members, networks = trunk.read(number - 1)
+        return take_members(networks.trained, members, imps)
+    members, networks = trunk.read(0)
+    return take_members(networks.initial, members, imps)
+
+
+def _require_fitting_masks(tickets, masks: Mask, workdir):
+    try:
+        masking.require_same_shapes(tickets["params"], masks)
+    except ValueError as error:
+        raise UserError(f"the masks of {workdir} do not fit the network of the branch: {error}") from error
