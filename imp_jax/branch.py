@@ -75,6 +75,10 @@ def make_config(
       UserError: an overridden field does not exist, or has no effect on a branch.
     """
     overrides = overrides or {}
+    if not arms:
+        raise UserError("arms is empty; it should have at least one arm, without repetition")
+    if name is not None and (not name or Path(name).name != name):
+        raise UserError(f"--name is {name!r}; it should be the name of a folder, without a slash")
     config = run_config.copy_and_resolve_references()
     known = configs.flatten(config)
     for field in overrides:

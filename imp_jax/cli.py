@@ -93,7 +93,9 @@ def parse_overrides(arguments: Sequence[str], config: ConfigDict) -> dict[str, A
             raise errors.UserError(configs.unknown_field(match[1]))
     values = flags.FlagValues()
     copied = config.copy_and_resolve_references()
-    holder = config_flags.DEFINE_config_dict("config", copied, flag_values=values, lock_config=False)
+    holder = config_flags.DEFINE_config_dict(
+        "config", copied, flag_values=values, lock_config=False, sys_argv=list(arguments)
+    )
     try:
         values(["imp_jax", *arguments])
     except flags.Error as error:

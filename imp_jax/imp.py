@@ -201,7 +201,7 @@ def rewind(
     """
     slots = devices.count_slots(len(state.members), experiment.spec.mesh)
     rewinds = np.resize([arms.ARMS[member.arm].rewinds for member in state.members], slots)
-    if number == 0:
+    if round_of(state.members[0], number) == 0:
         imps = imp_of_each(state.members)
         recurring = [member for member in state.members if member.arm in experiment.arms]
         imp_indices = [i for i, member in enumerate(state.members) if member.arm == "imp"]

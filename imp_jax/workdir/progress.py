@@ -184,16 +184,26 @@ class _LossyStream:
 
 
 def print_summary(results: pd.DataFrame) -> None:
-    """Print test accuracies, one row per round and one column per arm: mean (min to max) of the replicates."""
+    """Print test accuracies, one row per round and one column per arm: mean (min to max) of the replicates.
+
+    With more than four arms, prints only the means.
+    """
     results = results[results["arm"] != "twin"]
     replicates = results["replicate"].nunique()
-    title = "Test accuracy in %" + (f", mean (min to max) of {replicates} replicates" if replicates > 1 else "")
-    table = Table("round", "density", *results["arm"].unique(), title=title, title_justify="left")
+    arms = results["arm"].unique()
+    shows_spread = replicates > 1 and len(arms) <= 4
+    mean = "mean (min to max)" if shows_spread else "mean"
+    title = "Test accuracy in %" + (f", {mean} of {replicates} replicates" if replicates > 1 else "")
+    table = Table("round", "density", title=title, title_justify="left")
+    for arm in arms:
+        table.add_column(arm, no_wrap=len(arms) > 4)
     for (number, density), rows in results.groupby(["round", "density"]):
         cells = []
         for _, arm_rows in rows.groupby("arm", sort=False):
             accuracy = 100 * arm_rows["test_accuracy"]
-            spread = f" ({accuracy.min():.2f} to {accuracy.max():.2f})" if len(accuracy) > 1 else ""
+            spread = (
+                f" ({accuracy.min():.2f} to {accuracy.max():.2f})" if shows_spread and len(accuracy) > 1 else ""
+            )
             cells.append(f"{accuracy.mean():.2f}{spread}")
         table.add_row(str(number), f"{density:.2%}", *cells)
-    make_console().print(table)
+    make_console().print(table, width=max(80, 12 * len(arms) + 20) if len(arms) > 4 else None)

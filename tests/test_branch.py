@@ -1,0 +1,249 @@
+"""Branches train arms on the masks of a run, with the same bits as beside imp."""
+
+import contextlib
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from imp_jax import analysis, arms, branch, runs
+from imp_jax.arms import ARMS, Arm
+from imp_jax.errors import UserError
+from imp_jax.runtime.signals import GracefulStop, Stopped
+from tests.conftest import make_tiny_config, make_tiny_dataset
+from tests.helpers.rounds import assert_trees_equal, take_member
+
+CONTROLS = tuple(name for name in ARMS if name not in ("imp", "twin", "reinit"))
+METRICS = ["density", "threshold", "train_loss", "train_accuracy", "test_loss", "test_accuracy"]
+
+
+def make_config(**overrides):
+    return make_tiny_config(**{"instability.rounds": (), "epochs": 1, **overrides})
+
+
+@pytest.fixture(scope="module")
+def trunk(tmp_path_factory):
+    """Return the workdir of a finished run of three rounds."""
+    workdir = tmp_path_factory.mktemp("trunk") / "run"
+    runs.run(make_config(), workdir, dataset=make_tiny_dataset())
+    return workdir
+
+
+@pytest.fixture
+def own_trunk(trunk, tmp_path):
+    """Return a copy of the run without branches."""
+    return shutil.copytree(trunk, tmp_path / "run", ignore=shutil.ignore_patterns("branches"))
+
+
+def assert_same_members(whole, part):
+    """Check that all networks and rows of the workdir `part` are in the workdir `whole`, to the bit."""
+    whole, part = analysis.load(whole), analysis.load(part)
+    keys = ["replicate", "arm", "round"]
+    rows, expected = (run.results.set_index(keys)[METRICS] for run in (part, whole))
+    assert len(rows)
+    assert expected.loc[rows.index].equals(rows)
+    for number in part.results["round"].unique():
+        for i, member in enumerate(part.members(number)):
+            j = whole.members(number).index(member)
+            assert_trees_equal(take_member(part.round(number), i), take_member(whole.round(number), j))
+
+
+@pytest.mark.parametrize("rewind_step", [0, 3, None])
+def test_arms_of_a_branch_equal_those_beside_imp_to_the_bit(tmp_path, rewind_step):
+    dataset, fields = make_tiny_dataset(), {"rewind_step": rewind_step}
+    beside, trunk = tmp_path / "beside", tmp_path / "trunk"
+    runs.run(make_config(arms=("imp", "reinit", *CONTROLS), **fields), beside, dataset=dataset)
+    runs.run(make_config(**fields), trunk, dataset=dataset)
+    workdir = branch.run(trunk, CONTROLS, dataset=dataset)
+    assert_same_members(beside, workdir)
+    results = analysis.load(workdir).results
+    rounds = {0, 1, 2} if rewind_step in (0, None) else {1, 2}  # other arms join imp within round 0
+    assert set(results["round"]) == rounds
+    assert len(results) == len(rounds) * len(CONTROLS) * 2
+
+
+class StopsAtCheck(GracefulStop):
+    """Simulates a signal that arrives before the n-th check for signals."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.remaining = n
+
+    def signal_on_any_process(self, _):
+        self.remaining -= 1
+        if not self.remaining:
+            self.requested = 15
+        return super().signal_on_any_process(lambda value: value)
+
+
+def test_stopped_branch_resumes_to_the_same_bits(own_trunk, monkeypatch):
+    dataset = make_tiny_dataset()
+    monkeypatch.setattr(branch, "members_that_fit", lambda experiment: 8)  # two programs, of 8 and of 4 members
+    whole = branch.run(own_trunk, ("shuffled", "signs"), name="whole", dataset=dataset)
+    stops = 0
+    while True:
+        try:
+            resumed = branch.run(
+                own_trunk, ("shuffled", "signs"), name="resumed", dataset=dataset, stop=StopsAtCheck(1)
+            )
+            break
+        except Stopped:
+            stops += 1
+    assert stops >= 2
+    assert_same_members(whole, resumed)
+    assert_same_members(resumed, whole)
+
+
+def test_number_of_programs_does_not_change_bits(own_trunk, monkeypatch, capsys):
+    dataset = make_tiny_dataset()
+    one = branch.run(own_trunk, ("random",), name="one", dataset=dataset)
+    monkeypatch.setattr(branch, "members_that_fit", lambda experiment: 2)
+    three = branch.run(own_trunk, ("random",), name="three", dataset=dataset)
+    assert_same_members(one, three)
+    out = capsys.readouterr().out
+    assert "on the masks of 3 rounds; 1 program of 6 members" in out
+    assert "on the masks of 3 rounds; 3 programs of 2, 2, 2 members" in out
+
+
+def test_branch_grows_with_its_run(own_trunk, tmp_path, capsys):
+    dataset = make_tiny_dataset()
+    workdir = branch.run(own_trunk, ("shuffled",), dataset=dataset)
+    branch.run(own_trunk, ("shuffled",), dataset=dataset)
+    assert "is finished: all 3 rounds are trained, nothing to do" in capsys.readouterr().out
+    runs.run(make_config(rounds=5), own_trunk, dataset=dataset)
+    assert branch.run(own_trunk, ("shuffled",), dataset=dataset) == workdir
+    longer = tmp_path / "longer"
+    runs.run(make_config(rounds=5, arms=("imp", "shuffled")), longer, dataset=dataset)
+    assert_same_members(longer, workdir)
+    assert set(analysis.load(workdir).results["round"]) == set(range(5))
+
+
+def test_chosen_rounds_have_a_branch_of_their_own(own_trunk):
+    workdir = branch.run(own_trunk, ("shuffled",), rounds=(2, 1), dataset=make_tiny_dataset())
+    assert workdir.name == "shuffled,rounds=1-2"
+    assert set(analysis.load(workdir).results["round"]) == {1, 2}
+    assert list(analysis.load(own_trunk).branches) == ["shuffled,rounds=1-2"]
+
+
+def test_masks_of_another_run_are_used_with_the_tickets_of_this_one(own_trunk, tmp_path):
+    dataset, other = make_tiny_dataset(), tmp_path / "other"
+    runs.run(make_config(seed=5), other, dataset=dataset)
+    workdir = branch.run(own_trunk, ("imp", "reinit"), mask_from=other, dataset=dataset)
+    assert workdir.name == "imp-reinit,mask_from=other"
+    run, trunk, source = (analysis.load(path) for path in (workdir, own_trunk, other))
+    dense = trunk.round(0)
+    for number in range(3):
+        for i, member in enumerate(run.members(number)):
+            networks = take_member(run.round(number), i)
+            mask = take_member(source.round(number).mask, source.members(number).index(member))
+            assert_trees_equal(networks.mask, mask)
+            ticket = take_member(dense.initial["params"], trunk.members(0).index(member))
+            expected = jax.tree.map(lambda p, m: np.where(m, p, 0), ticket, mask)
+            assert_trees_equal(networks.initial["params"], expected)
+
+
+def test_overridden_fields_are_used_and_said_in_the_config(own_trunk):
+    overrides = {"epochs": 2, "optimizer.learning_rate": 1e-3}
+    workdir = branch.run(own_trunk, ("imp",), rounds=(1,), overrides=overrides, dataset=make_tiny_dataset())
+    assert workdir.name == "imp,rounds=1,epochs=2,optimizer.learning_rate=0.001"
+    config = json.loads((workdir / "config.json").read_text())
+    assert (config["epochs"], config["optimizer"]["learning_rate"], config["arms"]) == (2, 1e-3, ["imp"])
+    run, trunk = analysis.load(workdir), analysis.load(own_trunk)
+    first, second = (take_member(r.round(1), 0) for r in (run, trunk))
+    assert_trees_equal((first.initial, first.mask), (second.initial, second.mask))
+    assert not np.array_equal(*(n.trained["params"]["Dense_0"]["kernel"] for n in (first, second)))
+
+
+def test_branch_is_analysed_and_drawn_with_its_run(own_trunk, data_dir, monkeypatch):
+    monkeypatch.setattr(analysis, "setup", lambda config, use_mesh: runs.setup(config, make_tiny_dataset()))
+    workdir = branch.run(own_trunk, ("shuffled", "magnitudes"), dataset=make_tiny_dataset())
+    analysis.run(workdir)
+    analysis.run(own_trunk)
+    tables = analysis.load(workdir).tables
+    assert set(tables["distances"]["arm"]) == {"shuffled", "magnitudes"}
+    assert set(tables["weights"]["round"]) == {0, 1, 2}
+    assert "shuffled: test accuracy" in (workdir / "report.html").read_text()
+    assert (own_trunk / "figures" / "branches.png").exists()
+    assert 'alt="branches"' in (own_trunk / "report.html").read_text()
+    labels = analysis.paper.results_with_branches(analysis.load(own_trunk))["arm"].unique()
+    assert list(labels) == ["imp", "reinit", "shuffled", "magnitudes"]
+
+
+def test_users_arm_trains_in_a_branch(own_trunk, monkeypatch):
+    monkeypatch.setattr(arms, "ARMS", dict(ARMS))
+    arms.register("negated", Arm(100, lambda i: jax.tree.map(lambda leaf: -leaf, i.ticket)))
+    run = analysis.load(branch.run(own_trunk, ("negated",), dataset=make_tiny_dataset()))
+    dense, networks = analysis.load(own_trunk).round(0), run.round(2)
+    mask = networks.mask["Dense_0"]["kernel"]
+    expected = np.where(mask, -np.asarray(dense.initial["params"]["Dense_0"]["kernel"])[:2], 0)
+    np.testing.assert_array_equal(networks.initial["params"]["Dense_0"]["kernel"], expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"arms": ("shufled",)}, "there is no arm 'shufled'; there are imp, reinit, twin, shuffled"),
+        ({"arms": ()}, "it should have at least one arm, without repetition"),
+        ({"name": "a/b"}, "--name is 'a/b'; it should be the name of a folder, without a slash"),
+        ({"rounds": (1, 7)}, "--rounds has 7; its mask or ticket is not on disk"),
+        ({"overrides": {"rounds": 5}}, "--config.rounds is given; a branch has the rounds of its run"),
+        ({"overrides": {"model.width": 2.0}}, "--config.model.width is given; a branch has the model.width"),
+        ({"overrides": {"epoch": 5}}, "there is no config field epoch"),
+        ({"overrides": {"epochs": 0}}, "epochs is 0; it should be at least 1"),
+        ({"overrides": {"repulsion.strength": 2.0}}, "--config.repulsion.strength=0 should be given"),
+        ({"mask_from": "nowhere"}, "has no finished round, whose mask a branch could use"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_in_one_sentence(own_trunk, arguments, sentence):
+    with pytest.raises(UserError, match=sentence) as error:
+        branch.run(own_trunk, **{"arms": ("shuffled",), **arguments}, dataset=make_tiny_dataset())
+    assert "\n" not in str(error.value)
+    assert not (own_trunk / "branches").exists()
+
+
+def test_permuted_needs_reinit_in_the_run(tmp_path):
+    runs.run(make_config(arms=("imp",), rounds=1), tmp_path / "run", dataset=make_tiny_dataset())
+    runs.run(make_config(arms=("imp",), rounds=2), tmp_path / "run", dataset=make_tiny_dataset())
+    with pytest.raises(UserError, match="needs the dense network of reinit, and replicate 0 has none"):
+        branch.run(tmp_path / "run", ("permuted",), dataset=make_tiny_dataset())
+
+
+def test_a_run_cannot_be_started_as_a_branch(tmp_path):
+    with pytest.raises(UserError, match=r"branches are trained by python -m imp_jax\.branch"):
+        runs.run(make_config(**{"branch.name": "mine"}), tmp_path, dataset=make_tiny_dataset())
+
+
+def test_command_trains_a_branch(own_trunk, monkeypatch, capsys):
+    calls = {}
+
+    def run(workdir, arms, rounds, name, mask_from, overrides, stop):
+        calls.update(arms=arms, rounds=rounds, name=name, overrides=overrides)
+        return workdir
+
+    monkeypatch.setattr(branch, "run", run)
+    monkeypatch.setattr(analysis, "run", lambda workdir: None)
+    branch.main(
+        [
+            f"--workdir={own_trunk}",
+            "--arms=shuffled,signs",
+            "--rounds=1,2",
+            "--config.optimizer.learning_rate=1e-2",
+        ]
+    )
+    assert calls == {
+        "arms": ["shuffled", "signs"],
+        "rounds": (1, 2),
+        "name": None,
+        "overrides": {"optimizer.learning_rate": 0.01},
+    }
+    for arguments, sentence in (
+        (["--rounds=1,x"], "--rounds is '1,x'; it should be rounds separated by commas, such as 1,5,10"),
+        (["--config.epochs=many"], "epochs is 'many'; it should be of type int, like 25"),
+        (["--config.epoch=2"], "there is no config field epoch"),
+        (["--epochs=2"], "'--epochs=2' is not a flag; fields are set by --config.FIELD=VALUE"),
+    ):
+        with pytest.raises(SystemExit) as error, contextlib.redirect_stdout(None):
+            branch.main([f"--workdir={own_trunk}", "--arms=shuffled", *arguments])
+        assert str(error.value).startswith(f"error: {sentence}")
