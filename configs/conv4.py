@@ -11,10 +11,11 @@ To destabilise training as in figure 12, add --config.batch_size=16 --config.opt
 --config.optimizer.schedule=step --config.optimizer.milestones="(55,65)".
 """
 
+from imp_jax import methods
 from imp_jax.config import default
 
 
-def get_config():
+def get_config(method="imp"):
     config = default()
     config.dataset.name = "cifar10"
     config.dataset.normalize = True
@@ -26,4 +27,4 @@ def get_config():
     config.optimizer.learning_rate = 0.01
     config.optimizer.schedule = "cosine"
     config.optimizer.weight_decay = 1e-5
-    return config
+    return methods.apply(config, method, rewind_step=2000)  # (ours) as for ResNet-20

@@ -7,10 +7,11 @@ Expected: imp should beat reinit at medium and high sparsity. The paper gives th
 Status: not run yet.
 """
 
+from imp_jax import methods
 from imp_jax.config import default
 
 
-def get_config():
+def get_config(method="imp"):
     config = default()
     config.dataset.name = "mnist"
     config.dataset.normalize = True  # (ours) as in OpenLTH
@@ -21,4 +22,6 @@ def get_config():
     config.optimizer.learning_rate = 12e-4
     config.optimizer.schedule = "constant"
     config.optimizer.weight_decay = 0.0
-    return config
+    return methods.apply(
+        config, method, rewind_step=1000
+    )  # (ours) one epoch; stable from step 0 (Frankle et al. 2020)

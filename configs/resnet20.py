@@ -11,10 +11,11 @@ Status: two rounds run on mnist5k, as a check.
 For training with warm-up, add --config.optimizer.warmup_epochs=10.0.
 """
 
+from imp_jax import methods
 from imp_jax.config import default
 
 
-def get_config():
+def get_config(method="imp"):
     config = default()
     config.dataset.name = "cifar10"
     config.dataset.normalize = True
@@ -28,4 +29,4 @@ def get_config():
     config.optimizer.schedule = "step"
     config.optimizer.milestones = (56, 71)
     config.optimizer.weight_decay = 1e-5
-    return config
+    return methods.apply(config, method, rewind_step=2000)  # stable from there on (Frankle et al. 2020)

@@ -11,10 +11,11 @@ estimates the time of figures on measured devices.
 Status: run on 40 JPEGs, as a check.
 """
 
+from imp_jax import methods
 from imp_jax.config import default
 
 
-def get_config():
+def get_config(method="imp"):
     config = default()
     config.dataset.name = "imagenet2012"
     config.dataset.normalize = True
@@ -32,4 +33,4 @@ def get_config():
     config.optimizer.milestones = (30, 60, 80)
     config.optimizer.weight_decay = 1e-5
     config.pruning.fraction = 0.7
-    return config
+    return methods.apply(config, method, rewind_step=11259)  # epoch 9 (Renda et al. 2020): 1,251 steps each

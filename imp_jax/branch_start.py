@@ -50,8 +50,8 @@ def choose_rounds(experiment: Experiment, rounds: Sequence[int], trunk: Source, 
       UserError: a round is not on disk, or cannot be trained later.
     """
     available = [n for n in masks_of.checkpoints.rounds() if _ticket_is_on_disk(experiment, trunk, n)]
-    if experiment.rewind_step:
-        # in round 0 the other arms take over the optimizer of imp at the rewind step, which is not kept
+    if experiment.rewind_step or experiment.finetunes:
+        # round 0 differs: other arms take over imp's optimizer at the rewind step, or learning rates are others
         available = [number for number in available if number > 0]
     for number in rounds:
         if number not in available:

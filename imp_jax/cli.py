@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from imp_jax import errors
+from imp_jax import errors, methods
 
 
 def replace_unprintable() -> None:
@@ -25,7 +25,8 @@ def define_config(flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHold
     try:
         holder = config_flags.DEFINE_config_file(
             "config",
-            help_string="Config file, such as configs/mnist5k.py; it is Python and is executed.",
+            help_string="Config file, such as configs/mnist5k.py; it is Python and is executed. A method may "
+            f"follow a colon, as in configs/mnist5k.py:lrr: {', '.join(methods.METHODS)}.",
             flag_values=flag_values,
             lock_config=False,
             accept_new_attributes=True,  # config.validate reports unknown fields
@@ -137,4 +138,5 @@ def find_workdir(workdir: str | None, config: Any, flag: flags.Flag) -> Path:
 def _load_error_message(error):
     # ml_collections puts a whole traceback into the message; the last line is the cause
     cause = f"{type(error).__name__}: {error}".strip().splitlines()[-1].strip()
+    cause = re.sub(r"^(imp_jax\.errors\.)?(UserError|UnknownNameError): ", "", cause)
     return f"cannot load the config: {cause}"

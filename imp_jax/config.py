@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference
 
 from imp_jax.config_field import NUMBER, Field, one_of
+from imp_jax.config_rules import refuse_unused_values
 from imp_jax.errors import UserError
 
 # arguments that several fields share
@@ -170,6 +171,10 @@ FIELDS = {
         "epochs over which the learning rate rises linearly from 0, under any schedule",
         **_AT_LEAST_0_AND_FINITE,
     ),
+    "optimizer.finetune": Field(
+        False,
+        "whether rounds after round 0 train at the last learning rate of the schedule; needs rewind_step None",
+    ),
     "mesh.member": Field(
         -1,
         "number of devices along the member axis; -1 is as many as reduce the time of a round; the mesh "
@@ -207,8 +212,20 @@ FIELDS = {
     ),
     "pruning.scope": Field(
         "global",
-        "global ranks the scores of all layers together; layer prunes the fraction in each layer",
-        **one_of("global", "layer"),
+        "global ranks the scores of all layers together; layer prunes the fraction in each layer; erk and "
+        "uniform give layers the densities of Erdős–Rényi kernels or one density, for pruning.network initial",
+        **one_of("global", "layer", "erk", "uniform"),
+    ),
+    "pruning.network": Field(
+        "trained",
+        "network whose scores give the mask of the next round: trained in the round; dense, trained in round 0 "
+        "(one-shot pruning); or initial, not trained at all",
+        **one_of("trained", "dense", "initial"),
+    ),
+    "pruning.steps": Field(
+        1,
+        "for pruning.network initial: exponential steps in which the mask is found, with new scores in each",
+        **_AT_LEAST_1,
     ),
     "pruning.layer_factors": Field(
         (),
@@ -320,40 +337,7 @@ def validate(config: ConfigDict) -> None:
             raise UserError(f"{name} is {values[name]!r}; it should be {field.describe_type()}")
         if not field.check(values[name]):
             raise UserError(f"{name} is {values[name]!r}; it should be {field.words}")
-    _refuse_unused_values(values)
-
-
-def _refuse_unused_values(values):
-    """Refuse values that have no effect with the values of other fields."""
-    schedule, milestones = values["optimizer.schedule"], values["optimizer.milestones"]
-    epochs, warmup_epochs = values["epochs"], values["optimizer.warmup_epochs"]
-    if schedule == "step" and not milestones:
-        raise UserError(
-            f"optimizer.milestones is (); the schedule step divides the rate at these epochs, so it should "
-            f"have at least one, such as ({epochs / 2:g},)"
-        )
-    if schedule != "step" and milestones:
-        raise UserError(
-            f"optimizer.milestones is {milestones}; only the schedule step has milestones, and "
-            f"optimizer.schedule is {schedule!r}, so it should be ()"
-        )
-    if milestones and milestones[-1] >= epochs:
-        raise UserError(
-            f"optimizer.milestones is {milestones}; a training has {epochs} epochs, so they should lie below "
-            f"{epochs}"
-        )
-    if warmup_epochs > epochs:
-        raise UserError(
-            f"optimizer.warmup_epochs is {warmup_epochs}; a training has {epochs} epochs, so it should be at "
-            f"most {epochs}"
-        )
-    if not values["repulsion.strength"]:
-        for field in ("repulsion.memory", "repulsion.dtype"):
-            if values[field] != FIELDS[field].default:
-                raise UserError(
-                    f"{field} is {values[field]!r}; repulsion.strength is 0, so it has no effect and should be "
-                    f"{FIELDS[field].default!r}"
-                )
+    refuse_unused_values(values, {name: field.default for name, field in FIELDS.items()})
 
 
 def unknown_field(name: str) -> str:

@@ -29,6 +29,8 @@ class Pruning(NamedTuple):
     score_uses_images: bool
     scope: str  # global or layer, see `pruning.prune_by_score`
     layer_factors: tuple[tuple[str, float], ...]
+    network: str  # whose scores give the next mask: trained (in the round), dense (in round 0) or initial
+    steps: int  # in which a mask at initialisation is found
 
 
 class OptimaStore(NamedTuple):
@@ -50,7 +52,8 @@ class Experiment(NamedTuple):
     replicates: int
     dataset: data.Dataset  # in device memory, unless it is streamed
     spec: training.TrainSpec
-    learning_rates: Float[np.ndarray, "epochs steps"]
+    learning_rates: Float[np.ndarray, "epochs steps"]  # of a whole training, see `learning_rates_in`
+    finetunes: bool  # whether later rounds train at the last of these rates
     rewind_step: int | None
     pruning: Pruning
     optima_store: OptimaStore
@@ -61,6 +64,12 @@ class Experiment(NamedTuple):
     def members(self) -> tuple[Member, ...]:
         """The members at the start of a run, without those of `scheduled_arms`."""
         return tuple(Member(arm, replicate) for arm in self.arms for replicate in range(self.replicates))
+
+    def learning_rates_in(self, number: int) -> Float[np.ndarray, "epochs steps"]:
+        """Return the learning rate of every step of a training in round `number`."""
+        if self.finetunes and number > 0:
+            return np.full_like(self.learning_rates, self.learning_rates[-1, -1])
+        return self.learning_rates
 
 
 def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: bool = True) -> Experiment:
@@ -135,6 +144,7 @@ def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: 
         dataset=dataset,
         spec=spec,
         learning_rates=learning_rates,
+        finetunes=config.optimizer.finetune,
         rewind_step=config.rewind_step,
         pruning=Pruning(
             score=score,
@@ -144,6 +154,8 @@ def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: 
             score_uses_images=score_uses_images,
             scope=config.pruning.scope,
             layer_factors=tuple(config.pruning.layer_factors),
+            network=config.pruning.network,
+            steps=config.pruning.steps,
         ),
         optima_store=OptimaStore(config.repulsion.memory, config.repulsion.dtype),
         saved_steps=_saved_steps(config, dataset, learning_rates),

@@ -77,6 +77,7 @@ def rounds(
             progress.states.variables,
             state.masks,
             progress.tickets["params"],
+            state.dense,
         )
         rows = measure(experiment, number, state, progress, networks, thresholds)
         diverged = find_diverged(experiment, number, state.members, progress, rows)
@@ -130,6 +131,7 @@ def train(
       DivergedError: see `raise_if_diverged`.
     """
     spec, (epochs, steps) = experiment.spec, experiment.learning_rates.shape
+    learning_rates = experiment.learning_rates_in(round_of(state.members[0], number))
     progress = progress or begin_training(experiment, state)
 
     def make_keys(stream):
@@ -154,7 +156,7 @@ def train(
             state.masks,
             train_epochs.epoch(epoch),
             step,
-            experiment.learning_rates[epoch, step : step + last - first],
+            learning_rates[epoch, step : step + last - first],
             optima,
             None if rng_keys is None else _fold_in_members(rng_keys, epoch),
             spec=spec,
@@ -368,6 +370,12 @@ def end_round(
     all_imps = [member for member in state.members if member.arm == "imp"]
     mask_indices = [all_imps.index(imp) for imp in imps]
     ticket_indices = [state.members.index(imp) for imp in imps]
+    dense = None
+    if experiment.pruning.network == "dense":
+        if number == 0:
+            dense = take_members(networks.trained, state.members, imps)
+        else:
+            dense = take_members(state.dense, all_imps, imps)
     if number == 0:
         permutations = align_networks(experiment, imps, (state.members, networks))
     else:
@@ -382,7 +390,7 @@ def end_round(
         mask_indices,
         trained=trained,
         permutations=permutations,
-    )
+    )._replace(dense=dense)
     optima = None
     if experiment.spec.repulsion_strength:
         earlier = state.optima and take_members(state.optima, state.members, members)

@@ -51,3 +51,6 @@ def _distribute(shapes, weights, total):
         whole = whole.astype(jnp.int32)
         # the largest remainders are rounded up
         return whole + (rank < total - jnp.sum(whole, dtype=jnp.int32)).astype(jnp.int32)
+
+
+COUNTS = {"erk": erdos_renyi_kernel_counts, "uniform": uniform_counts}  # by the value of `pruning.scope`

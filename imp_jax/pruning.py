@@ -80,13 +80,13 @@ def prune_by_score(
         names = masking.prunable_by_name(mask, exclude)
         fractions = [fraction * _layer_factor(name, layer_factors) for name in names]
         counts = [
-            alive - _rounded_share(alive, share)
+            alive - rounded_share(alive, share)
             for alive, share in zip(layer_survivors(mask, exclude), fractions, strict=True)
         ]
         next_mask = keep_highest_per_layer(scores, mask, jnp.stack(counts), exclude)
     else:
         alive = masking.survivors(mask, exclude)
-        next_mask = keep_highest(scores, mask, alive - _rounded_share(alive, fraction), exclude)
+        next_mask = keep_highest(scores, mask, alive - rounded_share(alive, fraction), exclude)
     removed = _concatenate(mask, exclude) & ~_concatenate(next_mask, exclude)
     threshold = jnp.max(jnp.abs(_concatenate(params, exclude)), where=removed, initial=0.0)
     return next_mask, threshold
@@ -198,7 +198,7 @@ def _kth_smallest(values: UInt[Array, " n"], where: Bool[Array, " n"], k: Int[Ar
     return jax.lax.fori_loop(0, bits, set_bit, values.dtype.type(0))
 
 
-def _rounded_share(total: Int[Array, ""], fraction: float) -> Int[Array, ""]:
+def rounded_share(total: Int[Array, ""], fraction: float) -> Int[Array, ""]:
     """Compute round-half-even(fraction · total) exactly; float32 would be off by one from 2²⁴ weights on."""
     ratio = Fraction(float(fraction)).limit_denominator(10**9)  # the decimal as the user wrote it, 0.2 = 1/5
     with jax.enable_x64(True):

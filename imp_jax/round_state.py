@@ -43,6 +43,7 @@ class RoundState(NamedTuple):
     tickets: Variables  # starting weights, not yet masked
     masks: Mask
     optima: Optima | None = None  # earlier optima for J_r, on the host; None without repulsion and in round 0
+    dense: Variables | None = None  # imps after round 0, on the host; None unless `pruning.network` is dense
     permutations: Permutations | None = None  # of the imps, on the host; None unless an arm is `aligned`
 
 

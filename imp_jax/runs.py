@@ -91,6 +91,9 @@ def resume(experiment: Experiment, checkpoints: Checkpoints, rows: Sequence[Row]
     state = start_round(
         experiment, last + 1, members, tickets, masks, trained=trained, permutations=permutations
     )
+    if experiment.pruning.network == "dense":
+        dense_members, dense_networks = read_round(checkpoints, rows, 0)
+        state = state._replace(dense=take_members(dense_networks.trained, dense_members, imps))
     if not experiment.spec.repulsion_strength:
         return state
     if last and checkpoints.similarity_definition(last) != similarity.DEFINITION:

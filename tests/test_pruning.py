@@ -83,21 +83,21 @@ def test_lenet_has_exact_counts_over_25_rounds():
         (9, np.float32(0.2), 2),
     ],
 )
-def test_rounded_share_of_fractions_near_ties(total, fraction, share):
-    assert int(pruning._rounded_share(jnp.int32(total), fraction)) == share
+def testrounded_share_of_fractions_near_ties(total, fraction, share):
+    assert int(pruning.rounded_share(jnp.int32(total), fraction)) == share
 
 
 @given(st.integers(0, 2**31 - 1), st.floats(1e-6, 1))
 @settings(max_examples=100, deadline=None)
-def test_rounded_share_is_within_half_a_weight_for_any_float(total, fraction):
-    assert abs(int(pruning._rounded_share(jnp.int32(total), fraction)) - Fraction(fraction) * total) <= 0.50001
+def testrounded_share_is_within_half_a_weight_for_any_float(total, fraction):
+    assert abs(int(pruning.rounded_share(jnp.int32(total), fraction)) - Fraction(fraction) * total) <= 0.50001
 
 
 @given(st.integers(0, 2**31 - 1), st.integers(0, 10_000))
 @settings(max_examples=100, deadline=None)
-def test_rounded_share_is_exact_for_decimal_fractions(total, numerator):
+def testrounded_share_is_exact_for_decimal_fractions(total, numerator):
     fraction = numerator / 10_000
-    share = pruning._rounded_share(jnp.int32(total), fraction)
+    share = pruning.rounded_share(jnp.int32(total), fraction)
     assert int(share) == round(Fraction(numerator, 10_000) * total)
 
 

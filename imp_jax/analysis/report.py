@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from imp_jax import config_files
+from imp_jax import config_files, methods
 from imp_jax.analysis.registry import ANALYSES, FIGURES, is_builtin
 
 STYLE = """
@@ -29,6 +29,8 @@ def html(run: Any, drawn: dict[str, bytes]) -> str:
         f"<figcaption>{markup.escape(FIGURES[name].caption)}</figcaption></figure>"
         for name, png in drawn.items()
     )
+    method = methods.name_of(run.config)
+    method = f"<p>Method: {method}</p>\n" if method else ""
     replicates = f"{run.config.replicates} replicate{'s' * (run.config.replicates > 1)}"
     config = json.dumps(json.loads(config_files.to_json(run.config)), indent=2)
     return f"""<!DOCTYPE html>
@@ -37,7 +39,7 @@ def html(run: Any, drawn: dict[str, bytes]) -> str:
 <title>{markup.escape(title)}</title><style>{STYLE}</style></head>
 <body>
 <h1>{markup.escape(title)}</h1>
-<h2>Results, mean (minimum to maximum) of {replicates}</h2>
+{method}<h2>Results, mean (minimum to maximum) of {replicates}</h2>
 {_format_table(_results(run))}
 <h2>Figures</h2>
 {pictures}

@@ -1,0 +1,78 @@
+"""Values of config fields that have no effect with, or contradict, those of other fields."""
+
+from typing import Any
+
+from imp_jax.errors import UserError
+
+
+def refuse_unused_values(values: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Refuse values that have no effect with the values of other fields.
+
+    Args:
+      values, defaults: of all fields, by name such as "optimizer.schedule".
+
+    Raises:
+      UserError: a value has no effect, or contradicts another.
+    """
+    schedule, milestones = values["optimizer.schedule"], values["optimizer.milestones"]
+    epochs, warmup_epochs = values["epochs"], values["optimizer.warmup_epochs"]
+    if schedule == "step" and not milestones:
+        raise UserError(
+            f"optimizer.milestones is (); the schedule step divides the rate at these epochs, so it should "
+            f"have at least one, such as ({epochs / 2:g},)"
+        )
+    if schedule != "step" and milestones:
+        raise UserError(
+            f"optimizer.milestones is {milestones}; only the schedule step has milestones, and "
+            f"optimizer.schedule is {schedule!r}, so it should be ()"
+        )
+    if milestones and milestones[-1] >= epochs:
+        raise UserError(
+            f"optimizer.milestones is {milestones}; a training has {epochs} epochs, so they should lie below "
+            f"{epochs}"
+        )
+    if warmup_epochs > epochs:
+        raise UserError(
+            f"optimizer.warmup_epochs is {warmup_epochs}; a training has {epochs} epochs, so it should be at "
+            f"most {epochs}"
+        )
+    _refuse_contradictions(values)
+    if not values["repulsion.strength"]:
+        for field in ("repulsion.memory", "repulsion.dtype"):
+            if values[field] != defaults[field]:
+                raise UserError(
+                    f"{field} is {values[field]!r}; repulsion.strength is 0, so it has no effect and should be "
+                    f"{defaults[field]!r}"
+                )
+
+
+def _refuse_contradictions(values):
+    network, scope = values["pruning.network"], values["pruning.scope"]
+    if network != "initial" and values["pruning.steps"] != 1:
+        raise UserError(
+            f"pruning.steps is {values['pruning.steps']}; pruning.network is {network!r}, so it should be 1"
+        )
+    if network != "initial" and scope in ("erk", "uniform"):
+        raise UserError(
+            f"pruning.scope is {scope!r}; pruning.network is {network!r}, so it should be global or layer"
+        )
+    if network != "trained" and scope == "layer":
+        raise UserError(
+            f"pruning.scope is 'layer'; pruning.network is {network!r}, so it should be global"
+            + ", erk or uniform" * (network == "initial")
+        )
+    if network != "trained" and values["rewind_step"] is None:
+        raise UserError(
+            f"rewind_step is None; pruning.network is {network!r}, whose masks keep weights that the round "
+            f"before pruned, so it should be a step"
+        )
+    if network != "trained" and values["repulsion.strength"]:
+        raise UserError(
+            f"repulsion.strength is {values['repulsion.strength']:g}; pruning.network is {network!r}, whose "
+            f"masks may regain pruned weights, so it should be 0"
+        )
+    if values["optimizer.finetune"] and values["rewind_step"] is not None:
+        raise UserError(
+            f"optimizer.finetune is True; rewind_step is {values['rewind_step']}, and weights that are reset "
+            f"train from the start of the schedule, so it should be False"
+        )
