@@ -124,7 +124,8 @@ FIELDS = {
     ),
     "model.name": Field(
         "lenet",
-        "lenet, conv4, resnet50, or resnet20 (32, 44, 56, 110, …); a registered name; or a dotted path such as "
+        "lenet, mlp_300_100 (any widths), conv4, vgg11, vgg16, resnet18, resnet34, resnet50, resnet20 (32, 44, "
+        "56, 110, …) or wide_resnet28_10 (any depth and factor); a registered name; or a dotted path such as "
         "their_package.nets:VGG11",
     ),
     "model.width": Field(

@@ -50,18 +50,21 @@ def assert_same_members(whole, part):
             assert_trees_equal(take_member(part.round(number), i), take_member(whole.round(number), j))
 
 
-@pytest.mark.parametrize("rewind_step", [0, 3, None])
-def test_arms_of_a_branch_equal_those_beside_imp_to_the_bit(tmp_path, rewind_step):
+@pytest.mark.parametrize(
+    ("rewind_step", "controls"),
+    [(0, CONTROLS), (3, ("shuffled", "permuted")), (None, ("random", "trained_signs"))],
+)
+def test_arms_of_a_branch_equal_those_beside_imp_to_the_bit(tmp_path, rewind_step, controls):
     dataset, fields = make_tiny_dataset(), {"rewind_step": rewind_step}
     beside, trunk = tmp_path / "beside", tmp_path / "trunk"
-    runs.run(make_config(arms=("imp", "reinit", *CONTROLS), **fields), beside, dataset=dataset)
+    runs.run(make_config(arms=("imp", "reinit", *controls), **fields), beside, dataset=dataset)
     runs.run(make_config(**fields), trunk, dataset=dataset)
-    workdir = branch.run(trunk, CONTROLS, dataset=dataset)
+    workdir = branch.run(trunk, controls, dataset=dataset)
     assert_same_members(beside, workdir)
     results = analysis.load(workdir).results
     rounds = {0, 1, 2} if rewind_step in (0, None) else {1, 2}  # other arms join imp within round 0
     assert set(results["round"]) == rounds
-    assert len(results) == len(rounds) * len(CONTROLS) * 2
+    assert len(results) == len(rounds) * len(controls) * 2
 
 
 class StopsAtCheck(GracefulStop):

@@ -193,10 +193,17 @@ class StopsAtFirstCheck(GracefulStop):
         return super().signal_on_any_process(lambda value: value)
 
 
-@pytest.mark.parametrize("rewind_step", [0, 3, None])
-def test_all_arms_resume_to_the_bit(tmp_path, rewind_step):
+@pytest.mark.parametrize(
+    ("rewind_step", "arms"),
+    [
+        (0, ALL),
+        (3, ("imp", "reinit", "shuffled", "signs", "snip", "permuted")),
+        (None, ("imp", "reinit", "random", "trained_signs", "synflow", "permuted")),
+    ],
+)
+def test_arms_resume_to_the_bit(tmp_path, rewind_step, arms):
     config = make_tiny_config(
-        arms=ALL, replicates=1, epochs=1, rewind_step=rewind_step, **{"instability.rounds": ()}
+        arms=arms, replicates=1, epochs=1, rewind_step=rewind_step, **{"instability.rounds": ()}
     )
     dataset = make_tiny_dataset()
     whole, resumed = (tmp_path / name for name in ("whole", "resumed"))

@@ -43,17 +43,17 @@ python -m imp_jax.main --config=configs/mnist5k.py:lrr
 
 | method | what it does | source |
 | --- | --- | --- |
-| `imp` | train, prune by magnitude, reset to the initialisation; the default | Frankle & Carbin 2019 |
-| `rewind` | reset to an early step of the dense training, which each config chooses for its network | Frankle et al. 2020 |
+| `imp` | train, prune by magnitude, reset to the initialisation; the default | section 2.1 |
+| `rewind` | reset to an early step of the dense training, chosen by each config | Frankle et al. 2020 |
 | `lrr` | learning-rate rewinding: keep the weights, restart optimizer and schedule | Renda et al. 2020 |
 | `finetune` | keep the weights, train at the last learning rate of the schedule | Han et al. 2015 |
-| `oneshot` | prune the network of round 0 once, to the density of each round; reset to the initialisation | Frankle & Carbin 2019 |
-| `snip`, `grasp` | prune the initialisation once, by a score on `pruning.images` images | Lee et al. 2019, Wang et al. 2020 |
+| `oneshot` | prune the network of round 0 to the density of each round, and reset | Frankle & Carbin 2019 |
+| `snip`, `grasp` | prune the initialisation by a score on images | Lee et al. 2019, Wang et al. 2020 |
 | `synflow` | prune the initialisation in 100 steps, without data | Tanaka et al. 2020 |
-| `random`, `erk` | draw a mask over all layers, or with Erdős–Rényi-kernel densities | Evci et al. 2020 |
+| `random`, `erk` | draw a mask over all layers, or with ERK layer densities | Evci et al. 2020 |
 
-Round n has the same density with all methods. Those of the last four rows train no network before they find a mask;
-their round 0 is the dense network, for comparison. The arm `reinit` is trained with their masks too.
+Round n has the same density with all methods. Those of the last three rows train no network before they find a
+mask; their round 0 is the dense network, for comparison. The arm `reinit` is trained with their masks too.
 
 `{command}` writes this file.
 """

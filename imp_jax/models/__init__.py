@@ -29,7 +29,8 @@ from jaxtyping import Array, Key, PyTree
 from imp_jax.errors import UserError, lookup_or_import, one_line
 from imp_jax.models.conv4 import Conv4
 from imp_jax.models.lenet import LeNet
-from imp_jax.models.resnet import CifarResNet, ResNet50
+from imp_jax.models.resnet import CifarResNet, ResNet, ResNet50, WideResNet
+from imp_jax.models.vgg import VGG, VGG11, VGG16
 
 MODELS: dict[str, Callable[..., nn.Module]] = {}  # filled by `register`
 
@@ -61,17 +62,24 @@ register("conv4", Conv4)
 for _depth in (20, 32, 44, 56, 110):
     register(f"resnet{_depth}", functools.partial(CifarResNet, depth=_depth))
 register("resnet50", ResNet50)
+register("resnet18", functools.partial(ResNet, blocks=(2, 2, 2, 2)))
+register("resnet34", functools.partial(ResNet, blocks=(3, 4, 6, 3)))
+register("vgg11", functools.partial(VGG, blocks=VGG11))
+register("vgg16", functools.partial(VGG, blocks=VGG16))
+register("wide_resnet", WideResNet)
+register("mlp", LeNet)
 
 
 def find(name: str) -> Callable[..., nn.Module]:
     """Return the class or factory of a model.
 
     Args:
-      name: a registered name, "resnet" and any depth 6n + 2 of the CIFAR family, or a dotted path: a module, a
-        colon and an attribute, such as "their_package.nets:VGG11".
+      name: a registered name; "resnet" and any depth 6n + 2 of the CIFAR family; "wide_resnet28_10" with
+        another depth and factor; "mlp_300_100" with the widths of other hidden layers; or a dotted path: a
+        module, a colon and an attribute, such as "their_package.nets:VGG11".
 
     Raises:
-      UserError: the name is unknown, the depth is not 6n + 2, or the dotted path cannot be imported.
+      UserError: the name is unknown, the depth is not suitable, or the dotted path cannot be imported.
     """
     if name in MODELS:
         return MODELS[name]
@@ -79,6 +87,12 @@ def find(name: str) -> Callable[..., nn.Module]:
         model = functools.partial(CifarResNet, depth=int(depth[1]))
         model()  # checks the depth
         return model
+    if sizes := re.fullmatch(r"wide_resnet([1-9][0-9]*)_([1-9][0-9]*)", name):
+        model = functools.partial(WideResNet, depth=int(sizes[1]), factor=int(sizes[2]))
+        model()  # checks the depth
+        return model
+    if re.fullmatch(r"mlp(_[1-9][0-9]*)+", name):
+        return functools.partial(LeNet, widths=tuple(map(int, name.split("_")[1:])))
     model = lookup_or_import(MODELS, "model.name", name)
     if not callable(model) or isinstance(model, nn.Module):
         raise UserError(

@@ -1,6 +1,7 @@
 """Shapes, parameter counts and initial distributions of the networks against closed forms."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +88,90 @@ def test_resnet50_has_the_expected_parameters():
     assert count_elements(plain) == weights + 1000
     assert count_elements(affine) == weights + 1000 + 2 * normalized == 25_557_032
     assert masking.size(affine) == weights
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "parameters"),
+    [
+        ("vgg11", (64, 128, 256, 256, 512, 512, 512, 512), 9_222_858 + 2 * 2_752),
+        ("vgg16", (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512), 14_715_594 + 2 * 4_224),
+    ],
+)
+def test_vggs_have_the_expected_parameters(name, blocks, parameters):
+    weights = sum(9 * a * b for a, b in itertools.pairwise((3, *blocks))) + 512 * 10
+    plain, affine = (shapes(create(name, norm_affine=affine))["params"] for affine in (False, True))
+    assert count_elements(plain) == weights + 10
+    assert count_elements(affine) == weights + 10 + 2 * sum(blocks) == parameters
+    assert masking.size(affine) == weights
+
+
+@pytest.mark.parametrize(
+    ("name", "image_shape", "num_classes", "parameters"),
+    [
+        # the numbers of torchvision for ImageNet
+        ("resnet18", (224, 224, 3), 1000, 11_689_512),
+        ("resnet34", (224, 224, 3), 1000, 21_797_672),
+        ("resnet18", CIFAR, 10, 11_173_962),
+        ("resnet34", CIFAR, 10, 21_282_122),
+    ],
+)
+def test_basic_resnets_have_the_expected_parameters(name, image_shape, num_classes, parameters):
+    stem = 7 * 7 if image_shape[0] > 64 else 3 * 3
+    weights, normalized, inputs = stem * 3 * 64, 64, 64
+    for stage, blocks in enumerate((2, 2, 2, 2) if name == "resnet18" else (3, 4, 6, 3)):
+        c = 64 * 2**stage
+        weights += 9 * inputs * c + (2 * blocks - 1) * 9 * c * c + (stage > 0) * inputs * c
+        normalized += 2 * blocks * c + (stage > 0) * c
+        inputs = c
+    weights += 512 * num_classes
+    affine = shapes(create(name, image_shape, num_classes, norm_affine=True), image_shape)["params"]
+    assert count_elements(affine) == weights + num_classes + 2 * normalized == parameters
+    assert masking.size(affine) == weights
+
+
+@pytest.mark.parametrize(
+    ("depth", "factor", "parameters"), [(28, 10, 36_479_194), (16, 4, 2_748_890), (10, 1, None)]
+)
+def test_wide_resnets_have_the_expected_parameters(depth, factor, parameters):
+    n, inputs = (depth - 4) // 6, 16
+    weights, normalized = 9 * 3 * 16, 0
+    for stage in range(3):
+        c = 16 * 2**stage * factor
+        weights += inputs * c + 9 * inputs * c + (2 * n - 1) * 9 * c * c
+        normalized += inputs + (2 * n - 1) * c
+        inputs = c
+    weights, normalized = weights + inputs * 10, normalized + inputs
+    affine = shapes(create(f"wide_resnet{depth}_{factor}", norm_affine=True))["params"]
+    assert count_elements(affine) == weights + 10 + 2 * normalized
+    assert parameters in (None, count_elements(affine))
+    assert masking.size(affine) == weights
+
+
+def test_mlp_has_the_widths_of_its_name():
+    params = shapes(create("mlp_20_7", (5, 5, 1)), (5, 5, 1))["params"]
+    assert [layer["kernel"].shape for layer in params.values()] == [(25, 20), (20, 7), (7, 10)]
+    assert count_elements(params) == 26 * 20 + 21 * 7 + 8 * 10
+    assert shapes(create("mlp"))["params"] == shapes(create("lenet"))["params"]
+
+
+def test_a_wide_resnet_of_another_depth_is_refused():
+    with pytest.raises(UserError, match=r"a wide ResNet's depth is 20; it should be 6n \+ 4, such as 10"):
+        create("wide_resnet20_2")
+
+
+def test_basic_resnets_have_the_strides_of_their_stem():
+    """The mean at the end is over an eighth of the side for small images, and over a 32nd for large ones."""
+    for side, expected in ((32, 4), (256, 8)):
+        model = create("resnet18", (side, side, 3), width=0.05)
+        images = jnp.ones((1, side, side, 3))
+        variables = jax.eval_shape(lambda images, model=model: model.init(jax.random.key(0), images), images)
+        _, state = jax.eval_shape(
+            lambda v, images, model=model: model.apply(v, images, capture_intermediates=True), variables, images
+        )
+        sides = {
+            v["__call__"][0].shape[1] for k, v in state["intermediates"].items() if k.startswith("BatchNorm")
+        }
+        assert min(sides) == expected
 
 
 def test_resnet50_has_its_strides_in_the_3_by_3_convolutions():
@@ -230,7 +315,9 @@ def test_kaiming_normal_is_not_truncated():
 # --- options ---
 
 
-@pytest.mark.parametrize("name", ["lenet", "conv4", "resnet20", "resnet50"])
+@pytest.mark.parametrize(
+    "name", ["lenet", "conv4", "vgg16", "resnet20", "resnet18", "resnet50", "wide_resnet10_2"]
+)
 def test_dtype_bfloat16_keeps_variables_in_float32(name):
     model = create(name, dtype="bfloat16", width=0.25)
     images = jnp.ones((2, *CIFAR))
@@ -253,7 +340,9 @@ def test_bfloat16_logits_equal_float32_logits_up_to_rounding():
     assert 1e-5 < error < 0.05  # 8 bits of precision, through 8 layers
 
 
-@pytest.mark.parametrize("name", ["lenet", "conv4", "resnet20", "resnet50"])
+@pytest.mark.parametrize(
+    "name", ["lenet", "conv4", "vgg16", "resnet20", "resnet18", "resnet50", "wide_resnet10_2"]
+)
 def test_width_scales_every_hidden_layer(name):
     full, half = shapes(create(name))["params"], shapes(create(name, width=0.5))["params"]
     for layer, leaves in full.items():
@@ -262,7 +351,9 @@ def test_width_scales_every_hidden_layer(name):
             assert half_out == (10 if out == 10 else out // 2)
 
 
-@pytest.mark.parametrize("name", ["lenet", "conv4", "resnet20", "resnet50"])
+@pytest.mark.parametrize(
+    "name", ["lenet", "conv4", "vgg16", "resnet20", "resnet18", "resnet50", "wide_resnet10_2"]
+)
 def test_a_tiny_width_leaves_one_unit_per_layer(name):
     params = shapes(create(name, width=1e-6))["params"]
     assert masking.size(params) > 0
@@ -283,7 +374,7 @@ def test_images_of_unsuitable_size_are_refused():
 
 
 def test_a_depth_that_is_not_6n_plus_2_is_refused():
-    for depth in (21, 2, 18):
+    for depth in (21, 2, 24):
         with pytest.raises(UserError, match=rf"depth is {depth}; it should be 6n \+ 2, such as 20"):
             create(f"resnet{depth}")
 
