@@ -17,7 +17,7 @@ from imp_jax.errors import UserError
         (
             "optimizer.lr",
             1.0,
-            "no config field optimizer.lr; optimizer has learning_rate, milestones, momentum",
+            "no config field optimizer.lr; optimizer has finetune, learning_rate, milestones, momentum",
         ),
         ("nosuch", 1.0, "no config field nosuch; the config has accumulate_steps, arms, batch_size"),
         ("rounds", "five", "rounds is 'five'; it should be of type int, like 25"),
