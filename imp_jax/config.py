@@ -108,6 +108,22 @@ FIELDS = {
         "(both for CIFAR and ImageNet)",
         types=(tuple, type(None)),
     ),
+    "dataset.labels": Field(
+        "true",
+        "random replaces the training labels of a set in memory by fixed random ones",
+        **one_of("true", "random"),
+    ),
+    "dataset.subset": Field(
+        1.0,
+        "fraction of the training images of a set in memory that are kept",
+        check=lambda value: 0 < value <= 1,
+        words="above 0 and at most 1",
+    ),
+    "dataset.blur": Field(
+        1,
+        "factor by which the images of a set in memory are reduced and enlarged again, which blurs them",
+        **_AT_LEAST_1,
+    ),
     "dataset.image_side": Field(
         224,
         "height and width in pixels of the crops of a streamed set; other sets do not use it",

@@ -102,6 +102,9 @@ def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: 
         )
     elif config.dataset.augmentation is not None:
         dataset = dataset._replace(augmentation=tuple(config.dataset.augmentation))
+    dataset = data.vary(
+        dataset, labels=config.dataset.labels, subset=config.dataset.subset, blur=config.dataset.blur
+    )
     setup_checks.check_unused_settings(config, dataset)
     learning_rates = _make_learning_rates(config, dataset.train.examples)
     model = create_model(config, dataset.num_classes, dataset.train.image_shape)

@@ -25,6 +25,7 @@ from imp_jax.data.normalization import Normalize, channel_statistics
 from imp_jax.data.registry import DATASETS, load, register
 from imp_jax.data.streaming import Streamed
 from imp_jax.data.tfds import BUILDERS, DEFAULT_AUGMENTATION, prepare, prepared_builder
+from imp_jax.data.variations import vary
 
 __all__ = [
     "AUGMENTATIONS",
@@ -45,4 +46,5 @@ __all__ = [
     "prepared_builder",
     "register",
     "register_augmentation",
+    "vary",
 ]
