@@ -26,7 +26,7 @@ def vary(dataset: Dataset, *, labels: str = "true", subset: float = 1.0, blur: i
         return dataset
     if not dataset.train.in_memory:
         raise UserError(
-            "dataset.labels, dataset.subset and dataset.blur vary sets in memory only; this one is streamed, so "
+            "dataset.labels, dataset.subset and dataset.blur vary sets in memory; this one is streamed, so "
             "they should be 'true', 1.0 and 1"
         )
     train, test = dataset.train, dataset.test

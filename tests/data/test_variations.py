@@ -87,5 +87,5 @@ def test_nothing_left_and_streamed_sets_are_refused():
     class Streamed:
         in_memory = False
 
-    with pytest.raises(UserError, match="vary sets in memory only; this one is streamed"):
+    with pytest.raises(UserError, match="vary sets in memory; this one is streamed"):
         vary(random_dataset()._replace(train=Streamed()), blur=2)
