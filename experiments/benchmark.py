@@ -7,6 +7,7 @@
     forms          ResNet-20 with its members unrolled, as grouped convolutions, and as products of patches
     analysis       all analyses of a run of configs/mnist5k.py
     repulsion      whole runs without and with repulsion, and the size of the store of earlier optima
+    branch         the members of a branch, on all rounds at once, beside those of a run
     checkpoints    whole runs that save their state within the rounds, and one that does not
     throughput     images/s, from which `python -m experiments.run list` estimates costs; --record="one H100"
                    stores them
@@ -25,6 +26,7 @@ from absl import logging
 
 from experiments.benchmarks import (
     analysis,
+    branch,
     checkpoints,
     convolutions,
     disk,
@@ -49,6 +51,7 @@ SUBJECTS = (
     "forms",
     "analysis",
     "repulsion",
+    "branch",
     "checkpoints",
     "disk",
 )
@@ -79,10 +82,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("subject", choices=SUBJECTS)
-    whole_runs = "analysis, repulsion, checkpoints, throughput, disk: rounds of a run (default: 25)"
+    whole_runs = "analysis, repulsion, branch, checkpoints, throughput, disk: rounds of a run (default: 25)"
     add("--rounds", type=int, help=f"lenet: rounds to time (default: 8); {whole_runs}")
     add("--repeats", type=int, help="not lenet, disk: number of timings (default: 5; some subjects 2, 3 or 7)")
-    add("--epochs", type=int, help="lenet, repulsion, checkpoints: epochs per training (default: the config's)")
+    add(
+        "--epochs",
+        type=int,
+        help="lenet, repulsion, branch, checkpoints: epochs per training (default: the config's)",
+    )
     add("--steps", type=int, help="table, one network, forms: training steps of a timing")
     add("--members", type=int, help="table, one network, forms: number of members (forms: default 1, 3 and 6)")
     batch_help = "default: the config's; for convolutions 128; for forms 128, 512 and 2048"
@@ -113,6 +120,8 @@ def run_subject(arguments: argparse.Namespace) -> None:
             analysis.benchmark_analysis(run_rounds, arguments.repeats or 5)
         case "repulsion":
             repulsion.benchmark_repulsion(run_rounds, arguments.repeats or 2, epochs)
+        case "branch":
+            branch.benchmark_branch(run_rounds, arguments.repeats or 3, epochs)
         case "checkpoints":
             checkpoints.benchmark_checkpoints(run_rounds, arguments.repeats or 5, epochs)
         case "disk":

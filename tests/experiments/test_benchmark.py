@@ -215,3 +215,11 @@ def test_throughput_is_recorded_for_estimates_of_cost(tmp_path, monkeypatch, cap
     training = 159 * 20 * 66 * 60 / speeds["60"]
     assert cost.estimate_seconds(MINI.lenet, device) == pytest.approx(training + device["besides"]["lenet"])
     assert cost.read_throughput()["another"] == {}
+
+
+def test_the_benchmark_of_a_branch_prints_both_speeds():
+    finished = run_benchmark("branch", "--rounds=2", "--repeats=1", "--epochs=1")
+    assert finished.returncode == 0, finished.stderr
+    assert "6 members of a run and 12 of a branch" in finished.stdout
+    for quantity in ("images/s, all members, run", "images/s, all members, branch", "branch × run"):
+        assert quantity in finished.stdout
