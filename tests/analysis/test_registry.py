@@ -23,7 +23,7 @@ def test_a_bad_registration_raises_a_user_error(name, options, sentence):
 
 def test_figures_of_imp_jax_cannot_be_replaced():
     with pytest.raises(
-        UserError, match=r"the figure 'accuracy' should have a name .* none of accuracy, thresh"
+        UserError, match=r"the figure 'accuracy' should have a name .* none of accuracy, branches, thresh"
     ):
         analysis.register_figure("accuracy", lambda run: None)
 
