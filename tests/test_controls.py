@@ -245,7 +245,7 @@ def test_arms_resume_to_the_bit(tmp_path, rewind_step, arms):
             "has the factor 5 for 'Dense_2'; times pruning.fraction, 0.2, it should be below 1",
         ),
         ({"pruning.layer_factors": ("Dense_2", 0.5)}, "it should be pairs of a name and a factor above 0"),
-        ({"pruning.scope": "unit"}, "pruning.scope is 'unit'; it should be global or layer"),
+        ({"pruning.scope": "unit"}, "pruning.scope is 'unit'; it should be global, layer, erk or uniform"),
     ],
 )
 def test_settings_that_do_not_fit_are_rejected_in_one_sentence(tiny_experiment, fields, sentence):

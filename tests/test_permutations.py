@@ -15,9 +15,9 @@ MODELS = {
     "resnet20": (8, {"width": 0.5, "norm_affine": True}),
     "resnet32": (8, {"width": 0.3}),
     "mlp_9_7_5": (4, {}),
-    "vgg11": (16, {"width": 0.05, "norm_affine": True}),
+    "vgg11": (16, {"width": 0.12, "norm_affine": True}),
     "resnet18": (8, {"width": 0.1, "norm_affine": True}),
-    "wide_resnet16_2": (8, {"width": 0.25, "norm_affine": True}),
+    "wide_resnet16_2": (8, {"width": 0.5, "norm_affine": True}),
     "resnet50": (32, {"width": 0.12, "norm_affine": True}),
 }
 

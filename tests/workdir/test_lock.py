@@ -29,6 +29,10 @@ def test_a_workdir_refuses_another_config(tmp_path):
         "fraction": 0.2,
         "exclude": [],
         "images": 256,
+        "scope": "global",
+        "layer_factors": [],
+        "network": "trained",
+        "steps": 1,
     }
     open_and_close(workdir, config)
     config.rounds = 3
