@@ -171,9 +171,9 @@ ARMS: dict[str, Arm] = {
     "reinit": Arm(1, _reinitialize, rewinds=False),
     # the ticket with other data order and augmentation, in the rounds of `instability.rounds` (section 2.1)
     "twin": Arm(2),
-    # imp's mask permuted within each layer, anew in each round (Frankle et al. 2021)
+    # imp's mask permuted within each layer, with a new draw in each round (Frankle et al. 2021)
     "shuffled": Arm(3, mask=_shuffle, nested=False),
-    # a mask drawn over all layers, anew in each round
+    # a mask drawn over all layers, with a new draw in each round
     "random": Arm(4, mask=_draw, nested=False),
     # a mask drawn from the weights that imp pruned
     "inverted": Arm(5, mask=_invert, nested=False),
@@ -185,7 +185,7 @@ ARMS: dict[str, Arm] = {
     "constant": Arm(8, lambda i: _map_weights(lambda w: jnp.std(w) * jnp.sign(w), i.ticket)),
     # the other initialisation with the signs that imp had at the end of the round before
     "trained_signs": Arm(9, lambda i: _with_signs(_reinitialize(i), i.trained), rewinds=False),
-    # masks drawn with layer densities that do not come from imp (Evci et al. 2020), anew in each round
+    # masks drawn in each round, with layer densities that do not come from imp (Evci et al. 2020)
     "erk": Arm(10, mask=_draw_with_densities(layer_densities.erdos_renyi_kernel_counts), nested=False),
     "uniform": Arm(11, mask=_draw_with_densities(layer_densities.uniform_counts), nested=False),
     # masks of imp's random initialisation (that of step 0), under which the ticket is trained

@@ -131,7 +131,12 @@ def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: 
         if setup_checks.check_arm(name, spec, dataset, tuple(config.pruning.exclude))
     )
     uses_images = score_uses_images or bool(arms_with_images)
-    if not uses_images and config.pruning.images != (default := configs.default().pruning.images):
+    # a branch has the setting of its run, in which other arms may have used images
+    if (
+        not uses_images
+        and not config.branch.name
+        and config.pruning.images != (default := configs.default().pruning.images)
+    ):
         raise UserError(
             f"pruning.images is {config.pruning.images}; the score {config.pruning.score} uses no images, so "
             f"it should be {default}"

@@ -39,19 +39,21 @@ def prune(
     """
     pruning_spec = experiment.pruning
     if pruning_spec.network != "trained":
+        by_magnitude = pruning_spec._replace(
+            network="trained", score=scores.magnitude, score_uses_images=False, scope="global"
+        )
+        next_masks, thresholds = prune(
+            experiment._replace(pruning=by_magnitude), number, members, variables, masks, initial
+        )
         imps = [member for member in members if member.arm == "imp"]
+        if not imps:  # in a branch
+            return next_masks, thresholds
         imp_masks = take_members(devices.gather_members(masks, len(members)), members, imps)
         if pruning_spec.network == "initial":
             network = init_tickets(experiment, imps)
         else:
             network = dense or take_members(devices.gather_members(variables, len(members)), members, imps)
-        next_masks = _prune_network(experiment, number, imps, network, imp_masks)
-        by_magnitude = pruning_spec._replace(
-            network="trained", score=scores.magnitude, score_uses_images=False, scope="global"
-        )
-        experiment = experiment._replace(pruning=by_magnitude)
-        _, thresholds = prune(experiment, number, members, variables, masks, initial)
-        return next_masks, thresholds
+        return _prune_network(experiment, number, imps, network, imp_masks), thresholds
     spec = experiment.spec
     slots, image_shape = len(jax.tree.leaves(masks)[0]), experiment.dataset.train.image_shape
     keys = member_keys(members, experiment.seed, lambda member: ["score", number])

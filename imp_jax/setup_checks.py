@@ -49,10 +49,10 @@ def check_aligned_arms(config, model):
 def check_layer_factors(config, params):
     """Refuse layer factors that have no effect, or that prune a whole layer."""
     factors = config.pruning.layer_factors
-    if factors and config.pruning.scope == "global":
+    if factors and config.pruning.scope != "layer":
         raise UserError(
-            f"pruning.layer_factors is {factors}; with pruning.scope 'global' all layers are ranked together, "
-            f"so it should be (), or pruning.scope be 'layer'"
+            f"pruning.layer_factors is {factors}; pruning.scope is {config.pruning.scope!r}, which uses no "
+            f"factors, so it should be (), or pruning.scope be 'layer'"
         )
     for pattern, factor in factors:
         if masking.prunable(params, pattern) == masking.prunable(params):

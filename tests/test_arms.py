@@ -10,9 +10,10 @@ import pytest
 from imp_jax import arms, masking, runs
 from imp_jax.arms import ARMS, Arm
 from imp_jax.errors import UserError
-from imp_jax.runtime.signals import GracefulStop, Stopped
+from imp_jax.runtime.signals import Stopped
 from imp_jax.workdir.checkpoints import Checkpoints
 from tests.conftest import make_tiny_config, make_tiny_dataset
+from tests.helpers.stops import StopsAtFirstCheck
 
 
 def permute_mask(inputs):
@@ -33,14 +34,6 @@ def negated_arm(monkeypatch):
     monkeypatch.setattr(arms, "ARMS", dict(ARMS))
     monkeypatch.setattr("tests.test_arms.ARMS", arms.ARMS)
     arms.register("negated", Arm(100, lambda inputs: jax.tree.map(jnp.negative, inputs.ticket), permute_mask))
-
-
-class StopsAtFirstCheck(GracefulStop):
-    """Simulates a signal that arrives before the first check for signals."""
-
-    def signal_on_any_process(self, _):
-        self.requested = 15
-        return super().signal_on_any_process(lambda value: value)
 
 
 @pytest.mark.parametrize("rewind_step", [0, 3, None])

@@ -11,9 +11,10 @@ import pytest
 from imp_jax import analysis, arms, branch, runs
 from imp_jax.arms import ARMS, Arm
 from imp_jax.errors import UserError
-from imp_jax.runtime.signals import GracefulStop, Stopped
+from imp_jax.runtime.signals import Stopped
 from tests.conftest import make_tiny_config, make_tiny_dataset
 from tests.helpers.rounds import assert_trees_equal, take_member
+from tests.helpers.stops import StopsAtFirstCheck
 
 CONTROLS = tuple(name for name in ARMS if name not in ("imp", "twin", "reinit"))
 METRICS = ["density", "threshold", "train_loss", "train_accuracy", "test_loss", "test_accuracy"]
@@ -67,20 +68,6 @@ def test_arms_of_a_branch_equal_those_beside_imp_to_the_bit(tmp_path, rewind_ste
     assert len(results) == len(rounds) * len(controls) * 2
 
 
-class StopsAtCheck(GracefulStop):
-    """Simulates a signal that arrives before the n-th check for signals."""
-
-    def __init__(self, n):
-        super().__init__()
-        self.remaining = n
-
-    def signal_on_any_process(self, _):
-        self.remaining -= 1
-        if not self.remaining:
-            self.requested = 15
-        return super().signal_on_any_process(lambda value: value)
-
-
 def test_stopped_branch_resumes_to_the_same_bits(own_trunk, monkeypatch):
     dataset = make_tiny_dataset()
     monkeypatch.setattr(branch, "members_that_fit", lambda experiment: 8)  # two programs, of 8 and of 4 members
@@ -89,7 +76,7 @@ def test_stopped_branch_resumes_to_the_same_bits(own_trunk, monkeypatch):
     while True:
         try:
             resumed = branch.run(
-                own_trunk, ("shuffled", "signs"), name="resumed", dataset=dataset, stop=StopsAtCheck(1)
+                own_trunk, ("shuffled", "signs"), name="resumed", dataset=dataset, stop=StopsAtFirstCheck()
             )
             break
         except Stopped:
@@ -108,6 +95,21 @@ def test_number_of_programs_does_not_change_bits(own_trunk, monkeypatch, capsys)
     out = capsys.readouterr().out
     assert "on the masks of 3 rounds; 1 program of 6 members" in out
     assert "on the masks of 3 rounds; 3 programs of 2, 2, 2 members" in out
+
+
+def test_arms_equal_those_beside_imp_if_masks_come_from_another_network(tmp_path):
+    dataset, fields = make_tiny_dataset(), {"pruning.network": "initial", "pruning.score": "taylor"}
+    fields["pruning.images"] = 20
+    beside, trunk = tmp_path / "beside", tmp_path / "trunk"
+    runs.run(make_config(arms=("imp", "shuffled"), **fields), beside, dataset=dataset)
+    runs.run(make_config(**fields), trunk, dataset=dataset)
+    assert_same_members(beside, branch.run(trunk, ("shuffled",), dataset=dataset))
+
+
+def test_branch_keeps_the_images_of_its_run_for_arms_without_images(tmp_path):
+    dataset = make_tiny_dataset()
+    runs.run(make_config(rounds=2, arms=("imp", "snip"), **{"pruning.images": 20}), tmp_path, dataset=dataset)
+    assert len(analysis.load(branch.run(tmp_path, ("shuffled",), dataset=dataset)).results) == 4
 
 
 def test_branch_grows_with_its_run(own_trunk, tmp_path, capsys):

@@ -13,10 +13,11 @@ from imp_jax.arms import ARMS
 from imp_jax.errors import UserError
 from imp_jax.members import Member
 from imp_jax.round_state import take_images
-from imp_jax.runtime.signals import GracefulStop, Stopped
+from imp_jax.runtime.signals import Stopped
 from imp_jax.workdir.checkpoints import Checkpoints
 from tests.conftest import make_tiny_config, make_tiny_dataset
 from tests.helpers.rounds import assert_trees_equal, take_member
+from tests.helpers.stops import StopsAtFirstCheck
 
 CONTROLS = [name for name in ARMS if name not in ("imp", "twin", "reinit")]
 ALL = ("imp", "reinit", *CONTROLS)
@@ -183,14 +184,6 @@ def test_dense_masks_in_round_0_make_controls_of_one_initialisation_start_alike(
     for arm in OWN_MASKS:
         start = "reinit" if arm == "permuted" else "imp"
         assert_trees_equal(network(ends[0], arm)[0], network(ends[0], start)[0])
-
-
-class StopsAtFirstCheck(GracefulStop):
-    """Simulates a signal that arrives before the first check for signals."""
-
-    def signal_on_any_process(self, _):
-        self.requested = 15
-        return super().signal_on_any_process(lambda value: value)
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,11 @@ from imp_jax import config as configs
 from imp_jax import imp, masking, methods, pruning, runs, scores, training
 from imp_jax.errors import UserError
 from imp_jax.experiment import setup
-from imp_jax.runtime.signals import GracefulStop, Stopped
+from imp_jax.runtime.signals import Stopped
 from imp_jax.workdir.checkpoints import Checkpoints
 from tests.conftest import make_tiny_config, make_tiny_dataset
 from tests.helpers.rounds import assert_trees_equal, take_member
+from tests.helpers.stops import StopsAtFirstCheck
 
 
 @pytest.mark.parametrize(
@@ -142,12 +143,6 @@ def test_fine_tuning_takes_steps_at_the_last_rate():
         )
     trained = take_member(networks.trained["params"], 0)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), trained, params)
-
-
-class StopsAtFirstCheck(GracefulStop):
-    def signal_on_any_process(self, _):
-        self.requested = 15
-        return super().signal_on_any_process(lambda value: value)
 
 
 @pytest.mark.parametrize("method", ["oneshot", "snip", "finetune"])

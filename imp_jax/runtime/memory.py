@@ -1,4 +1,4 @@
-"""How many members can be trained at once in the memory of this machine."""
+"""The free memory of this machine or of its accelerators."""
 
 import os
 
