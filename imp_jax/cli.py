@@ -93,7 +93,8 @@ def parse_overrides(arguments: Sequence[str], config: ConfigDict) -> dict[str, A
         if match[1] not in known:
             raise errors.UserError(configs.unknown_field(match[1]))
     values = flags.FlagValues()
-    copied = config.copy_and_resolve_references()
+    copied = configs.default()  # unlike a copy of `config`, knows which fields may be None
+    copied.update_from_flattened_dict(known)
     holder = config_flags.DEFINE_config_dict(
         "config", copied, flag_values=values, lock_config=False, sys_argv=list(arguments)
     )

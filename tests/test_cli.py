@@ -138,3 +138,14 @@ def test_bad_config_file_prints_one_sentence(tmp_path, config_file, body, senten
     assert code != 0
     assert sentence in err
     assert len(err.splitlines()) == 1
+
+
+def test_overrides_may_set_fields_that_are_none():
+    config = configs.default()
+    arguments = ["--config.dataset.data_dir=/data", "--config.optimizer.momentum=0.5", "--config.epochs=3"]
+    parsed = cli.parse_overrides(arguments, config.copy_and_resolve_references())
+    assert parsed == {"dataset.data_dir": "/data", "optimizer.momentum": 0.5, "epochs": 3}
+    assert config.dataset.data_dir is None
+    assert cli.parse_overrides(["--config.dataset.augmentation=('crop',)"], config) == {
+        "dataset.augmentation": ("crop",)
+    }
