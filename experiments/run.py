@@ -1,4 +1,6 @@
-"""Every figure and table of the paper: `python -m experiments.run list | status | run | figure [fig14 …]`.
+"""Figures and tables of the paper and the literature: `python -m experiments.run run fig14 controls`.
+
+The actions are:
 
     list     the figures, the trainings that each needs, and what these cost
     status   which runs are done, running, queued, failed or missing
@@ -90,13 +92,14 @@ def run_action(arguments: argparse.Namespace) -> None:
         data_dir = str(user_path(data_dir, "--data_dir").absolute())
     root = Path("runs") / scale.name if arguments.root is None else user_path(arguments.root, "--root")
     sweep, failed = Sweep(root.absolute()), 0
-    sweep.check_configs_match(catalogue.list_runs(figures, scale))
+    runs = catalogue.list_runs(figures, scale)
+    sweep.check_configs_match(runs)
     if arguments.action == "status":
         return commands.print_status(figures, scale, sweep)
     if arguments.action == "run" and launcher == "slurm":
-        return commands.submit_to_slurm(figures, scale, sweep, data_dir, make_slurm_options(arguments))
+        return commands.submit_to_slurm(runs, sweep, data_dir, make_slurm_options(arguments))
     if arguments.action == "run":
-        failed = commands.train_locally(figures, scale, sweep, data_dir)
+        failed = commands.train_locally(runs, sweep, data_dir)
     try:
         return commands.draw(figures, scale, sweep)
     finally:

@@ -58,8 +58,10 @@ def differences(config: ConfigDict, stored: dict) -> list[str]:
     for name in sorted(new_values | old_values):
         old, new = old_values.get(name, absent), new_values.get(name, absent)
         same = old == new or (name == "rounds" and old < new)
-        if name == "dataset.data_dir" and new_values.get("dataset.name") == "folder":
+        if name == "branch.mask_from" and old and new:
             same = _folder_name(old) == _folder_name(new)  # the folder may have been moved
+        elif name == "dataset.data_dir" and new_values.get("dataset.name") == "folder":
+            same = _folder_name(old) == _folder_name(new)
         elif may_change_on_resume(name):
             same = True
         if not same:

@@ -1,9 +1,10 @@
-"""All figures and tables of the paper, by name."""
+"""All figures and tables by name: those of the paper, and the experiments of the literature."""
 
 import re
 from collections.abc import Iterable, Sequence
 from types import ModuleType
 
+from experiments.literature import at_initialisation, controls, signs, transfer
 from experiments.paper import (
     claims_report,
     distances,
@@ -16,11 +17,13 @@ from experiments.paper import (
 )
 from experiments.paper.panels import PaperFigure
 from experiments.paper.scales import Scale
-from experiments.sweeps.runs import Run
+from experiments.sweeps.runs import AnyRun
 from imp_jax.errors import lookup
 
 # each module has a tuple FIGURES
-GROUPS = (stabilisation, weight_decay, repellent, distances, paths, networks, one_shot, claims_report)
+PAPER = (stabilisation, weight_decay, repellent, distances, paths, networks, one_shot, claims_report)
+LITERATURE = (controls, at_initialisation, signs, transfer)
+GROUPS = (*PAPER, *LITERATURE)
 TABLES = ("table1", "tablec", "claims")  # follow the figures, in this order
 
 
@@ -62,6 +65,6 @@ def select_figures(names: Sequence[str]) -> list[PaperFigure]:
     return [lookup(FIGURES, "the figure", name.lower()) for name in names] or list(FIGURES.values())
 
 
-def list_runs(figures: Iterable[PaperFigure], scale: Scale) -> list[Run]:
+def list_runs(figures: Iterable[PaperFigure], scale: Scale) -> list[AnyRun]:
     """List the runs that figures need, each run once."""
     return list(dict.fromkeys(run for figure in figures for run in figure.runs(scale)))

@@ -13,7 +13,7 @@ from experiments.paper import catalogue, networks
 from experiments.paper.panels import PaperFigure, make_wide_console
 from experiments.paper.scales import SCALES, Scale
 from experiments.sweeps import cost, launchers
-from experiments.sweeps.runs import Run
+from experiments.sweeps.runs import AnyRun
 from experiments.sweeps.sweep import Sweep
 from imp_jax import data
 from imp_jax import figures as drawings
@@ -70,22 +70,31 @@ def print_status(figures: Sequence[PaperFigure], scale: Scale, sweep: Sweep) -> 
     for run, state in states.items():
         words = escape(f"{state.status}: {state.why}" if state.why else state.status)
         names = ", ".join(name for name, runs in runs_by_figure.items() if run in runs)
-        table.add_row(run.name, f"{state.rounds}/{run.config.rounds}", words, names)
+        table.add_row(run.name, f"{state.rounds}/{run.rounds}", words, names)
     make_wide_console().print(table)
     counts = Counter(state.status for state in states.values())
     print(", ".join(f"{count} {status}" for status, count in counts.items()) or "no runs are needed")
 
 
-def select_runs_to_train(figures: Sequence[PaperFigure], scale: Scale, sweep: Sweep) -> list[Run]:
-    """Return the runs that are missing or have failed, and print how many runs are in which state."""
-    states = sweep.read_states(catalogue.list_runs(figures, scale))
-    runs = [run for run, state in states.items() if state.status in ("missing", "failed")]
+def select_runs_to_train(runs: Sequence[AnyRun], sweep: Sweep) -> list[AnyRun]:
+    """Return the runs that are missing or have failed, and print how many runs are in which state.
+
+    Leave out branches of runs that another process trains, or that are queued.
+    """
+    states = sweep.read_states(runs)
     counts = Counter(state.status for state in states.values() if state.status not in ("missing", "failed"))
-    print(", ".join([f"{len(runs)} runs to train", *(f"{count} {status}" for status, count in counts.items())]))
-    return runs
+    to_train = _select_missing(states, ("missing", "failed"))
+    words = [f"{len(to_train)} runs to train", *(f"{count} {status}" for status, count in counts.items())]
+    print(", ".join(words))
+    return to_train
 
 
-def check_data(runs: Sequence[Run], data_dir: str | None) -> None:
+def _select_missing(states, statuses):
+    busy = {run for run, state in states.items() if state.status in ("running", "queued")}
+    return [run for run, state in states.items() if state.status in statuses and not busy & set(run.needs)]
+
+
+def check_data(runs: Sequence[AnyRun], data_dir: str | None) -> None:
     """Check that the data sets of `runs` are prepared; download those that can be downloaded.
 
     Raises:
@@ -96,7 +105,7 @@ def check_data(runs: Sequence[Run], data_dir: str | None) -> None:
             data.prepared_builder(name, data_dir)
 
 
-def train_locally(figures: Sequence[PaperFigure], scale: Scale, sweep: Sweep, data_dir: str | None) -> int:
+def train_locally(all_runs: Sequence[AnyRun], sweep: Sweep, data_dir: str | None) -> int:
     """Train what is missing on this machine, and return the number of runs that failed.
 
     Also wait for the runs that another process is training, and train those that it leaves unfinished.
@@ -104,8 +113,7 @@ def train_locally(figures: Sequence[PaperFigure], scale: Scale, sweep: Sweep, da
     Raises:
       UserError: a data set is not prepared.
     """
-    all_runs = catalogue.list_runs(figures, scale)
-    runs = select_runs_to_train(figures, scale, sweep)
+    runs = select_runs_to_train(all_runs, sweep)
     check_data(runs, data_dir)
     failed, tried = 0, set()
     runs = runs or _wait_for_other_processes(sweep, all_runs)
@@ -116,19 +124,22 @@ def train_locally(figures: Sequence[PaperFigure], scale: Scale, sweep: Sweep, da
     return failed
 
 
-def submit_to_slurm(
-    figures: Sequence[PaperFigure], scale: Scale, sweep: Sweep, data_dir: str | None, options: dict
-) -> None:
-    """Submit what is missing to Slurm.
+def submit_to_slurm(all_runs: Sequence[AnyRun], sweep: Sweep, data_dir: str | None, options: dict) -> None:
+    """Submit what is missing to Slurm, except branches of runs that are not finished yet.
 
     Raises:
       UserError: a data set is not prepared; see `launchers.submit_to_slurm`.
     """
-    runs = select_runs_to_train(figures, scale, sweep)
+    runs = select_runs_to_train(all_runs, sweep)
     check_data(runs, data_dir)
+    later = [run for run in runs if set(run.needs) & set(runs)]
+    runs = [run for run in runs if run not in later]
     jobs = launchers.submit_to_slurm(sweep, runs, data_dir, options) if runs else []
     for run, job in zip(runs, jobs, strict=True):
         print(f"job {job}: {run.name}")
+    for run in later:
+        needs = " and ".join(need.name for need in run.needs if need in runs)
+        print(f"not submitted: {run.name}, a branch; the same command submits it after {needs}")
 
 
 def _wait_for_other_processes(sweep, runs):
@@ -137,7 +148,7 @@ def _wait_for_other_processes(sweep, runs):
     while True:
         states = sweep.read_states(runs)
         if not any(state.status == "running" for state in states.values()):
-            return [run for run, state in states.items() if state.status == "missing"]
+            return _select_missing(states, ("missing",))
         if not announced:
             names = [run.name for run, state in states.items() if state.status == "running"]
             print(f"waiting for another process, which trains {'; '.join(names)}", flush=True)
@@ -161,11 +172,14 @@ def draw(figures: Sequence[PaperFigure], scale: Scale, sweep: Sweep) -> None:
             continue
         unfinished = [run for run in figure_runs if states[run].status != "done"]
         folder.mkdir(parents=True, exist_ok=True)
-        path = _write(figure.draw(scale, finished), describe(figure, scale, unfinished), folder, figure.name)
-        print(f"{figure.name}: {path}")
+        note = describe(figure, scale, unfinished)
+        for draw_one in (figure.draw, figure.table):
+            if draw_one:
+                path = _write(draw_one(scale, finished), note, folder, figure.name)
+                print(f"{figure.name}: {path}")
         for run in figure_runs:
             if (state := states[run]).status != "done":
-                print(f"  lacks {run.name}: {state.status}, {state.rounds} of {run.config.rounds} rounds")
+                print(f"  lacks {run.name}: {state.status}, {state.rounds} of {run.rounds} rounds")
             if diverged := sweep.describe_diverged(run):
                 print(f"  without {diverged} of {run.name}, which diverged")
     if absent:
@@ -188,7 +202,7 @@ def _write(drawn, note: str, folder: Path, name: str) -> Path:
     return path
 
 
-def describe(figure: PaperFigure, scale: Scale, unfinished: Sequence[Run]) -> str:
+def describe(figure: PaperFigure, scale: Scale, unfinished: Sequence[AnyRun]) -> str:
     """Return the note on a figure: which trainings it shows and, at a smaller scale, which the paper shows."""
     if not figure.runs(scale):
         return ""

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from experiments.paper.scales import Scale
-from experiments.sweeps.runs import Run
+from experiments.sweeps.runs import AnyRun, Run
 from experiments.sweeps.sweep import Finished
 from imp_jax import figures
 from imp_jax.workdir.progress import make_console
@@ -23,6 +23,7 @@ SERIES = (BLUE, ORANGE, GREEN, "#CC79A7")
 ARMS = {"imp": {"linestyle": "-", "marker": "o"}, "reinit": {"linestyle": "--", "marker": "s"}}
 COLUMNS = {  # columns of results.csv: factor, label
     "test_accuracy": (100, "Test accuracy (%)"),
+    "train_accuracy": (100, "Training accuracy (%)"),
     "threshold": (1, "Pruning threshold"),
 }
 NOT_RUN = "not run"
@@ -31,19 +32,21 @@ Y_RANGE_POINTS = 15  # the y axis reaches so many points below the best accuracy
 
 @dataclasses.dataclass(frozen=True)
 class PaperFigure:
-    """A figure or a table of the paper.
+    """A figure or a table of the paper, or an experiment of the literature with both.
 
     Attributes:
       name: such as fig14 or table1; also the name of its file.
       shows: what it shows, in a few words.
-      runs: lists the runs that it needs.
+      runs: lists the runs that it needs; a run comes before its branches.
       draw: draws it from those runs that have a finished round; a table is returned as Markdown.
+      table: returns a table that belongs to the figure.
     """
 
     name: str
     shows: str
-    runs: Callable[[Scale], Sequence[Run]]
+    runs: Callable[[Scale], Sequence[AnyRun]]
     draw: Callable[[Scale, Finished], Figure | str]
+    table: Callable[[Scale, Finished], str] | None = None
 
 
 def draw_curves(
@@ -73,9 +76,14 @@ def draw_curves(
         return mark_not_run(axes)
     figures.density_axis(axes, min(lowest))
     if column == "test_accuracy":
-        lines = [line for each in axes.figure.axes for line in each.get_lines() if each.get_ylabel() == label]
-        points = np.concatenate([line.get_ydata(orig=False) for line in lines])
-        axes.set_ylim(max(points.min(), points.max() - Y_RANGE_POINTS) - 1, points.max() + 1)
+        clip_accuracy(axes, Y_RANGE_POINTS)
+
+
+def clip_accuracy(axes: Axes, points: float) -> None:
+    """Limit the y axis to `points` below the best accuracy of all panels with the same label."""
+    panels = [each for each in axes.figure.axes if each.get_ylabel() == axes.get_ylabel()]
+    values = np.concatenate([line.get_ydata(orig=False) for panel in panels for line in panel.get_lines()])
+    axes.set_ylim(max(values.min(), values.max() - points) - 1, values.max() + 1)
 
 
 def draw_matrices(
@@ -147,7 +155,7 @@ def mark_not_run(axes: Axes) -> None:
     )  # not the locators, which panels may share
 
 
-def add_common_legend(figure: Figure) -> None:
+def add_common_legend(figure: Figure, columns: int = 2) -> None:
     """Add one legend below all panels, with each label once."""
     labels = {}
     for axes in figure.axes:
@@ -155,7 +163,12 @@ def add_common_legend(figure: Figure) -> None:
             labels.setdefault(label, handle)
     if labels:
         figure.legend(
-            labels.values(), labels.keys(), loc="outside lower center", ncols=2, frameon=False, fontsize="small"
+            labels.values(),
+            labels.keys(),
+            loc="outside lower center",
+            ncols=columns,
+            frameon=False,
+            fontsize="small",
         )
 
 
@@ -167,11 +180,13 @@ def make_wide_console() -> Console:
     return console
 
 
-def make_grid(count: int, columns: int, width: float = 3.3, height: float = 2.6) -> tuple[Figure, list[Axes]]:
-    """Create a figure of `count` panels in rows of `columns`, with a shared y axis."""
+def make_grid(
+    count: int, columns: int, width: float = 3.3, height: float = 2.6, sharey: bool = True
+) -> tuple[Figure, list[Axes]]:
+    """Create a figure of `count` panels in rows of `columns`."""
     rows = -(-count // columns)
     figure = Figure(figsize=(width * columns, height * rows + 0.6), layout="constrained")
-    panels = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
+    panels = list(figure.subplots(rows, columns, squeeze=False, sharey=sharey).flat)
     for axes in panels[count:]:
         axes.remove()
     return figure, panels[:count]

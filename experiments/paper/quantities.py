@@ -3,6 +3,8 @@
 Each function returns one number per replicate; it is nan if the replicate lacks any of the rounds it needs.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 
@@ -16,7 +18,18 @@ Values = pd.Series  # by replicate
 
 def accuracy(run: analysis.Run, arm: str, *bands: tuple[float, float]) -> Values:
     """Compute the test accuracy in %, the mean over the rounds within the bands."""
-    return 100 * _mean_over_rounds(run, arm, "test_accuracy", bands)
+    return accuracy_in_rounds(run, arm, rounds_in_bands(run, bands))
+
+
+def accuracy_in_rounds(
+    run: analysis.Run, arm: str, rounds: Sequence[int], column: str = "test_accuracy"
+) -> Values:
+    """Compute the accuracy in %, the mean over some rounds.
+
+    Args:
+      column: test_accuracy or train_accuracy.
+    """
+    return 100 * _mean_over_rounds(run, arm, column, rounds)
 
 
 def imp_minus_reinit(run: analysis.Run, *bands: tuple[float, float]) -> Values:
@@ -26,8 +39,9 @@ def imp_minus_reinit(run: analysis.Run, *bands: tuple[float, float]) -> Values:
 
 def threshold_ratio(run: analysis.Run, *bands: tuple[float, float]) -> Values:
     """Compute the ratio of IMP's pruning threshold to its reinit's."""
-    return _mean_over_rounds(run, "imp", "threshold", bands) / _mean_over_rounds(
-        run, "reinit", "threshold", bands
+    rounds = rounds_in_bands(run, bands)
+    return _mean_over_rounds(run, "imp", "threshold", rounds) / _mean_over_rounds(
+        run, "reinit", "threshold", rounds
     )
 
 
@@ -38,12 +52,12 @@ def instability(run: analysis.Run, number: int) -> Values:
 
 def barrier(run: analysis.Run, *bands: tuple[float, float]) -> Values:
     """Compute the mean test error barrier in points on the paths to the rounds within the bands."""
-    return _mean_barrier(run, "successive", [n for n in _rounds_in_bands(run, bands) if n > 0])
+    return _mean_barrier(run, "successive", [n for n in rounds_in_bands(run, bands) if n > 0])
 
 
 def angle(run: analysis.Run, arm: str, *bands: tuple[float, float], apart: int = 1) -> Values:
     """Compute the mean angle (1: orthogonal) of rounds within the bands to those `apart` rounds earlier."""
-    pairs = [(number - apart, number) for number in _rounds_in_bands(run, bands) if number >= apart]
+    pairs = [(number - apart, number) for number in rounds_in_bands(run, bands) if number >= apart]
     table = run.distances[(run.distances["metric"] == "angular") & (run.distances["arm"] == arm)]
     return _mean_by_replicate(table.set_index(["round_a", "round_b"])[["replicate", "distance"]], pairs, run)
 
@@ -78,17 +92,15 @@ def _apply_by_replicate(run, measure):
     return pd.Series(values, dtype=float).reindex(range(run.config.replicates))
 
 
-def _rounds_in_bands(run, bands):
+def rounds_in_bands(run: analysis.Run, bands: Sequence[tuple[float, float]]) -> list[int]:
     """List the rounds of a whole run whose density is within the bands."""
     density = (1 - run.config.pruning.fraction) ** np.arange(run.config.rounds)
     return [n for n, d in enumerate(density) if any(low <= d < high for low, high in bands)]
 
 
-def _mean_over_rounds(run, arm, column, bands):
+def _mean_over_rounds(run, arm, column, rounds):
     table = run.results[run.results["arm"] == arm]
-    return _mean_by_replicate(
-        table.set_index("round")[["replicate", column]], _rounds_in_bands(run, bands), run
-    )
+    return _mean_by_replicate(table.set_index("round")[["replicate", column]], rounds, run)
 
 
 def _mean_barrier(run, kind, numbers):

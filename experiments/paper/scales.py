@@ -24,6 +24,9 @@ class Scale:
     conv4_restabilised: Run
     one_shot: Run  # table of appendix C
     low_rate: float  # learning rate of its second row
+    trunk: Run  # the run with whose masks the controls of `experiments.literature` train
+    trunk_rounds: tuple[int, ...]  # the rounds of these masks
+    at_initialisation: Run  # pruned by other scores before any training
 
     @property
     def unstable(self) -> int:
@@ -35,6 +38,12 @@ class Scale:
         return self.resnet20.with_overrides(batch_size=batch_size, **fields)
 
 
+def _halve(run):
+    """Return the run with densities from 100 to 0.8 %, each half of the one before."""
+    return run.with_overrides(rounds=8, pruning__fraction=0.5, instability__rounds=())
+
+
+_EVERY_THIRD = tuple(range(3, 25, 3))  # densities from 51 to 0.47 %
 _CONV4 = make_run("conv4", {})
 _DESTABILISED = _CONV4.with_overrides(
     batch_size=16,
@@ -59,6 +68,9 @@ PAPER = Scale(
     conv4_restabilised=_DESTABILISED.with_overrides(batch_size=512),  # (ours) the paper gives no value
     one_shot=make_run("resnet50", {}),
     low_rate=0.1,
+    trunk=make_run("resnet20", {"batch_size": 2048}),
+    trunk_rounds=_EVERY_THIRD,
+    at_initialisation=_halve(make_run("resnet20", {"batch_size": 2048})),
 )
 
 # LeNet on mnist5k stands for all networks. A learning rate of 0.02 makes it unstable at batch size 20: the
@@ -83,6 +95,9 @@ MINI = Scale(
     conv4_restabilised=_UNSTABLE.with_overrides(batch_size=600),
     one_shot=_UNSTABLE.with_overrides(batch_size=20, rounds=2, arms=("imp",), pruning__fraction=0.7),
     low_rate=0.005,
+    trunk=make_run("mnist5k", {}),
+    trunk_rounds=_EVERY_THIRD,
+    at_initialisation=_halve(make_run("mnist5k", {})),
 )
 
 _TINY = make_run(
@@ -114,6 +129,9 @@ SMOKE = Scale(
     conv4_restabilised=_TINY,
     one_shot=_TINY.with_overrides(rounds=2, arms=("imp",), pruning__fraction=0.7),
     low_rate=0.005,
+    trunk=_TINY,
+    trunk_rounds=(1, 3),
+    at_initialisation=_TINY.with_overrides(rounds=3, pruning__fraction=0.5, instability__rounds=()),
 )
 
 SCALES = {scale.name: scale for scale in (PAPER, MINI, SMOKE)}

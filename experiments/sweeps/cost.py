@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.sweeps.datasets import DATASET_SIZES
-from experiments.sweeps.runs import Run
+from experiments.sweeps.runs import AnyRun
 
 MEASURED = Path(__file__).parents[1] / "benchmarks" / "throughput.json"
 
@@ -20,14 +20,14 @@ def read_throughput() -> dict[str, dict]:
     return json.loads(MEASURED.read_text())
 
 
-def count_images(run: Run) -> int:
+def count_images(run: AnyRun) -> int:
     """Count the images that all trainings of a run process."""
     config = run.config
     steps = DATASET_SIZES[config.dataset.name].train_images // config.batch_size
     return run.trainings * config.epochs * steps * config.batch_size
 
 
-def estimate_seconds(run: Run, device: dict) -> float | None:
+def estimate_seconds(run: AnyRun, device: dict) -> float | None:
     """Estimate the seconds that a run takes on a device; None if its network was not measured there.
 
     Between the measured batch sizes, images/s are interpolated linearly. Outside their range they are those of

@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from experiments.sweeps.runs import REPOSITORY, Run
+from experiments.sweeps.runs import REPOSITORY, AnyRun
 from experiments.sweeps.sweep import Sweep
 from imp_jax.errors import UserError, one_line
 from imp_jax.runtime.distributed import visible_gpus
@@ -30,7 +30,7 @@ SIGNAL_DELAY_S = 120  # a Slurm job is signalled this long before its time limit
 
 
 def start_training(
-    sweep: Sweep, run: Run, data_dir: str | None, env: dict[str, str] | None = None
+    sweep: Sweep, run: AnyRun, data_dir: str | None, env: dict[str, str] | None = None
 ) -> subprocess.Popen:
     """Start or resume a run in a process of its own, and write its command to the log."""
     sweep.logs.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def start_training(
         return subprocess.Popen(command, cwd=REPOSITORY, env=env, **pipes)
 
 
-def note_failure(sweep: Sweep, run: Run, status: int) -> str:
+def note_failure(sweep: Sweep, run: AnyRun, status: int) -> str:
     """Write down why a run ended with exit status `status`, and return it."""
     lines = sweep.log_path(run).read_text(errors="replace").strip().splitlines()
     command_index = max(index for index, line in enumerate(lines) if line.startswith(PROMPT))
@@ -55,12 +55,12 @@ def note_failure(sweep: Sweep, run: Run, status: int) -> str:
 
 
 def train_locally(
-    sweep: Sweep, runs: Sequence[Run], data_dir: str | None, report: Callable[[str], None]
+    sweep: Sweep, runs: Sequence[AnyRun], data_dir: str | None, report: Callable[[str], None]
 ) -> int:
     """Train `runs` on this machine, with one worker per GPU, or one on the CPU.
 
-    A failed run is tried once more. The first signal lets all trainings save their state and stop; a
-    second one stops them at once.
+    A branch starts after the runs that it needs. A failed run is tried once more. The first signal lets all
+    trainings save their state and stop; a second one stops them at once.
 
     Returns: the number of runs that failed.
 
@@ -78,8 +78,9 @@ def train_locally(
         if "JAX_COMPILATION_CACHE_DIR" in os.environ:
             cache = {}
         while training or (waiting and not received):
-            while workers and waiting and not received:
-                run, worker = waiting.popleft(), workers.pop()
+            while workers and not received and (run := _find_ready(waiting, training)):
+                waiting.remove(run)
+                worker = workers.pop()
                 tries[run] += 1
                 sweep.log_path(run, "job").unlink(missing_ok=True)  # from an earlier submission to Slurm
                 process = start_training(sweep, run, data_dir, env=os.environ | cache | worker)
@@ -110,6 +111,12 @@ def train_locally(
     if received:
         raise Interrupted(received[0])
     return failed
+
+
+def _find_ready(waiting, training):
+    """Return the first waiting run for which nothing that it needs is still to be trained; None if none is."""
+    unfinished = {*waiting, *training}
+    return next((run for run in waiting if not unfinished & set(run.needs)), None)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -151,7 +158,7 @@ def forward_signals(training) -> Iterator[list[int]]:
 class Training:
     """The function of a Slurm job. submitit pickles it, and calls `checkpoint` to learn what to requeue."""
 
-    def __init__(self, root: Path, run: Run, data_dir: str | None):
+    def __init__(self, root: Path, run: AnyRun, data_dir: str | None):
         self._sweep, self._run, self._data_dir = Sweep(root), run, data_dir
         self._process = None
 
@@ -178,7 +185,7 @@ class Training:
         return submitit.helpers.DelayedSubmission(Training(self._sweep.root, self._run, self._data_dir))
 
 
-def submit_to_slurm(sweep: Sweep, runs: Sequence[Run], data_dir: str | None, options: dict) -> list[str]:
+def submit_to_slurm(sweep: Sweep, runs: Sequence[AnyRun], data_dir: str | None, options: dict) -> list[str]:
     """Submit `runs` to Slurm as an array of jobs, which are requeued and resume when their time is up.
 
     Args:

@@ -1,4 +1,4 @@
-"""A run of a sweep: a config file and the fields that differ from it, with its name and its command."""
+"""What a sweep trains: runs, which are config files with fields that differ, and branches of runs."""
 
 import dataclasses
 import functools
@@ -9,8 +9,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from imp_jax import branch, config_files
 from imp_jax import config as configs
-from imp_jax import config_files
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -21,6 +21,7 @@ class Run:
 
     base: str  # a file of configs/, without its ending
     overrides: tuple[tuple[str, Any], ...] = ()  # only fields that differ from the base, in alphabetical order
+    needs = ()  # the runs that must be finished first
 
     def with_overrides(self, **fields: Any) -> "Run":
         """Return this run with other `fields`, written with __ for the dot: `optimizer__name`."""
@@ -38,6 +39,16 @@ class Run:
     def name(self) -> str:
         """The name of the run's folder, such as `resnet20,batch_size=1024`; different for each config."""
         return config_files.run_name(self.base, load_config(self.base), self.config)
+
+    @property
+    def folder(self) -> str:
+        """The path of the run's workdir in the folder of the sweep."""
+        return self.name
+
+    @property
+    def rounds(self) -> int:
+        """The number of rounds that it trains."""
+        return self.config.rounds
 
     def command(self, workdir: Path, data_dir: str | None = None) -> list[str]:
         """Return the command that trains the run, to be started in the root of the repository.
@@ -58,6 +69,77 @@ class Run:
         config = self.config
         twins = sum(number < config.rounds for number in set(config.instability.rounds))
         return config.replicates * (len(config.arms) * config.rounds + twins)
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """One call of `imp_jax.branch`: arms that train on the masks of a run of the same sweep.
+
+    Attributes:
+      trunk: the run.
+      label: the name of the branch in the folder of the run.
+      arms, numbers: the arms, and the rounds on whose masks they train.
+      mask_from: another run of the sweep, whose masks are used instead.
+      overrides: fields that differ from the run, in alphabetical order.
+    """
+
+    trunk: Run
+    label: str
+    arms: tuple[str, ...]
+    numbers: tuple[int, ...]
+    mask_from: Run | None = None
+    overrides: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def needs(self) -> tuple[Run, ...]:
+        """The runs that must be finished first."""
+        return (self.trunk, self.mask_from) if self.mask_from else (self.trunk,)
+
+    @functools.cached_property
+    def config(self) -> ConfigDict:
+        """The config that the branch stores, but for the folder of the sweep in `branch.mask_from`."""
+        mask_from = self.mask_from and self.mask_from.folder
+        config = branch.make_config(
+            self.trunk.config, self.arms, self.numbers, self.label, mask_from, dict(self.overrides)
+        )
+        configs.validate(config)
+        return config
+
+    @property
+    def name(self) -> str:
+        """The name in messages and of its log, such as `mnist5k+controls`."""
+        return f"{self.trunk.name}+{self.label}"
+
+    @property
+    def folder(self) -> str:
+        """The path of the branch's workdir in the folder of the sweep."""
+        return f"{self.trunk.folder}/branches/{self.label}"
+
+    @property
+    def rounds(self) -> int:
+        """The number of rounds on whose masks it trains."""
+        return len(self.numbers)
+
+    @property
+    def trainings(self) -> int:
+        """The number of networks that the branch trains."""
+        return self.config.replicates * len(self.arms) * self.rounds
+
+    def command(self, workdir: Path, data_dir: str | None = None) -> list[str]:
+        """Return the command that trains the branch, whose workdir is `workdir`."""
+        root = workdir.parents[2]
+        fields = dict(self.overrides) | ({"dataset.data_dir": data_dir} if data_dir else {})
+        return [
+            *(sys.executable, "-m", "imp_jax.branch", f"--workdir={root / self.trunk.folder}"),
+            f"--arms={','.join(self.arms)}",
+            f"--rounds={','.join(map(str, self.numbers))}",
+            f"--name={self.label}",
+            *([f"--mask_from={root / self.mask_from.folder}"] if self.mask_from else []),
+            *(f"--config.{field}={value}" for field, value in fields.items()),
+        ]
+
+
+AnyRun = Run | Branch
 
 
 def make_run(base: str, overrides: dict[str, Any]) -> Run:

@@ -1,8 +1,8 @@
 """A folder of runs, and the state of each run.
 
 For each run, the folder contains its workdir NAME; `logs/NAME.log`, what it printed; `logs/NAME.failed`, why
-it failed; and `logs/NAME.job`, its job on Slurm. `slurm/` belongs to submitit; `figures/` and `claims.md` are
-drawn from the runs.
+it failed; and `logs/NAME.job`, its job on Slurm. The workdir of a branch is `NAME/branches/LABEL`, and its logs
+are called `NAME+LABEL`. `slurm/` belongs to submitit; `figures/` and `claims.md` are drawn from the runs.
 """
 
 import contextlib
@@ -16,12 +16,12 @@ from typing import NamedTuple
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from experiments.sweeps.runs import Run
+from experiments.sweeps.runs import AnyRun
 from imp_jax import __version__, analysis, config_files
 from imp_jax.errors import UserError
 from imp_jax.workdir.checkpoints import versions
 
-Finished = Mapping[Run, analysis.Run]  # the tables of the runs that have a finished round
+Finished = Mapping[AnyRun, analysis.Run]  # the tables of the runs that have a finished round
 
 
 class State(NamedTuple):
@@ -39,15 +39,15 @@ class Sweep:
         self.root = root
         self.logs = root / "logs"
 
-    def workdir(self, run: Run) -> Path:
+    def workdir(self, run: AnyRun) -> Path:
         """Return the path of a run's workdir."""
-        return self.root / run.name
+        return self.root / run.folder
 
-    def log_path(self, run: Run, ending: str = "log") -> Path:
+    def log_path(self, run: AnyRun, ending: str = "log") -> Path:
         """Return the path of a run's file in `logs/` with this ending."""
         return self.logs / f"{run.name}.{ending}"
 
-    def check_configs_match(self, runs: Iterable[Run]) -> None:
+    def check_configs_match(self, runs: Iterable[AnyRun]) -> None:
         """Check that the workdirs of `runs` contain runs of these configs.
 
         Raises:
@@ -69,7 +69,7 @@ class Sweep:
                     f"{__version__}): {'; '.join(differences)}; give another --root"
                 )
 
-    def read_states(self, runs: Iterable[Run]) -> dict[Run, State]:
+    def read_states(self, runs: Iterable[AnyRun]) -> dict[AnyRun, State]:
         """Return the state of each run."""
         runs = list(runs)
         paths = {run: self.log_path(run, "job") for run in runs}
@@ -77,7 +77,7 @@ class Sweep:
         queued = find_queued_jobs(jobs.values())
         return {run: self._read_state(run, jobs.get(run), queued) for run in runs}
 
-    def load_finished(self, runs: Iterable[Run]) -> Finished:
+    def load_finished(self, runs: Iterable[AnyRun]) -> Finished:
         """Load the tables of those `runs` that have at least one finished round."""
         finished = {}
         for run in runs:
@@ -87,7 +87,7 @@ class Sweep:
                     finished[run] = tables
         return finished
 
-    def describe_diverged(self, run: Run) -> str:
+    def describe_diverged(self, run: AnyRun) -> str:
         """Describe the networks of a run that diverged; empty if none did."""
         try:
             table = pd.read_csv(self.workdir(run) / "divergences.csv")
@@ -100,17 +100,13 @@ class Sweep:
         results, report = workdir / "results.csv", workdir / "report.html"
         rounds = 0
         with contextlib.suppress(FileNotFoundError, pd.errors.EmptyDataError, ValueError):
-            rounds = int(pd.read_csv(results)["round"].max()) + 1
+            rounds = pd.read_csv(results)["round"].nunique()
         if _is_locked(workdir):
             return State("running", rounds)
         if job in queued:
             return State("queued", rounds)
         # the report is written last; an older one than the results is from an earlier analysis
-        if (
-            rounds == run.config.rounds
-            and report.exists()
-            and report.stat().st_mtime >= results.stat().st_mtime
-        ):
+        if rounds == run.rounds and report.exists() and report.stat().st_mtime >= results.stat().st_mtime:
             return State("done", rounds)
         if self.log_path(run, "failed").exists():
             return State("failed", rounds, self.log_path(run, "failed").read_text().strip())

@@ -9,7 +9,7 @@ from experiments.paper import catalogue
 from experiments.paper.panels import PaperFigure
 from tests.helpers import ROOT
 
-COMMANDS = {"run", "claims", "benchmark", "faults"}
+COMMANDS = {"run", "claims", "anchors", "benchmark", "faults"}
 
 
 def make_group(*names):
@@ -18,7 +18,10 @@ def make_group(*names):
 
 
 def test_every_figure_of_every_group_is_in_the_catalogue():
-    assert list(catalogue.FIGURES) == [*(f"fig{n}" for n in range(1, 24)), "table1", "tablec", "claims"]
+    assert list(catalogue.FIGURES) == [
+        *(f"fig{n}" for n in range(1, 24)),
+        *("table1", "tablec", "claims", "controls", "at_initialisation", "signs", "transfer"),
+    ]
 
 
 def test_other_figures_follow_those_of_the_paper():
@@ -48,3 +51,4 @@ def test_no_module_imports_a_command():
 def test_sweeps_import_nothing_of_the_paper():
     for path in (ROOT / "experiments" / "sweeps").glob("*.py"):
         assert "experiments.paper" not in path.read_text(), path
+        assert "experiments.literature" not in path.read_text(), path

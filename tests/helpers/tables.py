@@ -5,14 +5,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.sweeps.runs import Run
+from experiments.sweeps.runs import AnyRun, Branch
 from imp_jax import analysis
-
-ARMS = ("imp", "reinit")
 
 
 def tables(
-    run: Run,
+    run: AnyRun,
     accuracy=lambda arm, replicate, number: 0.9 + 0.01 * replicate,
     threshold=lambda arm, replicate, number: 0.1,
     angle=lambda arm, one, other: 0.5,
@@ -21,16 +19,16 @@ def tables(
     counts=lambda arm: (1, 2, 1, 2, 1),
     rounds: int | None = None,
 ) -> analysis.Run:
-    """Return the tables of `run`, or of its first `rounds`, in the form of `analysis.load`.
+    """Return the tables of a run or branch, or of its first `rounds`, in the form of `analysis.load`.
 
     `accuracy` and `threshold` take the arm, the replicate and the round, `angle` takes the arm and two rounds.
     `barrier`, of the path that ends in a round, and `instability` are those on test images; on training images
     they are 0. `counts` are the numbers of weights around −2, −1, 0, 1 and 2, times r + 1 in replicate r.
     """
     config = run.config
-    numbers = range(rounds or config.rounds)
+    numbers = (run.numbers if isinstance(run, Branch) else range(config.rounds))[:rounds]
     replicates = range(config.replicates)
-    arms = [arm for arm in ARMS if arm in config.arms]
+    arms = config.arms
     results = pd.DataFrame(
         {
             "replicate": r,
@@ -39,6 +37,7 @@ def tables(
             "density": (1 - config.pruning.fraction) ** n,
             "threshold": threshold(arm, r, n),
             "test_accuracy": accuracy(arm, r, n),
+            "train_accuracy": accuracy(arm, r, n),
         }
         for n, arm, r in product(numbers, arms, replicates)
     )
