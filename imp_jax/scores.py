@@ -28,7 +28,8 @@ class ScoreInputs(NamedTuple):
     mask: Mask
     key: Key[Array, ""]  # of this replicate and round
     loss: Callable[[Params], Float[Array, ""]]  # mean cross-entropy (nats) of `pruning.images` training images
-    flow: Callable[[Params], Float[Array, ""]]  # sum of the logits of an image of ones (SynFlow: at |θ|)
+    # sum of the logits of an image of ones (SynFlow: at |θ|), or of another value, given as second argument
+    flow: Callable[..., Float[Array, ""]]
     initial: Params | None = None  # at the start of the round's training, zero where `mask` is False
     # cross-entropy (nats) of image i of `num_examples`, in evaluation mode: no image depends on another
     example_loss: Callable[[Params, Int[Array, ""]], Float[Array, ""]] | None = None
@@ -67,8 +68,8 @@ def make_inputs(
         logits = spec.apply({"params": params, **model_state}, images[i][None], train=False)
         return training.example_sums(logits, labels[i][None], jnp.ones(1, bool))[0]
 
-    def flow(params):
-        image = jnp.ones((1, *image_shape))
+    def flow(params, value=1.0):
+        image = jnp.full((1, *image_shape), value, jnp.float32)
         return spec.model.apply({"params": params, **model_state}, image, train=False).astype(jnp.float32).sum()
 
     params = variables["params"]
@@ -129,11 +130,24 @@ def grasp(inputs: ScoreInputs) -> Scores:
 def synflow(inputs: ScoreInputs) -> Scores:
     """Return |θ| ⊙ ∂R/∂|θ|, where R is the sum of the logits of an image of ones at |θ| (Tanaka et al. 2020).
 
-    R is the sum over all paths of the products of their weights. In networks of more than about 25 layers it
-    may exceed float32; the scores are then nan or infinite.
+    R is the sum over all paths of the products of their weights, so it grows exponentially with depth. Where it
+    comes near the limits of float32, all scores are divided by about R, which leaves their order as it is.
     """
     positive = jax.tree.map(jnp.abs, inputs.params)
-    return jax.tree.map(jnp.multiply, positive, jax.grad(inputs.flow)(positive))
+    scale = _flow_scale(inputs, positive)
+    gradient = jax.grad(lambda params: scale * inputs.flow(params, scale))(positive)
+    return jax.tree.map(jnp.multiply, positive, gradient)
+
+
+def _flow_scale(inputs, positive):
+    """Return the factor of the image and of R with which neither R nor its gradient leaves float32.
+
+    It is about 1/√R, a power of 2 so that it rounds nothing, or 1 where R is moderate.
+    """
+    small = 2.0**-100
+    flow = inputs.flow(positive)
+    exponent = jnp.where(jnp.isfinite(flow), jnp.log2(flow), jnp.log2(inputs.flow(positive, small)) + 100)
+    return jnp.where(jnp.abs(exponent) > 60, jnp.exp2(-jnp.round(exponent / 2)), 1.0)
 
 
 SCORES: dict[str, Score] = {

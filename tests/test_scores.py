@@ -273,6 +273,44 @@ def test_synaptic_flow_is_positive_and_its_sum_is_the_same_in_all_layers():
     assert all((leaf > 0).all() for leaf in values)
 
 
+def test_synaptic_flow_of_a_deep_network_keeps_its_order():
+    """R of 60 layers is about 1e66, beyond float32; the reference is computed in float64."""
+
+    class Deep(nn.Module):
+        @nn.compact
+        def __call__(self, images, train=False):
+            x = images.reshape(len(images), -1)
+            for _ in range(60):
+                x = nn.relu(nn.Dense(100, kernel_init=nn.initializers.normal(0.15))(x))
+            return nn.Dense(3)(x)
+
+    model = Deep()
+    params = model.init(jax.random.key(0), jnp.ones((1, 4, 4, 1)))["params"]
+    weights = [np.abs(np.asarray(params[f"Dense_{i}"]["kernel"], float)) for i in range(61)]
+    inputs = [np.ones(16)]
+    for weight in weights:
+        inputs.append(inputs[-1] @ weight)
+    assert inputs[-1].sum() > 1e60
+    slope, reference = np.ones(3), []
+    for weight, x in zip(weights[::-1], inputs[-2::-1], strict=True):
+        reference.append(weight * np.outer(x, slope) / inputs[-1].sum())
+        slope = weight @ slope
+    score_inputs = scores.make_inputs(
+        {"params": params},
+        masking.ones_like(params),
+        jax.random.key(0),
+        None,
+        None,
+        image_shape=(4, 4, 1),
+        spec=training.TrainSpec(model),
+    )
+    values = scores.synflow(score_inputs)
+    total = np.sum(values["Dense_7"]["kernel"], dtype=float)
+    assert 0.1 < total < 10
+    for i, expected in enumerate(reference[::-1]):
+        np.testing.assert_allclose(values[f"Dense_{i}"]["kernel"] / total, expected, rtol=1e-4)
+
+
 def test_synaptic_flow_in_steps_collapses_no_layer_where_magnitude_does():
     params, inputs = bias_free_network()
     dense = masking.ones_like(params)
