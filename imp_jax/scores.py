@@ -27,7 +27,8 @@ class ScoreInputs(NamedTuple):
     params: Params  # trained, zero where `mask` is False
     mask: Mask
     key: Key[Array, ""]  # of this replicate and round
-    loss: Callable[[Params], Float[Array, ""]]  # mean cross-entropy (nats) of `pruning.images` training images
+    # mean cross-entropy (nats) of `pruning.images` training images; `temperature=T` divides the logits by T
+    loss: Callable[..., Float[Array, ""]]
     # sum of the logits of an image of ones (SynFlow: at |θ|), or of another value, given as second argument
     flow: Callable[..., Float[Array, ""]]
     initial: Params | None = None  # at the start of the round's training, zero where `mask` is False
@@ -37,6 +38,7 @@ class ScoreInputs(NamedTuple):
 
 
 Score = Callable[[ScoreInputs], Scores]
+_GRASP_TEMPERATURE = 200.0
 
 
 def make_inputs(
@@ -61,8 +63,8 @@ def make_inputs(
     execution = spec.execution._replace(convolutions="flax")
     spec = spec._replace(execution=execution, norm_parts=1, mesh=None)
 
-    def loss(params):
-        return training.loss_fn(params, model_state, images, labels, key, spec=spec)[0]
+    def loss(params, temperature=1.0):
+        return training.loss_fn(params, model_state, images, labels, key, spec=spec, temperature=temperature)[0]
 
     def example_loss(params, i):
         logits = spec.apply({"params": params, **model_state}, images[i][None], train=False)
@@ -116,12 +118,13 @@ def fisher(inputs: ScoreInputs) -> Scores:
 
 
 def grasp(inputs: ScoreInputs) -> Scores:
-    """Return θ ⊙ H ∂L/∂θ, with the Hessian H: low if removing the weight increases ‖∂L/∂θ‖ (Wang et al. 2020).
+    """Return θ ⊙ H ∂L/∂θ, with the Hessian H (Wang et al. 2020).
 
-    The paper removes the highest of −θ ⊙ H ∂L/∂θ, which are the lowest here. The temperature of its code, which
-    divides the logits by 200, is left out (ours).
+    A score is low if removing the weight increases ‖∂L/∂θ‖. The paper removes the highest of −θ ⊙ H ∂L/∂θ,
+    which are the lowest here. As in its code, the temperature of L is 200, so that all classes are nearly
+    equally likely.
     """
-    gradient_of_loss = jax.grad(inputs.loss)
+    gradient_of_loss = jax.grad(lambda params: inputs.loss(params, temperature=_GRASP_TEMPERATURE))
     gradient = gradient_of_loss(inputs.params)
     _, product = jax.jvp(gradient_of_loss, (inputs.params,), (gradient,))
     return jax.tree.map(jnp.multiply, inputs.params, product)

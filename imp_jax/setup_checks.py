@@ -134,7 +134,7 @@ def _traced_inputs(variables, mask, key, spec, dataset, calls):
     inputs = scores.make_inputs(variables, mask, key, images, labels, image_shape=image_shape, spec=spec)
 
     def record(function):
-        return lambda *arguments: calls.append(1) or function(*arguments)
+        return lambda *arguments, **options: calls.append(1) or function(*arguments, **options)
 
     return inputs._replace(loss=record(inputs.loss), example_loss=record(inputs.example_loss))
 

@@ -86,11 +86,13 @@ def loss_fn(
     key: Key[Array, ""] | None = None,
     *,
     spec: TrainSpec,
+    temperature: float = 1.0,
 ) -> tuple[Float[Array, ""], tuple[Variables, Float[Array, ""]]]:
     """Compute the mean cross-entropy of a batch, in nats, with the model in training mode.
 
     Args:
       key: from which the keys of `spec.rng_streams` are folded; None if there are none.
+      temperature: divides the logits; 1 in training.
 
     Returns: (loss, (model_state, accuracy)): the updated collections, and the accuracy in [0, 1].
     """
@@ -107,7 +109,7 @@ def loss_fn(
         logits, model_states = jax.vmap(forward)(images.reshape(parts, -1, *images.shape[1:]))
         logits = logits.reshape(len(images), -1)
         model_state = jax.tree.map(lambda leaf: leaf.mean(0, dtype=leaf.dtype), model_states)
-    logits = logits.astype(jnp.float32)
+    logits = logits.astype(jnp.float32) / temperature
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     return loss, (model_state, jnp.mean(logits.argmax(-1) == labels))
 
