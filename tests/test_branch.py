@@ -252,3 +252,16 @@ def test_command_trains_a_branch(own_trunk, monkeypatch, capsys):
         with pytest.raises(SystemExit) as error, contextlib.redirect_stdout(None):
             branch.main([f"--workdir={own_trunk}", "--arms=shuffled", *arguments])
         assert str(error.value).startswith(f"error: {sentence}")
+
+
+def test_members_of_a_program_fit_in_half_of_the_memory(tiny_experiment, monkeypatch):
+    experiment = tiny_experiment(epochs=1)
+    parameters = 16 * 6 + 6 + 6 * 5 + 5 + 5 * 3 + 3
+    monkeypatch.setattr(branch, "available_bytes", lambda: 10**9)
+    fits = branch.members_that_fit(experiment)
+    # at least six copies of the parameters and of the two moments of Adam, in float32
+    assert 1 < fits <= 0.5e9 / (6 * 3 * 4 * parameters)
+    monkeypatch.setattr(branch, "available_bytes", lambda: 2 * 10**9)
+    assert branch.members_that_fit(experiment) == pytest.approx(2 * fits, abs=1)
+    monkeypatch.setattr(branch, "available_bytes", lambda: 0)
+    assert branch.members_that_fit(experiment) == 1
