@@ -14,7 +14,7 @@ from experiments.sweeps.sweep import Finished
 from imp_jax import figures
 
 BANDS = {"medium": (MEDIUM,), "high": (HIGH, VERY_HIGH)}  # of sparsity
-Y_RANGE_POINTS = 30  # the y axis reaches so many points below the best accuracy; lower curves are clipped
+Y_RANGE_POINTS = 30
 TOO_LITTLE, NO_LEAD = "too little data", "IMP has no lead"
 # parts of imp's lead over its reinit (ours): which part is called what
 REACHES_IMP = Expected(
@@ -96,7 +96,8 @@ def format_comparisons(comparisons: Sequence[Comparison], finished: Finished) ->
             values = comparison.series.measure(finished, _rounds(comparison, finished, band)).dropna()
             part = part_of_lead(comparison, finished, band)
             cells += [format_values(values, "{:.1f}"), "–" if isinstance(part, str) else format_values(part)]
-            cells += [judge(part)]
+            references = (comparison.imp, comparison.reinit)
+            cells += ["–" if comparison.series in references else judge(part)]
             if with_expected:
                 cells.append(_compare_with_literature(comparison.expected, part))
         rows.append(cells)
@@ -123,11 +124,17 @@ def format_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def draw_series(axes: Axes, finished: Finished, series: Sequence[tuple[str, Series, dict]]) -> None:
+def draw_series(
+    axes: Axes,
+    finished: Finished,
+    series: Sequence[tuple[str, Series, dict]],
+    y_range_points: float = Y_RANGE_POINTS,
+) -> None:
     """Draw the accuracy of several arms over density.
 
     Args:
       series: (label, series, style) of each line.
+      y_range_points: the y axis reaches so many points below the best accuracy; lower curves are clipped.
     """
     lowest = []
     for label, one, style in series:
@@ -143,7 +150,7 @@ def draw_series(axes: Axes, finished: Finished, series: Sequence[tuple[str, Seri
     if not lowest:
         return mark_not_run(axes)
     figures.density_axis(axes, min(lowest))
-    clip_accuracy(axes, Y_RANGE_POINTS)
+    clip_accuracy(axes, y_range_points)
 
 
 def _rounds(comparison, finished, band):

@@ -77,7 +77,7 @@ def draw(scale: Scale, finished: Finished) -> Figure:
     left.set_title("trained on true labels", fontsize="medium")
     references = [style_series(arm, Series(random_labels, arm, "train_accuracy")) for arm in ("imp", "reinit")]
     ticket = (TRUE_LABELS, Series(on_random, "imp", "train_accuracy"), STYLES[TRUE_LABELS])
-    draw_series(right, finished, [*references, ticket])
+    draw_series(right, finished, [*references, ticket], y_range_points=100)
     right.set_title("trained on random labels", fontsize="medium")
     add_common_legend(figure, columns=3)
     return figure

@@ -203,13 +203,13 @@ def _write(drawn, note: str, folder: Path, name: str) -> Path:
 
 
 def describe(figure: PaperFigure, scale: Scale, unfinished: Sequence[AnyRun]) -> str:
-    """Return the note on a figure: which trainings it shows and, at a smaller scale, which the paper shows."""
+    """Return the note on a figure: which trainings it shows, and at a smaller scale also those of `paper`."""
     if not figure.runs(scale):
         return ""
     words = networks.describe_runs(figure.runs(scale))
     if scale.name != "paper":
         words = (
-            f"{scale.name} scale: {words}; in the paper {networks.describe_runs(figure.runs(SCALES['paper']))}"
+            f"scale {scale.name}: {words}; scale paper: {networks.describe_runs(figure.runs(SCALES['paper']))}"
         )
     if unfinished:
         words += f"; {len(unfinished)} of {len(figure.runs(scale))} runs not finished"

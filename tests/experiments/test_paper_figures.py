@@ -155,7 +155,7 @@ def test_describe_names_the_scale_and_the_trainings_of_a_figure():
     figure = catalogue.FIGURES["fig14"]
     plain, _ = figure.runs(MINI)
     note = commands.describe(figure, MINI, [plain])
-    assert note.startswith("mini scale: LeNet-300-100 on mnist5k, 20 epochs, 3 replicates; in the paper LeNet")
+    assert note.startswith("scale mini: LeNet-300-100 on mnist5k, 20 epochs, 3 replicates; scale paper: LeNet")
     assert note.endswith("; 1 of 2 runs not finished")
     assert commands.describe(figure, PAPER, []) == "LeNet-300-100 on mnist, 25 epochs, 3 replicates"
     assert "1 epoch," in commands.describe(figure, SMOKE, [])
