@@ -34,9 +34,9 @@ class ArmInputs(NamedTuple):
     mask: Mask  # imp's mask of the round
     key: Key[Array, ""]  # of this arm, replicate and round
     initialize: Callable[[str], Variables]  # from the name of an RNG stream; the same in every round
-    trained: Variables | None = (
-        None  # imp's variables at the end of the round before, masked; in round 0, the ticket
-    )
+    # imp's variables at the end of the round before, masked; in round 0, the ticket; None unless
+    # `Arm.uses_trained`
+    trained: Variables | None = None
     score_inputs: Callable[[Variables, Mask], ScoreInputs] | None = None  # for scores of an untrained network
     permutations: Permutations | None = None  # of imp's units to those of reinit; None unless `Arm.aligned`
     exclude: tuple[str, ...] = ()  # patterns of layers that are never pruned
@@ -72,6 +72,7 @@ class Arm:
         False for an arm that trains from a random initialisation, whose weights are those of step 0.
       nested: whether its mask of each round is part of that of the round before, as repulsion needs.
       aligned: whether it uses `ArmInputs.permutations`, which need imp and reinit after round 0.
+      uses_trained: whether it uses `ArmInputs.trained`, which needs the round before on disk in a branch.
     """
 
     number: int
@@ -80,6 +81,7 @@ class Arm:
     rewinds: bool = True
     nested: bool = True
     aligned: bool = False
+    uses_trained: bool = False
 
 
 # --- starting weights ---
@@ -102,7 +104,8 @@ def _map_weights(function: Callable, variables: Variables, *others: Variables) -
 
 
 def _with_signs(magnitudes: PyTree, signs: PyTree) -> PyTree:
-    return _map_weights(lambda m, s: jnp.abs(m) * jnp.sign(s), magnitudes, signs)
+    """Return magnitudes with other signs; where a sign is 0, as of a pruned weight, its own sign is kept."""
+    return _map_weights(lambda m, s: jnp.where(s == 0, m, jnp.abs(m) * jnp.sign(s)), magnitudes, signs)
 
 
 # --- masks ---
@@ -184,7 +187,9 @@ ARMS: dict[str, Arm] = {
     # the ticket's signs times the standard deviation of the layer's weights (Zhou et al. 2019)
     "constant": Arm(8, lambda i: _map_weights(lambda w: jnp.std(w) * jnp.sign(w), i.ticket)),
     # the other initialisation with the signs that imp had at the end of the round before
-    "trained_signs": Arm(9, lambda i: _with_signs(_reinitialize(i), i.trained), rewinds=False),
+    "trained_signs": Arm(
+        9, lambda i: _with_signs(_reinitialize(i), i.trained), rewinds=False, uses_trained=True
+    ),
     # masks drawn in each round, with layer densities that do not come from imp (Evci et al. 2020)
     "erk": Arm(10, mask=_draw_with_densities(layer_densities.erdos_renyi_kernel_counts), nested=False),
     "uniform": Arm(11, mask=_draw_with_densities(layer_densities.uniform_counts), nested=False),
@@ -193,7 +198,8 @@ ARMS: dict[str, Arm] = {
     "grasp": Arm(13, mask=_prune_at_initialization(scores.grasp)),
     "synflow": Arm(14, mask=_prune_at_initialization(scores.synflow, _SYNFLOW_STEPS), nested=False),
     "magnitude_init": Arm(15, mask=_prune_at_initialization(scores.magnitude)),
-    # imp's mask carried to the other initialisation by permuting the units of each layer (Adnan et al. 2025)
+    # imp's mask carried to the other initialisation by permuting the units of each layer (Adnan et al. 2025);
+    # the permutation is found by matching weights (ours)
     "permuted": Arm(16, _reinitialize, _permute_mask, rewinds=False, aligned=True),
 }
 

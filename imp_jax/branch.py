@@ -2,12 +2,13 @@
 
     python -m imp_jax.branch --workdir=runs/mnist5k --arms=shuffled,signs,snip
 
-Once imp's masks are on disk, no control needs an earlier one: all rounds, replicates and arms are independent,
-and train as members of one program, or of as few programs as memory allows. A branch is a workdir in the folder
-`branches` of its run. It can be stopped, resumed and analysed like a run. The run may grow meanwhile.
+Once imp's masks are on disk, no control needs an earlier one: all rounds, replicates and arms are independent.
+They train side by side in groups: as many members as memory allows, but on a CPU about a dozen, because more
+are no faster there. A branch is a workdir in the folder `branches` of its run. It can be stopped, resumed and
+analysed like a run. The run may grow meanwhile.
 
-An arm has the same random keys as beside imp. On the same kind of device its networks are equal to the bit to
-those of a run that trains it beside imp, unless one of the programs has a single member on a device.
+An arm has the same random keys as beside imp. On a CPU its networks are equal to the bit to those of a run that
+trains it beside imp, unless a device trains a single member.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pandas as pd
 from absl import logging
 from ml_collections import ConfigDict
 
@@ -30,7 +32,7 @@ from imp_jax import config as configs
 from imp_jax.branch_start import choose_rounds, open_source, start
 from imp_jax.errors import UserError, user_path
 from imp_jax.experiment import Experiment, put_on_mesh, setup
-from imp_jax.members import Member, take_members
+from imp_jax.members import BranchMember, Member, take_members
 from imp_jax.round_state import Callbacks, EpochEnd, RoundEnd, RoundState
 from imp_jax.runtime import compilation, devices, distributed
 from imp_jax.runtime.memory import available_bytes
@@ -41,9 +43,9 @@ from imp_jax.workdir.lock import stored_config, stored_config_file
 from imp_jax.workdir.progress import BranchDisplay, ignore_print_errors
 from imp_jax.workdir.recorder import Recorder
 
-# fields that a branch takes from its run: masks and starting weights depend on them
-_FIXED = ("rounds", "replicates", "rewind_step", "keep_checkpoints", "branch.name", "branch.rounds")
-_FIXED_GROUPS = ("model.", "pruning.", "instability.", "repulsion.")
+# fields that a branch takes from its run: masks and starting weights depend on them, or a branch sets them
+_FIXED = ("seed", "rounds", "replicates", "rewind_step", "keep_checkpoints", "on_divergence", "execution")
+_FIXED_GROUPS = ("model.", "pruning.", "instability.", "repulsion.", "mesh.", "branch.")
 _MAY_CHANGE = (
     "pruning.images",
     "repulsion.strength",
@@ -53,7 +55,7 @@ _MAY_CHANGE = (
 )
 _SHARE_OF_MEMORY = 0.5  # that the members of a program may take
 _COPIES_OF_STATE = 6
-_MAX_UNROLLED_MEMBERS = 12  # the time to compile a program grows with their number
+_MAX_MEMBERS = 12  # on a CPU more members are no faster; unrolled members take long to compile
 _CHUNK_FILE = "chunk.json"  # the rounds in training; a saved state belongs to these
 
 
@@ -77,30 +79,33 @@ def make_config(
     overrides = overrides or {}
     if not arms:
         raise UserError("arms is empty; it should have at least one arm, without repetition")
-    if name is not None and (not name or Path(name).name != name):
-        raise UserError(f"--name is {name!r}; it should be the name of a folder, without a slash")
+    if name is not None and (not name or Path(name).name != name or len(name.encode()) > 200):
+        raise UserError(f"--name is {name!r}; it should be the name of a folder: no slash, at most 200 bytes")
+    if run_config.branch.name:
+        raise UserError(
+            f"--workdir has the branch {run_config.branch.name!r}; it should be the workdir of a run, which "
+            f"finds its own masks"
+        )
     config = run_config.copy_and_resolve_references()
     known = configs.flatten(config)
     for field in overrides:
         if field not in known:
             raise UserError(configs.unknown_field(field))
-        fixed = field in _FIXED or field.startswith(_FIXED_GROUPS) or field in ("arms", "branch.mask_from")
+        fixed = field == "arms" or field in _FIXED or field.startswith(_FIXED_GROUPS)
         if fixed and field not in _MAY_CHANGE:
-            raise UserError(
-                f"--config.{field} is given; a branch has the {field} of its run, on which masks and tickets "
-                f"depend"
-            )
+            raise UserError(f"--config.{field} is given; a branch has the {field} of its run")
     config.update_from_flattened_dict(overrides)
     config.arms = tuple(arms)
     config.keep_checkpoints = "all"
     config.on_divergence = "drop"  # members are independent
     config.instability.rounds = ()
-    config.branch.rounds = tuple(sorted(rounds))
+    config.branch.rounds = tuple(sorted(set(rounds)))
     config.branch.mask_from = mask_from and str(user_path(mask_from, "--mask_from").absolute())
     if name is None:
         parts = {"rounds": config.branch.rounds, "mask_from": mask_from and Path(mask_from).absolute().name}
-        parts = {k: v for k, v in parts.items() if v} | overrides
-        name = ",".join(["-".join(arms), *(f"{k}={config_files.as_name(v)}" for k, v in parts.items())])
+        parts = {field: value for field, value in parts.items() if value}
+        parts |= {k: v for k, v in overrides.items() if not configs.may_change_on_resume(k)}
+        name = config_files.join_name("-".join(arms), parts)
     config.branch.name = name
     if config.repulsion.strength:
         raise UserError(
@@ -154,15 +159,22 @@ def run(
         experiment = setup(config, dataset, use_mesh=False)
         experiment = restore_execution(experiment, branch_workdir if branch_workdir.exists() else workdir)
         chosen = choose_rounds(experiment, config.branch.rounds, trunk, masks_of)
-        recorder = stack.enter_context(Recorder(experiment, config, branch_workdir))
-        missing = [number for number in chosen if number not in recorder.finished]
+        config_file = stored_config_file(workdir, existing=True)  # analyses of the branch need it too
+        recorder = stack.enter_context(Recorder(experiment, config, branch_workdir, config_file))
+        done = {*recorder.finished, *_find_diverged_rounds(branch_workdir, masks_of.rows, len(config.arms))}
+        missing = [number for number in chosen if number not in done]
         if not missing:
             print(f"{branch_workdir} is finished: all {len(chosen)} rounds are trained, nothing to do")
             return branch_workdir
-        chunks = _divide(experiment, missing, _read_chunk(branch_workdir))
+        unfinished = _read_chunk(branch_workdir)
+        if not set(unfinished) <= set(missing):  # some of these rounds are recorded, so all are trained
+            recorder.checkpoints.discard_progress()
+            unfinished = []
+        chunks = _divide(experiment, missing, unfinished)
         print(_describe(experiment, branch_workdir, chunks))
         store_execution(experiment, branch_workdir)
-        for i, numbers in enumerate(chunks):
+        for numbers in chunks:
+            first = numbers[0]  # the number of the chunk, also when the branch is resumed
             state = start(experiment, numbers, trunk, masks_of)
             placed = _place(experiment, state)
             state = state._replace(
@@ -171,10 +183,10 @@ def run(
             )
             write_atomically(branch_workdir / _CHUNK_FILE, json.dumps({"rounds": numbers}) + "\n")
             like = imp.begin_training(placed, state)
-            progress = recorder.saved_progress(i, like, placed.spec.mesh)
-            if i == 0:
+            progress = recorder.saved_progress(first, like, placed.spec.mesh)
+            if numbers is chunks[0]:
                 steps, first_step = experiment.learning_rates.size, progress.step if progress else 0
-                recorder.begin(numbers[0], 0, BranchDisplay(len(chunks), steps, first_step))
+                recorder.begin(first, 0, BranchDisplay([group[0] for group in chunks], steps, first_step))
 
             def stop_on_signal(end: EpochEnd) -> None:
                 if stop.signal_on_any_process(distributed.global_max):
@@ -183,7 +195,9 @@ def run(
 
             callbacks = (recorder.on_epoch, stop_on_signal, recorder.save_progress_if_due, *on_epoch)
             with stop.defer_signals():
-                for end in train(placed, i, state, progress, on_epoch=callbacks):
+                ends, diverged = train(placed, first, state, progress, on_epoch=callbacks)
+                recorder.record_diverged(first, diverged)
+                for end in ends:
                     for callback in (recorder.on_round, *on_round):
                         callback(end)
                 recorder.wait()
@@ -194,26 +208,28 @@ def run(
 
 def train(
     experiment: Experiment,
-    index: int,
+    number: int,
     state: RoundState,
     progress: imp.MidRoundState | None = None,
     *,
     on_epoch: Callbacks = (),
-) -> list[RoundEnd]:
-    """Train the members of some rounds together; return the `RoundEnd` of each round.
+) -> tuple[list[RoundEnd], dict[BranchMember, tuple[int, str]]]:
+    """Train the members of some rounds together.
 
     Args:
-      index: of the program in the branch, which is `EpochEnd.round`.
+      number: of the group, its first round; it is `EpochEnd.round`.
       state: the state of `start`, on the mesh.
       progress, on_epoch: see `imp.train`.
+
+    Returns: the `RoundEnd` of each round in which a member has not diverged, and the members that have.
     """
     rounds = list(dict.fromkeys(member.round for member in state.members))
-    progress = imp.train(experiment, index, state, progress, on_epoch=on_epoch)
+    progress = imp.train(experiment, number, state, progress, on_epoch=on_epoch)
     networks = imp.copy_networks(state, progress)
     thresholds = np.concatenate([_thresholds(experiment, n, state.members, networks) for n in rounds])
     shared = progress._replace(seconds=progress.seconds / len(rounds))
-    rows = imp.measure(experiment, index, state, shared, networks, thresholds)
-    diverged = imp.find_diverged(experiment, index, state.members, progress, rows)
+    rows = imp.measure(experiment, number, state, shared, networks, thresholds)
+    diverged = imp.find_diverged(experiment, number, state.members, progress, rows)
     ends = []
     for number in rounds:
         kept = [m for m in state.members if m.round == number and m not in diverged]
@@ -231,7 +247,17 @@ def train(
                 {Member(m.arm, m.replicate): what for m, what in diverged.items() if m.round == number},
             )
         )
-    return ends
+    return ends, diverged
+
+
+def _find_diverged_rounds(workdir, rows, arms):
+    """Return the rounds in which all members have diverged; `rows` are those of the run that has the masks."""
+    try:
+        diverged = pd.read_csv(workdir / "divergences.csv").groupby("round").size()
+    except FileNotFoundError:
+        return []
+    replicates = pd.DataFrame(rows).query("arm == 'imp'").groupby("round").size()
+    return [number for number, count in diverged.items() if count >= arms * replicates[number]]
 
 
 def _thresholds(experiment, number, members, networks):
@@ -246,10 +272,9 @@ def _thresholds(experiment, number, members, networks):
 
 
 def _divide(experiment, rounds, unfinished):
-    """Divide rounds into chunks that fit in memory; the first is the one whose state was saved, if any."""
-    chunks = []
-    if unfinished and set(unfinished) <= set(rounds):
-        chunks, rounds = [list(unfinished)], [number for number in rounds if number not in unfinished]
+    """Divide rounds into chunks that train together; the first is the one whose state was saved, if any."""
+    chunks = [unfinished] if unfinished else []
+    rounds = [number for number in rounds if number not in unfinished]
     members = len(experiment.arms) * experiment.replicates
     size = max(1, members_that_fit(experiment) // members)
     size = -(-len(rounds) // -(-len(rounds) // size)) if rounds else size  # chunks of about one size
@@ -257,7 +282,7 @@ def _divide(experiment, rounds, unfinished):
 
 
 def members_that_fit(experiment: Experiment) -> int:
-    """Return how many members can be trained at once in the memory of this process."""
+    """Return how many members train at once: those that fit in memory, or a dozen where more are no faster."""
     spec = put_on_mesh(experiment, None).spec
     image_shape = experiment.dataset.train.image_shape
     variables = models.shapes(spec.model, image_shape)
@@ -274,14 +299,15 @@ def members_that_fit(experiment: Experiment) -> int:
     # besides the step: copies of the state for checkpoints, and the networks before and after
     member = used.temp_size_in_bytes + _COPIES_OF_STATE * used.argument_size_in_bytes
     fits = max(1, int(_SHARE_OF_MEMORY * available_bytes() // member))
-    return min(fits, _MAX_UNROLLED_MEMBERS) if spec.execution.unroll else fits
+    limited = jax.default_backend() == "cpu" or spec.execution.unroll
+    return min(fits, _MAX_MEMBERS) if limited else fits
 
 
 def _read_chunk(workdir):
     try:
         return json.loads((workdir / _CHUNK_FILE).read_text())["rounds"]
     except (OSError, ValueError, KeyError):
-        return None
+        return []
 
 
 def _place(experiment, state):
@@ -295,14 +321,15 @@ def _place(experiment, state):
 def _describe(experiment, workdir, chunks):
     members = len(experiment.arms) * experiment.replicates
     rounds = sum(map(len, chunks))
-    sizes = ", ".join(str(len(numbers) * members) for numbers in chunks)
+    sizes = sorted({len(numbers) * members for numbers in chunks})
+    sizes = " or ".join(map(str, sizes))
     return "\n".join(
         filter(
             None,
             [
                 f"branch: {workdir}",
                 f"{experiment.name}: arms {', '.join(experiment.arms)} on the masks of {rounds} rounds; "
-                f"{len(chunks)} program{'s' * (len(chunks) > 1)} of {sizes} members",
+                f"{len(chunks)} group{'s' * (len(chunks) > 1)} of {sizes} members",
                 describe_execution(experiment.spec.execution),
             ],
         )

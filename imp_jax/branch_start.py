@@ -18,6 +18,7 @@ from imp_jax.round_state import RoundState, align_networks, start_round
 from imp_jax.runtime import devices
 from imp_jax.training import Variables
 from imp_jax.workdir.checkpoints import Checkpoints, RoundNetworks
+from imp_jax.workdir.lock import stored_config
 from imp_jax.workdir.results import Row
 
 
@@ -35,12 +36,15 @@ class Source(NamedTuple):
 
 @contextlib.contextmanager
 def open_source(workdir: Path) -> Iterator[Source]:
-    """Open a workdir for reading; it may be growing. Raises a UserError if it has no finished round."""
+    """Open a workdir for reading; it may be growing. Raises a UserError if it has no masks of imp."""
     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
         finished = checkpoints.rounds()
         if not finished:
             raise UserError(f"{workdir} has no finished round, whose mask a branch could use")
-        yield Source(workdir, checkpoints, checkpoints.rows(finished[-1]))
+        rows = checkpoints.rows(finished[-1])
+        if not any(row["arm"] == "imp" for row in rows) or stored_config(workdir).branch.name:
+            raise UserError(f"{workdir} is not the workdir of a run, which has the masks of imp")
+        yield Source(workdir, checkpoints, rows)
 
 
 def choose_rounds(experiment: Experiment, rounds: Sequence[int], trunk: Source, masks_of: Source) -> list[int]:
@@ -66,8 +70,12 @@ def choose_rounds(experiment: Experiment, rounds: Sequence[int], trunk: Source, 
 
 def _ticket_is_on_disk(experiment, trunk, number):
     """Return whether the starting weights of imp in a round can be read."""
-    needed = number - 1 if experiment.rewind_step is None else 0
-    return max(needed, 0) in trunk.checkpoints.rounds()
+    return _ticket_round(experiment, number) in trunk.checkpoints.rounds()
+
+
+def _ticket_round(experiment, number):
+    """Return the round whose checkpoint has the starting weights of imp in round `number`."""
+    return max(number - 1, 0) if experiment.rewind_step is None else 0
 
 
 def start(experiment: Experiment, rounds: Sequence[int], trunk: Source, masks_of: Source) -> RoundState:
@@ -76,7 +84,8 @@ def start(experiment: Experiment, rounds: Sequence[int], trunk: Source, masks_of
     The members are sorted by round, then by arm. Replicates whose imp diverged are left out.
 
     Raises:
-      UserError: a round is damaged; masks have other shapes than the network; a replicate has no ticket.
+      UserError: a round is damaged; masks have other shapes than the network; no replicate has both a mask and
+        a ticket; an arm needs a round that is not on disk.
     """
     starts = [_start_one_round(experiment, number, trunk, masks_of) for number in rounds]
     members, tickets, masks = zip(*starts, strict=True)
@@ -90,7 +99,10 @@ def start(experiment: Experiment, rounds: Sequence[int], trunk: Source, masks_of
 
 def _start_one_round(experiment, number, trunk, masks_of):
     mask_members, networks = masks_of.read(number)
-    imps = [m for m in mask_members if m.arm == "imp" and m.replicate < experiment.replicates]
+    with_tickets, _ = trunk.read(_ticket_round(experiment, number))
+    imps = [member for member in mask_members if member.arm == "imp" and member in with_tickets]
+    if not imps:
+        raise UserError(f"round {number} has no replicate with both a mask and a ticket; the others diverged")
     masks = take_members(networks.mask, mask_members, imps)
     tickets = _read_tickets(experiment, number, trunk, imps)
     _require_fitting_masks(tickets, masks, masks_of.workdir)
@@ -98,10 +110,8 @@ def _start_one_round(experiment, number, trunk, masks_of):
     if number > 0 and number - 1 in masks_of.checkpoints.rounds():
         members, networks = masks_of.read(number - 1)
         trained = take_members(networks.trained, members, imps)
-    elif number > 0 and "trained_signs" in experiment.arms:
-        raise UserError(
-            f"trained_signs needs round {number - 1}, which {masks_of.workdir} does not have on disk"
-        )
+    elif number > 0 and (names := [name for name in experiment.arms if arm_registry.ARMS[name].uses_trained]):
+        raise UserError(f"{names[0]} needs round {number - 1}, which {masks_of.workdir} does not have on disk")
     permutations = None
     if any(arm_registry.ARMS[name].aligned for name in experiment.arms):
         if masks_of is not trunk:

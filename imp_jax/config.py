@@ -207,7 +207,8 @@ FIELDS = {
     ),
     "pruning.score": Field(
         "magnitude",
-        "magnitude, random, a registered name, or a dotted path; the weights with the lowest scores are pruned",
+        "magnitude, random, movement, taylor, fisher, grasp, synflow, a registered name, or a dotted path; the "
+        "weights with the lowest scores are pruned",
     ),
     "pruning.images": Field(
         256,

@@ -131,15 +131,20 @@ def run_name(name: str, base: ConfigDict, config: ConfigDict) -> str:
     name of the image folder for the data set `folder`.
     """
     base_values, values = flatten(base), flatten(config)
-    parts = [name]
+    parts = {}
     for field, value in sorted(values.items()):
         if field == "dataset.data_dir" and values["dataset.name"] == "folder" and value:
             value = _folder_name(value)
         elif may_change_on_resume(field):
             continue
         if value != base_values.get(field):
-            parts.append(f"{field}={as_name(value)}")
-    full_name = ",".join(parts)
+            parts[field] = value
+    return join_name(name, parts)
+
+
+def join_name(name: str, fields: dict[str, Any]) -> str:
+    """Return the name of a folder: `name` and the values of fields, shortened to what file systems allow."""
+    full_name = ",".join([name, *(f"{field}={as_name(value)}" for field, value in fields.items())])
     if len(full_name.encode()) > _LONGEST_NAME_BYTES:
         digest = hashlib.sha256(full_name.encode()).hexdigest()[:8]
         full_name = full_name.encode()[: _LONGEST_NAME_BYTES - 9].decode(errors="ignore") + f"-{digest}"

@@ -377,7 +377,7 @@ def end_round(
         else:
             dense = take_members(state.dense, all_imps, imps)
     if number == 0:
-        permutations = align_networks(experiment, imps, (state.members, networks))
+        permutations = align_networks(experiment, imps, (kept, take_members(networks, state.members, kept)))
     else:
         permutations = take_members(state.permutations, all_imps, imps)
     next_state = start_round(

@@ -37,7 +37,7 @@ def _distribute(shapes, weights, total):
     total = jnp.asarray(total, jnp.int32)
     sizes, weights = np.array([math.prod(shape) for shape in shapes], np.int64), np.array(weights)
     order = np.argsort(-weights, kind="stable")  # layers become dense in this order
-    # the number of survivors is a concave function of ε; its i-th line has the first i layers dense
+    # survivors(ε) is concave and piecewise linear: on its i-th piece the first i layers of `order` are dense
     dense = np.concatenate([[0], np.cumsum(sizes[order])[:-1]])
     slopes = np.cumsum((sizes * weights)[order][::-1])[::-1]
     with jax.enable_x64(True):  # float32 cannot count beyond 2²⁴

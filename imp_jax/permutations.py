@@ -26,9 +26,10 @@ class PermutationSpec(NamedTuple):
     """The groups of units of a model that can be permuted together, and the axes on which they lie.
 
     The axes of a leaf are given by its name, such as "Dense_0/kernel" or, in a collection of statistics,
-    "BatchNorm_0/mean". An axis is a tuple of the groups that follow one another on it, or () if its entries
-    cannot be permuted. An axis that is k times as long as its groups repeats them k times, like the inputs of a
-    dense layer after a flattened [height, width, channels]. Leaves without an entry are not permuted.
+    "BatchNorm_0/mean". An axis is () if its entries cannot be permuted, ("a",) if they are the units of group
+    a, and ("a", "b") if they are the units of a, then those of b. The axis may be longer by a whole factor: its
+    units are then repeated, like the channels in the inputs of a dense layer after a flattened [height, width,
+    channels]. Leaves without an entry are not permuted.
     """
 
     sizes: dict[str, int]  # number of units of each group

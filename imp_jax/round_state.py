@@ -200,7 +200,11 @@ def _start_members(
             return make_inputs(variables, mask, key, images, labels, image_shape=image_shape, spec=one_device)
 
         return start_arm(
-            arm, ArmInputs(ticket, mask, key, initialize, trained, score_inputs, permutations, exclude)
+            arm,
+            ArmInputs(
+                *(ticket, mask, key, initialize, trained if arm.uses_trained else None),
+                *(score_inputs, permutations, exclude),
+            ),
         )
 
     starts = []

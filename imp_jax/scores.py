@@ -98,7 +98,7 @@ def movement(inputs: ScoreInputs) -> Scores:
 
 
 def taylor(inputs: ScoreInputs) -> Scores:
-    """Return |θ ⊙ ∂L/∂θ|, the first-order change of the loss if a weight is removed (Molchanov et al. 2017).
+    """Return |θ ⊙ ∂L/∂θ|, the first-order change of the loss if a weight is removed (Molchanov et al. 2019).
 
     At initialisation this is the score of SNIP (Lee et al. 2019).
     """
@@ -133,8 +133,9 @@ def grasp(inputs: ScoreInputs) -> Scores:
 def synflow(inputs: ScoreInputs) -> Scores:
     """Return |θ| ⊙ ∂R/∂|θ|, where R is the sum of the logits of an image of ones at |θ| (Tanaka et al. 2020).
 
-    R is the sum over all paths of the products of their weights, so it grows exponentially with depth. Where it
-    comes near the limits of float32, all scores are divided by about R, which leaves their order as it is.
+    At initialisation R is the sum over all paths of the products of their weights, so it grows exponentially
+    with depth. Where it comes near the limits of float32, all scores are divided by about R, which leaves their
+    order as it is.
     """
     positive = jax.tree.map(jnp.abs, inputs.params)
     scale = _flow_scale(inputs, positive)

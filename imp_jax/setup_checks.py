@@ -111,7 +111,7 @@ def check_arm(name, spec, dataset, exclude):
             mask,
             key,
             arms.initializer(models.init_fn(spec.model, image_shape), key),
-            variables,
+            variables if arm.uses_trained else None,
             lambda variables, mask: _traced_inputs(variables, mask, key, spec, dataset, calls),
             permutations,
             exclude,

@@ -6,12 +6,14 @@ import shutil
 
 import jax
 import numpy as np
+import pandas as pd
 import pytest
 
-from imp_jax import analysis, arms, branch, runs
+from imp_jax import analysis, arms, branch, imp, runs
 from imp_jax.arms import ARMS, Arm
 from imp_jax.errors import UserError
 from imp_jax.runtime.signals import Stopped
+from imp_jax.workdir.checkpoints import Checkpoints
 from tests.conftest import make_tiny_config, make_tiny_dataset
 from tests.helpers.rounds import assert_trees_equal, take_member
 from tests.helpers.stops import StopsAtFirstCheck
@@ -70,7 +72,7 @@ def test_arms_of_a_branch_equal_those_beside_imp_to_the_bit(tmp_path, rewind_ste
 
 def test_stopped_branch_resumes_to_the_same_bits(own_trunk, monkeypatch):
     dataset = make_tiny_dataset()
-    monkeypatch.setattr(branch, "members_that_fit", lambda experiment: 8)  # two programs, of 8 and of 4 members
+    monkeypatch.setattr(branch, "members_that_fit", lambda experiment: 8)  # two groups, of 8 and of 4 members
     whole = branch.run(own_trunk, ("shuffled", "signs"), name="whole", dataset=dataset)
     stops = 0
     while True:
@@ -81,20 +83,20 @@ def test_stopped_branch_resumes_to_the_same_bits(own_trunk, monkeypatch):
             break
         except Stopped:
             stops += 1
-    assert stops >= 2
+    assert stops == 2  # each group once: its saved state is found again
     assert_same_members(whole, resumed)
     assert_same_members(resumed, whole)
 
 
-def test_number_of_programs_does_not_change_bits(own_trunk, monkeypatch, capsys):
+def test_number_of_groups_does_not_change_bits(own_trunk, monkeypatch, capsys):
     dataset = make_tiny_dataset()
     one = branch.run(own_trunk, ("random",), name="one", dataset=dataset)
     monkeypatch.setattr(branch, "members_that_fit", lambda experiment: 2)
     three = branch.run(own_trunk, ("random",), name="three", dataset=dataset)
     assert_same_members(one, three)
     out = capsys.readouterr().out
-    assert "on the masks of 3 rounds; 1 program of 6 members" in out
-    assert "on the masks of 3 rounds; 3 programs of 2, 2, 2 members" in out
+    assert "on the masks of 3 rounds; 1 group of 6 members" in out
+    assert "on the masks of 3 rounds; 3 groups of 2 members" in out
 
 
 def test_arms_equal_those_beside_imp_if_masks_come_from_another_network(tmp_path):
@@ -191,13 +193,17 @@ def test_users_arm_trains_in_a_branch(own_trunk, monkeypatch):
     [
         ({"arms": ("shufled",)}, "there is no arm 'shufled'; there are imp, reinit, twin, shuffled"),
         ({"arms": ()}, "it should have at least one arm, without repetition"),
-        ({"name": "a/b"}, "--name is 'a/b'; it should be the name of a folder, without a slash"),
+        ({"name": "a/b"}, "--name is 'a/b'; it should be the name of a folder: no slash, at most 200"),
         ({"rounds": (1, 7)}, "--rounds has 7; its mask or ticket is not on disk"),
         ({"overrides": {"rounds": 5}}, "--config.rounds is given; a branch has the rounds of its run"),
         ({"overrides": {"model.width": 2.0}}, "--config.model.width is given; a branch has the model.width"),
         ({"overrides": {"epoch": 5}}, "there is no config field epoch"),
         ({"overrides": {"epochs": 0}}, "epochs is 0; it should be at least 1"),
         ({"overrides": {"repulsion.strength": 2.0}}, "--config.repulsion.strength=0 should be given"),
+        ({"overrides": {"seed": 1}}, "--config.seed is given; a branch has the seed of its run"),
+        ({"overrides": {"on_divergence": "stop"}}, "a branch has the on_divergence of its run"),
+        ({"overrides": {"mesh.member": 1}}, "a branch has the mesh.member of its run"),
+        ({"overrides": {"execution": "scan"}}, "a branch has the execution of its run"),
         ({"mask_from": "nowhere"}, "has no finished round, whose mask a branch could use"),
     ],
 )
@@ -254,14 +260,97 @@ def test_command_trains_a_branch(own_trunk, monkeypatch, capsys):
         assert str(error.value).startswith(f"error: {sentence}")
 
 
-def test_members_of_a_program_fit_in_half_of_the_memory(tiny_experiment, monkeypatch):
+def test_members_of_a_group_fit_in_half_of_the_memory(tiny_experiment, monkeypatch):
     experiment = tiny_experiment(epochs=1)
     parameters = 16 * 6 + 6 + 6 * 5 + 5 + 5 * 3 + 3
+    monkeypatch.setattr(branch, "_MAX_MEMBERS", 10**9)
     monkeypatch.setattr(branch, "available_bytes", lambda: 10**9)
     fits = branch.members_that_fit(experiment)
     # at least six copies of the parameters and of the two moments of Adam, in float32
     assert 1 < fits <= 0.5e9 / (6 * 3 * 4 * parameters)
     monkeypatch.setattr(branch, "available_bytes", lambda: 2 * 10**9)
     assert branch.members_that_fit(experiment) == pytest.approx(2 * fits, abs=1)
+    monkeypatch.setattr(branch, "_MAX_MEMBERS", 12)
+    assert branch.members_that_fit(experiment) == 12
     monkeypatch.setattr(branch, "available_bytes", lambda: 0)
     assert branch.members_that_fit(experiment) == 1
+
+
+def test_a_branch_is_not_a_run_with_masks(own_trunk):
+    dataset = make_tiny_dataset()
+    workdir = branch.run(own_trunk, ("imp", "signs"), name="one", dataset=dataset)
+    with pytest.raises(UserError, match="--workdir has the branch 'one'; it should be the workdir of a run"):
+        branch.run(workdir, ("shuffled",), dataset=dataset)
+    with pytest.raises(UserError, match="one is not the workdir of a run, which has the masks of imp"):
+        branch.run(own_trunk, ("shuffled",), mask_from=str(workdir), dataset=dataset)
+
+
+def test_the_default_name_has_what_changes_the_trainings(tmp_path):
+    config = make_config()
+
+    def name(**options):
+        return branch.make_config(config, ("shuffled",), **options).branch.name
+
+    assert name(rounds=(2, 1, 2)) == "shuffled,rounds=1-2"
+    assert name(overrides={"epochs": 2, "dataset.data_dir": "/data"}) == "shuffled,epochs=2"
+    assert name(mask_from="runs/other") == "shuffled,mask_from=other"
+    long = name(overrides={"dataset.name": "d" * 300})
+    assert len(long) <= 200
+    assert long != name(overrides={"dataset.name": "d" * 299})
+
+
+def test_a_round_is_trained_once_however_often_it_is_named(own_trunk):
+    workdir = branch.run(own_trunk, ("signs",), rounds=(1, 1), dataset=make_tiny_dataset())
+    assert len(analysis.load(workdir).results) == 2
+
+
+def test_a_branch_keeps_the_config_file_of_its_run(own_trunk, tmp_path):
+    config_file = tmp_path / "mine.py"
+    config_file.write_text("def get_config():\n    pass\n")
+    (own_trunk / "config_file.txt").write_text(f"{config_file}\n")
+    workdir = branch.run(own_trunk, ("signs",), rounds=(1,), dataset=make_tiny_dataset())
+    assert (workdir / "config_file.txt").read_text() == f"{config_file}\n"
+    assert (workdir / "config_file.py").read_text() == config_file.read_text()
+
+
+def test_a_round_without_a_member_that_converges_is_recorded_and_finished(own_trunk, monkeypatch, capsys):
+    find = imp.find_diverged
+
+    def find_all_of_round_1(experiment, number, members, *arguments):
+        found = find(experiment, number, members, *arguments)
+        return found | {m: (3, "the loss is nan") for m in members if m.round == 1}
+
+    monkeypatch.setattr(imp, "find_diverged", find_all_of_round_1)
+    workdir = branch.run(own_trunk, ("signs", "random"), dataset=make_tiny_dataset())
+    assert set(analysis.load(workdir).results["round"]) == {0, 2}
+    rows = pd.read_csv(workdir / "divergences.csv")
+    assert (rows["round"] == 1).all()
+    assert len(rows) == 4
+    assert branch.run(own_trunk, ("signs", "random"), dataset=make_tiny_dataset()) == workdir
+    assert "is finished: all 3 rounds are trained, nothing to do" in capsys.readouterr().out
+
+
+def test_a_stop_between_the_rounds_of_a_group_loses_nothing(own_trunk, monkeypatch):
+    """The rounds of a group are recorded one by one; a saved state of the whole group is left behind."""
+    dataset, whole = (
+        make_tiny_dataset(),
+        branch.run(own_trunk, ("signs",), name="w", dataset=make_tiny_dataset()),
+    )
+    train = branch.train
+
+    def train_and_lose_the_last_round(*arguments, **options):
+        ends, diverged = train(*arguments, **options)
+        raised.append(ends)
+        return ends[:-1], diverged
+
+    raised = []
+    with monkeypatch.context() as patch:
+        patch.setattr(branch, "train", train_and_lose_the_last_round)
+        patch.setattr(Checkpoints, "discard_progress", lambda self: None)
+        with contextlib.suppress(Stopped):
+            branch.run(own_trunk, ("signs",), name="n", dataset=dataset, stop=StopsAtFirstCheck())
+        branch.run(own_trunk, ("signs",), name="n", dataset=dataset)
+    assert len(raised[-1]) == 3
+    resumed = branch.run(own_trunk, ("signs",), name="n", dataset=dataset)
+    assert_same_members(whole, resumed)
+    assert_same_members(resumed, whole)

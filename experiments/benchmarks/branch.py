@@ -1,7 +1,7 @@
 """Time the training of a branch beside that of a run: `python -m experiments.benchmark branch`.
 
 A run of six members, three arms of two replicates, is timed in turn with a branch that trains as many arms on
-all rounds, as members of as few programs as memory allows. Compilation is timed apart. The peak memory of the
+all rounds, in the groups that `imp_jax.branch` makes. Compilation is timed apart. The peak memory of the
 process is that after the first run and that after the first branch.
 """
 

@@ -1,4 +1,4 @@
-"""Pruning at initialisation: does it matter which weights of a layer a mask keeps, and which values they have?
+"""Pruning at initialisation, with masks that are shuffled within each layer or have other initial weights.
 
 Frankle et al. 2021 ("Pruning neural networks at initialization: why are we missing the mark?") permute the
 masks of SNIP, GraSP and SynFlow within each layer, and train other initialisations under them. Neither reduces
@@ -32,8 +32,7 @@ CHANGES = {"shuffled": "mask shuffled within each layer", "reinit": "other initi
 
 def make_run(scale: Scale, method: str) -> Run:
     """Return the run of a method of pruning at initialisation, with both changes beside it."""
-    fields = {field.replace(".", "__"): value for field, value in METHODS[method].items()}
-    return scale.at_initialisation.with_overrides(arms=("imp", *CHANGES), **fields)
+    return scale.at_initialisation.with_overrides(METHODS[method], arms=("imp", *CHANGES))
 
 
 def make_branch(scale: Scale) -> Branch:
@@ -89,12 +88,12 @@ def tabulate(scale: Scale, finished: Finished) -> str:
 
 
 def judge(difference: pd.Series) -> str:
-    """Return the verdict on a difference in points: a change costs accuracy, adds some, or does not matter."""
+    """Return the verdict on a difference in points: a change loses accuracy, gains some, or has no effect."""
     if len(difference) < 2:
         return TOO_LITTLE
     if abs(difference.mean()) < LEVEL_POINTS:
-        return "no matter"
-    return "costs" if difference.mean() < 0 else "adds"
+        return "no effect"
+    return "loses" if difference.mean() < 0 else "gains"
 
 
 def _rounds(series: Sequence[Series], scale, finished, band):

@@ -1,4 +1,4 @@
-"""All controls on the masks of one run: does each reach IMP, or its reinit, or fall below both?"""
+"""All controls on the masks of one run, compared with IMP and with its reinit."""
 
 from matplotlib.figure import Figure
 

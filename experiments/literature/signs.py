@@ -1,7 +1,7 @@
-"""Signs or magnitudes: what of the ticket's starting weights does IMP's mask need?
+"""Signs or magnitudes: which of them makes the ticket's starting weights fit IMP's mask?
 
-Zhou et al. 2019 keep the signs and replace the magnitudes; Gadhikar et al. 2025 state that with the right signs
-any initialisation will do.
+Zhou et al. 2019 keep the signs and replace the magnitudes. Gadhikar et al. 2025 state that a random
+initialisation with the signs of the trained network is sufficient.
 """
 
 from matplotlib.figure import Figure

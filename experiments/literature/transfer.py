@@ -1,7 +1,7 @@
 """Masks and tickets of one training used in another: between seeds, and between true and random labels.
 
-A mask with weights of another seed is a reinit by another name. Whether random labels find a useful mask, and
-whether a ticket of true labels helps with random ones, is open.
+A mask with the weights of another seed should be as good as a reinit, which is the same. It is an open question
+whether a mask found with random labels is useful for true labels, and a ticket of true labels for random ones.
 """
 
 from matplotlib.figure import Figure

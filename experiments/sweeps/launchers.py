@@ -59,8 +59,8 @@ def train_locally(
 ) -> int:
     """Train `runs` on this machine, with one worker per GPU, or one on the CPU.
 
-    A branch starts after the runs that it needs. A failed run is tried once more. The first signal lets all
-    trainings save their state and stop; a second one stops them at once.
+    A branch starts after the runs that it needs have ended. A failed run is tried once more. The first signal
+    lets all trainings save their state and stop; a second one stops them at once.
 
     Returns: the number of runs that failed.
 

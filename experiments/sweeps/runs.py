@@ -23,10 +23,14 @@ class Run:
     overrides: tuple[tuple[str, Any], ...] = ()  # only fields that differ from the base, in alphabetical order
     needs = ()  # the runs that must be finished first
 
-    def with_overrides(self, **fields: Any) -> "Run":
-        """Return this run with other `fields`, written with __ for the dot: `optimizer__name`."""
+    def with_overrides(self, named: dict[str, Any] | None = None, **fields: Any) -> "Run":
+        """Return this run with other `fields`, written with __ for the dot: `optimizer__name`.
+
+        Args:
+          named: other fields by their names, such as those of `imp_jax.methods`.
+        """
         changed = {name.replace("__", "."): value for name, value in fields.items()}
-        return make_run(self.base, dict(self.overrides) | changed)
+        return make_run(self.base, dict(self.overrides) | (named or {}) | changed)
 
     @functools.cached_property
     def config(self) -> ConfigDict:

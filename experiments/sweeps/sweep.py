@@ -100,7 +100,10 @@ class Sweep:
         results, report = workdir / "results.csv", workdir / "report.html"
         rounds = 0
         with contextlib.suppress(FileNotFoundError, pd.errors.EmptyDataError, ValueError):
-            rounds = pd.read_csv(results)["round"].nunique()
+            recorded = set(pd.read_csv(results)["round"])
+            if run.needs and (workdir / "divergences.csv").exists():  # a branch leaves out diverged rounds
+                recorded |= set(pd.read_csv(workdir / "divergences.csv")["round"])
+            rounds = len(recorded)
         if _is_locked(workdir):
             return State("running", rounds)
         if job in queued:

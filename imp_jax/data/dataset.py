@@ -3,11 +3,9 @@
 The two kinds of splits, `InMemory` and `streaming.Streamed`, implement the protocol `Split`.
 """
 
-import contextlib
 import dataclasses
 import functools
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -23,7 +21,7 @@ from imp_jax.data.augmentation import AUGMENTATIONS, augment
 from imp_jax.data.folder import ImageFolder
 from imp_jax.data.source import Source
 from imp_jax.errors import UserError, one_line
-from imp_jax.runtime import devices
+from imp_jax.runtime import devices, memory
 from imp_jax.runtime.compilation import jit_with_backend_options
 
 Images = UInt8[Array, "*batch height width channels"] | Float[Array, "*batch height width channels"]
@@ -312,7 +310,7 @@ def device_memory() -> int:
     CPU devices share one memory, in which an array that is replicated over them is stored once.
     """
     stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("bytes_limit") or _machine_memory()
+    return stats.get("bytes_limit") or memory.host_limit_bytes()
 
 
 def require_memory(name: str, examples: int, num_bytes: int) -> None:
@@ -367,18 +365,3 @@ def _check_labels(labels, name, examples, num_classes):
 
 def _describe(images):
     return f"{images.dtype} of {' × '.join(map(str, images.shape[1:]))}"
-
-
-def _machine_memory():
-    """Return the machine's memory in bytes, or the limit of a control group (a container or Slurm job)."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            version = Path("memory") if "memory" in controllers.split(",") else Path()
-            group = Path("/sys/fs/cgroup") / version / path.lstrip("/")
-            for folder in (group, *group.parents):
-                for name in ("memory.max", "memory.limit_in_bytes"):
-                    with contextlib.suppress(OSError, ValueError):  # "max" is no limit
-                        limits.append(int((folder / name).read_text()))
-    return min(limits)

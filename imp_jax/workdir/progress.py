@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
@@ -113,10 +114,18 @@ class ProgressDisplay:
 
 
 class BranchDisplay(ProgressDisplay):
-    """A `ProgressDisplay` of a branch, whose programs train the members of many rounds."""
+    """A `ProgressDisplay` of a branch, which trains the members of many rounds in groups."""
+
+    def __init__(self, groups: Sequence[int], steps: int, first_step: int):
+        """Set up a display; `groups` are their numbers, in the order in which they train."""
+        super().__init__(len(groups), steps, first_step)
+        self._groups = list(groups)
+
+    def chunk(self, number: int, *arguments: Any, **options: Any) -> None:
+        super().chunk(self._groups.index(number), *arguments, **options)
 
     def round(self, number: int, rows: Sequence[Row], images: int) -> None:
-        """Print the line of round `number` with its `rows`, after the program that trained it."""
+        """Print the line of round `number` with its `rows`, after the group that trained it."""
         accuracies = pd.DataFrame(rows).groupby("arm", sort=False)["test_accuracy"].mean()
         text = " ".join(f"{arm} {mean:.2%}" for arm, mean in accuracies.items())
         with _suppress_print_errors():
@@ -126,7 +135,7 @@ class BranchDisplay(ProgressDisplay):
             sys.stdout.flush()
 
     def _describe(self, number, step):
-        return f"program {number + 1} of {self._rounds} {step / self._steps:4.0%}"
+        return f"group {number + 1} of {self._rounds} {step / self._steps:4.0%}"
 
 
 def _suppress_print_errors():

@@ -283,6 +283,11 @@ class Recorder(contextlib.AbstractContextManager):
         self._record_diverged(end.round, end.diverged)
         self._recording = self._submit(end.round, self._record_round, end)
 
+    def record_diverged(self, number: int, diverged: dict[Member, tuple[int, str]]) -> None:
+        """Record members that diverged in round `number`, or in their own round, before it is on disk."""
+        self.wait()
+        self._record_diverged(number, diverged)
+
     def wait(self) -> None:
         """Wait until the last round is on disk; raise the exception of its recording, if any."""
         if self._recording is not None:

@@ -277,7 +277,7 @@ def test_device_memory_of_a_cpu_is_limited_by_its_control_group(tmp_path, monkey
         path = original(*parts)
         return tmp_path / path.relative_to("/") if path.is_absolute() else path
 
-    monkeypatch.setattr("imp_jax.data.dataset.Path", path_below_tmp_path)
+    monkeypatch.setattr("imp_jax.runtime.memory.Path", path_below_tmp_path)
     monkeypatch.setattr(jax, "local_device_count", lambda: 64)  # CPU devices share one memory
     (tmp_path / "proc" / "self").mkdir(parents=True)
     groups = tmp_path / "proc" / "self" / "cgroup"

@@ -85,14 +85,14 @@ def test_without_a_lead_or_with_too_few_replicates_there_is_no_verdict():
     assert judge(NO_LEAD) == NO_LEAD
 
 
-def test_shuffling_costs_accuracy_or_does_not_matter():
+def test_shuffling_loses_accuracy_or_has_no_effect():
     finished = {run: make_tables(run) for run in at_initialisation.list_runs(MINI)}
     run = at_initialisation.make_run(MINI, "snip")
     finished[run] = make_tables(run, accuracy={"imp": 0.9, "shuffled": 0.905, "reinit": 0.85})
     rows = [line.split("|") for line in at_initialisation.tabulate(MINI, finished).splitlines()]
     (snip,) = ([cell.strip() for cell in row] for row in rows if "SNIP" in row[1])
     assert snip[2:7] == [
-        *("90.0 (90.0 to 90.0)", "+0.5 (+0.5 to +0.5)", "no matter", "-5.0 (-5.0 to -5.0)", "costs")
+        *("90.0 (90.0 to 90.0)", "+0.5 (+0.5 to +0.5)", "no effect", "-5.0 (-5.0 to -5.0)", "loses")
     ]
 
 
