@@ -181,3 +181,18 @@ def test_series_of_a_run_that_is_missing_are_empty():
     series = Series(MINI.trunk)
     assert series.measure({}, [1]).empty
     assert Comparison("", series, series, series, (1,)).expected is None
+
+
+def test_a_branch_is_done_if_each_round_is_recorded_or_diverged(tmp_path):
+    _, arms = controls.list_runs(SMOKE)
+    sweep = Sweep(tmp_path)
+    workdir = sweep.workdir(arms)
+    assert workdir == tmp_path / SMOKE.trunk.name / "branches" / "controls"
+    workdir.mkdir(parents=True)
+    assert sweep.read_states([arms])[arms] == ("missing", 0, "")
+    tables(arms, rounds=1).results.to_csv(workdir / "results.csv", index=False)
+    (workdir / "report.html").touch()
+    assert sweep.read_states([arms])[arms] == ("missing", 1, "")
+    diverged = f"replicate,arm,round,step,what\n0,random,{arms.numbers[1]},4,nan\n"
+    (workdir / "divergences.csv").write_text(diverged)
+    assert sweep.read_states([arms])[arms] == ("done", 2, "")
