@@ -71,11 +71,6 @@ def _refuse_contradictions(values):
             f"repulsion.strength is {values['repulsion.strength']:g}; pruning.network is {network!r}, whose "
             f"masks may regain pruned weights, so it should be 0"
         )
-    if values["optimizer.finetune"] and values["optimizer.schedule"] == "cosine":
-        raise UserError(
-            "optimizer.finetune is True; the schedule cosine ends at a rate of almost 0, at which later rounds "
-            "would not train, so optimizer.schedule should be step or constant"
-        )
     if values["optimizer.finetune"] and values["rewind_step"] is not None:
         raise UserError(
             f"optimizer.finetune is True; rewind_step is {values['rewind_step']}, and weights that are reset "

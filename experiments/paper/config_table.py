@@ -54,6 +54,8 @@ python -m imp_jax.main --config=configs/mnist5k.py:lrr
 
 Round n has the same density with all methods. Those of the last three rows train no network before they find a
 mask; their round 0 is the dense network, for comparison. The arm `reinit` is trained with their masks too.
+`finetune` trains all arms of later rounds at the last rate, so `reinit` is no control there. With a constant
+schedule it equals `lrr`; with the schedule cosine, whose last rate is near 0, later rounds hardly train.
 
 `{command}` writes this file.
 """
