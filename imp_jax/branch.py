@@ -3,9 +3,9 @@
     python -m imp_jax.branch --workdir=runs/mnist5k --arms=shuffled,signs,snip
 
 Once imp's masks are on disk, no control needs an earlier one: all rounds, replicates and arms are independent.
-They train side by side in groups: as many members as memory allows, but on a CPU about a dozen, because more
-are no faster there. A branch is a workdir in the folder `branches` of its run. It can be stopped, resumed and
-analysed like a run. The run may grow meanwhile.
+They train side by side in groups of whole rounds: as many members as memory allows, but on a CPU about a
+dozen, because more are no faster there. A branch is a workdir in the folder `branches` of its run. It can be
+stopped, resumed and analysed like a run. The run may grow meanwhile.
 
 An arm has the same random keys as beside imp. On a CPU its networks are equal to the bit to those of a run that
 trains it beside imp, unless a device trains a single member.

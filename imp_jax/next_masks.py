@@ -110,7 +110,7 @@ def _prune_network(experiment, number, imps, network, masks):
     """Prune networks with dense masks to the density of the round after `number`."""
     pruning_spec = experiment.pruning
     keys = member_keys(imps, experiment.seed, lambda member: ["score", number])
-    # the same images in all rounds, so that masks of one score are parts of each other
+    # the same images in all rounds, so that the masks of SNIP and GraSP are parts of earlier ones
     batch = take_images(experiment, "score images", 0) if pruning_spec.score_uses_images else (None, None)
     return _prune_dense_networks(
         network,
