@@ -8,6 +8,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from imp_jax import analysis, cli, runs
+from imp_jax import config as configs
 from imp_jax.divergence import DivergedError
 from imp_jax.errors import UserError
 from imp_jax.runtime import compilation, devices, distributed
@@ -62,6 +63,9 @@ def train_and_analyse(
 
 
 def _train_and_analyse(config, workdir, config_file, stop):
+    with distributed.raise_on_all_processes():
+        configs.validate(config)
+        analysis.check_requests(config.analysis.also)
     try:
         runs.run(config, workdir, stop, config_file, analyses=analysis)
     except DivergedError:

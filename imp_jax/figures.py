@@ -55,7 +55,9 @@ class Figure(matplotlib.figure.Figure):
         return to_bytes(self, dpi=100)
 
 
-def _in_default_style(function: Callable[..., Figure]) -> Callable[..., Figure]:
+def in_default_style(function: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Make a function that returns a figure draw it in matplotlib's default style."""
+
     @functools.wraps(function)
     def draw(*args, **kwargs):
         with matplotlib.style.context("default"):
@@ -82,7 +84,7 @@ def threshold(results: pd.DataFrame) -> Figure:
     return _draw_over_density(results, "threshold", 1, "Pruning threshold")
 
 
-@_in_default_style
+@in_default_style
 def distances(table: pd.DataFrame, metric: str = "angular") -> Figure:
     """Draw a matrix of distances between rounds for each arm, means over replicates (figures 4, 9 to 11).
 
@@ -92,7 +94,7 @@ def distances(table: pd.DataFrame, metric: str = "angular") -> Figure:
       table: distances.csv.
       metric: angular, cosine or euclidean.
     """
-    table = _require_rows(table[table["metric"] == metric], f"distances of metric {metric!r}")
+    table = require_rows(table[table["metric"] == metric], f"distances of metric {metric!r}")
     arms = table["arm"].unique()
     limit = distance_limit(table, metric)
     figure = Figure(figsize=(0.9 + 3.2 * len(arms), 3.7), layout="constrained")
@@ -131,7 +133,7 @@ def draw_distances(axes: Axes, distances: pd.DataFrame, metric: str, arm: str, l
     return image
 
 
-@_in_default_style
+@in_default_style
 def histograms(table: pd.DataFrame, number: int = 10) -> Figure:
     """Draw histograms of the surviving weights of one round (figure 5), one per arm over all replicates.
 
@@ -139,7 +141,7 @@ def histograms(table: pd.DataFrame, number: int = 10) -> Figure:
       table: histograms.csv.
       number: the round; if the table ends before it, its last round.
     """
-    number = min(number, _require_rows(table, "histograms")["round"].max())
+    number = min(number, require_rows(table, "histograms")["round"].max())
     table = table[table["round"] == number]
     arms = table["arm"].unique()
     figure = Figure(figsize=(0.6 + 3 * len(arms), 2.9), layout="constrained")
@@ -168,7 +170,7 @@ def draw_histogram(axes: Axes, histograms: pd.DataFrame, number: int, arm: str) 
     return 1.05 * widest
 
 
-@_in_default_style
+@in_default_style
 def barriers(
     paths: pd.DataFrame,
     barrier_table: pd.DataFrame,
@@ -185,7 +187,7 @@ def barriers(
       ValueError: there are no paths between successive rounds, or none ends at one of `rounds`.
     """
     paths, barrier_table = (
-        _require_rows(table[table["kind"] == "successive"], "rows of kind 'successive'")
+        require_rows(table[table["kind"] == "successive"], "rows of kind 'successive'")
         for table in (paths, barrier_table)
     )
     available = sorted(map(int, paths["round"].unique()))
@@ -201,7 +203,7 @@ def barriers(
 
 def draw_paths(axes: Axes, paths: pd.DataFrame, results: pd.DataFrame, rounds: Sequence[int]) -> None:
     """Draw the test error along the paths that end in `rounds`: the mean, and a band from min to max."""
-    density = _densities(results)
+    density = densities(results)
     for number, color, line in zip(
         rounds, itertools.cycle(PATH_COLORS), itertools.cycle(("-", "--", ":", "-.")), strict=False
     ):
@@ -220,7 +222,7 @@ def draw_barriers(
     axes: Axes, barriers: pd.DataFrame, results: pd.DataFrame, splits: Sequence[str] = ("test", "train")
 ) -> None:
     """Draw the barriers of one kind over density, for each split; one in the test error only may be noise."""
-    table = barriers.assign(density=barriers["round"].map(_densities(results)))
+    table = barriers.assign(density=barriers["round"].map(densities(results)))
     styles = {"test": STYLES["imp"], "train": {"color": "#666666", "linestyle": ":", "marker": "^"}}
     for split in splits:
         rows = table[table["split"] == split]
@@ -231,15 +233,15 @@ def draw_barriers(
         axes.legend(frameon=False, fontsize="small")
 
 
-@_in_default_style
+@in_default_style
 def instability(barriers: pd.DataFrame, results: pd.DataFrame) -> Figure:
     """Draw the error barrier between imp and its twin over density (figure 2): mean, min and max.
 
     Args:
       barriers, results: barriers.csv and results.csv.
     """
-    table = _require_rows(barriers[barriers["kind"] == "instability"], "barriers of kind 'instability'")
-    density = _densities(results)
+    table = require_rows(barriers[barriers["kind"] == "instability"], "barriers of kind 'instability'")
+    density = densities(results)
     figure = Figure(figsize=(4.4, 3.2), layout="constrained")
     axes = figure.add_subplot()
     draw_barriers(axes, table, results)
@@ -293,13 +295,14 @@ def to_bytes(figure: matplotlib.figure.Figure, file_format: str = "png", dpi: in
     return buffer.getvalue()
 
 
-def _require_rows(table, description):
+def require_rows(table: pd.DataFrame, description: str) -> pd.DataFrame:
+    """Return `table`. Raises a ValueError if it has no rows; `description` says what they would be."""
     if table.empty:
         raise ValueError(f"there are no {description} in the table to draw")
     return table
 
 
-@_in_default_style
+@in_default_style
 def _draw_over_density(results, column, scale, label):
     """Draw a column over density, one line per arm."""
     results = results[results["arm"] != "twin"]
@@ -321,6 +324,6 @@ def _draw_over_density(results, column, scale, label):
     return figure
 
 
-def _densities(results):
-    """Return the density of each round."""
+def densities(results: pd.DataFrame) -> pd.Series:
+    """Return the density of each round, from results.csv."""
     return results.groupby("round")["density"].first()

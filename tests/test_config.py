@@ -2,6 +2,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from imp_jax import config as configs
+from imp_jax.config_field import Field
 from imp_jax.errors import UserError
 
 
@@ -93,7 +94,7 @@ def test_every_field_has_a_meaning_and_a_valid_default():
         assert field.meaning, name
         assert field.has_type(field.default), name
         assert field.check(field.default), name
-        assert bool(field.words) == (configs.Field.check is not field.check), name
+        assert bool(field.words) == (Field.check is not field.check), name
     assert set(configs.flatten(configs.default())) == set(configs.FIELDS)
 
 

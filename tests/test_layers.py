@@ -9,7 +9,16 @@ from tests.helpers import ROOT
 # from bottom to top; a package stands for all its modules; modules of one layer may import each other
 LAYERS = (
     ("errors",),
-    ("config", "config_field", "config_rules", "config_files", "methods", "runtime", "figures"),
+    (
+        "config",
+        "config_field",
+        "config_fields",
+        "config_rules",
+        "config_files",
+        "methods",
+        "runtime",
+        "figures",
+    ),
     ("masking", "members", "permutations", "similarity", "data", "models"),
     ("pruning", "layer_densities", "weights", "repulsion", "optimizers", "divergence"),
     ("training",),

@@ -14,6 +14,7 @@ import functools
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -22,7 +23,14 @@ from ml_collections import ConfigDict
 from imp_jax import config_files, errors, figures, similarity
 from imp_jax.analysis import paper, report
 from imp_jax.analysis.computation import compute
-from imp_jax.analysis.registry import ANALYSES, FIGURES, register, register_figure
+from imp_jax.analysis.registry import (
+    ANALYSES,
+    FIGURES,
+    check_requests,
+    protect_names,
+    register,
+    register_figure,
+)
 from imp_jax.analysis.tables import (
     drop_rounds_from,
     is_unreadable,
@@ -47,10 +55,13 @@ from imp_jax.workdir.lock import (
 )
 from imp_jax.workdir.results import Results, read_results, recorded_rounds, with_columns
 
+protect_names()  # after the imports of the modules that register the analyses of imp_jax
+
 __all__ = [
     "ANALYSES",
     "FIGURES",
     "Run",
+    "check_requests",
     "compute",
     "draw",
     "drop_rounds_from",
@@ -134,7 +145,10 @@ def load(workdir: str | os.PathLike) -> Run:
 
 
 def run(
-    workdir: str | os.PathLike, data_dir: str | os.PathLike | None = None, config_file: str | None = None
+    workdir: str | os.PathLike,
+    data_dir: str | os.PathLike | None = None,
+    config_file: str | None = None,
+    also: Sequence[str] = (),
 ) -> None:
     """Compute the rows missing from the tables of a workdir, draw all figures, and write report.html.
 
@@ -142,6 +156,7 @@ def run(
       data_dir: the folder of the data set; None for that of the config.
       config_file: executed, because it may register models, data sets and analyses; not needed if they are
         already registered.
+      also: names of analyses on request to compute besides those of `config.analysis.also`.
 
     Raises:
       UserError: the folder is not the workdir of a run, has no finished round, or cannot be written; another
@@ -149,11 +164,13 @@ def run(
     """
     workdir = errors.user_path(workdir, "the workdir")
     config = stored_config(workdir)
+    config.analysis.also = tuple(dict.fromkeys((*config.analysis.also, *also)))
     setup_config = config.copy_and_resolve_references()
     if data_dir is not None:
         setup_config.dataset.data_dir = str(errors.user_path(data_dir, "--data_dir"))
     if config_file:  # it may register analyses
         config_files.execute(config_file)
+    check_requests(config.analysis.also)
     with contextlib.ExitStack() as stack:
         stack.enter_context(open_workdir(workdir, config))
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir)))

@@ -22,13 +22,17 @@ def main():
     )
     parser.add_argument("--data_dir", help="the folder of the data set, if it differs from that of the config")
     parser.add_argument("--config", help="the config file to execute, if that of the run was moved")
+    parser.add_argument(
+        "--also", default="", help="analyses on request, separated by commas, such as sharpness,noise"
+    )
     arguments = parser.parse_args()
+    also = tuple(name for name in arguments.also.split(",") if name)
     logging.set_verbosity(logging.FATAL)
     try:
         workdir = errors.user_path(arguments.workdir, "--workdir")
         config_file = arguments.config or stored_config_file(workdir, existing=True)
         with GracefulStop(), ignore_print_errors():
-            analysis.run(workdir, arguments.data_dir, config_file)
+            analysis.run(workdir, arguments.data_dir, config_file, also)
     except UserError as error:
         sys.exit(f"error: {error}")
 

@@ -13,7 +13,7 @@ import pandas as pd
 from ml_collections import ConfigDict
 from rich.progress import track
 
-from imp_jax.analysis.registry import ANALYSES, Analysis, NetworkInputs, RunInputs
+from imp_jax.analysis.registry import ANALYSES, Analysis, NetworkInputs, RunInputs, is_requested
 from imp_jax.analysis.tables import (
     drop_rounds_from,
     move_outdated_tables,
@@ -85,20 +85,28 @@ def compute(
     on_disk = checkpoints.rounds()
     members = {n: members_of_rows(rows, n) for n in on_disk if (results["round"] == n).any()}
     tables = {name: read_table(workdir, analysis) for name, analysis in ANALYSES.items()}
-    _warn_of_missing_rounds(workdir, tables, {*results["round"]} - set(on_disk))
+    requested = [analysis for analysis in ANALYSES.values() if is_requested(analysis, config)]
+    _warn_of_missing_rounds(workdir, tables, requested, {*results["round"]} - set(on_disk))
 
     reader = NetworkReader(checkpoints, config, experiment, results, members)
-    _compute_missing(tables, reader, workdir, config, members, show_progress)
     inputs = RunInputs(
-        results, {**read_other_tables(workdir), **tables}, config, members, reader.read_all, experiment
+        results,
+        {**read_other_tables(workdir), **tables},
+        config,
+        members,
+        reader.read_all,
+        experiment,
+        reader.read_once,
     )
-    for analysis in ANALYSES.values():
+    _print_costs(requested, inputs)
+    _compute_missing(inputs.tables, requested, reader, workdir, config, members, show_progress)
+    for analysis in requested:
         if analysis.needs == "run":
             table = analysis.make_table(analysis.function(inputs))
             inputs.tables[analysis.name] = _with_unknown_columns(analysis, table, tables[analysis.name])
     reader.release()
-    for name in ANALYSES:
-        write_table(workdir, name, inputs.tables[name])
+    for analysis in requested:
+        write_table(workdir, analysis.name, inputs.tables[analysis.name])
 
 
 class NetworkReader:
@@ -139,9 +147,13 @@ class NetworkReader:
             )
         return networks
 
+    def read_once(self, number: int) -> dict[Member, NetworkInputs]:
+        """Return the networks of a round, from memory if it has been read and not released."""
+        return self._in_memory.get(number) or self.read(number)
+
     def read_all(self) -> dict[int, dict[Member, NetworkInputs]]:
         """Return the networks of all rounds that can be read."""
-        return {number: networks for number in self._members if (networks := self.read(number))}
+        return {number: networks for number in self._members if (networks := self.read_once(number))}
 
     def release(self, before: int | None = None) -> None:
         """Free the networks of all rounds, or of those before a round: they refer to each other."""
@@ -150,10 +162,22 @@ class NetworkReader:
                 self._in_memory.pop(number).clear()
 
 
-def _compute_missing(tables, reader, workdir, config, members, show_progress):
+def _print_costs(requested, inputs):
+    """Print the work of analyses on request whose rows are missing."""
+    for analysis in requested:
+        if analysis.cost and (images := analysis.cost(inputs)):
+            epochs = images / inputs.experiment.dataset.train.examples
+            trainings = epochs / inputs.config.epochs
+            print(
+                f"computing {analysis.name}, which analysis.also asks for: about as much work as {epochs:,.3g} "
+                f"epochs of one network, or {trainings:,.3g} of its trainings"
+            )
+
+
+def _compute_missing(tables, requested, reader, workdir, config, members, show_progress):
     """Add missing rows to `tables`, round by round, for analyses that are called per network or pair."""
     missing = {number: [] for number in members}
-    for call in _missing_calls(tables, config, members):
+    for call in _missing_calls(tables, requested, config, members):
         missing[call.round].append(call)
     needed = {number for calls in missing.values() for call in calls for number in (call.round, call.other[0])}
     networks, saved = {}, time.monotonic()
@@ -168,17 +192,17 @@ def _compute_missing(tables, reader, workdir, config, members, show_progress):
             if rows:
                 tables[name] = _replace_rows(ANALYSES[name], tables[name], rows)
         if time.monotonic() - saved > _SAVE_EVERY_S:
-            for name, table in tables.items():
-                write_table(workdir, name, table)
+            for analysis in requested:
+                write_table(workdir, analysis.name, tables[analysis.name])
             saved = time.monotonic()
 
 
-def _missing_calls(tables, config, members: Members) -> Iterator[Call]:
+def _missing_calls(tables, requested, config, members: Members) -> Iterator[Call]:
     """Yield the calls whose networks are on disk and whose rows are missing or not current."""
-    for name, analysis in ANALYSES.items():
+    for analysis in requested:
         if analysis.needs == "run":
             continue
-        table = tables[name]
+        table = tables[analysis.name]
         current = pd.Series(True, table.index)
         if not set(analysis.columns) <= set(table):  # a table of an earlier version
             current[:] = False
@@ -232,8 +256,8 @@ def _with_unknown_columns(analysis, table, old):
     return table.merge(old[analysis.index + unknown], on=analysis.index, how="left") if unknown else table
 
 
-def _warn_of_missing_rounds(workdir, tables, not_on_disk):
-    tables = [table for name, table in tables.items() if ANALYSES[name].needs == "round"]
+def _warn_of_missing_rounds(workdir, tables, requested, not_on_disk):
+    tables = [tables[analysis.name] for analysis in requested if analysis.needs == "round"]
     missing = sorted(n for n in not_on_disk if not all((table["round"] == n).any() for table in tables))
     if missing:
         numbers = ", ".join(map(str, missing))

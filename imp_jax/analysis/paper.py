@@ -5,7 +5,7 @@ import pandas as pd
 from imp_jax import figures, similarity
 from imp_jax.analysis.distances import compute_distances
 from imp_jax.analysis.paths import compute_barriers, compute_path, paths_are_current
-from imp_jax.analysis.registry import protect_names, register, register_figure
+from imp_jax.analysis.registry import register, register_figure
 from imp_jax.analysis.weights import (
     compute_histogram,
     compute_layers,
@@ -108,7 +108,6 @@ register_figure(
     "Instability: the error barrier between two trainings of a ticket that differ in data order and "
     "augmentation.",
 )
-protect_names()
 
 
 def results_with_branches(run):

@@ -82,6 +82,8 @@ class RunInputs:
       config: the config of the run.
       rounds: the rounds whose checkpoints are on disk, with their members.
       load_networks: see `networks`.
+      load_round: returns the networks of one round of `rounds`; {} if its checkpoint cannot be read. They are
+        kept until all analyses are computed.
       get_experiment: returns the `Experiment`; call it only if needed, because it opens the data set.
     """
 
@@ -91,6 +93,7 @@ class RunInputs:
     rounds: dict[int, tuple[Member, ...]]
     load_networks: Callable[[], dict[int, dict[Member, NetworkInputs]]] = dataclasses.field(repr=False)
     get_experiment: Callable[[], Experiment] = dataclasses.field(repr=False)
+    load_round: Callable[[int], dict[Member, NetworkInputs]] = dataclasses.field(repr=False)
 
     @functools.cached_property
     def networks(self) -> dict[int, dict[Member, NetworkInputs]]:
@@ -117,6 +120,7 @@ class Analysis:
     description: str = ""
     is_current: Callable[[pd.DataFrame, ConfigDict], pd.Series] | None = None
     definition: int = 1
+    cost: "Callable[[RunInputs], float] | None" = None
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -160,6 +164,7 @@ class RegisteredFigure:
     name: str
     draw: Callable[[Any], Figure | None]
     caption: str = ""
+    sentence: Callable[[Any], str] | None = None
 
 
 ANALYSES: dict[str, Analysis] = {}
@@ -176,8 +181,10 @@ def register(
     description: str = "",
     figure: Callable[[Any], Figure | None] | None = None,
     caption: str = "",
+    sentence: Callable[[Any], str] | None = None,
     is_current: Callable[[pd.DataFrame, ConfigDict], pd.Series] | None = None,
     definition: int = 1,
+    cost: Callable[[RunInputs], float] | None = None,
 ) -> Any:
     """Register an analysis: every run gets a table analysis/NAME.csv with the rows that `function` returns.
 
@@ -193,10 +200,13 @@ def register(
         "twin": for imp with its twin as `other`; "pair": for both of these pairs; "run": once whenever the
         analyses are computed.
       description: of the table, a noun phrase.
-      figure, caption: see `register_figure`; the figure has the name of the table.
+      figure, caption, sentence: see `register_figure`; the figure has the name of the table.
       is_current: takes the table and the config; returns a boolean series that is False for rows to recompute,
         if their networks are on disk.
       definition: version of the meaning of the columns; tables with another version are recomputed.
+      cost: makes the analysis one that is computed on request only, if `analysis.also` names it. Takes a
+        `RunInputs`; returns the work of the missing rows, as the number of training images whose gradient takes
+        as long, which is printed before they are computed.
 
     Raises:
       UserError: `name` is not a plain file name or is an analysis of imp_jax; `needs` is unknown; or a column
@@ -204,7 +214,8 @@ def register(
     """
     if function is None:
         options = {"columns": columns, "needs": needs, "description": description, "figure": figure}
-        options |= {"caption": caption, "is_current": is_current, "definition": definition}
+        options |= {"caption": caption, "sentence": sentence, "is_current": is_current}
+        options |= {"definition": definition, "cost": cost}
 
         def decorator(decorated):
             register(name, decorated, **options)
@@ -221,23 +232,49 @@ def register(
             f"none of {', '.join(KEYS[needs]) or 'the keys'}, written as ('norm',)"
         )
     if figure:
-        register_figure(name, figure, caption)
-    ANALYSES[name] = Analysis(name, function, tuple(columns), needs, description, is_current, definition)
+        register_figure(name, figure, caption, sentence)
+    ANALYSES[name] = Analysis(name, function, tuple(columns), needs, description, is_current, definition, cost)
     return function
 
 
-def register_figure(name: str, draw: Callable[[Any], Figure | None], caption: str = "") -> None:
+def register_figure(
+    name: str,
+    draw: Callable[[Any], Figure | None],
+    caption: str = "",
+    sentence: Callable[[Any], str] | None = None,
+) -> None:
     """Register a figure: it is drawn for every run as figures/NAME.png and NAME.pdf and added to the report.
 
     Args:
       draw: takes an `analysis.Run`; returns a Matplotlib figure, or None if the run has no data for it.
       caption: the caption in the report.
+      sentence: takes an `analysis.Run`; returns what the figure shows in this run, as a sentence with numbers,
+        which follows the caption.
 
     Raises:
       UserError: `name` is not a plain file name or is a figure of imp_jax.
     """
     _check_name("figure", name, draw)
-    FIGURES[name] = RegisteredFigure(name, draw, caption)
+    FIGURES[name] = RegisteredFigure(name, draw, caption, sentence)
+
+
+def is_requested(analysis: Analysis, config: ConfigDict) -> bool:
+    """Return whether a run computes an analysis: always, or because `analysis.also` names it."""
+    return analysis.cost is None or analysis.name in config.analysis.also
+
+
+def check_requests(names: Sequence[str]) -> None:
+    """Check the names of `analysis.also`.
+
+    Raises:
+      UserError: a name is not that of an analysis on request, or occurs twice.
+    """
+    on_request = [name for name, analysis in ANALYSES.items() if analysis.cost]
+    if not set(names) <= set(on_request) or len(set(names)) < len(names):
+        raise UserError(
+            f"analysis.also is {tuple(names)}; it may have {', '.join(on_request)}, each once; "
+            f"other analyses are always computed"
+        )
 
 
 def protect_names() -> None:

@@ -17,6 +17,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .15em .7em; text-align: right; border-bottom: 1px solid #ddd }
 th { vertical-align: bottom } td { white-space: nowrap }
 figure { margin: 2em 0 } figure img { max-width: min(100%, 52em) } figcaption { color: #555; max-width: 52em }
+figcaption b { color: #222; font-weight: normal }
 pre { background: #f6f6f6; padding: 1em; overflow-x: auto }
 """
 
@@ -26,7 +27,7 @@ def html(run: Any, drawn: dict[str, bytes]) -> str:
     title = f"{run.config.model.name} on {run.config.dataset.name}: {run.workdir.resolve().name}"
     pictures = "\n".join(
         f'<figure><img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        f"<figcaption>{markup.escape(FIGURES[name].caption)}</figcaption></figure>"
+        f"<figcaption>{_caption(run, FIGURES[name])}</figcaption></figure>"
         for name, png in drawn.items()
     )
     method = methods.name_of(run.config)
@@ -48,6 +49,12 @@ def html(run: Any, drawn: dict[str, bytes]) -> str:
 <pre>{markup.escape(config)}</pre>
 </body></html>
 """
+
+
+def _caption(run, figure) -> str:
+    """Return the caption of a figure, followed by the sentence about this run."""
+    sentence = figure.sentence(run) if figure.sentence else ""
+    return markup.escape(figure.caption) + (f" <b>{markup.escape(sentence)}</b>" if sentence else "")
 
 
 def _results(run) -> pd.DataFrame:
