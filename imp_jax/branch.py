@@ -33,6 +33,7 @@ from imp_jax.branch_start import choose_rounds, open_source, start
 from imp_jax.errors import UserError, user_path
 from imp_jax.experiment import Experiment, put_on_mesh, setup
 from imp_jax.members import BranchMember, Member, take_members
+from imp_jax.next_masks import prune
 from imp_jax.round_state import Callbacks, EpochEnd, RoundEnd, RoundState
 from imp_jax.runtime import compilation, devices, distributed
 from imp_jax.runtime.memory import available_bytes
@@ -94,6 +95,10 @@ def make_config(
         fixed = field == "arms" or field in _FIXED or field.startswith(_FIXED_GROUPS)
         if fixed and field not in _MAY_CHANGE:
             raise UserError(f"--config.{field} is given; a branch has the {field} of its run")
+    if overrides.get("retraining.policy") == "full":
+        config.retraining.update(configs.default().retraining)
+        if config.pruning.policy == "fixed":
+            config.evidence.images = configs.default().evidence.images
     config.update_from_flattened_dict(overrides)
     config.arms = tuple(arms)
     config.keep_checkpoints = "all"
@@ -111,6 +116,11 @@ def make_config(
         raise UserError(
             f"repulsion.strength is {config.repulsion.strength:g}; a branch trains all rounds at once, without "
             f"earlier optima, so --config.repulsion.strength=0 should be given"
+        )
+    if config.retraining.policy == "evidence":
+        raise UserError(
+            "retraining.policy is 'evidence'; a branch trains all rounds with one number of epochs, so "
+            "--config.retraining.policy=full or short should be given"
         )
     return config
 
@@ -185,13 +195,14 @@ def run(
             like = imp.begin_training(placed, state)
             progress = recorder.saved_progress(first, like, placed.spec.mesh)
             if numbers is chunks[0]:
-                steps, first_step = experiment.learning_rates.size, progress.step if progress else 0
+                steps = experiment.learning_rates_in(first, state.plan.short).size
+                first_step = progress.step if progress else 0
                 recorder.begin(first, 0, BranchDisplay([group[0] for group in chunks], steps, first_step))
 
             def stop_on_signal(end: EpochEnd) -> None:
                 if stop.signal_on_any_process(distributed.global_max):
                     recorder.save_progress(end.round, end.progress, wait=True)
-                    raise stop.stopped(f"at step {end.progress.step} of {experiment.learning_rates.size}")
+                    raise stop.stopped(f"at step {end.progress.step} of {end.steps}")
 
             callbacks = (recorder.on_epoch, stop_on_signal, recorder.save_progress_if_due, *on_epoch)
             with stop.defer_signals():
@@ -265,7 +276,7 @@ def _thresholds(experiment, number, members, networks):
     group = [member for member in members if member.round == number]
     one_device = put_on_mesh(experiment, None)
     networks = take_members(networks, members, group)
-    _, thresholds = imp.prune(
+    _, thresholds = prune(
         one_device, number, group, networks.trained, networks.mask, networks.initial["params"]
     )
     return thresholds

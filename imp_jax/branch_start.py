@@ -14,7 +14,7 @@ from imp_jax.errors import UserError
 from imp_jax.experiment import Experiment
 from imp_jax.masking import Mask
 from imp_jax.members import BranchMember, Member, take_members
-from imp_jax.round_state import RoundState, align_networks, start_round
+from imp_jax.round_state import RoundState, align_networks, default_plan, start_round
 from imp_jax.runtime import devices
 from imp_jax.training import Variables
 from imp_jax.workdir.checkpoints import Checkpoints, RoundNetworks
@@ -54,7 +54,7 @@ def choose_rounds(experiment: Experiment, rounds: Sequence[int], trunk: Source, 
       UserError: a round is not on disk, or cannot be trained later.
     """
     available = [n for n in masks_of.checkpoints.rounds() if _ticket_is_on_disk(experiment, trunk, n)]
-    if experiment.rewind_step or experiment.finetunes:
+    if experiment.rewind_step or experiment.finetunes or experiment.retraining.policy == "short":
         # round 0 differs: other arms take over imp's optimizer at the rewind step, or learning rates are others
         available = [number for number in available if number > 0]
     for number in rounds:
@@ -94,6 +94,7 @@ def start(experiment: Experiment, rounds: Sequence[int], trunk: Source, masks_of
         tuple(member for group in members for member in group),
         jax.tree.map(join, *tickets),
         jax.tree.map(join, *masks),
+        plan=default_plan(experiment, rounds[-1]),
     )
 
 

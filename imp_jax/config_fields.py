@@ -1,5 +1,7 @@
 """The table of all config fields: default, meaning, allowed values, and whether a resumed run may change it."""
 
+import itertools
+
 from imp_jax.config_field import NUMBER, Field, one_of
 
 # arguments that several fields share
@@ -166,6 +168,12 @@ FIELDS = {
     "optimizer.weight_decay": Field(
         0.0, "factor of the L2 penalty, added to the gradient of all parameters", **_AT_LEAST_0_AND_FINITE
     ),
+    "optimizer.weight_decay_until": Field(
+        0.0,
+        "density below which there is no weight decay; 0 never turns it off",
+        check=lambda value: 0 <= value <= 1,
+        words="in [0, 1]",
+    ),
     "optimizer.schedule": Field("constant", "constant, step or cosine"),
     "optimizer.milestones": Field(
         (),
@@ -250,6 +258,54 @@ FIELDS = {
             for pair in value
         ),
         words="pairs of a name and a factor above 0, such as (('Dense_2', 0.5),)",
+    ),
+    "pruning.policy": Field(
+        "fixed",
+        "fixed prunes pruning.fraction after each round; evidence prunes the largest of pruning.fractions that "
+        "keeps the network within pruning.barrier of its solution",
+        **one_of("fixed", "evidence"),
+    ),
+    "pruning.fractions": Field(
+        (0.2, 0.36, 0.488, 0.5904),
+        "for pruning.policy evidence: fractions of which the largest is pruned that evidence allows, or the "
+        "first; by default, those of one to four rounds of 0.2",
+        check=lambda value: (
+            all(type(fraction) in NUMBER and 0 < fraction < 1 for fraction in value)
+            and len(value) > 0
+            and all(a < b for a, b in itertools.pairwise(value))
+        ),
+        words="rising fractions between 0 and 1, such as (0.2, 0.36)",
+    ),
+    "pruning.barrier": Field(
+        0.02,
+        "for pruning.policy evidence: allowed increase of the training error, in [0, 1], on the path from a "
+        "solution to its projection on the next mask",
+        **_ABOVE_0_AND_FINITE,
+    ),
+    "retraining.policy": Field(
+        "full",
+        "epochs of the rounds after round 0: full trains as round 0 does; short trains retraining.epochs; "
+        "evidence does so, and from the trained weights, while the last two solutions are connected",
+        **one_of("full", "short", "evidence"),
+    ),
+    "retraining.epochs": Field(
+        None,
+        "number of epochs of a short round, over which the schedule of the learning rate is compressed; None "
+        "for retraining.policy full",
+        check=lambda value: value is None or value >= 1,
+        words="at least 1, or None",
+        types=(int, type(None)),
+    ),
+    "retraining.barrier": Field(
+        0.02,
+        "for retraining.policy evidence: barrier of the training error, in [0, 1], up to which two solutions "
+        "are connected",
+        **_ABOVE_0_AND_FINITE,
+    ),
+    "evidence.images": Field(
+        1000,
+        "number of training images on which the policies evidence compute errors",
+        **_AT_LEAST_1,
     ),
     "branch.name": Field("", "name of a branch, which `imp_jax.branch` sets; empty for a run"),
     "branch.rounds": Field(

@@ -37,6 +37,12 @@ def refuse_unused_values(values: dict[str, Any], defaults: dict[str, Any]) -> No
             f"most {epochs}"
         )
     _refuse_contradictions(values)
+    _refuse_unused_policies(values, defaults)
+    if values["optimizer.weight_decay_until"] and not values["optimizer.weight_decay"]:
+        raise UserError(
+            f"optimizer.weight_decay_until is {values['optimizer.weight_decay_until']:g}; "
+            f"optimizer.weight_decay is 0, so it should be 0"
+        )
     if not values["repulsion.strength"]:
         for field in ("repulsion.memory", "repulsion.dtype"):
             if values[field] != defaults[field]:
@@ -76,3 +82,36 @@ def _refuse_contradictions(values):
             f"optimizer.finetune is True; rewind_step is {values['rewind_step']}, and weights that are reset "
             f"train from the start of the schedule, so it should be False"
         )
+
+
+def _refuse_unused_policies(values, defaults):
+    """Refuse settings of policies that are not chosen, and policies that contradict other settings."""
+    pruning, retraining = values["pruning.policy"], values["retraining.policy"]
+    unused = {
+        "pruning.fraction": pruning != "fixed",
+        "pruning.fractions": pruning != "evidence",
+        "pruning.barrier": pruning != "evidence",
+        "retraining.epochs": retraining == "full",
+        "retraining.barrier": retraining != "evidence",
+        "evidence.images": "evidence" not in (pruning, retraining),
+    }
+    for field, is_unused in unused.items():
+        if is_unused and values[field] != defaults[field]:
+            policies = f"pruning.policy is {pruning!r} and retraining.policy {retraining!r}"
+            raise UserError(
+                f"{field} is {values[field]!r}; {policies}, so it has no effect and should be "
+                f"{defaults[field]!r}"
+            )
+    short_epochs = values["retraining.epochs"]
+    if retraining != "full" and not (short_epochs and short_epochs < values["epochs"]):
+        raise UserError(
+            f"retraining.epochs is {short_epochs}; retraining.policy is {retraining!r}, so it should be a "
+            f"number of epochs below that of a full training, {values['epochs']}"
+        )
+    network = values["pruning.network"]
+    for field in ("pruning.policy", "retraining.policy"):
+        if values[field] == "evidence" and network != "trained":
+            raise UserError(
+                f"{field} is 'evidence'; pruning.network is {network!r}, whose masks do not come from the "
+                f"solution of the round, so it should be {defaults[field]!r}"
+            )

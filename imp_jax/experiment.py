@@ -31,6 +31,17 @@ class Pruning(NamedTuple):
     layer_factors: tuple[tuple[str, float], ...]
     network: str  # whose scores give the next mask: trained (in the round), dense (in round 0) or initial
     steps: int  # in which a mask at initialisation is found
+    policy: str = "fixed"  # or evidence, which chooses one of `fractions`
+    fractions: tuple[float, ...] = ()
+    barrier: float = 0.0  # allowed on the path to the projected network
+
+
+class Retraining(NamedTuple):
+    """The settings of the rounds after round 0."""
+
+    policy: str  # full, short or evidence
+    learning_rates: Float[np.ndarray, "epochs steps"] | None  # of a short round; None if there are none
+    barrier: float  # up to which two solutions are connected
 
 
 class OptimaStore(NamedTuple):
@@ -52,8 +63,10 @@ class Experiment(NamedTuple):
     replicates: int
     dataset: data.Dataset  # in device memory, unless it is streamed
     spec: training.TrainSpec
-    learning_rates: Float[np.ndarray, "epochs steps"]  # of a whole training, see `learning_rates_in`
+    learning_rates: Float[np.ndarray, "epochs steps"]  # of a full training, see `learning_rates_in`
     finetunes: bool  # whether later rounds train at the last of these rates
+    retraining: Retraining
+    evidence_images: int  # training images on which the policies evidence compute errors
     rewind_step: int | None
     pruning: Pruning
     optima_store: OptimaStore
@@ -65,11 +78,12 @@ class Experiment(NamedTuple):
         """The members at the start of a run, without those of `scheduled_arms`."""
         return tuple(Member(arm, replicate) for arm in self.arms for replicate in range(self.replicates))
 
-    def learning_rates_in(self, number: int) -> Float[np.ndarray, "epochs steps"]:
-        """Return the learning rate of every step of a training in round `number`."""
+    def learning_rates_in(self, number: int, short: bool = False) -> Float[np.ndarray, "epochs steps"]:
+        """Return the learning rate of every step of a training in round `number`, full or short."""
+        learning_rates = self.retraining.learning_rates if short else self.learning_rates
         if self.finetunes and number > 0:
-            return np.full_like(self.learning_rates, self.learning_rates[-1, -1])
-        return self.learning_rates
+            return np.full_like(learning_rates, self.learning_rates[-1, -1])
+        return learning_rates
 
 
 def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: bool = True) -> Experiment:
@@ -106,7 +120,7 @@ def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: 
         dataset, labels=config.dataset.labels, subset=config.dataset.subset, blur=config.dataset.blur
     )
     setup_checks.check_unused_settings(config, dataset)
-    learning_rates = _make_learning_rates(config, dataset.train.examples)
+    learning_rates, short_learning_rates = _make_learning_rates(config, dataset.train.examples)
     model = create_model(config, dataset.num_classes, dataset.train.image_shape)
     params = models.shapes(model, dataset.train.image_shape)["params"]
     setup_checks.require_layers(config.pruning.exclude, params)
@@ -153,6 +167,8 @@ def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: 
         spec=spec,
         learning_rates=learning_rates,
         finetunes=config.optimizer.finetune,
+        retraining=Retraining(config.retraining.policy, short_learning_rates, config.retraining.barrier),
+        evidence_images=min(config.evidence.images, dataset.train.examples),
         rewind_step=config.rewind_step,
         pruning=Pruning(
             score=score,
@@ -164,6 +180,9 @@ def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: 
             layer_factors=tuple(config.pruning.layer_factors),
             network=config.pruning.network,
             steps=config.pruning.steps,
+            policy=config.pruning.policy,
+            fractions=tuple(config.pruning.fractions),
+            barrier=config.pruning.barrier,
         ),
         optima_store=OptimaStore(config.repulsion.memory, config.repulsion.dtype),
         saved_steps=_saved_steps(config, dataset, learning_rates),
@@ -189,6 +208,8 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
         learning_rate=config.optimizer.learning_rate,
         momentum=config.optimizer.momentum,
         weight_decay=config.optimizer.weight_decay,
+        weight_decay_until=config.optimizer.weight_decay_until,
+        exclude=tuple(config.pruning.exclude),
     )
 
 
@@ -271,24 +292,33 @@ def describe_experiment(experiment: Experiment) -> str:
 
 
 def _make_learning_rates(config, examples):
-    """Compute the learning rate of every step; check the batch size and the rewind step."""
+    """Compute the rates of full and short trainings; check the batch size and the rewind step."""
     if config.batch_size > examples:
         raise UserError(
             f"batch_size is {config.batch_size}; {config.dataset.name} has {examples} training images, "
             f"so it should be at most {examples}"
         )
-    learning_rates = optimizers.learning_rates(
-        config.epochs,
-        examples // config.batch_size,
-        learning_rate=config.optimizer.learning_rate,
-        schedule=config.optimizer.schedule,
-        milestones=config.optimizer.milestones,
-        warmup_epochs=config.optimizer.warmup_epochs,
-    )
-    if (config.rewind_step or 0) >= learning_rates.size:
+
+    def compute_rates(epochs):
+        """Compute the rates of a training of `epochs`, over which the schedule is compressed."""
+        scale = epochs / config.epochs
+        return optimizers.learning_rates(
+            epochs,
+            examples // config.batch_size,
+            learning_rate=config.optimizer.learning_rate,
+            schedule=config.optimizer.schedule,
+            milestones=tuple(scale * epoch for epoch in config.optimizer.milestones),
+            warmup_epochs=scale * config.optimizer.warmup_epochs,
+        )
+
+    learning_rates, short_learning_rates = compute_rates(config.epochs), None
+    if config.retraining.epochs:
+        short_learning_rates = compute_rates(config.retraining.epochs)
+    shortest = short_learning_rates if config.retraining.policy == "short" else learning_rates
+    if (config.rewind_step or 0) >= shortest.size:
         raise UserError(
-            f"rewind_step is {config.rewind_step}; a training has {learning_rates.size} steps, "
-            f"so it should be at most {learning_rates.size - 1}"
+            f"rewind_step is {config.rewind_step}; a training has {shortest.size} steps, "
+            f"so it should be at most {shortest.size - 1}"
         )
     parts = config.accumulate_steps * config.model.norm_parts
     if config.batch_size % parts:
@@ -298,7 +328,7 @@ def _make_learning_rates(config, examples):
             f"model.norm_parts {config.model.norm_parts} it should be a multiple of {parts}, such as {near} or "
             f"{near + parts}"
         )
-    return learning_rates
+    return learning_rates, short_learning_rates
 
 
 def _saved_steps(config, dataset, learning_rates):

@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Float
 
 from imp_jax import arms, divergence, masking, repulsion, training
+from imp_jax.evidence import choose_masks, plan_next_round
 from imp_jax.experiment import Experiment
-from imp_jax.masking import Mask
 from imp_jax.members import (
     BranchMember,
     Member,
@@ -23,20 +23,17 @@ from imp_jax.members import (
     member_keys,
     members_for_next_round,
     round_of,
-    take_members,
     where_members,
 )
-from imp_jax.next_masks import prune
+from imp_jax.round_end import end_round
 from imp_jax.round_state import (
     Callbacks,
     EpochEnd,
     RoundEnd,
     RoundState,
-    add_optimum,
     align_networks,
     copy_networks,
     init_tickets,
-    repeat_optima,
     start_round,
 )
 from imp_jax.runtime import devices
@@ -70,20 +67,11 @@ def rounds(
     for number in range(first, experiment.rounds):
         progress = train(experiment, number, state, progress, on_epoch=on_epoch)
         networks = copy_networks(state, progress)
-        masks, thresholds = prune(
-            experiment,
-            number,
-            state.members,
-            progress.states.variables,
-            state.masks,
-            progress.tickets["params"],
-            state.dense,
-        )
-        rows = measure(experiment, number, state, progress, networks, thresholds)
+        masks, thresholds, barrier = choose_masks(experiment, number, state, progress, networks)
+        rows = measure(experiment, number, state, progress, networks, thresholds, barrier)
         diverged = find_diverged(experiment, number, state.members, progress, rows)
-        tickets = reset(experiment, progress)
-        trained = progress.states.variables
-        end, state = end_round(experiment, number, state, diverged, networks, rows, tickets, masks, trained)
+        plan = plan_next_round(experiment, number, state, networks)
+        end, state = end_round(experiment, number, state, progress, diverged, networks, rows, masks, plan)
         for callback in on_round:
             callback(end)
         yield end
@@ -130,8 +118,9 @@ def train(
     Raises:
       DivergedError: see `raise_if_diverged`.
     """
-    spec, (epochs, steps) = experiment.spec, experiment.learning_rates.shape
-    learning_rates = experiment.learning_rates_in(round_of(state.members[0], number))
+    spec = experiment.spec
+    learning_rates = experiment.learning_rates_in(round_of(state.members[0], number), state.plan.short)
+    epochs, steps = learning_rates.shape
     progress = progress or begin_training(experiment, state)
 
     def make_keys(stream):
@@ -145,10 +134,10 @@ def train(
     train_epochs = experiment.dataset.train.training_epochs(
         make_keys("data"), epochs, spec.batch_size, progress.step, spec.mesh
     )
-    for first, last in itertools.pairwise(_list_sync_steps(experiment, progress.step)):
+    for first, last in itertools.pairwise(_list_sync_steps(experiment, learning_rates, progress.step)):
         start, compiled = time.perf_counter(), compile_seconds()
         tickets, states = progress.tickets, progress.states
-        if first > 0 and first == experiment.rewind_step:
+        if first > 0 and first == experiment.rewind_step and not state.plan.continues:
             tickets, states = rewind(experiment, number, state, tickets, states)
         epoch, step = divmod(first, steps)
         states, metrics = training.train_steps(
@@ -169,7 +158,9 @@ def train(
         progress = MidRoundState(last, tickets, states, history, progress.seconds + seconds)
         broken = divergence.non_finite_members(history)
         diverged = {state.members[i]: step_and_description for i, step_and_description in broken.items()}
-        end = EpochEnd(number, state.members, progress, metrics, seconds, compile_time, diverged)
+        end = EpochEnd(
+            number, state.members, progress, metrics, seconds, compile_time, diverged, learning_rates.size
+        )
         for callback in on_epoch:
             callback(end)
         raise_if_diverged(experiment, number, state.members, diverged)
@@ -179,9 +170,9 @@ def train(
 _fold_in_members = jax.jit(jax.vmap(jax.random.fold_in, (0, None)))
 
 
-def _list_sync_steps(experiment, start):
+def _list_sync_steps(experiment, learning_rates, start):
     """Return `start` and the later steps at which the host calls back, saves or rewinds, sorted."""
-    epochs, steps = experiment.learning_rates.shape
+    epochs, steps = learning_rates.shape
     steps_per_call = experiment.dataset.train.steps_per_call or steps
     sync_steps = {
         start,
@@ -190,7 +181,7 @@ def _list_sync_steps(experiment, start):
         experiment.rewind_step or 0,
         *experiment.saved_steps,
     }
-    return sorted(step for step in sync_steps if step >= start)
+    return sorted(step for step in sync_steps if start <= step <= epochs * steps)
 
 
 def rewind(
@@ -234,14 +225,6 @@ def _replace_tickets(rewinds, imps, tickets, states, new_tickets, masks, *, spec
     return devices.constrain_members(chosen, spec.mesh)
 
 
-def reset(experiment: Experiment, progress: MidRoundState) -> Variables:
-    """Return the weights, not yet masked, from which the next round takes imp's tickets.
-
-    They are the tickets of this round; with `rewind_step=None`, the trained weights.
-    """
-    return progress.states.variables if experiment.rewind_step is None else progress.tickets
-
-
 def measure(
     experiment: Experiment,
     number: int,
@@ -249,10 +232,12 @@ def measure(
     progress: MidRoundState,
     networks: RoundNetworks,
     thresholds: Float[np.ndarray, " members"],
+    pruning_barrier: float | None = None,
 ) -> list[Row]:
     """Evaluate the trained networks on both splits; return their rows of results.csv.
 
     With repulsion, rows also have J_r after training and, from round 1 on, the mean cosine with earlier optima.
+    Where evidence decided, they have the barriers that it looked at.
     """
     dataset, spec, members = experiment.dataset, experiment.spec, state.members
     variables = progress.states.variables
@@ -274,9 +259,13 @@ def measure(
     elif spec.repulsion_strength:
         columns["repulsion"] = np.zeros(len(members))  # without earlier optima J_r is 0
     columns = {name: np.asarray(column) for name, column in columns.items()}
+    learning_rates = experiment.learning_rates_in(round_of(members[0], number), state.plan.short)
+    shared = {"retraining_barrier": state.plan.barrier, "pruning_barrier": pruning_barrier}
+    shared = {"epochs": len(learning_rates)} | {k: v for k, v in shared.items() if v is not None}
     return [
         {"replicate": member.replicate, "arm": member.arm, "round": round_of(member, number)}
         | {name: float(str(column[i])) for name, column in columns.items()}  # float32 as 0.1, not 0.10000000149
+        | shared
         | {"seconds": round(progress.seconds, 3)}
         for i, member in enumerate(members)
     ]
@@ -300,8 +289,8 @@ def find_diverged(
       DivergedError: see `raise_if_diverged`.
     """
     losses = [row["train_loss"] for row in rows]
-    classes, steps = experiment.dataset.num_classes, experiment.learning_rates.size
-    found = divergence.diverged_members(progress.history, losses, classes, steps)
+    classes = experiment.dataset.num_classes
+    found = divergence.diverged_members(progress.history, losses, classes, progress.step)
     diverged = {members[i]: step_and_description for i, step_and_description in found.items()}
     raise_if_diverged(experiment, number, members, diverged)
     return diverged
@@ -345,70 +334,3 @@ def raise_if_diverged(
 
 def finished_rounds_text(number):
     return f"rounds 0 to {number - 1}" if number else "no whole round"
-
-
-def end_round(
-    experiment: Experiment,
-    number: int,
-    state: RoundState,
-    diverged: dict[Member, tuple[int, str]],
-    networks: RoundNetworks,
-    rows: list[Row],
-    tickets: Variables,
-    masks: Mask,
-    trained: Variables,
-) -> tuple[RoundEnd, RoundState]:
-    """Drop the members that diverged; return the `RoundEnd` of the round and the state of the next one.
-
-    Args:
-      networks, rows, tickets, trained: of all members of the round; `trained` on the mesh.
-      masks: for the next round, of all imps of this one.
-    """
-    kept = tuple(member for member in state.members if member not in diverged)
-    members = members_for_next_round(kept, experiment.arms)
-    imps = [member for member in members if member.arm == "imp"]
-    all_imps = [member for member in state.members if member.arm == "imp"]
-    mask_indices = [all_imps.index(imp) for imp in imps]
-    ticket_indices = [state.members.index(imp) for imp in imps]
-    dense = None
-    if experiment.pruning.network == "dense":
-        if number == 0:
-            dense = take_members(networks.trained, state.members, imps)
-        else:
-            dense = take_members(state.dense, all_imps, imps)
-    if number == 0:
-        permutations = align_networks(experiment, imps, (kept, take_members(networks, state.members, kept)))
-    else:
-        permutations = take_members(state.permutations, all_imps, imps)
-    next_state = start_round(
-        experiment,
-        number + 1,
-        members,
-        tickets,
-        masks,
-        ticket_indices,
-        mask_indices,
-        trained=trained,
-        permutations=permutations,
-    )._replace(dense=dense)
-    optima = None
-    if experiment.spec.repulsion_strength:
-        earlier = state.optima and take_members(state.optima, state.members, members)
-        next_masks = take_members(
-            devices.gather_members(next_state.masks, len(next_state.members)), next_state.members, members
-        )
-        # after the last round too, because a resumed run may have more rounds
-        optima = add_optimum(experiment, earlier, take_members(networks, state.members, members), next_masks)
-        next_state = next_state._replace(optima=repeat_optima(optima, members, next_state.members))
-    imp_masks = jax.tree.map(lambda leaf: leaf[np.array(mask_indices)], devices.gather_members(masks, None))
-    end = RoundEnd(
-        number,
-        kept,
-        take_members(networks, state.members, kept),
-        [row for row in rows if Member(row["arm"], row["replicate"]) in kept],
-        imp_masks,
-        members,
-        optima,
-        diverged,
-    )
-    return end, next_state

@@ -58,7 +58,8 @@ def prune(
     slots, image_shape = len(jax.tree.leaves(masks)[0]), experiment.dataset.train.image_shape
     keys = member_keys(members, experiment.seed, lambda member: ["score", number])
     uses_images = pruning_spec.score_uses_images
-    batch = take_images(experiment, "score images", number) if uses_images else (None, None)
+    images = pruning_spec.images
+    batch = take_images(experiment, "score images", number, images) if uses_images else (None, None)
     imps = np.array([i for i, member in enumerate(members) if member.arm == "imp"], int)
     spec = spec if slots == devices.count_slots(len(members), spec.mesh) else spec._replace(mesh=None)
     keys = devices.shard_members(keys, spec.mesh)
@@ -111,7 +112,8 @@ def _prune_network(experiment, number, imps, network, masks):
     pruning_spec = experiment.pruning
     keys = member_keys(imps, experiment.seed, lambda member: ["score", number])
     # the same images in all rounds, so that the masks of SNIP and GraSP are parts of earlier ones
-    batch = take_images(experiment, "score images", 0) if pruning_spec.score_uses_images else (None, None)
+    uses_images, images = pruning_spec.score_uses_images, pruning_spec.images
+    batch = take_images(experiment, "score images", 0, images) if uses_images else (None, None)
     return _prune_dense_networks(
         network,
         masks,

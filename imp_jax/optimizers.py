@@ -53,7 +53,13 @@ SCHEDULES = {
 
 
 def make_optimizer(
-    name: str, *, learning_rate: float, momentum: float | None = None, weight_decay: float = 0.0
+    name: str,
+    *,
+    learning_rate: float,
+    momentum: float | None = None,
+    weight_decay: float = 0.0,
+    weight_decay_until: float = 0.0,
+    exclude: tuple[str, ...] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """Make the masked optax transform of a registered optimizer; its updates are added to the parameters.
 
@@ -65,6 +71,8 @@ def make_optimizer(
       learning_rate: the base rate; used only for initial states that depend on it.
       momentum: None keeps the default of the optimizer.
       weight_decay: coefficient λ of the term λθ in the gradient.
+      weight_decay_until: density below which λ is 0 (the outlook of section 6); 0 never turns it off.
+      exclude: patterns of layers that do not count in this density.
 
     Raises:
       UserError: an unknown optimizer, or one that is not a function of `learning_rate`; a path that cannot be
@@ -74,23 +82,32 @@ def make_optimizer(
     _check_factory(name, factory)
     if momentum is not None and "momentum" not in inspect.signature(factory).parameters:
         raise UserError(f"optimizer.momentum is {momentum}; {name} has no momentum, so it should be None")
-    return _make_optimizer(factory, learning_rate, momentum, weight_decay)
+    return _make_optimizer(factory, learning_rate, momentum, weight_decay, weight_decay_until, exclude)
 
 
 @functools.cache  # a static argument of jit: a second run in this process must get the same object
-def _make_optimizer(factory, base_rate, momentum, weight_decay):
+def _make_optimizer(factory, base_rate, momentum, weight_decay, weight_decay_until, exclude):
     options = {} if momentum is None else {"momentum": momentum}
 
-    def transform(learning_rate):
+    def transform(learning_rate, decay):
         optimizer = factory(learning_rate=learning_rate, **options)
-        return optax.chain(optax.add_decayed_weights(weight_decay), optimizer) if weight_decay else optimizer
+        return optax.chain(optax.add_decayed_weights(decay), optimizer) if weight_decay else optimizer
 
-    def update(updates, state, params=None, *, learning_rate, **extra_args):
-        optimizer = optax.with_extra_args_support(transform(learning_rate))
+    def update(updates, state, params=None, *, learning_rate, decay, **extra_args):
+        optimizer = optax.with_extra_args_support(transform(learning_rate, decay))
         return optimizer.update(updates, _inject_rate(state, learning_rate), params, **extra_args)
 
     # some initial states depend on the base rate, such as that of optax.rprop
-    return masking.masked(optax.GradientTransformationExtraArgs(transform(base_rate).init, update))
+    init = transform(base_rate, weight_decay).init
+    masked = masking.masked(optax.GradientTransformationExtraArgs(init, update))
+
+    def update_masked(updates, state, params=None, *, mask, **extra_args):
+        decay = weight_decay
+        if weight_decay_until:
+            decay = jnp.where(masking.density(mask, exclude) < weight_decay_until, 0.0, weight_decay)
+        return masked.update(updates, state, params, mask=mask, decay=decay, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update_masked)
 
 
 def _inject_rate(state, learning_rate):

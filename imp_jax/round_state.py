@@ -32,6 +32,22 @@ from imp_jax.workdir.checkpoints import MidRoundState, RoundNetworks
 from imp_jax.workdir.results import Row
 
 
+class RoundPlan(NamedTuple):
+    """How the members of a round train."""
+
+    short: bool = False  # with `Retraining.learning_rates`
+    continues: bool = False  # from the trained weights of the round before, not from the ticket
+    barrier: float | None = None  # between the last two solutions, if it decided this; error in [0, 1]
+
+
+class EarlierNetworks(NamedTuple):
+    """Networks of the imps in earlier rounds, on the host; each is None unless a setting needs it."""
+
+    dense: Variables | None = None  # at the end of round 0, if `pruning.network` is dense
+    tickets: Variables | None = None  # starting weights, not masked, if `retraining.policy` is evidence
+    previous: Variables | None = None  # at the end of the round before, if `retraining.policy` is evidence
+
+
 class RoundState(NamedTuple):
     """The state at the start of a round.
 
@@ -43,8 +59,9 @@ class RoundState(NamedTuple):
     tickets: Variables  # starting weights, not yet masked
     masks: Mask
     optima: Optima | None = None  # earlier optima for J_r, on the host; None without repulsion and in round 0
-    dense: Variables | None = None  # imps after round 0, on the host; None unless `pruning.network` is dense
+    earlier: EarlierNetworks = EarlierNetworks()
     permutations: Permutations | None = None  # of the imps, on the host; None unless an arm is `aligned`
+    plan: RoundPlan = RoundPlan()
 
 
 class EpochEnd(NamedTuple):
@@ -57,6 +74,7 @@ class EpochEnd(NamedTuple):
     seconds: float  # of training since the last call, without compilation
     compile_seconds: float  # since the last call
     diverged: dict[Member, tuple[int, str]]  # members with a non-finite loss: step and description
+    steps: int  # of the whole training
 
 
 class RoundEnd(NamedTuple):
@@ -70,6 +88,7 @@ class RoundEnd(NamedTuple):
     next_members: tuple[Member, ...]  # that train in the next round, without those of single rounds
     next_optima: Optima | None  # of `next_members`; None without repulsion
     diverged: dict[Member, tuple[int, str]]  # members that were dropped: step and description
+    next_plan: RoundPlan | None = None  # None unless evidence decides
 
 
 ARM_IMAGES = "arm images"  # RNG stream of the images on which masks at initialisation are computed
@@ -103,6 +122,7 @@ def start_round(
     *,
     trained: Variables | None = None,
     permutations: Permutations | None = None,
+    plan: RoundPlan | None = None,
 ) -> RoundState:
     """Compute the state at the start of round `number` from imp's tickets and masks, without earlier optima.
 
@@ -112,7 +132,9 @@ def start_round(
         give the index of each imp.
       trained: of the networks of `tickets`, at the end of the round before; None in round 0.
       permutations: of the imps of `members`, see `ArmInputs`.
+      plan: of the round; None is `default_plan`.
     """
+    plan = plan or default_plan(experiment, number)
     imps = [member for member in members if member.arm == "imp"]
     members = add_scheduled_members(members, experiment.scheduled_arms, number)
     names = tuple(dict.fromkeys(member.arm for member in members))
@@ -137,28 +159,36 @@ def start_round(
         imp_starts,
         replicate_keys(imps, experiment.seed),
         [arm_keys(name) for name in names],
-        take_images(experiment, ARM_IMAGES, 0) if any(uses_images) else (None, None),
+        take_images(experiment, ARM_IMAGES, 0, experiment.pruning.images) if any(uses_images) else (None, None),
         np.resize(start_of_member, slots),
         arms=tuple(arms.ARMS[name] for name in names),
         uses_images=uses_images,
-        continues=experiment.rewind_step is None,
+        continues=plan.continues,
         exclude=experiment.pruning.exclude,
         image_shape=experiment.dataset.train.image_shape,
         spec=experiment.spec,
     )
-    return RoundState(members, tickets, masks, permutations=permutations)
+    return RoundState(members, tickets, masks, permutations=permutations, plan=plan)
 
 
-def take_images(experiment: Experiment, stream: str, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Take the training images and labels on which scores are computed; the same for all members.
+def default_plan(experiment: Experiment, number: int) -> RoundPlan:
+    """Return the plan of round `number` that needs no evidence."""
+    return RoundPlan(
+        short=experiment.retraining.policy == "short" and number > 0, continues=experiment.rewind_step is None
+    )
+
+
+def take_images(experiment: Experiment, stream: str, number: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Take training images and labels on which scores or errors are computed; the same for all members.
 
     Args:
       stream: name of the RNG stream that draws the images.
       number: folded into its key, such as the number of the round.
+      count: number of images.
     """
     key = jax.random.fold_in(jax.random.key(experiment.seed), stream_number(stream))
     examples = jax.random.permutation(jax.random.fold_in(key, number), experiment.dataset.train.examples)
-    examples = np.asarray(examples[: experiment.pruning.images])
+    examples = np.asarray(examples[:count])
     return devices.gather_members(tuple(experiment.dataset.train.take(examples)), None)
 
 

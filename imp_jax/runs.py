@@ -13,16 +13,20 @@ from imp_jax import arms, data, similarity
 from imp_jax import config as configs
 from imp_jax.errors import UserError, user_path
 from imp_jax.experiment import Experiment, describe_experiment, setup
-from imp_jax.imp import begin_training, finished_rounds_text, init_state, prune, rounds
+from imp_jax.imp import begin_training, finished_rounds_text, init_state, rounds
 from imp_jax.masking import Mask
 from imp_jax.members import Member, members_for_next_round, members_of_rows, take_members
+from imp_jax.next_masks import prune
 from imp_jax.repulsion import Optima
 from imp_jax.round_state import (
     Callbacks,
+    EarlierNetworks,
     EpochEnd,
+    RoundPlan,
     RoundState,
     add_optimum,
     align_networks,
+    default_plan,
     init_tickets,
     repeat_optima,
     start_round,
@@ -78,22 +82,28 @@ def resume(experiment: Experiment, checkpoints: Checkpoints, rows: Sequence[Row]
         )
         all_imps = [member for member in round_members if member.arm == "imp"]
         masks = take_members(devices.gather_members(masks, None), all_imps, imps)
-    if experiment.rewind_step is None:
-        tickets = take_members(networks.trained, round_members, imps)
-    else:
+    trained = take_members(networks.trained, round_members, imps)
+    stored_plan = checkpoints.next_plan(last)
+    plan = RoundPlan(**stored_plan) if stored_plan else default_plan(experiment, last + 1)
+    tickets = None
+    if experiment.rewind_step is not None:
         tickets = _whole_tickets(experiment, checkpoints, rows, imps)
         if tickets is None:
             tickets = take_members(networks.initial, round_members, imps)
     permutations = None
     if any(arms.ARMS[name].aligned for name in experiment.arms):
         permutations = align_networks(experiment, imps, read_round(checkpoints, rows, 0))
-    trained = take_members(networks.trained, round_members, imps)
+    start = trained if plan.continues else tickets
     state = start_round(
-        experiment, last + 1, members, tickets, masks, trained=trained, permutations=permutations
+        experiment, last + 1, members, start, masks, trained=trained, permutations=permutations, plan=plan
     )
+    earlier = EarlierNetworks()
+    if experiment.retraining.policy == "evidence":
+        earlier = earlier._replace(tickets=tickets, previous=trained)
     if experiment.pruning.network == "dense":
         dense_members, dense_networks = read_round(checkpoints, rows, 0)
-        state = state._replace(dense=take_members(dense_networks.trained, dense_members, imps))
+        earlier = earlier._replace(dense=take_members(dense_networks.trained, dense_members, imps))
+    state = state._replace(earlier=earlier)
     if not experiment.spec.repulsion_strength:
         return state
     if last and checkpoints.similarity_definition(last) != similarity.DEFINITION:
@@ -141,6 +151,11 @@ def _whole_tickets(experiment, checkpoints, rows, imps):
     except DamagedError as error:
         if not experiment.rewind_step:
             return init_tickets(experiment, imps)
+        if experiment.retraining.policy == "evidence":
+            raise UserError(
+                f"{error}; with retraining.policy evidence a round may start from the first tickets, so "
+                f"round 0 is needed"
+            ) from error
         own_masks = [name for name in experiment.arms if arms.ARMS[name].mask is not arms.ARMS["imp"].mask]
         if own_masks:
             raise UserError(
@@ -188,7 +203,6 @@ def run(
     with distributed.raise_on_all_processes():
         experiment = setup(config, dataset)
     experiment = agree_on_execution(restore_execution(experiment, workdir))
-    steps = experiment.learning_rates.size
     with Recorder(experiment, config, workdir, config_file, analyses) as recorder:
         first = recorder.finished[-1] + 1 if recorder.finished else 0
         if first == experiment.rounds:
@@ -201,7 +215,7 @@ def run(
             progress = recorder.saved_progress(
                 first, like=begin_training(experiment, state), mesh=experiment.spec.mesh
             )
-            _print_start(experiment, workdir, first, progress.step if progress else 0)
+            _print_start(experiment, state, workdir, first, progress.step if progress else 0)
             if distributed.is_primary():
                 store_execution(experiment, workdir)
             recorder.begin(first, progress.step if progress else 0)
@@ -209,7 +223,7 @@ def run(
             def stop_on_signal(end: EpochEnd) -> None:
                 if stop.signal_on_any_process(distributed.global_max):
                     recorder.save_progress(end.round, end.progress, wait=True)
-                    raise stop.stopped(f"in round {end.round} at step {end.progress.step} of {steps}")
+                    raise stop.stopped(f"in round {end.round} at step {end.progress.step} of {end.steps}")
 
             callbacks = {
                 "on_epoch": (recorder.on_epoch, stop_on_signal, recorder.save_progress_if_due, *on_epoch),
@@ -225,9 +239,9 @@ def run(
         print(f"results: {workdir / 'results.csv'}")
 
 
-def _print_start(experiment, workdir, first, step):
-    steps = experiment.learning_rates.size
+def _print_start(experiment, state, workdir, first, step):
     if first or step:
+        steps = experiment.learning_rates_in(first, state.plan.short).size
         finished = finished_rounds_text(first)
         print(f"{workdir} has {finished}; continuing with round {first} at step {step} of {steps}")
     else:

@@ -157,7 +157,7 @@ def test_nested_arms_never_regain_a_weight(finished_rounds):
 def test_masks_at_initialisation_keep_the_highest_scores_of_imps_initialisation(finished_rounds):
     experiment, ends = finished_rounds
     ticket, _ = whole_tickets(finished_rounds, 1)
-    images, labels = take_images(experiment, "arm images", 0)
+    images, labels = take_images(experiment, "arm images", 0, experiment.pruning.images)
     assert len(images) == 20
 
     def loss(params, temperature=1):

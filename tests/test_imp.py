@@ -17,6 +17,8 @@ from imp_jax.arms import ARMS
 from imp_jax.divergence import DivergedError
 from imp_jax.experiment import setup
 from imp_jax.members import member_keys
+from imp_jax.next_masks import prune
+from imp_jax.round_state import default_plan
 from tests.conftest import quick_config
 from tests.helpers import ROOT, folders
 from tests.helpers.epochs import train_epoch
@@ -208,10 +210,10 @@ def test_rows_hold_the_metrics_of_each_member(tiny_experiment):
         progress = imp.train(experiment, number, state)._replace(seconds=1.23456)
         networks = imp.copy_networks(state, progress)
         trained, initial = progress.states.variables, progress.tickets["params"]
-        masks, thresholds = imp.prune(experiment, number, state.members, trained, state.masks, initial)
+        masks, thresholds = prune(experiment, number, state.members, trained, state.masks, initial)
         rows = imp.measure(experiment, number, state, progress, networks, thresholds)
-        tickets = imp.reset(experiment, progress)
-        _, state = imp.end_round(experiment, number, state, {}, networks, rows, tickets, masks, trained)
+        plan = default_plan(experiment, number + 1)
+        _, state = imp.end_round(experiment, number, state, progress, {}, networks, rows, masks, plan)
     assert [(row["arm"], row["replicate"], row["round"]) for row in rows] == [
         ("imp", 0, 1), ("imp", 1, 1), ("reinit", 0, 1), ("reinit", 1, 1),
     ]  # fmt: skip
@@ -241,7 +243,7 @@ def test_random_pruning_draws_new_scores_each_round(tiny_experiment):
     experiment = tiny_experiment(**{"pruning.score": "random", "pruning.fraction": 0.5})
     networks, _ = next(train_rounds(experiment))
     (first, _), (second, _) = (
-        imp.prune(
+        prune(
             experiment, number, experiment.members, networks.trained, networks.mask, networks.initial["params"]
         )
         for number in (0, 1)

@@ -25,7 +25,7 @@ LAYERS = (
     ("scores", "arms", "connectivity"),
     ("experiment", "setup_checks"),
     ("workdir",),
-    ("round_state", "next_masks", "imp"),
+    ("round_state", "round_end", "next_masks", "evidence", "imp"),
     ("runs",),
     ("branch_start",),
     ("analysis",),

@@ -13,6 +13,8 @@ from filelock import FileLock
 from imp_jax import analysis, imp, runs
 from imp_jax.errors import UserError
 from imp_jax.experiment import setup
+from imp_jax.round_end import reset
+from imp_jax.round_state import RoundPlan
 from imp_jax.runtime.signals import GracefulStop, Stopped
 from imp_jax.workdir import checkpoints
 from tests.conftest import make_tiny_config, make_tiny_dataset, quick_config
@@ -80,7 +82,7 @@ def test_resuming_restores_dense_tickets(data_dir, tmp_path):
         tickets["params"]["Dense_0"]["kernel"]
     )
     end = imp.train(experiment, 1, state._replace(masks=load_mask(tmp_path, 1)))
-    assert_trees_equal(imp.reset(experiment, end), dense)
+    assert_trees_equal(reset(state, end, RoundPlan()), dense)
 
 
 def load_mask(workdir, number):

@@ -32,14 +32,14 @@ def run_and_kill(kind: str, count: int, arguments: list[str]) -> None:
     else:
         from imp_jax import imp
 
-        prune = imp.prune
+        choose_masks = imp.choose_masks
 
-        def prune_and_count(*args):
-            pruned = prune(*args)
+        def choose_and_count(*args):
+            chosen = choose_masks(*args)
             count_down()
-            return pruned
+            return chosen
 
-        imp.prune = prune_and_count
+        imp.choose_masks = choose_and_count
     sys.argv = ["imp_jax.main", *arguments]
     runpy.run_module("imp_jax.main", run_name="__main__", alter_sys=True)
 

@@ -24,7 +24,7 @@ from imp_jax.training import TrainState, Variables
 from imp_jax.workdir.checksums import MANIFEST, compute_checksums, digest_tree, find_damage, is_os_error
 from imp_jax.workdir.files import check_workdir_path, write_atomically
 
-_JSON = ("rows", "version")  # items without arrays
+_JSON = ("rows", "next_plan", "version")  # items without arrays
 # The format of checkpoints. Raise it only if earlier checkpoints can no longer be read, because workdirs should
 # stay usable. Additional items, files and keys need no new format.
 FORMAT = 2
@@ -109,6 +109,7 @@ class Checkpoints:
         rows: list[dict[str, Any]],
         optima: Optima | None = None,
         next_masks: Mask | None = None,
+        next_plan: dict[str, Any] | None = None,
     ) -> None:
         """Write round `number`; on return, it is on disk under its final name.
 
@@ -116,10 +117,13 @@ class Checkpoints:
           rows: all of results.csv up to this round.
           optima: for the next round; None if they can be rebuilt from the checkpoints of earlier rounds.
           next_masks: imp's masks of the next round, so that resuming does not prune again.
+          next_plan: how the next round trains, if evidence decided this.
         """
         items = {"networks": networks._asdict(), "rows": rows}
         if next_masks is not None and jax.tree.leaves(next_masks)[0].size:
             items["next_masks"] = next_masks
+        if next_plan is not None:
+            items["next_plan"] = next_plan
         if optima is not None:
             items["optima"] = optima._asdict()
         _save(self._collective_rounds_manager, number, items)
@@ -143,6 +147,10 @@ class Checkpoints:
     def next_masks(self, number: int) -> Mask | None:
         """Return imp's masks of the round after `number`, on the host, or None. Raises: see `restore`."""
         return _restore(self._rounds, number, "next_masks")
+
+    def next_plan(self, number: int) -> dict[str, Any] | None:
+        """Return the plan that was saved for the round after `number`, or None. Raises: see `restore`."""
+        return _restore(self._rounds, number, "next_plan")
 
     def optima(self, number: int) -> Optima | None:
         """Return the optima saved for the round after `number`, on the host.
@@ -209,7 +217,7 @@ class Checkpoints:
         damaged = []
         for number in reversed(self.rounds()):
             try:
-                for item in ("networks", "rows", "next_masks", "optima"):
+                for item in ("networks", "rows", "next_masks", "next_plan", "optima"):
                     _restore(self._rounds, number, item)
                 break
             except DamagedError as error:
@@ -256,6 +264,7 @@ def _rounds_manager(workdir, processes):
         "next_masks": ocp.PyTreeCheckpointHandler(),
         "optima": ocp.PyTreeCheckpointHandler(),
         "rows": ocp.JsonCheckpointHandler(),
+        "next_plan": ocp.JsonCheckpointHandler(),
     }
     return _manager(workdir / "checkpoints", handlers, processes)
 

@@ -36,7 +36,8 @@ class ProgressDisplay:
     def __init__(self, rounds: int, steps: int, first_step: int):
         """Set up a display for `rounds` of `steps` each; `first_step` is counted from the first round."""
         self._console = make_console()
-        self._rounds, self._steps, self._first_step = rounds, steps, first_step
+        self._rounds, self._first_step = rounds, first_step
+        self._steps = [steps] * rounds  # of each round
         self._accuracies = ""
         self._compile_seconds: dict[int, float] = {}  # by round
         self._progress = Progress(
@@ -54,7 +55,7 @@ class ProgressDisplay:
             self._progress.start()
         self._task = self._progress.add_task(
             "compiling",
-            total=self._rounds * self._steps,
+            total=sum(self._steps),
             completed=self._first_step,
             speed=0.0,
             left="–",
@@ -67,23 +68,35 @@ class ProgressDisplay:
         with _suppress_print_errors():
             self._progress.stop()
 
-    def chunk(self, number: int, step: int, images: int, seconds: float, compile_seconds: float = 0.0) -> None:
+    def chunk(
+        self,
+        number: int,
+        step: int,
+        images: int,
+        seconds: float,
+        compile_seconds: float = 0.0,
+        steps: int | None = None,
+    ) -> None:
         """Show that round `number` has reached `step`.
 
         Args:
           images: number trained on since the last call, summed over members.
           seconds: time of training since the last call, without compilation.
           compile_seconds: time of compilation since the last call.
+          steps: of this round, if it has another number; the rounds after it are taken to be like it.
         """
+        if steps and steps != self._steps[number]:
+            self._steps[number:] = [steps] * (self._rounds - number)
         self._compile_seconds[number] = self._compile_seconds.get(number, 0.0) + compile_seconds
         self._start += compile_seconds  # so that estimates of the time left do not include it
         with _suppress_print_errors():
             self._progress.update(
                 self._task,
-                completed=number * self._steps + step,
+                completed=sum(self._steps[:number]) + step,
+                total=sum(self._steps),
                 description=self._describe(number, step),
                 speed=images / seconds,
-                left=self._left(number * self._steps + step),
+                left=self._left(sum(self._steps[:number]) + step),
                 accuracies=self._accuracies,
             )
 
@@ -95,7 +108,7 @@ class ProgressDisplay:
         line = (
             f"round {number}/{self._rounds - 1}  density {rows[0]['density']:.2%}  "
             f"test accuracy {self._accuracies}  {images / rows[0]['seconds']:,.0f} images/s  "
-            f"{rows[0]['seconds']:.1f} s  {self._left((number + 1) * self._steps)} left"
+            f"{rows[0]['seconds']:.1f} s  {self._left(sum(self._steps[: number + 1]))} left"
         )
         if compiled >= 0.1:
             line += f"  compiled in {compiled:.1f} s"
@@ -105,11 +118,11 @@ class ProgressDisplay:
             sys.stdout.flush()
 
     def _describe(self, number, step):
-        return f"round {number}/{self._rounds - 1} {step / self._steps:4.0%}"
+        return f"round {number}/{self._rounds - 1} {step / self._steps[number]:4.0%}"
 
     def _left(self, step):
         rate = (time.perf_counter() - self._start) / max(step - self._first_step, 1)
-        minutes, seconds = divmod(round(rate * (self._rounds * self._steps - step)), 60)
+        minutes, seconds = divmod(round(rate * (sum(self._steps) - step)), 60)
         return f"{minutes}:{seconds:02}"
 
 
@@ -135,7 +148,7 @@ class BranchDisplay(ProgressDisplay):
             sys.stdout.flush()
 
     def _describe(self, number, step):
-        return f"group {number + 1} of {self._rounds} {step / self._steps:4.0%}"
+        return f"group {number + 1} of {self._rounds} {step / self._steps[number]:4.0%}"
 
 
 def _suppress_print_errors():

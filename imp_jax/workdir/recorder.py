@@ -243,7 +243,7 @@ class Recorder(contextlib.AbstractContextManager):
         epochs, steps = self._experiment.learning_rates.shape
         step, history = end.progress.step, end.progress.history
         images = end.metrics.loss.size * self._experiment.spec.batch_size
-        self._display.chunk(end.round, step, images, end.seconds, end.compile_seconds)
+        self._display.chunk(end.round, step, images, end.seconds, end.compile_seconds, end.steps)
         if step % steps == 0 and not self._config.branch.name:  # the epochs of a branch belong to many rounds
             scalars = {"epoch_loss": history.loss, "epoch_accuracy": history.accuracy}
             self._write_events(end.round * epochs + step // steps, end.members, scalars)
@@ -315,7 +315,8 @@ class Recorder(contextlib.AbstractContextManager):
         keep_optima = self._config.keep_checkpoints == "ends" or members_dropped or rounds_missing
         self.rows = [*self.rows, *end.rows]
         optima = end.next_optima if keep_optima else None
-        self.checkpoints.save(end.round, end.networks, self.rows, optima, end.next_masks)
+        next_plan = end.next_plan and end.next_plan._asdict()
+        self.checkpoints.save(end.round, end.networks, self.rows, optima, end.next_masks, next_plan)
         if not self._is_primary:
             return
         self._results.append(end.rows)
@@ -329,7 +330,7 @@ class Recorder(contextlib.AbstractContextManager):
             self._analysis_thread.submit(self._run_guarded, *arguments)
         if end.round + 1 == self._experiment.rounds:
             self.checkpoints.discard_progress()
-        images = len(end.rows) * epochs * steps * self._experiment.spec.batch_size
+        images = len(end.rows) * end.rows[0]["epochs"] * steps * self._experiment.spec.batch_size
         self._display.round(end.round, end.rows, images)
 
     def _analyse_and_delete(self, number, results):

@@ -24,6 +24,9 @@ FIELDS = (
     "test_accuracy",
     "repulsion",  # J_r at the end of training; empty without repulsion
     "cosine",  # mean cosine similarity with earlier optima on the round's mask; empty if there are none
+    "epochs",  # of the training
+    "retraining_barrier",  # error barrier between the two last solutions, if it decided these epochs; in [0, 1]
+    "pruning_barrier",  # increase of the error up to the next mask, if it decided its density; in [0, 1]
     "seconds",  # wall time in which all members of the round were trained, without compilation
 )
 

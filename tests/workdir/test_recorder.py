@@ -69,7 +69,7 @@ def make_epoch_end(number, diverged=None):
     """Make the end of an epoch of one step and two members."""
     progress = MidRoundState(1, None, None, divergence.init_history(2), 0.1)
     metrics = Metrics(np.zeros((1, 2)), np.zeros((1, 2)))
-    return EpochEnd(number, (), progress, metrics, 0.1, 0.0, diverged or {})
+    return EpochEnd(number, (), progress, metrics, 0.1, 0.0, diverged or {}, 2)
 
 
 DIVERGED = {Member("imp", 0): (1, "it broke")}
