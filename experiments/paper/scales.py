@@ -27,6 +27,9 @@ class Scale:
     trunk: Run  # the run with whose masks the controls of `experiments.literature` train
     trunk_rounds: tuple[int, ...]  # the rounds of these masks
     at_initialisation: Run  # pruned by other scores before any training
+    effort: Run  # imp alone, whose rounds `experiments.literature.effort` shortens
+    short_epochs: int  # of a short round
+    evidence_rounds: int  # of a run that may prune more than `pruning.fraction` after a round
 
     @property
     def unstable(self) -> int:
@@ -44,6 +47,13 @@ def _halve(run):
 
 
 _EVERY_THIRD = tuple(range(3, 25, 3))  # densities from 51 to 0.47 %
+
+
+def _without_controls(run):
+    """Return the run with imp alone."""
+    return run.with_overrides(arms=("imp",), instability__rounds=())
+
+
 _CONV4 = make_run("conv4", {})
 _DESTABILISED = _CONV4.with_overrides(
     batch_size=16,
@@ -71,6 +81,9 @@ PAPER = Scale(
     trunk=make_run("resnet20", {"batch_size": 2048}),
     trunk_rounds=_EVERY_THIRD,
     at_initialisation=_halve(make_run("resnet20", {"batch_size": 2048})),
+    effort=_without_controls(make_run("resnet20", {"batch_size": 2048, "optimizer.weight_decay": 0.0})),
+    short_epochs=25,
+    evidence_rounds=13,
 )
 
 # LeNet on mnist5k stands for all networks. A learning rate of 0.02 makes it unstable at batch size 20: the
@@ -98,6 +111,9 @@ MINI = Scale(
     trunk=make_run("mnist5k", {}),
     trunk_rounds=_EVERY_THIRD,
     at_initialisation=_halve(make_run("mnist5k", {})),
+    effort=_without_controls(make_run("mnist5k", {})),
+    short_epochs=3,
+    evidence_rounds=13,
 )
 
 _TINY = make_run(
@@ -132,6 +148,9 @@ SMOKE = Scale(
     trunk=_TINY,
     trunk_rounds=(1, 3),
     at_initialisation=_TINY.with_overrides(rounds=3, pruning__fraction=0.5, instability__rounds=()),
+    effort=_without_controls(_TINY.with_overrides(epochs=2)),
+    short_epochs=1,
+    evidence_rounds=3,
 )
 
 SCALES = {scale.name: scale for scale in (PAPER, MINI, SMOKE)}

@@ -5,7 +5,7 @@ import sys
 import matplotlib.figure
 import pytest
 
-from experiments.literature import at_initialisation, comparison, controls, signs, transfer
+from experiments.literature import at_initialisation, comparison, controls, effort, signs, transfer
 from experiments.literature.comparison import NO_LEAD, TOO_LITTLE, Comparison, Series, judge, part_of_lead
 from experiments.paper import catalogue, commands
 from experiments.paper.panels import NOT_RUN
@@ -104,16 +104,15 @@ def test_methods_at_initialisation_have_the_fields_of_their_names():
 
 @pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: figure.name)
 def test_every_experiment_has_a_figure_and_a_table(figure):
-    panels = {"controls": 3, "at_initialisation": 5, "signs": 1, "transfer": 2}[figure.name]
+    panels = {"controls": 3, "at_initialisation": 5, "signs": 1, "transfer": 2, "effort": 2}[figure.name]
     finished = {run: make_tables(run) for run in figure.runs(MINI)}
     drawn = figure.draw(MINI, finished)
     assert isinstance(drawn, matplotlib.figure.Figure)
     assert len(drawn.axes) == panels
     assert not [text for axes in drawn.axes for text in axes.texts]
     lines = sum(len(axes.containers) for axes in drawn.axes)
-    assert (
-        lines == {"controls": 14 + 3 * 2, "at_initialisation": 15, "signs": 6, "transfer": 4 + 3}[figure.name]
-    )
+    expected = {"controls": 14 + 3 * 2, "at_initialisation": 15, "signs": 6, "transfer": 4 + 3, "effort": 7}
+    assert lines == expected[figure.name]
     assert TOO_LITTLE not in figure.table(MINI, finished)
     empty = figure.draw(MINI, {})
     assert [text.get_text() for axes in empty.axes for text in axes.texts] == [NOT_RUN] * panels
@@ -196,3 +195,40 @@ def test_a_branch_is_done_if_each_round_is_recorded_or_diverged(tmp_path):
     diverged = f"replicate,arm,round,step,what\n0,random,{arms.numbers[1]},4,nan\n"
     (workdir / "divergences.csv").write_text(diverged)
     assert sweep.read_states([arms])[arms] == ("done", 2, "")
+
+
+def make_effort_tables(epochs, accuracy):
+    """Return the tables of all runs of `effort`, with these epochs per round and accuracies in %, by name."""
+    finished = {}
+    for name, run in effort.make_runs(MINI).items():
+        table = tables(run, accuracy=lambda arm, r, n, name=name: accuracy.get(name, 90) / 100 + 0.01 * (r - 1))
+        table.results["epochs"] = [epochs.get(name, 10) if n else 10 for n in table.results["round"]]
+        finished[run] = table
+    return finished
+
+
+def test_the_table_of_effort_states_what_is_saved_at_equal_accuracy():
+    """Epochs are summed from the dense network on; the lowest replicate of full IMP is the limit."""
+    accuracy = {"short": 88.9, "evidence": 89.1, "learning-rate rewinding": 93}
+    finished = make_effort_tables({"short": 3, "evidence": 5}, accuracy)
+    lines = effort.tabulate(MINI, finished).splitlines()
+    rows = {cells[0]: cells[1:] for cells in ([c.strip() for c in line.split("|")[1:-1]] for line in lines)}
+    assert rows["full"] == [*("90.0 (89.0 to 91.0)", "160", "–"), *("90.0 (89.0 to 91.0)", "250", "–")]
+    assert rows["short"][:3] == ["88.9 (87.9 to 89.9)", str(10 + 15 * 3), "1.1 points lower"]
+    assert rows["evidence"][1:3] == [str(10 + 15 * 5), "saves 47%"]
+    assert rows["evidence"][4:] == [str(10 + 24 * 5), "saves 48%"]
+    assert rows["learning-rate rewinding"][2] == "saves nothing, 3.0 points higher"
+    assert rows["weight decay until 10 %"][2] == "saves nothing"
+
+
+def test_effort_has_no_verdict_without_its_reference():
+    finished = make_effort_tables({}, {})
+    del finished[MINI.effort]
+    lines = effort.tabulate(MINI, finished).splitlines()
+    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == ["full", *("–",) * 6]
+    assert lines[4].split("|")[4].strip() == TOO_LITTLE
+
+
+def test_weight_decay_is_compared_with_weight_decay():
+    finished = make_effort_tables({}, {effort.DECAY: 80, "weight decay until 10 %": 79.5})
+    assert "saves nothing" in effort.tabulate(MINI, finished).splitlines()[-1]

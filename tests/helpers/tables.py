@@ -29,15 +29,17 @@ def tables(
     numbers = (run.numbers if isinstance(run, Branch) else range(config.rounds))[:rounds]
     replicates = range(config.replicates)
     arms = config.arms
+    fraction = config.pruning.fraction if config.pruning.policy == "fixed" else config.pruning.fractions[1]
     results = pd.DataFrame(
         {
             "replicate": r,
             "arm": arm,
             "round": n,
-            "density": (1 - config.pruning.fraction) ** n,
+            "density": (1 - fraction) ** n,
             "threshold": threshold(arm, r, n),
             "test_accuracy": accuracy(arm, r, n),
             "train_accuracy": accuracy(arm, r, n),
+            "epochs": config.epochs,
         }
         for n, arm, r in product(numbers, arms, replicates)
     )
