@@ -8,6 +8,7 @@ import io
 import shutil
 import tempfile
 import time
+from pathlib import Path
 
 import jax
 
@@ -15,12 +16,22 @@ from experiments.benchmarks.tables import print_quantities
 from experiments.sweeps.runs import load_config
 from imp_jax import analysis, connectivity, runs, training
 from imp_jax.experiment import setup
+from imp_jax.workdir.checkpoints import Checkpoints
+from imp_jax.workdir.lock import stored_config
+from imp_jax.workdir.results import read_results
 
 
 def benchmark_analysis(rounds: int, repeats: int) -> None:
-    """Time all analyses of a run of 3 replicates, and a path between two of its networks; print the table."""
+    """Time all analyses of a run of 3 replicates, each of them alone, and a path between two networks.
+
+    Those on request are timed too, on the rounds and epochs of the default config.
+    """
     config = load_config("mnist5k")
     config.rounds, config.epochs = rounds, 1
+    with config.unlocked():
+        config.evaluate_epochs = True  # the analysis learning reads them
+        config.analysis.noise_epochs = (0, 1)
+        config.instability.steps = (0, 30)
     with tempfile.TemporaryDirectory() as workdir, contextlib.redirect_stdout(io.StringIO()):
         runs.run(config, workdir)
         analyses = []
@@ -29,6 +40,7 @@ def benchmark_analysis(rounds: int, repeats: int) -> None:
             start = time.perf_counter()
             analysis.run(workdir)
             analyses.append(time.perf_counter() - start)
+        alone = {name: _time_alone(name, workdir, repeats) for name in analysis.ANALYSES}
         networks = analysis.load(workdir).round(rounds - 1).trained
     first, *analyses = analyses
 
@@ -48,6 +60,27 @@ def benchmark_analysis(rounds: int, repeats: int) -> None:
         {
             "all analyses, figures and report (s)": (analyses, "{:.1f}"),
             "the first time, compilation included (s)": ([first], "{:.1f}"),
+            **{
+                f"{name}{', on request' if analysis.ANALYSES[name].cost else ''} (s)": (seconds, "{:.1f}")
+                for name, seconds in alone.items()
+            },
             "a path of 20 points over one evaluation": (ratios[1:], "{:.1f}"),
         },
     )
+
+
+def _time_alone(name: str, workdir: str, repeats: int) -> list[float]:
+    """Time the computation of one table, with the reading of its networks; the first call compiles."""
+    config = stored_config(Path(workdir))
+    config.analysis.also = (name,) if analysis.ANALYSES[name].cost else ()
+    repeats = 1 if config.analysis.also else repeats
+    experiment = setup(config, use_mesh=False)
+    seconds = []
+    for _ in range(1 + repeats):
+        Path(workdir, "analysis", f"{name}.csv").unlink(missing_ok=True)
+        with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+            results = read_results(Path(workdir))
+            start = time.perf_counter()
+            analysis.compute(checkpoints, config, lambda: experiment, Path(workdir), results)
+            seconds.append(time.perf_counter() - start)
+    return seconds[1:]

@@ -29,6 +29,7 @@ STYLES = {
     FULL: figures.STYLES["imp"],
     "learning-rate rewinding": {"color": "#009E73", "linestyle": "-.", "marker": "^"},
     "short": {"color": "#E69F00", "linestyle": ":", "marker": "v"},
+    "short, learning-rate rewinding": {"color": "#56B4E9", "linestyle": "--", "marker": "<"},
     "evidence": {"color": "#D55E00", "linestyle": "-", "marker": "s"},
     "evidence, pruning too": {"color": "#CC79A7", "linestyle": "--", "marker": "D"},
     DECAY: {"color": "#666666", "linestyle": ":", "marker": "x"},
@@ -46,6 +47,10 @@ def make_runs(scale: Scale) -> dict[str, Run]:
         FULL: full,
         "learning-rate rewinding": full.with_overrides(rewind_step=None),
         "short": full.with_overrides(retraining__policy="short", **short),
+        # a control of evidence: from the trained weights in every round, whatever the barrier
+        "short, learning-rate rewinding": full.with_overrides(
+            retraining__policy="short", rewind_step=None, **short
+        ),
         "evidence": evidence,
         "evidence, pruning too": evidence.with_overrides(
             pruning__policy="evidence", rounds=scale.evidence_rounds
@@ -67,7 +72,7 @@ def total_epochs(run: analysis.Run) -> pd.Series:
 
 def draw(scale: Scale, finished: Finished) -> Figure:
     """Draw accuracy over density, and over the epochs trained to reach it."""
-    figure, (left, right) = make_grid(2, columns=2, width=4.2, height=3.4)
+    figure, (left, right) = make_grid(2, columns=2, width=4.2, height=3.4, sharey=False)
     runs = make_runs(scale)
     draw_series(left, finished, [(name, Series(run), STYLES[name]) for name, run in runs.items()])
     for name, run in runs.items():
@@ -82,7 +87,6 @@ def draw(scale: Scale, finished: Finished) -> Figure:
         lowest = min(line.get_xdata().min() for line in right.get_lines())
         figures.density_axis(right, lowest)
         right.set_ylabel("Epochs trained in total")
-        right.tick_params(labelleft=True)
     add_common_legend(figure, columns=4)
     return figure
 

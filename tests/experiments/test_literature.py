@@ -111,7 +111,7 @@ def test_every_experiment_has_a_figure_and_a_table(figure):
     assert len(drawn.axes) == panels
     assert not [text for axes in drawn.axes for text in axes.texts]
     lines = sum(len(axes.containers) for axes in drawn.axes)
-    expected = {"controls": 14 + 3 * 2, "at_initialisation": 15, "signs": 6, "transfer": 4 + 3, "effort": 7}
+    expected = {"controls": 14 + 3 * 2, "at_initialisation": 15, "signs": 6, "transfer": 4 + 3, "effort": 8}
     assert lines == expected[figure.name]
     assert TOO_LITTLE not in figure.table(MINI, finished)
     empty = figure.draw(MINI, {})
@@ -226,7 +226,7 @@ def test_effort_has_no_verdict_without_its_reference():
     del finished[MINI.effort]
     lines = effort.tabulate(MINI, finished).splitlines()
     assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == ["full", *("–",) * 6]
-    assert lines[4].split("|")[4].strip() == TOO_LITTLE
+    assert lines[5].split("|")[4].strip() == TOO_LITTLE
 
 
 def test_weight_decay_is_compared_with_weight_decay():
