@@ -1,5 +1,6 @@
 """Linear paths between networks, and the error barrier on them (sections 2.1 and 4.3)."""
 
+import functools
 from collections.abc import Mapping
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ import numpy as np
 from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
-from imp_jax import data, masking
+from imp_jax import data, masking, models
 from imp_jax.masking import Params
 from imp_jax.models.fast_cpu import use_kernels
 from imp_jax.models.fast_cpu.convolution import conv_general_dilated_by
@@ -69,6 +70,20 @@ def error_barrier(errors: Float[Array, "*paths points"], baseline: str = "mean")
     return jnp.max(errors - base, axis=-1)
 
 
+def sublevel_excess(*legs: Float[Array, "*paths _"]) -> Float[Array, "*paths"]:
+    """Compute how far the error on a path of several legs exceeds the larger error of its two ends.
+
+    It is at least 0. If it is at most ε, the path stays in the set of networks whose error is at most ε above
+    that of its worse end, so both ends are in one connected sublevel set (Paul et al. 2023). A pruned network
+    and the solution trained from its mask are the ends of such a path over the projection on the mask.
+
+    Args:
+      legs: the error (or loss) at points of each leg, in any unit; each leg starts where the one before ends.
+    """
+    # the points need not be equidistant, because this baseline is constant along the path
+    return error_barrier(jnp.concatenate(legs, axis=-1), baseline="max")
+
+
 def path_metrics(
     variables_a: Variables,
     variables_b: Variables,
@@ -121,7 +136,7 @@ def _sum_in_chunks(function, path, split, spec, batch_size=None):
     chunk = len(alphas)
     # a streamed split would be decoded again for every chunk; unrolled points follow each other in any case
     if split.in_memory and not spec.execution.unroll:
-        chunk = _max_points_per_pass(params_a, states, split, batch_size, spec)
+        chunk = _max_points_per_pass(split.image_shape, batch_size, spec)
     sums = []
     for first in range(0, len(alphas), chunk):
         points = jax.tree.map(lambda leaf: leaf[first : first + chunk], (alphas, states))  # noqa: B023
@@ -130,18 +145,23 @@ def _sum_in_chunks(function, path, split, spec, batch_size=None):
     return jax.tree.map(lambda *parts: np.concatenate(parts), *sums)
 
 
-def _max_points_per_pass(params, states, split, batch_size, spec):
+def _max_points_per_pass(image_shape, batch_size, spec):
     """Return how many networks, with all layer outputs for a batch, fit in a quarter of the device memory."""
-    state = jax.tree.map(lambda leaf: leaf[0], states)
-    images = jax.ShapeDtypeStruct((batch_size, *split.image_shape), jnp.float32)
+    return max(1, data.device_memory() // 4 // _bytes_per_network(spec.model, image_shape, batch_size))
 
-    def outputs(params, images):
+
+@functools.lru_cache(maxsize=16)  # tracing takes as long as evaluating a small network
+def _bytes_per_network(model, image_shape, batch_size):
+    """Return the size of the parameters of a network and of all layer outputs for a batch."""
+    variables = models.shapes(model, image_shape)
+    images = jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.float32)
+
+    def outputs(variables, images):
         options = {"capture_intermediates": True, "mutable": ["intermediates"]}
-        return spec.model.apply({"params": params, **state}, images, train=False, **options)[1]
+        return model.apply(variables, images, train=False, **options)[1]
 
-    arrays = jax.tree.leaves((params, jax.eval_shape(outputs, params, images)))
-    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in arrays)
-    return max(1, data.device_memory() // 4 // needed)
+    arrays = jax.tree.leaves((variables["params"], jax.eval_shape(outputs, variables, images)))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in arrays)
 
 
 def _map_points(function, alphas, states, spec):

@@ -209,7 +209,7 @@ def draw_paths(axes: Axes, paths: pd.DataFrame, results: pd.DataFrame, rounds: S
     ):
         rows = paths[(paths["round"] == number) & (paths["split"] == "test")]
         errors = 100 * rows.groupby("alpha")["error"].agg(["mean", "min", "max"])
-        label = " → ".join(f"{float(f'{100 * density[end]:.2g}'):g}" for end in (number - 1, number)) + " %"
+        label = " → ".join(format_percent(density[end]) for end in (number - 1, number)) + " %"
         axes.plot(errors.index, errors["mean"], color=color, linestyle=line, linewidth=1.6, label=label)
         axes.fill_between(errors.index, errors["min"], errors["max"], color=color, alpha=0.15, linewidth=0)
     axes.set_xlabel("Position α on the path between two rounds")
@@ -283,6 +283,11 @@ def density_axis(axes: Axes, lowest: float) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda density, _: f"{100 * density:g}"))
     axes.set_xlabel("Density: weights remaining (%)")
     axes.grid(alpha=0.3, linewidth=0.6)
+
+
+def format_percent(density: float) -> str:
+    """Return a density in percent, with two digits."""
+    return f"{float(f'{100 * density:.2g}'):g}"
 
 
 def to_bytes(figure: matplotlib.figure.Figure, file_format: str = "png", dpi: int = 200) -> bytes:

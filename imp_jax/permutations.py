@@ -17,6 +17,7 @@ from imp_jax import masking
 
 # For each permuted leaf, by its name: the order of the entries of each permuted axis. A pytree.
 Permutations = dict[str, dict[int, Int[Array, " entries"]]]
+Variables = dict[str, PyTree[Array]]  # params and other collections, as `model.init` returns them
 
 _MAX_SWEEPS = 100  # over all groups; matching converges after a few
 _TOLERANCE = 1e-9  # of the objective, relative to the product of the norms
@@ -99,21 +100,41 @@ def match_weights(
     solution of a linear assignment problem, until no group improves it. The result is a local optimum; it
     depends on the sequence of the groups, which `seed` determines.
     """
+    return from_orders(spec, _match_orders(spec, target, source, seed), source)
+
+
+def align(spec: PermutationSpec, target: Variables, source: Variables, seed: int = 0) -> Variables:
+    """Return `source` with its units permuted to match `target`, statistics included; see `match_weights`.
+
+    Both are variables as `model.init` returns them; the statistics have no influence on the permutation. The
+    result computes the same function as `source`.
+    """
+    orders = _match_orders(spec, target["params"], source["params"], seed)
+    permutations = from_orders(spec, orders, *source.values())
+    return {collection: permute(tree, permutations) for collection, tree in source.items()}
+
+
+def _match_orders(spec, target, source, seed) -> dict[str, Int[np.ndarray, " units"]]:
+    """Return the order of the units of each group of `source` that `match_weights` finds."""
     target, source = (_named_leaves(tree) for tree in (target, source))
     orders = {group: np.arange(size) for group, size in spec.sizes.items()}
     scale = np.sqrt(np.prod([sum(np.sum(leaf**2) for leaf in tree.values()) for tree in (target, source)]))
+    # the products of leaves with a single permuted axis do not depend on other groups; they are computed once
+    single = {name: leaf for name, leaf in source.items() if sum(map(bool, spec.axes.get(name, ()))) == 1}
+    several = {name: leaf for name, leaf in source.items() if name not in single}
+    constant = {group: _products(spec, group, orders, target, single) for group in spec.sizes}
     generator = np.random.default_rng(seed)
     for _ in range(_MAX_SWEEPS):
         improved = False
         for group in generator.permutation(sorted(spec.sizes)):
-            products = _products(spec, group, orders, target, source)
+            products = constant[group] + _products(spec, group, orders, target, several)
             units, order = linear_sum_assignment(products, maximize=True)
             gain = products[units, order].sum() - products[units, orders[group]].sum()
             if gain > _TOLERANCE * scale:
                 orders[group], improved = order, True
         if not improved:
-            break
-    return from_orders(spec, orders, source)
+            return orders
+    return orders
 
 
 def _expand(sizes, axes, orders, shapes) -> Permutations:

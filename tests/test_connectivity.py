@@ -65,6 +65,15 @@ def test_error_barrier_of_several_paths():
     np.testing.assert_allclose(jax.jit(connectivity.error_barrier)(errors), [0, 1, 0], atol=1e-6)
 
 
+def test_sublevel_excess_of_two_legs():
+    """The first path of each leg rises in the middle to 9/4; the second only falls to its end."""
+    alpha = np.linspace(0, 1, 9)
+    parabola = 4 * alpha * (1 - alpha) + 2 * alpha  # from 0 to 2, and 9/4 at α = 3/4
+    rising, falling = np.stack([parabola, 3 - alpha]), np.stack([2 - alpha[::2], 2 - alpha[::2]])
+    np.testing.assert_allclose(connectivity.sublevel_excess(rising, falling), [9 / 4 - 1, 0], atol=1e-6)
+    assert connectivity.sublevel_excess(parabola) == pytest.approx(1 / 4)
+
+
 def test_error_barrier_rejects_an_unknown_baseline():
     with pytest.raises(ValueError, match="baseline is 'median'"):
         connectivity.error_barrier(jnp.ones(3), baseline="median")
@@ -188,7 +197,7 @@ def test_path_metrics_do_not_depend_on_points_per_pass(monkeypatch):
     outputs = 30 * (20 + 10 + 10 + 10)  # of three layers and the whole network
     # a quarter of the memory holds three points in float32
     monkeypatch.setattr(data, "device_memory", lambda: 4 * 4 * (3 * (weights + outputs) + 1))
-    assert connectivity._max_points_per_pass(a["params"], {}, split, 30, spec) == 3
+    assert connectivity._max_points_per_pass(split.image_shape, 30, spec) == 3
     np.testing.assert_allclose(
         connectivity.path_metrics(a, b, split, spec=spec, num_points=7), one_pass, rtol=1e-6
     )

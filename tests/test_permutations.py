@@ -7,7 +7,7 @@ import pytest
 
 from imp_jax import masking, models
 from imp_jax.models.lenet import LeNet
-from imp_jax.permutations import from_orders, identity, match_weights, permute
+from imp_jax.permutations import align, from_orders, identity, match_weights, permute
 
 MODELS = {
     "lenet": (8, {}),
@@ -81,6 +81,18 @@ def test_matching_recovers_a_planted_permutation(name):
     noise = jax.tree.map(lambda p: 0.01 * np.std(p) * np.random.default_rng(2).normal(size=p.shape), target)
     found = match_weights(spec, jax.tree.map(np.add, target, noise), params)
     jax.tree.map(np.testing.assert_array_equal, permute(params, found), target)
+
+
+@pytest.mark.parametrize("name", ["lenet", "resnet20", "vgg11"])
+def test_aligning_a_permuted_copy_restores_all_variables(name):
+    """Statistics too, on which the matching does not depend."""
+    model, variables, _ = random_variables(name)
+    spec = model.permutation_spec()
+    planted = from_orders(spec, random_orders(spec), *variables.values())
+    copy = {collection: permute(tree, planted) for collection, tree in variables.items()}
+    other_statistics = {name: jax.tree.map(lambda leaf: -leaf, tree) for name, tree in variables.items()}
+    target = {**other_statistics, "params": variables["params"]}
+    jax.tree.map(np.testing.assert_array_equal, align(spec, target, copy), variables)
 
 
 def test_matching_increases_the_inner_product_of_independent_networks():

@@ -36,8 +36,9 @@ are computed only between adjacent rounds, to round 0 and to the initialisation.
 | file | contents |
 |---|---|
 | `registry.py` | `register`, `register_figure`, and the inputs of analyses: `NetworkInputs`, `RunInputs` |
-| `paper.py` | the analyses and figures above, registered in the same way as a user's own |
+| `paper.py` | the analyses and figures of the paper, registered in the same way as a user's own |
 | `distances.py`, `paths.py`, `weights.py` | the functions of these analyses |
+| `sublevel.py`, `permuted_paths.py` | an analysis each, with its figure |
 | `computation.py` | finds missing rows, reads the networks and calls the analyses |
 | `tables.py` | reads and writes the csv files |
 | `report.py` | `report.html` |

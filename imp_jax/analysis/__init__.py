@@ -21,7 +21,7 @@ import pandas as pd
 from ml_collections import ConfigDict
 
 from imp_jax import config_files, errors, figures, similarity
-from imp_jax.analysis import paper, report
+from imp_jax.analysis import paper, permuted_paths, report, sublevel  # noqa: F401 (two register analyses)
 from imp_jax.analysis.computation import compute
 from imp_jax.analysis.registry import (
     ANALYSES,

@@ -27,7 +27,19 @@ KEYS = {
 }
 
 # columns that identify a row; the others are values
-_INDEX = ("replicate", "arm", "kind", "metric", "round", "round_a", "round_b", "split", "alpha", "layer")
+_INDEX = (
+    "replicate",
+    "replicate_b",
+    "arm",
+    "kind",
+    "metric",
+    "round",
+    "round_a",
+    "round_b",
+    "split",
+    "alpha",
+    "layer",
+)
 
 
 @dataclasses.dataclass(frozen=True)

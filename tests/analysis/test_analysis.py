@@ -390,7 +390,7 @@ def test_a_figure_that_cannot_be_drawn_is_skipped_with_a_message(analysed, tmp_p
     monkeypatch.setattr(figures, "to_bytes", fail_once)
     pngs = analysis.draw(analysis.load(copy))
     assert "accuracy" not in pngs
-    assert len(pngs) == 7
+    assert len(pngs) == 9
     message = capsys.readouterr().err
     assert message.startswith(
         f"{copy / 'figures' / 'accuracy.png'} is missing, as it cannot be drawn: RuntimeError"
@@ -467,7 +467,7 @@ def test_analyses_do_not_call_global_max(copy, monkeypatch):
 
 
 def test_every_figure_is_drawn_as_png_and_pdf(analysed):
-    names = {"accuracy", "threshold", "histograms", "barriers", "instability"}
+    names = {"accuracy", "threshold", "histograms", "barriers", "instability", "sublevel", "permuted_paths"}
     names |= {f"distances_{metric}" for metric in ("angular", "cosine", "euclidean")}
     assert {path.name for path in (analysed / "figures").iterdir()} == {
         f"{name}.{suffix}" for name in names for suffix in ("png", "pdf")
@@ -478,7 +478,7 @@ def test_every_figure_is_drawn_as_png_and_pdf(analysed):
 
 def test_the_report_is_one_file_with_all_figures_and_numbers(analysed, run):
     report = (analysed / "report.html").read_text()
-    assert len(re.findall(r'<img alt="\w+" src="data:image/png;base64,', report)) == 8
+    assert len(re.findall(r'<img alt="\w+" src="data:image/png;base64,', report)) == 10
     assert not re.findall(r'(?:src|href)="(?!data:)', report)
     means = 100 * run.results.query("arm == 'imp'").groupby("round")["test_accuracy"].mean()
     for mean in means:
