@@ -149,16 +149,19 @@ def start_round(
     return RoundState(members, tickets, masks, permutations=permutations)
 
 
-def take_images(experiment: Experiment, stream: str, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Take the training images and labels on which scores are computed; the same for all members.
+def take_images(
+    experiment: Experiment, stream: str, number: int, count: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Take random training images and their labels, such as those of scores; the same for all members.
 
     Args:
       stream: name of the RNG stream that draws the images.
       number: folded into its key, such as the number of the round.
+      count: how many; None is `pruning.images`.
     """
     key = jax.random.fold_in(jax.random.key(experiment.seed), stream_number(stream))
     examples = jax.random.permutation(jax.random.fold_in(key, number), experiment.dataset.train.examples)
-    examples = np.asarray(examples[: experiment.pruning.images])
+    examples = np.asarray(examples[: experiment.pruning.images if count is None else count])
     return devices.gather_members(tuple(experiment.dataset.train.take(examples)), None)
 
 

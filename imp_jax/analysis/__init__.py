@@ -20,8 +20,9 @@ from pathlib import Path
 import pandas as pd
 from ml_collections import ConfigDict
 
+from imp_jax import config as configs
 from imp_jax import config_files, errors, figures, similarity
-from imp_jax.analysis import paper, report
+from imp_jax.analysis import instability, noise, paper, report, sharpness  # noqa: F401 (register analyses)
 from imp_jax.analysis.computation import compute
 from imp_jax.analysis.registry import (
     ANALYSES,
@@ -171,6 +172,8 @@ def run(
     if config_file:  # it may register analyses
         config_files.execute(config_file)
     check_requests(config.analysis.also)
+    if also:
+        configs.validate(config)  # before it is stored
     with contextlib.ExitStack() as stack:
         stack.enter_context(open_workdir(workdir, config))
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir)))
