@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from imp_jax import connectivity
-from imp_jax.analysis.on_request import imp_replicates, keep_known_rows, replay_round
+from imp_jax.analysis.on_request import format_density, imp_replicates, keep_known_rows, replay_round
 from imp_jax.analysis.registry import RunInputs, register, register_figure
 from imp_jax.figures import PATH_COLORS, Figure, densities, in_default_style
 from imp_jax.members import BranchMember, member_keys
@@ -52,14 +52,14 @@ def _wanted(config):
 
 
 def _settings(config):
-    return tuple(config.analysis[field] for field in _SETTINGS)
+    return pd.Series({field: config.analysis[field] for field in _SETTINGS})
 
 
 def _missing(inputs):
     """Return the (kind, step, noise) without current rows, by round."""
     table = inputs.tables["instability"]
-    is_current = [tuple(row) == _settings(inputs.config) for row in table[_SETTINGS].to_numpy().tolist()]
-    known = set(table[is_current][_KEYS].itertuples(index=False, name=None))
+    is_current = table[_SETTINGS].eq(_settings(inputs.config)).all(axis=1)
+    known = set(table.loc[is_current, _KEYS].itertuples(index=False, name=None))
     missing = {
         number: [
             (kind, step, noise)
@@ -156,7 +156,7 @@ def draw(table: pd.DataFrame, results: pd.DataFrame, split: str = "test") -> Fig
                 (stats["mean"] - stats["min"]).clip(lower=0),
                 (stats["max"] - stats["mean"]).clip(lower=0),
             ]
-            label = f"{float(f'{100 * density[number]:.2g}'):g} %"
+            label = format_density(density[number])
             axes.errorbar(
                 positions,
                 stats["mean"],
@@ -184,8 +184,8 @@ def describe(run: Any) -> str:
     parts = []
     for number, of_round in rows.groupby("round"):
         means = 100 * of_round.groupby("step")["barrier"].mean()
-        barriers = ", ".join(f"{barrier:.2g} from step {step:g}" for step, barrier in means.items())
-        parts.append(f"{barriers} at density {density[number]:.3g}")
+        barriers = ", ".join(f"{barrier:.3g} from step {step:g}" for step, barrier in means.items())
+        parts.append(f"{barriers} at {format_density(density[number])} density")
     return (
         f"The barriers of twins are, in percentage points of test error, {'; '.join(parts)}." if parts else ""
     )

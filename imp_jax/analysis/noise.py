@@ -9,7 +9,13 @@ import numpy as np
 import pandas as pd
 
 from imp_jax import gradient_noise, masking, training
-from imp_jax.analysis.on_request import imp_replicates, keep_known_rows, replay_round, take_batches
+from imp_jax.analysis.on_request import (
+    format_density,
+    imp_replicates,
+    keep_known_rows,
+    replay_round,
+    take_batches,
+)
 from imp_jax.analysis.registry import RunInputs, register
 from imp_jax.experiment import Experiment
 from imp_jax.figures import PATH_COLORS, Figure, densities, density_axis, draw_mean, in_default_style
@@ -57,8 +63,8 @@ def compute_noise(inputs: RunInputs) -> Iterator[tuple]:
 def _missing(inputs):
     """Return the epochs without current rows, by round."""
     table = inputs.tables["noise"]
-    current = table[table["images"] == inputs.config.analysis.images] if len(table) else table
-    known = set(current[_KEYS].itertuples(index=False, name=None))
+    is_current = table["images"] == inputs.config.analysis.images
+    known = set(table.loc[is_current, _KEYS].itertuples(index=False, name=None))
     missing = {
         number: [
             epoch
@@ -153,8 +159,8 @@ def describe(run: Any) -> str:
         scale = means["variance"] / means["gradient"]  # less biased than the mean of ratios
         first, last = scale.index[0], scale.index[-1]
         parts.append(
-            f"{scale[first]:.3g} images at density {density[first]:.3g} and {scale[last]:.3g} at "
-            f"{density[last]:.3g} after {epoch} epoch{'s' * (epoch != 1)}"
+            f"{scale[first]:.3g} images at {format_density(density[first])} density and {scale[last]:.3g} at "
+            f"{format_density(density[last])} after {epoch} epoch{'s' * (epoch != 1)}"
         )
     batch_size = rows["batch_size"].iloc[0]
     return f"The noise scale is {'; '.join(parts)}; the run has batches of {batch_size:g} images."

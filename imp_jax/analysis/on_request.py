@@ -51,6 +51,11 @@ def replay_round(
     return replicates, masks, replay(inputs.experiment, number, replicates, initial, masks, steps)
 
 
+def format_density(density: float) -> str:
+    """Return a density for a label or a sentence, such as "1.8 %"."""
+    return f"{float(f'{100 * density:.2g}'):g} %"
+
+
 def keep_known_rows(known: pd.DataFrame, rows: Sequence[tuple[Any, ...]], keys: int) -> Iterator[tuple]:
     """Yield the rows of a table that are not computed again, then the computed `rows`.
 

@@ -10,7 +10,7 @@ import pandas as pd
 from ml_collections import ConfigDict
 
 from imp_jax import curvature
-from imp_jax.analysis.on_request import take_batches
+from imp_jax.analysis.on_request import format_density, take_batches
 from imp_jax.analysis.registry import NetworkInputs, RunInputs, register
 from imp_jax.figures import LABELS, STYLES, Figure, densities, density_axis, draw_mean, in_default_style
 from imp_jax.runtime.compilation import jit_with_backend_options
@@ -68,8 +68,8 @@ def has_all_images(table: pd.DataFrame, config: ConfigDict) -> pd.Series:
 def estimate_cost(inputs: RunInputs) -> float:
     """Return the number of images whose gradients take as long as the missing rows."""
     table = inputs.tables["sharpness"]
-    current = table[has_all_images(table, inputs.config)] if len(table) else table
-    known = set(current[["arm", "replicate", "round"]].itertuples(index=False, name=None))
+    current = table.loc[has_all_images(table, inputs.config), ["arm", "replicate", "round"]]
+    known = set(current.itertuples(index=False, name=None))
     networks = {(*m, n) for n, members in inputs.rounds.items() for m in members if m.arm != "twin"}
     return len(networks - known) * inputs.config.analysis.images * _GRADIENTS
 
@@ -104,9 +104,10 @@ def describe(run: Any) -> str:
     means, density = rows.groupby("round")[["largest_eigenvalue", "trace"]].mean(), densities(run.results)
     first, last = means.index[0], means.index[-1]
     return (
-        f"From density {density[first]:.3g} to {density[last]:.3g}, the largest eigenvalue of imp goes from "
-        f"{means['largest_eigenvalue'][first]:.3g} to {means['largest_eigenvalue'][last]:.3g} and the trace "
-        f"from {means['trace'][first]:.3g} to {means['trace'][last]:.3g} nats per squared weight."
+        f"At {format_density(density[first])} density the largest eigenvalue of imp is "
+        f"{means['largest_eigenvalue'][first]:.3g} and the trace {means['trace'][first]:.3g} nats per squared "
+        f"weight; at {format_density(density[last])} they are {means['largest_eigenvalue'][last]:.3g} and "
+        f"{means['trace'][last]:.3g}."
     )
 
 
