@@ -14,10 +14,10 @@ class NoiseScale(NamedTuple):
     """Estimates of the gradient and its noise.
 
     Attributes:
-      gradient: |G|², the squared norm of the gradient G of the expected loss.
+      gradient: ‖G‖², the squared norm of the gradient G of the expected loss.
       variance: tr Σ, the trace of the covariance of the gradient of a single image.
-      noise_scale: tr Σ / |G|², in images: the batch size at which noise and gradient contribute equally to the
-        squared norm of a batch's gradient. nan where the estimate of |G|² is not above 0.
+      noise_scale: tr Σ / ‖G‖², in images: the batch size at which noise and gradient contribute equally to the
+        squared norm of a batch's gradient. nan where the estimate of ‖G‖² is not above 0.
     """
 
     gradient: Float[Array, "..."]
@@ -33,11 +33,11 @@ def noise_scale(
 ) -> NoiseScale:
     """Estimate the noise scale from the squared gradient norms of batches of two sizes (equation A.2).
 
-    E|g_B|² = |G|² + tr Σ / B for batches of B independent images, so the two estimates are unbiased; their
+    E‖g_B‖² = ‖G‖² + tr Σ / B for batches of B independent images, so the two estimates are unbiased; their
     ratio is not.
 
     Args:
-      small_squared_norm: |g|² of a batch of `small_batch` images, or a mean over such batches.
+      small_squared_norm: ‖g‖² of a batch of `small_batch` images, or a mean over such batches.
       big_squared_norm: the same for `big_batch` images.
 
     Raises:
@@ -54,7 +54,7 @@ def noise_scale(
 def squared_norms(
     gradient: Callable[[PyTree[Array]], PyTree[Array]], batches: PyTree[Array]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Compute the mean of |g|² over small batches, and |ḡ|² of the batch that they form together.
+    """Compute the mean of ‖g‖² over small batches, and ‖ḡ‖² of the batch that they form together.
 
     ḡ is the mean of their gradients, which is the gradient of the whole if the loss is a mean over images.
 

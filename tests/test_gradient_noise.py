@@ -9,7 +9,7 @@ from imp_jax import gradient_noise
 
 
 def test_noise_scale_inverts_the_expected_squared_norms():
-    """E|g_B|² = |G|² + tr Σ / B, with |G|² = 3 and tr Σ = 60."""
+    """E‖g_B‖² = ‖G‖² + tr Σ / B, with ‖G‖² = 3 and tr Σ = 60."""
     estimates = gradient_noise.noise_scale(3 + 60 / 5, 3 + 60 / 40, 5, 40)
     np.testing.assert_allclose(estimates, (3, 60, 20), rtol=1e-5)
 

@@ -1,12 +1,11 @@
 """Repeated trainings, compared to the bit with the rounds that they repeat."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imp_jax import imp, masking, models
+from imp_jax import imp, masking
 from imp_jax.errors import UserError
 from imp_jax.members import BranchMember, Member, take_members
 from imp_jax.replay import perturb, replay, train_on
@@ -16,24 +15,6 @@ from tests.helpers.rounds import assert_trees_equal
 STEPS = 10  # two epochs of 5 steps
 REPLICATES = [0, 1]
 IMPS = [Member("imp", replicate) for replicate in REPLICATES]
-
-
-class NormalizedNet(nn.Module):
-    """A small network with BatchNorm and dropout."""
-
-    num_classes: int = 3
-
-    @nn.compact
-    def __call__(self, images, train=False):
-        x = nn.Dense(6)(images.reshape(len(images), -1))
-        x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
-        return nn.Dense(self.num_classes)(nn.Dropout(0.2, deterministic=not train)(x))
-
-
-@pytest.fixture(autouse=True)
-def registered_model(monkeypatch):
-    monkeypatch.setattr(models, "MODELS", dict(models.MODELS))
-    models.register("normalized", lambda num_classes, **_: NormalizedNet(num_classes))
 
 
 def train(experiment):

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from imp_jax import config as configs
 from imp_jax import config_files, errors, figures, similarity
-from imp_jax.analysis import instability, noise, paper, report, sharpness  # noqa: F401 (register analyses)
+from imp_jax.analysis import paper, report
 from imp_jax.analysis.computation import compute
 from imp_jax.analysis.registry import (
     ANALYSES,
@@ -55,6 +55,9 @@ from imp_jax.workdir.lock import (
     stored_config_file,
 )
 from imp_jax.workdir.results import Results, read_results, recorded_rounds, with_columns
+
+# isort: split
+from imp_jax.analysis import instability, noise, sharpness  # noqa: F401 (registers them, after those of paper)
 
 protect_names()  # after the imports of the modules that register the analyses of imp_jax
 

@@ -38,9 +38,9 @@ def compute_noise(inputs: RunInputs) -> Iterator[tuple]:
     Columns:
       replicate, round, epoch: `epoch` epochs after the start of the training of imp.
       images: the number of training images asked for, `analysis.images`, of which whole batches are used.
-      gradient: the estimate of |G|², the squared norm of the expected gradient, in nats² per squared weight.
+      gradient: the estimate of ‖G‖², the squared norm of the expected gradient, in nats² per squared weight.
       variance: the estimate of tr Σ, the trace of the covariance of the gradient of one image, in this unit.
-      noise_scale: tr Σ / |G|² in images; nan where the estimate of |G|² is not above 0.
+      noise_scale: tr Σ / ‖G‖² in images; nan where the estimate of ‖G‖² is not above 0.
       batch_size: of the run, in images.
     """
     known, rows = inputs.tables["noise"].reindex(columns=_COLUMNS), []
@@ -137,8 +137,9 @@ def draw(table: pd.DataFrame, results: pd.DataFrame) -> Figure:
     axes = figure.add_subplot()
     styles = zip(PATH_COLORS * 9, ("o-", "s--", "^:", "v-.") * 9, strict=True)
     for (epoch, rows), (color, line) in zip(table.groupby("epoch"), styles, strict=False):
-        label = f"after {epoch} epochs" if epoch != 1 else "after 1 epoch"
-        draw_mean(axes, rows, "noise_scale", label=label, color=color, marker=line[0], linestyle=line[1:])
+        draw_mean(
+            axes, rows, "noise_scale", label=_after(epoch), color=color, marker=line[0], linestyle=line[1:]
+        )
     batch_size = table["batch_size"].iloc[0]
     axes.axhline(batch_size, color="black", linewidth=1, label=f"batch size, {batch_size:g}")
     density_axis(axes, table["density"].min())
@@ -160,10 +161,14 @@ def describe(run: Any) -> str:
         first, last = scale.index[0], scale.index[-1]
         parts.append(
             f"{scale[first]:.3g} images at {format_density(density[first])} density and {scale[last]:.3g} at "
-            f"{format_density(density[last])} after {epoch} epoch{'s' * (epoch != 1)}"
+            f"{format_density(density[last])} {_after(epoch)}"
         )
     batch_size = rows["batch_size"].iloc[0]
     return f"The noise scale is {'; '.join(parts)}; the run has batches of {batch_size:g} images."
+
+
+def _after(epoch):
+    return f"after {epoch} epoch{'s' * (epoch != 1)}" if epoch else "at the start"
 
 
 register(
@@ -171,8 +176,8 @@ register(
     compute_noise,
     columns=_COLUMNS,
     needs="run",
-    description="simple gradient noise scale tr Σ / |G|² of imp, in images, after some epochs of some rounds, "
-    "with the estimates of |G|² (`gradient`) and tr Σ (`variance`), beside the batch size of the run",
+    description="simple gradient noise scale tr Σ / ‖G‖² of imp, in images, after some epochs of some rounds, "
+    "with the estimates of ‖G‖² (`gradient`) and tr Σ (`variance`), beside the batch size of the run",
     figure=lambda run: draw(run.noise, run.results) if len(run.noise.dropna()) else None,
     caption="Gradient noise scale of imp after some epochs of a training, and the batch size of the run; mean "
     "of the replicates, bars from minimum to maximum. In a batch smaller than the noise scale, noise outweighs "

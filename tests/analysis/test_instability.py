@@ -9,6 +9,7 @@ import pytest
 
 from imp_jax import analysis
 from imp_jax.analysis import instability
+from imp_jax.errors import UserError
 from imp_jax.figures import PATH_COLORS
 from tests.helpers import on_request
 
@@ -133,3 +134,10 @@ def test_the_figure_and_the_sentence_show_the_barriers_on_the_test_set(trained):
     run.tables["instability"] = run.instability[:0]
     assert analysis.FIGURES["instability_steps"].draw(run) is None
     assert analysis.FIGURES["instability_steps"].sentence(run) == ""
+
+
+def test_a_request_that_cannot_be_met_is_refused_before_it_is_stored(workdir):
+    config = (workdir / "config.json").read_bytes()
+    with pytest.raises(UserError, match=r"instability.steps is \(\)"):
+        analysis.run(workdir, also=("instability",))
+    assert (workdir / "config.json").read_bytes() == config

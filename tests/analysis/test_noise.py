@@ -44,7 +44,7 @@ def gradient(params, mask, images, labels):
 
 
 def estimate(params, mask):
-    """Estimate |G|² and tr Σ from ten batches of 2 images and the batch of all 20."""
+    """Estimate ‖G‖² and tr Σ from ten batches of 2 images and the batch of all 20."""
     images, labels = on_request.subset(20)
     small = [gradient(params, mask, images[i : i + 2], labels[i : i + 2]) for i in range(0, 20, 2)]
     small, big = np.mean([g @ g for g in small]), gradient(params, mask, images, labels)
@@ -64,7 +64,7 @@ def test_noise_at_the_start_and_the_end_of_a_training_matches_numpy(trained):
             for epoch, variables in ((0, initial), (2, network)):
                 row = rows.loc[(replicate, number, epoch)]
                 expected = estimate(variables["params"], mask)
-                scale = abs(expected[1])  # |G|² is a difference, with an error of rounding of this size
+                scale = abs(expected[1])  # ‖G‖² is a difference, with an error of rounding of this size
                 np.testing.assert_allclose(
                     row[["gradient", "variance"]], expected, rtol=1e-3, atol=1e-5 * scale
                 )
@@ -147,10 +147,10 @@ def test_the_figure_and_the_sentence_show_the_estimates(trained):
     lines = {line.get_label(): line for line in axes.get_lines()}
     assert "batch size, 8" in lines
     handles, labels = axes.get_legend_handles_labels()
-    assert labels == ["batch size, 8", "after 0 epochs", "after 1 epoch", "after 2 epochs"]
+    assert labels == ["batch size, 8", "at the start", "after 1 epoch", "after 2 epochs"]
     assert [list(h[0].get_ydata(orig=False)) for h in handles[1:]] == [[2, 2], [3, 3], [4, 4]]
     assert analysis.FIGURES["noise"].sentence(run) == (
-        "The noise scale is 2 images at 100 % density and 2 at 80 % after 0 epochs; 3 images at 100 % density "
+        "The noise scale is 2 images at 100 % density and 2 at 80 % at the start; 3 images at 100 % density "
         "and 3 at 80 % after 1 epoch; 4 images at 100 % density and 4 at 80 % after 2 epochs; the run has "
         "batches of 8 images."
     )
