@@ -148,23 +148,22 @@ def draw(table: pd.DataFrame, results: pd.DataFrame, split: str = "test") -> Fig
     axes_of_panels = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     steps = sorted(table["step"].unique())
     for axes, ((noise, kind), rows) in zip(axes_of_panels, panels, strict=True):
-        lines = zip(PATH_COLORS * 9, ("o-", "s--", "^:", "v-.") * 9, strict=True)
-        for (number, of_round), (color, line) in zip(rows.groupby("round"), lines, strict=False):
-            stats = 100 * of_round.groupby("step")["barrier"].agg(["mean", "min", "max"])
-            positions = [steps.index(step) for step in stats.index]
-            spread = [
-                (stats["mean"] - stats["min"]).clip(lower=0),
-                (stats["max"] - stats["mean"]).clip(lower=0),
-            ]
-            label = format_density(density[number])
+        rounds = sorted(rows["round"].unique())
+        lines = zip(rounds, PATH_COLORS * 9, ("o-", "s--", "^:", "v-.") * 9, strict=False)
+        for i, (number, color, line) in enumerate(lines):
+            stats = 100 * rows[rows["round"] == number].groupby("step")["barrier"].agg(["mean", "min", "max"])
+            spread = [stats["mean"] - stats["min"], stats["max"] - stats["mean"]]
             axes.errorbar(
-                positions,
+                # beside each other, so that the bars of one round do not hide those of another
+                [steps.index(step) + 0.06 * (i - (len(rounds) - 1) / 2) for step in stats.index],
                 stats["mean"],
-                yerr=spread,
+                yerr=[side.clip(lower=0) for side in spread],  # the mean of equal values may differ by rounding
                 fmt=line,
                 color=color,
-                label=label,
+                label=format_density(density[number]),
                 markersize=3.5,
+                linewidth=1.4,
+                elinewidth=0.9,
                 capsize=2,
             )
         axes.set_xticks(range(len(steps)), [f"{step:g}" for step in steps])
@@ -184,7 +183,7 @@ def describe(run: Any) -> str:
     parts = []
     for number, of_round in rows.groupby("round"):
         means = 100 * of_round.groupby("step")["barrier"].mean()
-        barriers = ", ".join(f"{barrier:.3g} from step {step:g}" for step, barrier in means.items())
+        barriers = ", ".join(f"{barrier:.2f} from step {step:g}" for step, barrier in means.items())
         parts.append(f"{barriers} at {format_density(density[number])} density")
     return (
         f"The barriers of twins are, in percentage points of test error, {'; '.join(parts)}." if parts else ""

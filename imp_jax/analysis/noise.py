@@ -160,7 +160,7 @@ def describe(run: Any) -> str:
         scale = means["variance"] / means["gradient"]  # less biased than the mean of ratios
         first, last = scale.index[0], scale.index[-1]
         parts.append(
-            f"{scale[first]:.3g} images at {format_density(density[first])} density and {scale[last]:.3g} at "
+            f"{scale[first]:,.0f} images at {format_density(density[first])} density and {scale[last]:,.0f} at "
             f"{format_density(density[last])} {_after(epoch)}"
         )
     batch_size = rows["batch_size"].iloc[0]

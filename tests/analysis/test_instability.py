@@ -128,8 +128,9 @@ def test_the_figure_and_the_sentence_show_the_barriers_on_the_test_set(trained):
         assert handle[0].get_color() == color
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "4", "9"]
     assert analysis.FIGURES["instability_steps"].sentence(run) == (
-        "The barriers of twins are, in percentage points of test error, 0.9 from step 0, 0.5 from step 4, 0 "
-        "from step 9 at 100 % density; 10.9 from step 0, 10.5 from step 4, 10 from step 9 at 80 % density."
+        "The barriers of twins are, in percentage points of test error, 0.90 from step 0, 0.50 from step 4, "
+        "0.00 from step 9 at 100 % density; 10.90 from step 0, 10.50 from step 4, 10.00 from step 9 at 80 % "
+        "density."
     )
     run.tables["instability"] = run.instability[:0]
     assert analysis.FIGURES["instability_steps"].draw(run) is None
