@@ -117,11 +117,12 @@ def largest_eigenvalue(
     first = multiply(start)
     if not np.isfinite(first).all():
         return math.nan
-    if not first.any():  # H is 0, for which ARPACK finds no basis
+    scale = np.abs(first).max()  # ARPACK's tolerance is absolute for eigenvalues below 2e-5
+    if scale == 0:
         return 0.0
-    operator = LinearOperator((size, size), multiply, dtype=np.float32)
+    operator = LinearOperator((size, size), lambda vector: multiply(vector) / scale, dtype=np.float32)
     (value,) = eigsh(operator, 1, which="LA", v0=start, tol=tolerance, return_eigenvectors=False)
-    return float(value)
+    return float(scale * value)
 
 
 def hutchinson_trace(

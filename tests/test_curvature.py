@@ -108,8 +108,9 @@ def random_matrix(eigenvalues, seed=0):
         (np.linspace(-9, 2, 60), (15, 4)),  # the largest in magnitude is negative
         (np.array([5.0, 5.0, *[0.1] * 48]), (10, 5)),
         (np.linspace(-4, -1, 30), (10, 3)),
+        (1e-8 * np.linspace(-1, 4, 200), (20, 10)),
     ],
-    ids=str,
+    ids=["one", "two", "dense", "lanczos", "mostly-negative", "double", "negative", "tiny"],
 )
 def test_eigenvalue_of_a_quadratic(eigenvalues, shape):
     multiply, mask = quadratic(random_matrix(eigenvalues), shape)
