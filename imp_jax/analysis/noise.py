@@ -18,7 +18,15 @@ from imp_jax.analysis.on_request import (
 )
 from imp_jax.analysis.registry import RunInputs, register
 from imp_jax.experiment import Experiment
-from imp_jax.figures import PATH_COLORS, Figure, densities, density_axis, draw_mean, in_default_style
+from imp_jax.figures import (
+    PATH_COLORS,
+    Figure,
+    densities,
+    density_axis,
+    draw_mean,
+    in_default_style,
+    log_y_axis,
+)
 from imp_jax.runtime.compilation import jit_with_backend_options
 
 _KEYS = ["replicate", "round", "epoch"]
@@ -143,7 +151,7 @@ def draw(table: pd.DataFrame, results: pd.DataFrame) -> Figure:
     batch_size = table["batch_size"].iloc[0]
     axes.axhline(batch_size, color="black", linewidth=1, label=f"batch size, {batch_size:g}")
     density_axis(axes, table["density"].min())
-    axes.set_yscale("log")
+    log_y_axis(axes)
     axes.set_ylabel("Gradient noise scale (images)")
     axes.legend(frameon=False, fontsize="small")
     return figure

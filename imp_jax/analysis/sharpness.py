@@ -12,7 +12,16 @@ from ml_collections import ConfigDict
 from imp_jax import curvature
 from imp_jax.analysis.on_request import format_density, take_batches
 from imp_jax.analysis.registry import NetworkInputs, RunInputs, register
-from imp_jax.figures import LABELS, STYLES, Figure, densities, density_axis, draw_mean, in_default_style
+from imp_jax.figures import (
+    LABELS,
+    STYLES,
+    Figure,
+    densities,
+    density_axis,
+    draw_mean,
+    in_default_style,
+    log_y_axis,
+)
 from imp_jax.runtime.compilation import jit_with_backend_options
 
 PROBES = 16
@@ -84,14 +93,14 @@ def draw(table: pd.DataFrame, results: pd.DataFrame) -> Figure:
     table = table.assign(density=table["round"].map(densities(results))).dropna()
     figure = Figure(figsize=(7.6, 3.2), layout="constrained")
     panels = figure.subplots(1, 2)
-    labels = {"largest_eigenvalue": "Largest eigenvalue of the Hessian", "trace": "Trace of the Hessian"}
+    labels = {"largest_eigenvalue": "Largest eigenvalue (nats)", "trace": "Trace of the Hessian (nats)"}
     for axes, (column, label) in zip(panels, labels.items(), strict=True):
         for arm, rows in table.groupby("arm", sort=False):
             draw_mean(axes, rows, column, label=LABELS.get(arm, arm), **STYLES.get(arm, {"marker": "."}))
         density_axis(axes, table["density"].min())
-        axes.set_ylabel(f"{label} (nats)")
+        axes.set_ylabel(label)
         if table[column].min() > 0:
-            axes.set_yscale("log")
+            log_y_axis(axes)
     panels[0].legend(frameon=False, fontsize="small")
     return figure
 
