@@ -103,7 +103,9 @@ def make_config(
     config.arms = tuple(arms)
     config.keep_checkpoints = "all"
     config.on_divergence = "drop"  # members are independent
-    config.instability.rounds = ()
+    config.analysis.also = tuple(name for name in config.analysis.also if name != "instability")
+    config.instability.update(configs.default().instability)
+    config.instability.rounds = ()  # a branch has no twins
     config.branch.rounds = tuple(sorted(set(rounds)))
     config.branch.mask_from = mask_from and str(user_path(mask_from, "--mask_from").absolute())
     if name is None:

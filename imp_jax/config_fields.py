@@ -11,6 +11,11 @@ _AT_LEAST_0_AND_FINITE = {"check": lambda value: 0 <= value < float("inf"), "wor
 _ABOVE_0_AND_FINITE = {"check": lambda value: 0 < value < float("inf"), "words": "above 0 and finite"}
 _RESUME = {"may_change_on_resume": True}
 
+
+def _are_distinct(values):
+    return len(set(values)) == len(values)
+
+
 # All fields by name. `default` makes a config of them, with a group for each prefix such as "dataset.".
 FIELDS = {
     "seed": Field(
@@ -340,6 +345,21 @@ FIELDS = {
         check=lambda value: all(type(number) is int and number >= 0 for number in value),
         words="rounds, counted from 0, such as (5, 10); rounds after the last one are ignored",
     ),
+    "instability.steps": Field(
+        (),
+        "steps of a training at which the analysis instability lets twins part from imp, in the rounds of "
+        "instability.rounds",
+        check=lambda value: all(type(step) is int and step >= 0 for step in value) and _are_distinct(value),
+        words="distinct steps, counted from 0, such as (0, 100)",
+        **_RESUME,
+    ),
+    "instability.noise": Field(
+        0.0,
+        "norm of the Gaussian noise that perturbs imp at these steps, relative to the norm of the surviving "
+        "weights of each layer, in trainings with the data order of imp; 0 is none of these trainings",
+        **_AT_LEAST_0_AND_FINITE,
+        **_RESUME,
+    ),
     "analysis.also": Field(
         (),
         "names of analyses that are computed on request only, because they take long: sharpness, noise, "
@@ -350,8 +370,22 @@ FIELDS = {
     ),
     "analysis.images": Field(
         1000,
-        "number of training images on which sharpness and the gradient noise are computed",
+        "number of training images on which sharpness and noise are computed, in whole batches",
         **_AT_LEAST_1,
+        **_RESUME,
+    ),
+    "analysis.noise_rounds": Field(
+        (0, 5, 10, 15),
+        "rounds in which the gradient noise is computed",
+        check=lambda value: value and all(type(n) is int and n >= 0 for n in value) and _are_distinct(value),
+        words="distinct rounds, counted from 0, such as (0, 10); rounds after the last one are ignored",
+        **_RESUME,
+    ),
+    "analysis.noise_epochs": Field(
+        (0, 1, 5),
+        "numbers of epochs of a training after which the gradient noise is computed; 0 is its start",
+        check=lambda value: value and all(type(e) is int and e >= 0 for e in value) and _are_distinct(value),
+        words="distinct numbers of epochs from 0, such as (0, 1)",
         **_RESUME,
     ),
     "analysis.path_points": Field(

@@ -43,6 +43,7 @@ def refuse_unused_values(values: dict[str, Any], defaults: dict[str, Any]) -> No
             f"optimizer.weight_decay_until is {values['optimizer.weight_decay_until']:g}; "
             f"optimizer.weight_decay is 0, so it should be 0"
         )
+    _refuse_unused_requests(values, defaults)
     if not values["repulsion.strength"]:
         for field in ("repulsion.memory", "repulsion.dtype"):
             if values[field] != defaults[field]:
@@ -115,3 +116,54 @@ def _refuse_unused_policies(values, defaults):
                 f"{field} is 'evidence'; pruning.network is {network!r}, whose masks do not come from the "
                 f"solution of the round, so it should be {defaults[field]!r}"
             )
+
+
+def _refuse_unused_requests(values, defaults):
+    """Refuse settings of analyses on request that are not requested, or that leave them nothing to compute."""
+    requested = values["analysis.also"]
+    readers = {
+        "analysis.images": ("sharpness", "noise"),
+        "analysis.noise_rounds": ("noise",),
+        "analysis.noise_epochs": ("noise",),
+        "instability.steps": ("instability",),
+        "instability.noise": ("instability",),
+    }
+    for field, names in readers.items():
+        if values[field] != defaults[field] and not set(names) & set(requested):
+            raise UserError(
+                f"{field} is {values[field]!r}; analysis.also does not have {' or '.join(names)}, so it has no "
+                f"effect and should be {defaults[field]!r}"
+            )
+    for name in ("noise", "instability"):
+        if name in requested and values["repulsion.strength"]:
+            raise UserError(
+                f"analysis.also has {name}, which repeats trainings; with J_r they need all earlier optima, so "
+                f"repulsion.strength should be 0, and it is {values['repulsion.strength']:g}"
+            )
+    epochs, noise_epochs = values["epochs"], values["analysis.noise_epochs"]
+    if "noise" in requested and max(noise_epochs) > epochs:
+        raise UserError(
+            f"analysis.noise_epochs is {noise_epochs}; a training has {epochs} epochs, so they should be at "
+            f"most {epochs}"
+        )
+    if "instability" in requested:
+        _check_instability(values)
+
+
+def _check_instability(values):
+    rounds, steps, rewind_step = (values[f] for f in ("instability.rounds", "instability.steps", "rewind_step"))
+    if not steps:
+        raise UserError(
+            "instability.steps is (); analysis.also has instability, which trains twins that part from imp at "
+            "these steps, so it should have at least one, such as (0, 100)"
+        )
+    if min(steps) < (rewind_step or 0):
+        raise UserError(
+            f"instability.steps is {steps}; the trainings of the run start at the rewind step, so they should "
+            f"be at least {rewind_step}"
+        )
+    if all(number >= values["rounds"] for number in rounds):
+        raise UserError(
+            f"instability.rounds is {rounds}; analysis.also has instability, which trains twins in these "
+            f"rounds, so it should have one below {values['rounds']}"
+        )

@@ -121,6 +121,7 @@ def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: 
     )
     setup_checks.check_unused_settings(config, dataset)
     learning_rates, short_learning_rates = _make_learning_rates(config, dataset.train.examples)
+    setup_checks.check_instability_steps(config.instability.steps, learning_rates.size)
     model = create_model(config, dataset.num_classes, dataset.train.image_shape)
     params = models.shapes(model, dataset.train.image_shape)["params"]
     setup_checks.require_layers(config.pruning.exclude, params)

@@ -15,7 +15,7 @@ import matplotlib.style
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 # the colour-blind palette of Okabe and Ito; imp solid and its control dashed, as in the paper
 STYLES = {
@@ -288,6 +288,14 @@ def density_axis(axes: Axes, lowest: float) -> None:
 def format_percent(density: float) -> str:
     """Return a density in percent, with two digits."""
     return f"{float(f'{100 * density:.2g}'):g}"
+
+
+def log_y_axis(axes: Axes) -> None:
+    """Make the y axis logarithmic, with plain numbers such as 20 and 50."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def to_bytes(figure: matplotlib.figure.Figure, file_format: str = "png", dpi: int = 200) -> bytes:

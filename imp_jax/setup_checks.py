@@ -78,6 +78,15 @@ def check_unused_settings(config, dataset):
             )
 
 
+def check_instability_steps(parting_steps, steps):
+    """Refuse steps at which twins would part after the end of a training of `steps` steps."""
+    if parting_steps and max(parting_steps) >= steps:
+        raise UserError(
+            f"instability.steps is {parting_steps}; a training has {steps} steps, so they should be at most "
+            f"{steps - 1}"
+        )
+
+
 def check_score(name, score, spec, dataset):
     """Check by tracing that a score returns a tree like the parameters; return whether it uses images."""
     variables = models.shapes(spec.model, dataset.train.image_shape)

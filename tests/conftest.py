@@ -23,6 +23,7 @@ os.environ.setdefault(
 
 import functools
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -123,6 +124,21 @@ def tiny_experiment():
 
 
 models.register("tiny_lenet", functools.partial(LeNet, widths=(6, 5)))
+
+
+class NormalizedNet(nn.Module):
+    """A small network with BatchNorm and dropout."""
+
+    num_classes: int = 3
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        x = nn.Dense(6)(images.reshape(len(images), -1))
+        x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+        return nn.Dense(self.num_classes)(nn.Dropout(0.2, deterministic=not train)(x))
+
+
+models.register("normalized", NormalizedNet)
 
 
 def make_tiny_experiment(dataset=None, **overrides):

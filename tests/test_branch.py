@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from imp_jax import analysis, arms, branch, imp, runs
+from imp_jax import config as configs
 from imp_jax.arms import ARMS, Arm
 from imp_jax.errors import UserError
 from imp_jax.runtime.signals import Stopped
@@ -297,6 +298,15 @@ def test_the_default_name_has_what_changes_the_trainings(tmp_path):
     long = name(overrides={"dataset.name": "d" * 300})
     assert len(long) <= 200
     assert long != name(overrides={"dataset.name": "d" * 299})
+
+
+def test_a_branch_does_not_repeat_the_twins_of_its_run():
+    config = make_config(**{"instability.rounds": (1,), "instability.steps": (3,), "instability.noise": 0.1})
+    config.analysis.also = ("sharpness", "instability")
+    of_branch = branch.make_config(config, ("shuffled",))
+    configs.validate(of_branch)
+    assert of_branch.analysis.also == ("sharpness",)
+    assert config.instability.steps == (3,)
 
 
 def test_a_round_is_trained_once_however_often_it_is_named(own_trunk):

@@ -74,6 +74,18 @@ from imp_jax.errors import UserError
             "warmup_epochs is 26.0; a training has 25 epochs, so it should be at most",
         ),
         ("repulsion.memory", "last", "repulsion.memory is 'last'; repulsion.strength is 0, .* should be 'all'"),
+        (
+            "analysis.images",
+            500,
+            "analysis.images is 500; analysis.also does not have sharpness or noise, .* should be 1000",
+        ),
+        ("analysis.noise_rounds", (0,), r"noise_rounds is \(0,\); .* not have noise, .* be \(0, 5, 10, 15\)"),
+        ("analysis.noise_epochs", (0,), r"noise_epochs is \(0,\); .* not have noise, .* be \(0, 1, 5\)"),
+        ("instability.steps", (0,), r"instability.steps is \(0,\); .* not have instability, .* should be \(\)"),
+        ("instability.noise", 0.1, "instability.noise is 0.1; .* not have instability, .* should be 0.0"),
+        ("analysis.noise_rounds", (), r"noise_rounds is \(\); it should be distinct rounds, counted from 0"),
+        ("analysis.noise_epochs", (1, 1), r"noise_epochs is \(1, 1\); it should be distinct numbers of epochs"),
+        ("instability.steps", (5, -1), r"instability.steps is \(5, -1\); it should be distinct steps"),
         ("repulsion.dtype", "bfloat16", "repulsion.dtype is 'bfloat16'; repulsion.strength is 0"),
     ],
 )
@@ -157,3 +169,48 @@ def test_milestones_beyond_the_training_are_rejected():
         UserError, match=r"milestones is \(5, 24\); a training has 24 epochs, so they should lie below"
     ):
         configs.validate(config)
+
+
+REQUESTS = {
+    "analysis.also": ("noise", "instability"),
+    "analysis.images": 500,
+    "analysis.noise_rounds": (2,),
+    "analysis.noise_epochs": (0, 25),
+    "instability.steps": (3, 100),
+    "instability.noise": 0.1,
+    "rewind_step": 3,
+}
+
+
+def test_settings_of_requested_analyses_are_accepted():
+    config = configs.default()
+    config.update_from_flattened_dict(REQUESTS)
+    configs.validate(config)
+    config.update_from_flattened_dict({"epochs": 1, "analysis.also": (), "analysis.images": 1000})
+    for name in ("analysis.noise_rounds", "analysis.noise_epochs", "instability.steps", "instability.noise"):
+        config.update_from_flattened_dict({name: configs.FIELDS[name].default})
+    configs.validate(config)  # default epochs beyond the training matter only if noise is requested
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"epochs": 24}, r"noise_epochs is \(0, 25\); a training has 24 epochs, so they should be at most 24"),
+        (
+            {"repulsion.strength": 2.0},
+            "analysis.also has noise, which repeats trainings; .* should be 0, and it is 2",
+        ),
+        ({"instability.steps": ()}, r"instability.steps is \(\); .* it should have at least one, such as"),
+        ({"instability.noise": 0.0, "instability.steps": ()}, r"instability.steps is \(\)"),
+        ({"rewind_step": 4}, r"instability.steps is \(3, 100\); .* start at the rewind step, .* at least 4"),
+        ({"instability.rounds": (25, 30)}, r"instability.rounds is \(25, 30\); .* should have one below 25"),
+        ({"instability.rounds": ()}, r"instability.rounds is \(\); .* should have one below 25"),
+    ],
+)
+def test_requested_analyses_that_cannot_be_computed_are_refused(overrides, sentence):
+    config = configs.default()
+    config.update_from_flattened_dict(REQUESTS)
+    config.update_from_flattened_dict(overrides)
+    with pytest.raises(UserError, match=sentence) as error:
+        configs.validate(config)
+    assert "\n" not in str(error.value)

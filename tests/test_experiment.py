@@ -30,6 +30,10 @@ def test_spec_has_the_normalization_and_augmentation_of_the_config(data_dir, tmp
             "batch_size is 4001; mnist5k has 4000 training images, so it should be at most 4000",
         ),
         ({"rewind_step": 8}, "rewind_step is 8; a training has 8 steps, so it should be at most 7"),
+        (
+            {"instability.steps": (0, 8), "instability.rounds": (1,), "analysis.also": ("instability",)},
+            r"instability.steps is \(0, 8\); a training has 8 steps, so they should be at most 7",
+        ),
         ({"arms": ("imp", "twinn")}, r"arms is \('imp', 'twinn'\); it should contain imp, .* such as .*imp"),
         ({"arms": ("reinit",)}, "it should contain imp"),
         ({"arms": ("imp", "imp")}, "without repetition"),

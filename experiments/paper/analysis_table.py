@@ -28,8 +28,10 @@ an attribute.
 
 {analyses}
 
-The last column is set by the argument `needs` of `analysis.register`. With `keep_checkpoints=ends`, distances
-are computed only between adjacent rounds, to round 0 and to the initialisation.
+The last column is set by the argument `needs` of `analysis.register`. Analyses on request take long: a run
+computes only those that `analysis.also` names, and this command those of `--also=sharpness,noise`. With
+`keep_checkpoints=ends`, distances are computed only between adjacent rounds, to round 0 and to the
+initialisation.
 
 {figures}
 
@@ -39,6 +41,8 @@ are computed only between adjacent rounds, to round 0 and to the initialisation.
 | `paper.py` | the analyses and figures of the paper, registered in the same way as a user's own |
 | `distances.py`, `paths.py`, `weights.py` | the functions of these analyses |
 | `sublevel.py`, `permuted_paths.py` | an analysis each, with its figure |
+| `sharpness.py`, `noise.py`, `instability.py` | the analyses on request, each in one file |
+| `on_request.py` | what these share: images of the training set, and repeated trainings |
 | `computation.py` | finds missing rows, reads the networks and calls the analyses |
 | `tables.py` | reads and writes the csv files |
 | `report.py` | `report.html` |
@@ -65,9 +69,13 @@ def _format_analyses() -> str:
     for registered in analysis.ANALYSES.values():
         columns = ", ".join(f"`{column}`" for column in registered.columns)
         rows.append(
-            (f"`{registered.name}.csv`", registered.description, columns, CALLED[registered.needs]),
+            (f"`{registered.name}.csv`", registered.description, columns, _describe_calls(registered)),
         )
     return _format_table(rows)
+
+
+def _describe_calls(registered) -> str:
+    return CALLED[registered.needs] + ", on request" * bool(registered.cost)
 
 
 def _format_figures() -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 import pandas as pd
 from ml_collections import ConfigDict
 
+from imp_jax import config as configs
 from imp_jax import config_files, errors, figures, similarity
 from imp_jax.analysis import paper, permuted_paths, report, sublevel  # noqa: F401 (two register analyses)
 from imp_jax.analysis.computation import compute
@@ -54,6 +55,9 @@ from imp_jax.workdir.lock import (
     stored_config_file,
 )
 from imp_jax.workdir.results import Results, read_results, recorded_rounds, with_columns
+
+# isort: split
+from imp_jax.analysis import instability, noise, sharpness  # noqa: F401 (registers them, after those of paper)
 
 protect_names()  # after the imports of the modules that register the analyses of imp_jax
 
@@ -171,6 +175,8 @@ def run(
     if config_file:  # it may register analyses
         config_files.execute(config_file)
     check_requests(config.analysis.also)
+    if also:
+        configs.validate(config)  # before it is stored
     with contextlib.ExitStack() as stack:
         stack.enter_context(open_workdir(workdir, config))
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir)))

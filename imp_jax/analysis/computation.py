@@ -104,9 +104,8 @@ def compute(
         if analysis.needs == "run":
             table = analysis.make_table(analysis.function(inputs))
             inputs.tables[analysis.name] = _with_unknown_columns(analysis, table, tables[analysis.name])
+        write_table(workdir, analysis.name, inputs.tables[analysis.name])  # the next may take long
     reader.release()
-    for analysis in requested:
-        write_table(workdir, analysis.name, inputs.tables[analysis.name])
 
 
 class NetworkReader:
@@ -135,9 +134,10 @@ class NetworkReader:
             initial, trained, mask = jax.tree.map(lambda leaf: leaf[index], restored)  # noqa: B023
             networks[member] = NetworkInputs(
                 params=trained.pop("params"),
-                initial=initial["params"],
+                initial=initial.pop("params"),
                 mask=mask,
                 model_state=trained,
+                initial_state=initial,
                 arm=member.arm,
                 replicate=member.replicate,
                 round=number,

@@ -28,17 +28,8 @@ KEYS = {
 
 # columns that identify a row; the others are values
 _INDEX = (
-    "replicate",
-    "replicate_b",
-    "arm",
-    "kind",
-    "metric",
-    "round",
-    "round_a",
-    "round_b",
-    "split",
-    "alpha",
-    "layer",
+    *("replicate", "replicate_b", "arm", "kind", "metric", "round", "round_a", "round_b", "epoch", "step"),
+    *("noise", "split", "alpha", "layer"),
 )
 
 
@@ -50,6 +41,7 @@ class NetworkInputs:
       params, initial: parameters after and at the start of the training; both are masked.
       mask: the mask of the round.
       model_state: the other collections of the model after the training; {} for most.
+      initial_state: these collections at the start of the training.
       threshold: the pruning threshold of this member after the round.
       config: the config of the run.
       networks: all networks of the round, by member: this one, the other arms and replicates, and twins.
@@ -63,6 +55,7 @@ class NetworkInputs:
     initial: Params
     mask: Mask
     model_state: dict[str, Any]
+    initial_state: dict[str, Any]
     arm: str
     replicate: int
     round: int
