@@ -13,7 +13,8 @@ from imp_jax.workdir.checkpoints import move_aside
 from imp_jax.workdir.files import write_atomically
 
 _ROUNDS = ("round", "round_a", "round_b")  # columns with the number of a round
-_ORDER = ("replicate", "arm", "kind", "metric", *_ROUNDS)  # columns by which rows are sorted (stably)
+# columns by which rows are sorted (stably)
+_ORDER = ("replicate", "arm", "kind", "metric", *_ROUNDS, "replicate_b", "arm_b")
 _UNREADABLE = (FileNotFoundError, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeError)
 
 
