@@ -29,15 +29,17 @@ an attribute.
 {analyses}
 
 The last column is set by the argument `needs` of `analysis.register`. With `keep_checkpoints=ends`, distances
-are computed only between adjacent rounds, to round 0 and to the initialisation.
+are computed only between adjacent rounds, to round 0 and to the initialisation, and the agreement of rounds
+only between adjacent rounds and with round 0.
 
 {figures}
 
 | file | contents |
 |---|---|
 | `registry.py` | `register`, `register_figure`, and the inputs of analyses: `NetworkInputs`, `RunInputs` |
-| `paper.py` | the analyses and figures above, registered in the same way as a user's own |
+| `paper.py` | the analyses and figures of the paper, registered in the same way as a user's own |
 | `distances.py`, `paths.py`, `weights.py` | the functions of these analyses |
+| `agreement.py`, `overlap.py` | further analyses: each with its function, figure and sentence for the report |
 | `computation.py` | finds missing rows, reads the networks and calls the analyses |
 | `tables.py` | reads and writes the csv files |
 | `report.py` | `report.html` |

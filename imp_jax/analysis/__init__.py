@@ -21,7 +21,10 @@ import pandas as pd
 from ml_collections import ConfigDict
 
 from imp_jax import config_files, errors, figures, similarity
-from imp_jax.analysis import paper, report
+from imp_jax.analysis import paper, report  # first, so that its figures come first in the report
+
+# isort: split
+from imp_jax.analysis import agreement, overlap  # noqa: F401
 from imp_jax.analysis.computation import compute
 from imp_jax.analysis.registry import (
     ANALYSES,
