@@ -7,6 +7,7 @@ or style sheet says. The functions `draw_…` draw one panel of a figure into gi
 import functools
 import io
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -296,6 +297,17 @@ def log_y_axis(axes: Axes) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def label_below(figure: matplotlib.figure.Figure, lines: dict[str, Any]) -> None:
+    """Add a legend below all panels, from label to what `Axes.errorbar` or `Axes.plot` drew."""
+    options = {"ncols": min(4, len(lines)), "frameon": False, "fontsize": "small"}
+    figure.legend(list(lines.values()), list(lines), loc="outside lower center", **options)
+
+
+def nearest_density(densities: pd.Series, density: float = 0.1) -> float:
+    """Return the entry of `densities`, all above 0, that is nearest to `density` on a logarithmic axis."""
+    return min(densities, key=lambda other: abs(math.log(other / density)))
 
 
 def to_bytes(figure: matplotlib.figure.Figure, file_format: str = "png", dpi: int = 200) -> bytes:

@@ -1,4 +1,4 @@
-"""Distances between masked trees (section 4.1, appendix B).
+"""Similarity of networks: distances (section 4.1, appendix B), overlap of masks, agreement of predictions.
 
 Two networks are compared by their connections, the prunable weights, on the intersection m = m₁⊙m₂ of their
 masks: d(θ₁⊙m, θ₂⊙m). Biases and the parameters of normalisation layers do not count. All functions are pure
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from imp_jax import masking
 from imp_jax.masking import Mask, Params
@@ -99,6 +99,71 @@ def gram_products(
     weights below 1e-19 or above 1e19 leave the range of float32.
     """
     return _gram_products(*_weights_and_masks(params, masks, exclude))
+
+
+def jaccard_index(mask_a: Mask, mask_b: Mask, exclude: str | Sequence[str] = ()) -> Float[Array, ""]:
+    """Compute |A∩B| / |A∪B| of the weights that survive in two masks, in [0, 1]; nan if none survives.
+
+    Only prunable weights count. `chance_jaccard` says how large it is for independent masks.
+    """
+    a, b = _masks_of_layers(mask_a, mask_b, exclude)
+    shared = sum(map(_count, map(jnp.logical_and, a, b)))
+    return shared / sum(map(_count, map(jnp.logical_or, a, b)))
+
+
+def chance_jaccard(mask_a: Mask, mask_b: Mask, exclude: str | Sequence[str] = ()) -> Float[Array, ""]:
+    """Compute the Jaccard index that chance gives at the layer densities of two masks; nan if none survives.
+
+    Two masks that are drawn independently and uniformly within each layer, with a_l and b_l survivors of n_l
+    weights, share Σ_l a_l·b_l/n_l weights in expectation (hypergeometric distribution). The result is the ratio
+    of expectations, E|A∩B| / (|A| + |B| − E|A∩B|), which is near the expectation of the ratio if many weights
+    survive (ours).
+    """
+    a, b = _masks_of_layers(mask_a, mask_b, exclude)
+    sizes = [leaf.size for leaf in a]
+    a, b = (list(map(_count, leaves)) for leaves in (a, b))
+    # divided first: a product of two counts may leave the range of integers
+    shared = sum(count_a * (count_b / size) for count_a, count_b, size in zip(a, b, sizes, strict=True))
+    return shared / (sum(a) + sum(b) - shared)
+
+
+def prediction_agreement(
+    logits_a: Float[Array, "*networks examples classes"], logits_b: Float[Array, "*networks examples classes"]
+) -> Float[Array, "*networks"]:
+    """Compute the share of examples to which two networks give the same class, in [0, 1].
+
+    It is one minus the disagreement of Fort et al. 2019. The result is nan if a logit is nan.
+
+    Raises:
+      ValueError: the logits differ in shape.
+    """
+    masking.require_same_shapes(logits_a, logits_b)
+    agreement = jnp.mean(logits_a.argmax(-1) == logits_b.argmax(-1), axis=-1)
+    undefined = jnp.isnan(logits_a).any((-2, -1)) | jnp.isnan(logits_b).any((-2, -1))
+    return jnp.where(undefined, jnp.nan, agreement)
+
+
+def ensemble_accuracy(
+    logits: Float[Array, "networks examples classes"], labels: Int[Array, " examples"]
+) -> Float[Array, ""]:
+    """Compute the accuracy, in [0, 1], of the class with the largest mean of the networks' probabilities.
+
+    The ensemble averages softmax probabilities, as deep ensembles do (Lakshminarayanan et al. 2017). The result
+    is nan if a probability is nan.
+    """
+    probabilities = jax.nn.softmax(widen(logits)).mean(0)
+    accuracy = jnp.mean(probabilities.argmax(-1) == labels)
+    return jnp.where(jnp.isnan(probabilities).any(), jnp.nan, accuracy)
+
+
+def _masks_of_layers(mask_a, mask_b, exclude):
+    masking.require_same_shapes(mask_a, mask_b)
+    return (masking.prunable_leaves(mask, exclude) for mask in (mask_a, mask_b))
+
+
+def _count(mask):
+    """Count the survivors of a layer exactly; as a float32, because the sum over layers may leave int32."""
+    return jnp.sum(mask, dtype=jnp.int32).astype(jnp.float32)
 
 
 def widen(leaf: Array) -> Array:

@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -205,3 +207,127 @@ def test_distance_matrix_accepts_a_users_distance():
     matrix = similarity.distance_matrix(params, masks, distance=bias_distance)
     biases = np.stack([p["bias"] for p in params])
     np.testing.assert_allclose(matrix, np.abs(biases[:, None] - biases).sum(-1), rtol=1e-5)
+
+
+def make_mask(**layers):
+    """Return a mask with these kernels, lists of 0 and 1, and a bias in each layer, which does not count."""
+    return {
+        name: {"kernel": jnp.array(kernel, bool), "bias": jnp.ones(7, bool)} for name, kernel in layers.items()
+    }
+
+
+def test_jaccard_index_of_planted_overlaps():
+    a = make_mask(first=[1, 1, 1, 0, 0, 0], second=[1, 1, 0, 0])
+    b = make_mask(first=[0, 1, 1, 1, 0, 0], second=[0, 0, 1, 1])
+    assert similarity.jaccard_index(a, b) == pytest.approx(2 / 8)
+    assert similarity.jaccard_index(a, b, exclude="second") == pytest.approx(2 / 4)
+    assert similarity.jaccard_index(a, b, exclude=("first",)) == 0
+    assert similarity.jaccard_index(a, a) == 1
+
+
+def test_chance_jaccard_is_the_ratio_of_expectations_over_all_masks_of_these_layer_densities():
+    a = make_mask(first=[1, 1, 0, 0], second=[1, 0, 0, 0, 0])
+    b = make_mask(first=[0, 1, 1, 1], second=[0, 0, 0, 1, 1])
+
+    def expect_shared(size, count_a, count_b):
+        pairs = itertools.product(
+            itertools.combinations(range(size), count_a), itertools.combinations(range(size), count_b)
+        )
+        return np.mean([len(set(one) & set(other)) for one, other in pairs])
+
+    shared = expect_shared(4, 2, 3) + expect_shared(5, 1, 2)
+    assert similarity.chance_jaccard(a, b) == pytest.approx(shared / (3 + 5 - shared))
+    shared = expect_shared(4, 2, 3)
+    assert similarity.chance_jaccard(a, b, exclude="second") == pytest.approx(shared / (2 + 3 - shared))
+
+
+def test_masks_drawn_independently_have_the_chance_jaccard_in_the_mean():
+    sizes, counts_a, counts_b = (300, 60), (30, 45), (90, 12)
+
+    def draw(counts):
+        kernels = [np.arange(size) < count for size, count in zip(sizes, counts, strict=True)]
+        draws = np.random.default_rng(sum(counts)).permuted
+        return {
+            f"{i}": {"kernel": draws(np.tile(kernel, (400, 1)), axis=1)} for i, kernel in enumerate(kernels)
+        }
+
+    a, b = draw(counts_a), draw(counts_b)
+    indices = jax.jit(jax.vmap(similarity.jaccard_index))(a, b)
+    chance = jax.vmap(similarity.chance_jaccard)(a, b)
+    np.testing.assert_allclose(chance, chance[0])
+    # 400 draws with a standard deviation of 0.02
+    assert indices.mean() == pytest.approx(float(chance[0]), abs=4e-3)
+    pair = (jax.tree.map(lambda leaf: leaf[7], tree) for tree in (a, b))
+    assert similarity.jaccard_index(*pair) == pytest.approx(float(indices[7]))
+
+
+def test_jaccard_index_of_empty_masks():
+    empty, half = make_mask(layer=[0, 0, 0, 0]), make_mask(layer=[1, 1, 0, 0])
+    for function in (similarity.jaccard_index, similarity.chance_jaccard):
+        assert np.isnan(function(empty, empty))
+        assert function(empty, half) == 0
+
+
+def test_masks_with_more_weights_than_an_int32_counts():
+    """XLA computes the sums of these constants when it compiles, so no array of a gigabyte is made."""
+
+    @jax.jit
+    def compare():
+        layers = {name: {"kernel": jnp.ones(2**30, bool)} for name in "abc"}
+        return [
+            function(layers, {**layers, "c": {"kernel": jnp.zeros(2**30, bool)}})
+            for function in (similarity.jaccard_index, similarity.chance_jaccard)
+        ]
+
+    np.testing.assert_allclose(compare(), 2 / 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("function", [similarity.jaccard_index, similarity.chance_jaccard])
+def test_masks_of_other_shapes_or_without_kernels_raise_a_value_error(function):
+    with pytest.raises(ValueError, match=r"has shape \(4,\) in one tree and \(1,\)"):
+        function(make_mask(layer=[1, 1, 0, 0]), make_mask(layer=[1]))
+    with pytest.raises(ValueError, match="no leaf called 'kernel'"):
+        function({"bias": jnp.ones(3, bool)}, {"bias": jnp.ones(3, bool)})
+
+
+def to_logits(*classes):
+    """Return logits whose largest entry is that of the given class of each example."""
+    return 5.0 * jax.nn.one_hot(jnp.array(classes), 3)
+
+
+def test_prediction_agreement_is_the_share_of_equal_classes():
+    a, b = to_logits(0, 1, 2, 2), to_logits(0, 2, 2, 1)
+    assert similarity.prediction_agreement(a, b) == 0.5
+    assert similarity.prediction_agreement(a, 3 * a - 1) == 1
+    agreement = jax.jit(similarity.prediction_agreement)(jnp.stack([a, b]), jnp.stack([a, a]))
+    np.testing.assert_array_equal(agreement, [1, 0.5])
+    with pytest.raises(ValueError, match=r"has shape \(4, 3\) in one tree and \(1, 3\)"):
+        similarity.prediction_agreement(a, a[:1])
+
+
+def test_agreement_and_ensemble_of_nan_are_nan():
+    a, labels = to_logits(0, 1, 2, 2), jnp.array([0, 1, 2, 2])
+    with_nan = a.at[1, 0].set(jnp.nan)
+    agreement = similarity.prediction_agreement(jnp.stack([a, a]), jnp.stack([a, with_nan]))
+    np.testing.assert_array_equal(agreement, [1, np.nan])
+    assert np.isnan(similarity.ensemble_accuracy(jnp.stack([a, with_nan]), labels))
+    assert similarity.ensemble_accuracy(jnp.stack([a, a]), labels) == 1
+
+
+def test_an_ensemble_averages_probabilities():
+    """The mean of the logits, which ranks the classes by the product of probabilities, has another winner."""
+    probabilities = jnp.array([[[0.98, 0.01, 0.01]], [[0.001, 0.5, 0.499]]])
+    logits = jnp.log(probabilities) + jnp.array([7.0, -3.0])[:, None, None]
+    assert logits.mean(0).argmax(-1) == 1
+    assert similarity.ensemble_accuracy(logits, jnp.array([0])) == 1
+    assert similarity.ensemble_accuracy(logits, jnp.array([1])) == 0
+
+
+def test_an_ensemble_of_equal_networks_gains_nothing_and_one_with_different_errors_does():
+    labels = jnp.array([0, 1, 2])
+    networks = [to_logits(1, 1, 2), to_logits(0, 0, 2), to_logits(0, 1, 1)]  # each has another error
+    for network in networks:
+        assert similarity.ensemble_accuracy(network[None], labels) == pytest.approx(2 / 3)
+        assert similarity.ensemble_accuracy(jnp.stack([network] * 3), labels) == pytest.approx(2 / 3)
+    assert similarity.ensemble_accuracy(jnp.stack(networks), labels) == 1
+    assert similarity.ensemble_accuracy(jnp.stack(networks).astype(jnp.bfloat16), labels) == 1

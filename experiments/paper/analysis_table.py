@@ -31,7 +31,7 @@ an attribute.
 The last column is set by the argument `needs` of `analysis.register`. Analyses on request take long: a run
 computes only those that `analysis.also` names, and this command those of `--also=sharpness,noise`. With
 `keep_checkpoints=ends`, distances are computed only between adjacent rounds, to round 0 and to the
-initialisation.
+initialisation, and the agreement of rounds only between adjacent rounds and with round 0.
 
 {figures}
 
@@ -40,7 +40,7 @@ initialisation.
 | `registry.py` | `register`, `register_figure`, and the inputs of analyses: `NetworkInputs`, `RunInputs` |
 | `paper.py` | the analyses and figures of the paper, registered in the same way as a user's own |
 | `distances.py`, `paths.py`, `weights.py` | the functions of these analyses |
-| `sublevel.py`, `permuted_paths.py` | an analysis each, with its figure |
+| `agreement.py`, `overlap.py`, `sublevel.py`, `permuted_paths.py` | an analysis each, with its figure |
 | `sharpness.py`, `noise.py`, `instability.py` | the analyses on request, each in one file |
 | `on_request.py` | what these share: images of the training set, and repeated trainings |
 | `computation.py` | finds missing rows, reads the networks and calls the analyses |

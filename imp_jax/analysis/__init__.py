@@ -22,7 +22,10 @@ from ml_collections import ConfigDict
 
 from imp_jax import config as configs
 from imp_jax import config_files, errors, figures, similarity
-from imp_jax.analysis import paper, permuted_paths, report, sublevel  # noqa: F401 (two register analyses)
+from imp_jax.analysis import paper, report  # first, so that its figures come first in the report
+
+# isort: split
+from imp_jax.analysis import agreement, overlap, permuted_paths, sublevel  # noqa: F401 (they register analyses)
 from imp_jax.analysis.computation import compute
 from imp_jax.analysis.registry import (
     ANALYSES,

@@ -9,6 +9,7 @@ import pandas as pd
 
 from imp_jax.analysis.registry import RunInputs
 from imp_jax.experiment import Experiment
+from imp_jax.figures import format_percent
 from imp_jax.masking import Mask
 from imp_jax.members import Member
 from imp_jax.replay import replay
@@ -75,7 +76,7 @@ def replay_round(
 
 def format_density(density: float) -> str:
     """Return a density for a label or a sentence, such as "1.8 %"."""
-    return f"{float(f'{100 * density:.2g}'):g} %"
+    return f"{format_percent(density)} %"
 
 
 def keep_known_rows(known: pd.DataFrame, rows: Sequence[tuple[Any, ...]], keys: int) -> Iterator[tuple]:

@@ -28,8 +28,8 @@ KEYS = {
 
 # columns that identify a row; the others are values
 _INDEX = (
-    *("replicate", "replicate_b", "arm", "kind", "metric", "round", "round_a", "round_b", "epoch", "step"),
-    *("noise", "split", "alpha", "layer"),
+    *("replicate", "replicate_b", "arm", "arm_b", "kind", "metric", "round", "round_a", "round_b", "epoch"),
+    *("step", "noise", "split", "alpha", "layer"),
 )
 
 
@@ -109,6 +109,30 @@ class RunInputs:
     def experiment(self) -> Experiment:
         """The experiment: model, data set and settings."""
         return self.get_experiment()
+
+
+def complete_rows(
+    inputs: RunInputs,
+    name: str,
+    keys: Iterable[tuple],
+    compute: Callable[[list[tuple]], dict[tuple, Sequence[Any]]],
+) -> list[tuple]:
+    """Return the rows of an analysis with `needs="run"` that are known, and those that are missing.
+
+    Args:
+      name: of the analysis.
+      keys: values of the columns that identify the rows of the networks on disk; they are its first columns.
+      compute: called with the missing keys, if there are any; returns the values of the other columns by key,
+        for the keys that it could compute. It may return other rows too, which replace known ones.
+    """
+    analysis, table = ANALYSES[name], inputs.tables[name]
+    size = len(analysis.index)
+    rows = table.reindex(columns=analysis.columns).itertuples(index=False, name=None)
+    known = {row[:size]: row[size:] for row in rows}
+    is_current = set(analysis.columns) <= set(table)  # False for a table that lacks a column
+    missing = [key for key in keys if not (is_current and key in known)]
+    computed = compute(missing) if missing else {}
+    return [(*key, *values) for key, values in {**known, **computed}.items()]
 
 
 Function = Callable[[Any], Iterable[Sequence[Any]]]

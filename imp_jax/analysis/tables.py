@@ -14,7 +14,7 @@ from imp_jax.workdir.files import write_atomically
 
 _ROUNDS = ("round", "round_a", "round_b")  # columns with the number of a round
 # columns by which rows are sorted (stably)
-_ORDER = ("replicate", "arm", "kind", "metric", *_ROUNDS, "epoch", "step", "noise")
+_ORDER = ("replicate", "arm", "kind", "metric", *_ROUNDS, "replicate_b", "arm_b", "epoch", "step", "noise")
 _UNREADABLE = (FileNotFoundError, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeError)
 
 

@@ -81,6 +81,21 @@ def test_distances_match_the_pairwise_functions_of_the_networks(run):
             assert distance[metric, arm, replicate, 2, 2] == 0
 
 
+def test_mean_accuracies_of_the_agreement_match_the_results(run):
+    accuracy = run.results.set_index(["replicate", "arm", "round"])["test_accuracy"]
+    assert len(run.agreement) == 4 * (ROUNDS * (ROUNDS - 1) // 2) + ROUNDS * 4 + 2  # members, rounds, twins
+    for row in run.agreement.itertuples():
+        ends = (row.replicate, row.arm, row.round_a), (row.replicate_b, row.arm_b, row.round_b)
+        assert row.mean_accuracy == pytest.approx(accuracy.loc[list(ends)].mean(), abs=1e-6)
+
+
+def test_masks_of_the_replicates_overlap_as_their_layers_say(run):
+    """A round prunes the replicates independently, apart from the densities of their layers."""
+    assert set(zip(run.overlap["arm"], run.overlap["arm_b"], strict=True)) == {("imp", "imp")}
+    assert run.overlap["round"].tolist() == list(range(ROUNDS))
+    np.testing.assert_allclose(run.overlap["jaccard"], run.overlap["chance"], atol=0.05)
+
+
 def test_both_ends_of_a_path_match_the_results(run):
     paths = run.paths[run.paths["kind"] == "successive"]
     assert len(run.paths) == (ROUNDS - 1 + 1) * 2 * 2 * 5  # pairs and twins, replicates, splits, points
@@ -391,7 +406,7 @@ def test_a_figure_that_cannot_be_drawn_is_skipped_with_a_message(analysed, tmp_p
     monkeypatch.setattr(figures, "to_bytes", fail_once)
     pngs = analysis.draw(analysis.load(copy))
     assert "accuracy" not in pngs
-    assert len(pngs) == 9
+    assert len(pngs) == 11
     message = capsys.readouterr().err
     assert message.startswith(
         f"{copy / 'figures' / 'accuracy.png'} is missing, as it cannot be drawn: RuntimeError"
@@ -469,6 +484,7 @@ def test_analyses_do_not_call_global_max(copy, monkeypatch):
 
 def test_every_figure_is_drawn_as_png_and_pdf(analysed):
     names = {"accuracy", "threshold", "histograms", "barriers", "instability", "sublevel", "permuted_paths"}
+    names |= {"agreement", "overlap"}
     names |= {f"distances_{metric}" for metric in ("angular", "cosine", "euclidean")}
     assert {path.name for path in (analysed / "figures").iterdir()} == {
         f"{name}.{suffix}" for name in names for suffix in ("png", "pdf")
@@ -479,7 +495,7 @@ def test_every_figure_is_drawn_as_png_and_pdf(analysed):
 
 def test_the_report_is_one_file_with_all_figures_and_numbers(analysed, run):
     report = (analysed / "report.html").read_text()
-    assert len(re.findall(r'<img alt="\w+" src="data:image/png;base64,', report)) == 10
+    assert len(re.findall(r'<img alt="\w+" src="data:image/png;base64,', report)) == 12
     assert not re.findall(r'(?:src|href)="(?!data:)', report)
     means = 100 * run.results.query("arm == 'imp'").groupby("round")["test_accuracy"].mean()
     for mean in means:
