@@ -113,6 +113,12 @@ FIELDS = {
         check=lambda value: 0 < value <= 1,
         words="above 0 and at most 1",
     ),
+    "dataset.validation": Field(
+        0.0,
+        "fraction of the training images of a set in memory that are held out as a validation split",
+        check=lambda value: 0 <= value < 1,
+        words="at least 0 and below 1",
+    ),
     "dataset.blur": Field(
         1,
         "factor by which the images of a set in memory are reduced and enlarged again, which blurs them",

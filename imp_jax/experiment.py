@@ -116,9 +116,8 @@ def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: 
         )
     elif config.dataset.augmentation is not None:
         dataset = dataset._replace(augmentation=tuple(config.dataset.augmentation))
-    dataset = data.vary(
-        dataset, labels=config.dataset.labels, subset=config.dataset.subset, blur=config.dataset.blur
-    )
+    variations = {name: config.dataset[name] for name in ("labels", "subset", "validation", "blur")}
+    dataset = data.vary(dataset, **variations)
     setup_checks.check_unused_settings(config, dataset)
     learning_rates, short_learning_rates = _make_learning_rates(config, dataset.train.examples)
     model = create_model(config, dataset.num_classes, dataset.train.image_shape)
@@ -248,8 +247,8 @@ def put_on_mesh(experiment: Experiment, mesh: Mesh | None) -> Experiment:
             f"mesh.data is {spec.data_devices}; {experiment.name.partition(' on ')[0]} keeps statistics of its "
             f"batches and has no field norm_axis to take them over devices, so it should be 1"
         )
-    train, test = (split.put_on_mesh(mesh) for split in (dataset.train, dataset.test))
-    return experiment._replace(spec=spec, dataset=dataset._replace(train=train, test=test))
+    splits = {name: split.put_on_mesh(mesh) for name, split in dataset.splits().items()}
+    return experiment._replace(spec=spec, dataset=dataset._replace(**splits))
 
 
 def spec_on_mesh(spec: training.TrainSpec, mesh: Mesh | None) -> training.TrainSpec:
@@ -269,8 +268,8 @@ def put_on_one_device(experiment: Experiment) -> Experiment:
     if experiment.spec.mesh is None:
         return experiment
     spec, dataset = spec_on_mesh(experiment.spec, None), experiment.dataset
-    train, test = (split.put_on_one_device() for split in (dataset.train, dataset.test))
-    return experiment._replace(spec=spec, dataset=dataset._replace(train=train, test=test))
+    splits = {name: split.put_on_one_device() for name, split in dataset.splits().items()}
+    return experiment._replace(spec=spec, dataset=dataset._replace(**splits))
 
 
 def describe_experiment(experiment: Experiment) -> str:
