@@ -78,6 +78,12 @@ FIELDS = {
         **one_of("stop", "drop"),
         **_RESUME,
     ),
+    "evaluate_epochs": Field(
+        False,
+        "whether all members are evaluated on the test split, and the validation split if there is one, after "
+        "every epoch; a change takes effect with the next round",
+        **_RESUME,
+    ),
     "dataset.name": Field(
         "mnist5k",
         "a registered set, such as mnist5k, cifar10 or folder (of images by class); another "

@@ -72,6 +72,7 @@ class Experiment(NamedTuple):
     optima_store: OptimaStore
     saved_steps: frozenset[int]  # steps of a training at which its state is saved
     on_divergence: str  # stop, or drop
+    evaluate_epochs: bool  # whether members are evaluated after every epoch
 
     @property
     def members(self) -> tuple[Member, ...]:
@@ -186,6 +187,7 @@ def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: 
         optima_store=OptimaStore(config.repulsion.memory, config.repulsion.dtype),
         saved_steps=_saved_steps(config, dataset, learning_rates),
         on_divergence=config.on_divergence,
+        evaluate_epochs=config.evaluate_epochs,
     )
     if not use_mesh:
         return experiment
