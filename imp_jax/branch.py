@@ -258,6 +258,11 @@ def train(
                 (),
                 None,
                 {Member(m.arm, m.replicate): what for m, what in diverged.items() if m.round == number},
+                epoch_rows=[
+                    row
+                    for row in progress.epoch_rows
+                    if BranchMember(row["arm"], row["replicate"], row["round"]) in kept
+                ],
             )
         )
     return ends, diverged

@@ -1,7 +1,5 @@
 """The table of all config fields: default, meaning, allowed values, and whether a resumed run may change it."""
 
-import itertools
-
 from imp_jax.config_field import NUMBER, Field, one_of
 
 # arguments that several fields share
@@ -83,6 +81,12 @@ FIELDS = {
         **one_of("stop", "drop"),
         **_RESUME,
     ),
+    "evaluate_epochs": Field(
+        False,
+        "whether all members are evaluated on the test split, and the validation split if there is one, after "
+        "every epoch; a change takes effect with the next round",
+        **_RESUME,
+    ),
     "dataset.name": Field(
         "mnist5k",
         "a registered set, such as mnist5k, cifar10 or folder (of images by class); another "
@@ -117,6 +121,12 @@ FIELDS = {
         "fraction of the training images of a set in memory that are kept",
         check=lambda value: 0 < value <= 1,
         words="above 0 and at most 1",
+    ),
+    "dataset.validation": Field(
+        0.0,
+        "fraction of the training images of a set in memory that are held out as a validation split",
+        check=lambda value: 0 <= value < 1,
+        words="at least 0 and below 1",
     ),
     "dataset.blur": Field(
         1,
@@ -275,9 +285,9 @@ FIELDS = {
         "for pruning.policy evidence: fractions of which the largest is pruned that evidence allows, or the "
         "first; by default, those of one to four rounds of 0.2",
         check=lambda value: (
-            all(type(fraction) in NUMBER and 0 < fraction < 1 for fraction in value)
-            and len(value) > 0
-            and all(a < b for a, b in itertools.pairwise(value))
+            bool(value)
+            and all(type(fraction) in NUMBER and 0 < fraction < 1 for fraction in value)
+            and list(value) == sorted(set(value))
         ),
         words="rising fractions between 0 and 1, such as (0.2, 0.36)",
     ),
@@ -308,9 +318,7 @@ FIELDS = {
         **_ABOVE_0_AND_FINITE,
     ),
     "evidence.images": Field(
-        1000,
-        "number of training images on which the policies evidence compute errors",
-        **_AT_LEAST_1,
+        1000, "number of training images on which the policies evidence compute errors", **_AT_LEAST_1
     ),
     "branch.name": Field("", "name of a branch, which `imp_jax.branch` sets; empty for a run"),
     "branch.rounds": Field(

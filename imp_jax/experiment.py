@@ -72,6 +72,7 @@ class Experiment(NamedTuple):
     optima_store: OptimaStore
     saved_steps: frozenset[int]  # steps of a training at which its state is saved
     on_divergence: str  # stop, or drop
+    evaluate_epochs: bool  # whether members are evaluated after every epoch
 
     @property
     def members(self) -> tuple[Member, ...]:
@@ -116,9 +117,8 @@ def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: 
         )
     elif config.dataset.augmentation is not None:
         dataset = dataset._replace(augmentation=tuple(config.dataset.augmentation))
-    dataset = data.vary(
-        dataset, labels=config.dataset.labels, subset=config.dataset.subset, blur=config.dataset.blur
-    )
+    variations = {name: config.dataset[name] for name in ("labels", "subset", "validation", "blur")}
+    dataset = data.vary(dataset, **variations)
     setup_checks.check_unused_settings(config, dataset)
     learning_rates, short_learning_rates = _make_learning_rates(config, dataset.train.examples)
     setup_checks.check_instability_steps(config.instability.steps, learning_rates.size)
@@ -188,6 +188,7 @@ def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: 
         optima_store=OptimaStore(config.repulsion.memory, config.repulsion.dtype),
         saved_steps=_saved_steps(config, dataset, learning_rates),
         on_divergence=config.on_divergence,
+        evaluate_epochs=config.evaluate_epochs,
     )
     if not use_mesh:
         return experiment
@@ -249,8 +250,8 @@ def put_on_mesh(experiment: Experiment, mesh: Mesh | None) -> Experiment:
             f"mesh.data is {spec.data_devices}; {experiment.name.partition(' on ')[0]} keeps statistics of its "
             f"batches and has no field norm_axis to take them over devices, so it should be 1"
         )
-    train, test = (split.put_on_mesh(mesh) for split in (dataset.train, dataset.test))
-    return experiment._replace(spec=spec, dataset=dataset._replace(train=train, test=test))
+    splits = {name: split.put_on_mesh(mesh) for name, split in dataset.splits().items()}
+    return experiment._replace(spec=spec, dataset=dataset._replace(**splits))
 
 
 def spec_on_mesh(spec: training.TrainSpec, mesh: Mesh | None) -> training.TrainSpec:
@@ -270,8 +271,8 @@ def put_on_one_device(experiment: Experiment) -> Experiment:
     if experiment.spec.mesh is None:
         return experiment
     spec, dataset = spec_on_mesh(experiment.spec, None), experiment.dataset
-    train, test = (split.put_on_one_device() for split in (dataset.train, dataset.test))
-    return experiment._replace(spec=spec, dataset=dataset._replace(train=train, test=test))
+    splits = {name: split.put_on_one_device() for name, split in dataset.splits().items()}
+    return experiment._replace(spec=spec, dataset=dataset._replace(**splits))
 
 
 def describe_experiment(experiment: Experiment) -> str:

@@ -134,13 +134,15 @@ def train(
     train_epochs = experiment.dataset.train.training_epochs(
         make_keys("data"), epochs, spec.batch_size, progress.step, spec.mesh
     )
+    splits = _splits_after_epochs(experiment, progress, steps)
     for first, last in itertools.pairwise(_list_sync_steps(experiment, learning_rates, progress.step)):
         start, compiled = time.perf_counter(), compile_seconds()
         tickets, states = progress.tickets, progress.states
         if first > 0 and first == experiment.rewind_step and not state.plan.continues:
             tickets, states = rewind(experiment, number, state, tickets, states)
         epoch, step = divmod(first, steps)
-        states, metrics = training.train_steps(
+        ends_epoch = last % steps == 0
+        states, metrics, evaluations = training.train_and_evaluate(
             states,
             state.masks,
             train_epochs.epoch(epoch),
@@ -148,23 +150,38 @@ def train(
             learning_rates[epoch, step : step + last - first],
             optima,
             None if rng_keys is None else _fold_in_members(rng_keys, epoch),
+            splits=list(splits.values()) if ends_epoch else [],
             spec=spec,
         )
         # waits for the device, so that `seconds` includes the computation
         metrics = devices.gather_members(metrics, len(state.members), axis=1)
+        columns = _split_columns(splits if ends_epoch else {}, evaluations, len(state.members))
         compile_time = compile_seconds() - compiled
         seconds = time.perf_counter() - start - compile_time
         history = divergence.update_history(progress.history, metrics.loss, metrics.accuracy, first, steps)
-        progress = MidRoundState(last, tickets, states, history, progress.seconds + seconds)
+        rows = _make_rows(state.members, number, columns, {"epoch": last // steps}) if columns else []
+        progress = MidRoundState(
+            last, tickets, states, history, progress.seconds + seconds, [*progress.epoch_rows, *rows]
+        )
         broken = divergence.non_finite_members(history)
         diverged = {state.members[i]: step_and_description for i, step_and_description in broken.items()}
         end = EpochEnd(
-            number, state.members, progress, metrics, seconds, compile_time, diverged, learning_rates.size
+            number, state.members, progress, metrics, seconds, compile_time, diverged, learning_rates.size, rows
         )
         for callback in on_epoch:
             callback(end)
         raise_if_diverged(experiment, number, state.members, diverged)
     return progress
+
+
+def _splits_after_epochs(experiment, progress, steps):
+    """Return the splits, by name, on which members are evaluated after every epoch of a training.
+
+    A round is evaluated after all of its epochs or after none, so it keeps its setting when it is resumed.
+    """
+    if not (experiment.evaluate_epochs if progress.step < steps else progress.epoch_rows):
+        return {}
+    return {name: split for name, split in experiment.dataset.splits().items() if name != "train"}
 
 
 _fold_in_members = jax.jit(jax.vmap(jax.random.fold_in, (0, None)))
@@ -234,39 +251,48 @@ def measure(
     thresholds: Float[np.ndarray, " members"],
     pruning_barrier: float | None = None,
 ) -> list[Row]:
-    """Evaluate the trained networks on both splits; return their rows of results.csv.
+    """Evaluate the trained networks on all splits; return their rows of results.csv.
 
     With repulsion, rows also have J_r after training and, from round 1 on, the mean cosine with earlier optima.
     Where evidence decided, they have the barriers that it looked at.
     """
     dataset, spec, members = experiment.dataset, experiment.spec, state.members
-    variables = progress.states.variables
-    sums = [training.evaluate(variables, split, spec=spec) for split in (dataset.train, dataset.test)]
-    (train_loss, train_correct), (test_loss, test_correct) = devices.gather_members(sums, len(members))
+    variables, splits = progress.states.variables, dataset.splits()
+    evaluations = [training.evaluate(variables, split, spec=spec) for split in splits.values()]
     exclude = experiment.pruning.exclude
     prunable_weights = masking.size(networks.mask, exclude) // len(members)
     columns = {
         "density": np.asarray(_survivors(networks.mask, exclude)) / prunable_weights,
         "threshold": thresholds,
-        "train_loss": train_loss,
-        "train_accuracy": np.asarray(train_correct) / dataset.train.examples,
-        "test_loss": test_loss,
-        "test_accuracy": np.asarray(test_correct) / dataset.test.examples,
+        **_split_columns(splits, evaluations, len(members)),
     }
     if state.optima is not None:
         summary = repulsion.summary(networks.trained["params"], state.optima, spec.repulsion_strength)
         columns["repulsion"], columns["cosine"] = summary
     elif spec.repulsion_strength:
         columns["repulsion"] = np.zeros(len(members))  # without earlier optima J_r is 0
-    columns = {name: np.asarray(column) for name, column in columns.items()}
     learning_rates = experiment.learning_rates_in(round_of(members[0], number), state.plan.short)
     shared = {"retraining_barrier": state.plan.barrier, "pruning_barrier": pruning_barrier}
     shared = {"epochs": len(learning_rates)} | {k: v for k, v in shared.items() if v is not None}
+    return _make_rows(members, number, columns, shared | {"seconds": round(progress.seconds, 3)})
+
+
+def _split_columns(splits, evaluations, members):
+    """Return the loss and the accuracy of all members on each split, by the name of their column."""
+    columns = {}
+    for (name, split), (loss, correct) in zip(splits.items(), evaluations, strict=True):
+        columns[f"{name}_loss"], correct = devices.gather_members((loss, correct), members)
+        columns[f"{name}_accuracy"] = correct / split.examples
+    return columns
+
+
+def _make_rows(members, number, columns, shared):
+    """Return a row of results.csv or epochs.csv for each member; all have the values of `shared`."""
+    columns = {name: np.asarray(column) for name, column in columns.items()}
     return [
         {"replicate": member.replicate, "arm": member.arm, "round": round_of(member, number)}
         | {name: float(str(column[i])) for name, column in columns.items()}  # float32 as 0.1, not 0.10000000149
         | shared
-        | {"seconds": round(progress.seconds, 3)}
         for i, member in enumerate(members)
     ]
 

@@ -97,6 +97,7 @@ def end_round(
         optima,
         diverged,
         plan if experiment.retraining.policy == "evidence" else None,
+        [row for row in progress.epoch_rows if Member(row["arm"], row["replicate"]) in kept],
     )
     return end, next_state
 

@@ -75,6 +75,7 @@ class EpochEnd(NamedTuple):
     compile_seconds: float  # since the last call
     diverged: dict[Member, tuple[int, str]]  # members with a non-finite loss: step and description
     steps: int  # of the whole training
+    rows: Sequence[Row] = ()  # of epochs.csv, one per member, if an epoch ends and its networks were evaluated
 
 
 class RoundEnd(NamedTuple):
@@ -89,6 +90,7 @@ class RoundEnd(NamedTuple):
     next_optima: Optima | None  # of `next_members`; None without repulsion
     diverged: dict[Member, tuple[int, str]]  # members that were dropped: step and description
     next_plan: RoundPlan | None = None  # None unless evidence decides
+    epoch_rows: Sequence[Row] = ()  # of epochs.csv; () unless all epochs were evaluated
 
 
 ARM_IMAGES = "arm images"  # RNG stream of the images on which masks at initialisation are computed

@@ -6,7 +6,7 @@ rounds, or with repulsion all rounds whose `Optima` have the same shape.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -230,6 +230,41 @@ def train_steps(
     return python_loop(step, states, zip(numbers, learning_rates, batches.one_by_one(), strict=False))
 
 
+def train_and_evaluate(
+    states: TrainState,
+    masks: Mask,
+    batches: Batches,
+    first_step: int,
+    learning_rates: Float[np.ndarray, " steps"],
+    optima: Optima | None = None,
+    keys: Key[Array, " members"] | None = None,
+    *,
+    splits: Sequence[Split],
+    spec: TrainSpec,
+) -> tuple[TrainState, Metrics, list[tuple[Float[Array, " members"], Int[Array, " members"]]]]:
+    """Train as `train_steps` does, to the same bits, then `evaluate` all members on each of `splits`.
+
+    Runs one program for both if `train_steps` runs one for all steps and the splits allow it too.
+    """
+    arguments = (states, masks, batches, first_step, learning_rates, optima, keys)
+    evaluations = [_evaluation_batches(split, spec) for split in splits]
+    if splits and spec.execution.scan and all(b.scannable for b in (batches, *(b for b, _ in evaluations))):
+        states, metrics, sums = programs(spec.execution.unroll).scan_and_evaluate(
+            *arguments, evaluations, spec=spec
+        )
+        means = [(losses / s.examples, correct) for (losses, correct), s in zip(sums, splits, strict=True)]
+        return states, metrics, means
+    states, metrics = train_steps(*arguments, spec=spec)
+    return states, metrics, [evaluate(states.variables, split, spec=spec) for split in splits]
+
+
+def scan_and_evaluate(states, masks, batches, first_step, learning_rates, optima, keys, evaluations, *, spec):
+    """Take steps as `scan_steps` does, then compute the sums of `evaluate` on the batches of each split."""
+    states, metrics = scan_steps(states, masks, batches, first_step, learning_rates, optima, keys, spec=spec)
+    sums = [_map_batches(_sum_examples, states.variables, *batches, spec=spec) for batches in evaluations]
+    return states, metrics, jax.tree.map(lambda leaf: leaf.sum(0), sums)
+
+
 def scan_steps(states, masks, batches, first_step, learning_rates, optima, keys, *, spec):
     """Take `len(learning_rates)` steps of all members in a `lax.scan`."""
 
@@ -278,9 +313,7 @@ def sum_over_batches(
         `valid` [batch] is False for the padding in the last batch.
       batch_size: None is the default of the split. Rounded up to a multiple of the devices that share a batch.
     """
-    batch_size = min(batch_size or split.evaluation_batch_size, split.examples)
-    batch_size = -(-batch_size // spec.data_devices) * spec.data_devices
-    batches, numbers = split.evaluation(batch_size, spec.mesh), np.arange(-(-split.examples // batch_size))
+    batches, numbers = _evaluation_batches(split, spec, batch_size)
     if spec.execution.scan and batches.scannable:
         sums = programs(spec.execution.unroll).map_batches(function, networks, batches, numbers, spec=spec)
     else:
@@ -289,6 +322,13 @@ def sum_over_batches(
             for number, batch in zip(numbers, batches.one_by_one(), strict=False)
         )
     return jax.tree.map(lambda leaf: leaf.sum(0), sums)
+
+
+def _evaluation_batches(split, spec, batch_size=None):
+    """Return the batches of an evaluation and their numbers; see `sum_over_batches`."""
+    batch_size = min(batch_size or split.evaluation_batch_size, split.examples)
+    batch_size = -(-batch_size // spec.data_devices) * spec.data_devices
+    return split.evaluation(batch_size, spec.mesh), np.arange(-(-split.examples // batch_size))
 
 
 def example_sums(
@@ -324,6 +364,7 @@ def _map_batches(function, networks, batches, numbers, *, spec):
 class Programs(NamedTuple):
     init_states: Callable[..., TrainState]
     scan_steps: Callable[..., tuple[TrainState, Metrics]]
+    scan_and_evaluate: Callable[..., tuple[TrainState, Metrics, PyTree[Array]]]
     step: Callable[..., tuple[TrainState, Metrics]]
     map_batches: Callable[..., PyTree[Array]]
     apply_to_batch: Callable[..., PyTree[Array]]
@@ -341,6 +382,7 @@ def programs(unroll: bool) -> Programs:
     return Programs(
         init_states=jit(init_states, static_argnames="spec"),
         scan_steps=jit(scan_steps, static_argnames="spec", donate_argnames="states"),
+        scan_and_evaluate=jit(scan_and_evaluate, static_argnames="spec", donate_argnames="states"),
         step=jit(step_all_members, static_argnames="spec", donate_argnames="states"),
         map_batches=jit(_map_batches, static_argnames=("function", "spec")),
         apply_to_batch=jit(_apply_to_batch, static_argnames=("function", "spec")),

@@ -89,6 +89,21 @@ def test_stopped_branch_resumes_to_the_same_bits(own_trunk, monkeypatch):
     assert_same_members(resumed, whole)
 
 
+def test_branch_records_the_epochs_of_all_its_rounds(tmp_path, monkeypatch):
+    """With the same numbers as beside imp, also if it is stopped within a group of rounds."""
+    dataset, fields = make_tiny_dataset(), {"epochs": 2, "evaluate_epochs": True}
+    beside, trunk = tmp_path / "beside", tmp_path / "trunk"
+    runs.run(make_config(arms=("imp", "shuffled"), **fields), beside, dataset=dataset)
+    runs.run(make_config(**fields), trunk, dataset=dataset)
+    monkeypatch.setattr(branch, "members_that_fit", lambda experiment: 4)  # two groups, of two rounds and one
+    with pytest.raises(Stopped):
+        branch.run(trunk, ("shuffled",), dataset=dataset, stop=StopsAtFirstCheck())
+    epochs = analysis.load(branch.run(trunk, ("shuffled",), dataset=dataset)).epochs
+    expected = analysis.load(beside).epochs.query("arm == 'shuffled'").reset_index(drop=True)
+    pd.testing.assert_frame_equal(epochs, expected, rtol=1e-6)
+    assert len(epochs) == 3 * 2 * 2
+
+
 def test_number_of_groups_does_not_change_bits(own_trunk, monkeypatch, capsys):
     dataset = make_tiny_dataset()
     one = branch.run(own_trunk, ("random",), name="one", dataset=dataset)

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from filelock import FileLock
 
-from imp_jax import analysis, imp, runs
+from imp_jax import analysis, imp, runs, training
 from imp_jax.errors import UserError
 from imp_jax.experiment import setup
 from imp_jax.round_end import reset
@@ -115,6 +115,73 @@ def test_resumed_run_has_the_results_of_an_uninterrupted_one(data_dir, tmp_path,
     assert (tmp_path / "resumed" / "results.csv").read_bytes() == results
 
 
+EVALUATED = {"evaluate_epochs": True, "dataset.validation": 0.2}
+
+
+def test_members_are_evaluated_after_every_epoch():
+    """With twins, and with a rewind step within an epoch; twins train in round 1 only."""
+    config = make_tiny_config(rewind_step=3, **EVALUATED, **{"instability.rounds": (1,)})
+    experiment = setup(config, make_tiny_dataset())
+    seen = []
+
+    def evaluate(end):
+        if end.progress.step % 4:  # a pause within an epoch
+            assert not end.rows
+            return
+        splits = (experiment.dataset.test, experiment.dataset.validation)
+        (loss, correct), (held_out_loss, held_out_correct) = (
+            training.evaluate(end.progress.states.variables, split, spec=experiment.spec) for split in splits
+        )
+        for i, (member, row) in enumerate(zip(end.members, end.rows, strict=True)):
+            assert (row["arm"], row["replicate"], row["round"]) == (*member, end.round)
+            assert row["epoch"] == end.progress.step / 4
+            assert row["test_loss"] == pytest.approx(float(loss[i]), rel=1e-5)
+            assert row["test_accuracy"] == pytest.approx(correct[i] / 13)
+            assert row["validation_loss"] == pytest.approx(float(held_out_loss[i]), rel=1e-5)
+            assert row["validation_accuracy"] == pytest.approx(held_out_correct[i] / 9)
+        seen.extend(end.rows)
+
+    ends = list(imp.rounds(experiment, on_epoch=[evaluate]))
+    assert [len(end.epoch_rows) for end in ends] == [8, 12, 8]
+    assert [row for end in ends for row in end.epoch_rows] == seen
+
+
+def test_one_program_trains_and_evaluates_all_rounds():
+    programs = training.programs(False)
+    for program in (programs.scan_and_evaluate, programs.scan_steps):
+        program.clear_cache()
+    list(imp.rounds(setup(make_tiny_config(**EVALUATED), make_tiny_dataset())))
+    assert (programs.scan_and_evaluate._cache_size(), programs.scan_steps._cache_size()) == (1, 0)
+
+
+@pytest.mark.parametrize("rewind_step", [3, 4])
+def test_evaluation_after_epochs_changes_no_bit_of_a_run(tmp_path, rewind_step):
+    config = make_tiny_config(rewind_step=rewind_step, **EVALUATED)
+    run(config, tmp_path / "with", dataset=make_tiny_dataset())
+    config.evaluate_epochs = False
+    run(config, tmp_path / "without", dataset=make_tiny_dataset())
+    assert_same_runs(tmp_path / "with", tmp_path / "without")
+    assert not (tmp_path / "without" / "epochs.csv").exists()
+
+
+def test_a_changed_evaluation_takes_effect_in_the_next_round(tmp_path):
+    config, whole = make_tiny_config(epochs=3, **EVALUATED), tmp_path / "whole"
+    run(config, whole, dataset=make_tiny_dataset())
+    expected = pd.read_csv(whole / "epochs.csv")
+    for evaluate, rounds in ((True, {0}), (False, {1, 2})):
+        workdir = tmp_path / f"{evaluate}"
+        config.evaluate_epochs = evaluate
+        with pytest.raises(Stopped, match="in round 0 at step 8 of 12"):
+            run(config, workdir, StopsAfter(1), dataset=make_tiny_dataset())
+        config.evaluate_epochs = not evaluate
+        run(config, workdir, dataset=make_tiny_dataset())
+        pd.testing.assert_frame_equal(
+            pd.read_csv(workdir / "epochs.csv"),
+            expected[expected["round"].isin(rounds)].reset_index(drop=True),
+            check_exact=True,
+        )
+
+
 class StopsAfter(GracefulStop):
     """Simulates a signal that arrives after `checks` checks for signals."""
 
@@ -162,7 +229,7 @@ def assert_same_runs(one, other):
 
 @pytest.mark.parametrize("rewind_step", [None, 3, 8])
 def test_run_stopped_within_rounds_resumes_to_the_same_bits(data_dir, tmp_path, rewind_step):
-    config = quick_config(data_dir, rounds=2, epochs=3, rewind_step=rewind_step)
+    config = quick_config(data_dir, rounds=2, epochs=3, rewind_step=rewind_step, evaluate_epochs=True)
     run(config, tmp_path / "whole")
     messages = run_with_stops(config, tmp_path / "resumed", 0)
     stops = {8, 16, 24, *([rewind_step] if rewind_step else [])}  # epochs have 8 steps
@@ -171,6 +238,9 @@ def test_run_stopped_within_rounds_resumes_to_the_same_bits(data_dir, tmp_path, 
         message[len("stopped by SIGTERM ") :].split(";")[0] for message in messages if "step" in message
     ] == places
     assert_same_runs(tmp_path / "whole", tmp_path / "resumed")
+    epochs = [(tmp_path / name / "epochs.csv").read_bytes() for name in ("whole", "resumed")]
+    assert epochs[0] == epochs[1]
+    assert epochs[0].count(b"\n") == 1 + 2 * 3 * 2
     assert not any((tmp_path / "resumed" / "progress").iterdir())
 
 
@@ -206,6 +276,7 @@ def test_streamed_run_resumes_to_the_same_results(tmp_path):
     config.update_from_flattened_dict(
         {
             "checkpoint_every_steps": 3,
+            "evaluate_epochs": True,
             "dataset.name": "imagenet2012",
             "dataset.image_side": 32,
             "dataset.workers": 0,
@@ -221,6 +292,9 @@ def test_streamed_run_resumes_to_the_same_results(tmp_path):
     messages = run_with_stops(config, tmp_path / "resumed", 0)
     assert "in round 0 at step 4 of" in messages[0]  # the rewind step
     assert_same_runs(tmp_path / "whole", tmp_path / "resumed")
+    epochs = [(tmp_path / name / "epochs.csv").read_bytes() for name in ("whole", "resumed")]
+    assert epochs[0] == epochs[1]
+    assert epochs[0].count(b"\n") == 1 + 2 * 2 * 2
     results = read_results_without_seconds(tmp_path / "whole")
     assert results["density"].round(2).tolist() == [1, 1, 0.8, 0.8]
     assert np.isfinite(results["train_loss"]).all()

@@ -226,6 +226,39 @@ def test_epoch_in_two_parts_equals_the_whole_epoch(tiny_experiment, execution):
     jax.tree.map(np.testing.assert_array_equal, train((0, 5)), train((0, 2), (2, 5)))
 
 
+@pytest.mark.parametrize(
+    ("execution", "batch_size"),
+    [("scan_vmap", None), ("scan_vmap", 5), ("scan_unroll", 5), ("step_vmap", 5), ("step_unroll", 5)],
+)
+def test_evaluation_after_an_epoch_equals_numpy_and_changes_no_bit(
+    tiny_experiment, monkeypatch, execution, batch_size
+):
+    """On two splits, also if their last batch is not full."""
+    if batch_size:
+        monkeypatch.setattr(data.InMemory, "evaluation_batch_size", batch_size)
+    experiment = tiny_experiment(execution=execution, **{"dataset.validation": 0.2})
+    spec, dataset = experiment.spec, experiment.dataset
+    keys = jax.random.split(jax.random.key(0), 3)
+    variables = jax.vmap(lambda key: spec.model.init(key, jnp.zeros((1, 4, 4, 1))))(keys)
+    masks = masking.ones_like(variables["params"])
+
+    def train(function, **options):
+        states = training.init_states(variables, masks, spec=spec)
+        batches = dataset.train.training_epochs(keys, 1, 8).epoch(0)
+        return function(states, masks, batches, 0, experiment.learning_rates[0], **options, spec=spec)
+
+    splits = [dataset.test, dataset.validation]
+    states, metrics, evaluations = train(training.train_and_evaluate, splits=splits)
+    jax.tree.map(np.testing.assert_array_equal, (states, metrics), train(training.train_steps))
+    assert train(training.train_and_evaluate, splits=[])[2] == []
+    for split, (loss, correct) in zip(splits, evaluations, strict=True):
+        x, y = np.asarray(split.images).reshape(split.examples, -1) / 255, np.asarray(split.labels)
+        for i in range(3):
+            logits, _ = forward(jax.tree.map(lambda p, i=i: np.asarray(p[i]), states.params), x)
+            assert loss[i] == pytest.approx(cross_entropy(logits, y).mean(), rel=1e-5)
+            assert correct[i] == (logits.argmax(1) == y).sum()
+
+
 class DenseBatchNorm(nn.Module):
     """A model with a second collection of variables, `batch_stats`."""
 

@@ -40,7 +40,7 @@ initialisation, and the agreement of rounds only between adjacent rounds and wit
 | `registry.py` | `register`, `register_figure`, and the inputs of analyses: `NetworkInputs`, `RunInputs` |
 | `paper.py` | the analyses and figures of the paper, registered in the same way as a user's own |
 | `distances.py`, `paths.py`, `weights.py` | the functions of these analyses |
-| `agreement.py`, `overlap.py`, `sublevel.py`, `permuted_paths.py` | an analysis each, with its figure |
+| `agreement.py`, `overlap.py`, `sublevel.py`, `permuted_paths.py`, `learning.py` | one analysis each |
 | `sharpness.py`, `noise.py`, `instability.py` | the analyses on request, each in one file |
 | `on_request.py` | what these share: images of the training set, and repeated trainings |
 | `computation.py` | finds missing rows, reads the networks and calls the analyses |

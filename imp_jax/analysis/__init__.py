@@ -25,7 +25,7 @@ from imp_jax import config_files, errors, figures, similarity
 from imp_jax.analysis import paper, report  # first, so that its figures come first in the report
 
 # isort: split
-from imp_jax.analysis import agreement, overlap, permuted_paths, sublevel  # noqa: F401 (they register analyses)
+from imp_jax.analysis import agreement, learning, overlap, permuted_paths, sublevel  # noqa: F401
 from imp_jax.analysis.computation import compute
 from imp_jax.analysis.registry import (
     ANALYSES,
@@ -49,6 +49,7 @@ from imp_jax.errors import UnknownNameError, UserError, one_line
 from imp_jax.experiment import setup
 from imp_jax.members import Member, members_of_rows
 from imp_jax.workdir.checkpoints import Checkpoints, RoundNetworks
+from imp_jax.workdir.epochs import EpochResults, read_epochs
 from imp_jax.workdir.execution import restore_execution
 from imp_jax.workdir.lock import (
     CONFIG_COPY,
@@ -83,9 +84,10 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A workdir in a notebook: its config, results.csv, and the tables of its analyses.
+    """A workdir in a notebook: its config, results.csv, epochs.csv, and the tables of its analyses.
 
     Attributes:
+      epochs: epochs.csv; empty unless the run has `evaluate_epochs`.
       tables: the csv files in the folder analysis, by name; a registered analysis that has not been computed
         yet has an empty table. Each is an attribute too: `run.distances` is `run.tables["distances"]`.
     """
@@ -94,6 +96,7 @@ class Run:
     config: ConfigDict
     results: pd.DataFrame
     tables: dict[str, pd.DataFrame]
+    epochs: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
 
     def __getattr__(self, name: str) -> pd.DataFrame:
         tables = self.__dict__.get("tables", {})  # not set yet while the object is copied
@@ -148,7 +151,8 @@ def load(workdir: str | os.PathLike) -> Run:
         tables[name] = with_columns(read_table(workdir, registered), registered.columns, path)
         if is_unreadable(workdir, registered):
             warnings.warn(f"{path} cannot be read; imp_jax.analysis.run computes it again", stacklevel=2)
-    return Run(workdir, config, read_results(workdir), {**tables, **read_other_tables(workdir)})
+    tables |= read_other_tables(workdir)
+    return Run(workdir, config, read_results(workdir), tables, read_epochs(workdir))
 
 
 def run(
@@ -190,6 +194,7 @@ def run(
         if max(recorded_rounds(workdir), default=0) <= finished[-1]:
             with reporting_write_errors(workdir):  # after a crash, results.csv may lack rows of the last round
                 Results(workdir, rows)
+                EpochResults(workdir, checkpoints, rows)
         results = read_results(workdir)
         experiment = functools.cache(
             lambda: restore_execution(_setup(setup_config, workdir, config_file), workdir)

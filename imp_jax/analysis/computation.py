@@ -26,6 +26,7 @@ from imp_jax.analysis.tables import (
 from imp_jax.experiment import Experiment
 from imp_jax.members import Member, members_of_rows
 from imp_jax.workdir.checkpoints import Checkpoints, DamagedError
+from imp_jax.workdir.epochs import read_epochs
 from imp_jax.workdir.progress import make_console
 
 _SAVE_EVERY_S = 10
@@ -88,6 +89,7 @@ def compute(
     requested = [analysis for analysis in ANALYSES.values() if is_requested(analysis, config)]
     _warn_of_missing_rounds(workdir, tables, requested, {*results["round"]} - set(on_disk))
 
+    epochs = read_epochs(workdir)  # while a run trains, it may have more rounds than `results`
     reader = NetworkReader(checkpoints, config, experiment, results, members)
     inputs = RunInputs(
         results,
@@ -97,6 +99,7 @@ def compute(
         reader.read_all,
         experiment,
         reader.read_once,
+        epochs[epochs["round"].isin(results["round"])],
     )
     _print_costs(requested, inputs)
     _compute_missing(inputs.tables, requested, reader, workdir, config, members, show_progress)

@@ -90,6 +90,7 @@ class RunInputs:
       load_round: returns the networks of one round of `rounds`; {} if its checkpoint cannot be read. They are
         kept until all analyses are computed.
       get_experiment: returns the `Experiment`; call it only if needed, because it opens the data set.
+      epochs: epochs.csv; empty unless the run has `evaluate_epochs`.
     """
 
     results: pd.DataFrame
@@ -99,6 +100,7 @@ class RunInputs:
     load_networks: Callable[[], dict[int, dict[Member, NetworkInputs]]] = dataclasses.field(repr=False)
     get_experiment: Callable[[], Experiment] = dataclasses.field(repr=False)
     load_round: Callable[[int], dict[Member, NetworkInputs]] = dataclasses.field(repr=False)
+    epochs: pd.DataFrame = dataclasses.field(default_factory=pd.DataFrame)
 
     @functools.cached_property
     def networks(self) -> dict[int, dict[Member, NetworkInputs]]:

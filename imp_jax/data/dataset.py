@@ -216,6 +216,7 @@ class Dataset(NamedTuple):
       augmentation: names of the augmentations of training images.
       folder: where statistics.json is stored; None: it is not stored.
       classes: names of the classes, if the set is a folder of images by class.
+      validation: images on which settings such as the number of epochs are chosen; None if there are none.
     """
 
     train: Split
@@ -224,6 +225,12 @@ class Dataset(NamedTuple):
     augmentation: tuple[str, ...]
     folder: Path | None
     classes: tuple[str, ...] = ()
+    validation: Split | None = None
+
+    def splits(self) -> dict[str, Split]:
+        """Return the splits by name, with `validation` only if there is one."""
+        splits = {"train": self.train, "test": self.test, "validation": self.validation}
+        return {name: split for name, split in splits.items() if split is not None}
 
     def identity(self) -> dict[str, Any]:
         """Return a JSON-serialisable description, by which a workdir recognises its data set."""

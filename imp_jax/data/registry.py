@@ -130,14 +130,15 @@ def _check(dataset: Any, name: str) -> None:
         raise UserError(
             f"the data set {name} has num_classes {dataset.num_classes!r}; it should be a number of at least 2"
         )
-    for split_name, split in (("train", dataset.train), ("test", dataset.test)):
+    for split_name, split in dataset.splits().items():
         if isinstance(split, InMemory):
             _check_arrays(split, dataset.num_classes, f"the {split_name} split of the data set {name}")
-    if dataset.train.image_shape != dataset.test.image_shape:
-        raise UserError(
-            f"the data set {name} has training images of the shape {dataset.train.image_shape} and test images "
-            f"of {dataset.test.image_shape}; they should have the same height, width and channels"
-        )
+        if dataset.train.image_shape != split.image_shape:
+            raise UserError(
+                f"the data set {name} has training images of the shape {dataset.train.image_shape} and "
+                f"{split_name} images of {split.image_shape}; they should have the same height, width and "
+                f"channels"
+            )
 
 
 def _check_arrays(split, num_classes, title):
@@ -167,7 +168,7 @@ def _put_on_device(dataset):
     """Convert the arrays of splits in memory to JAX arrays, and their labels to int32."""
     splits = {
         name: InMemory(jnp.asarray(split.images), jnp.asarray(split.labels, jnp.int32))
-        for name, split in (("train", dataset.train), ("test", dataset.test))
+        for name, split in dataset.splits().items()
         if isinstance(split, InMemory)
     }
     return dataset._replace(**splits)

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from imp_jax.training import TrainState, Variables
 from imp_jax.workdir.checksums import MANIFEST, compute_checksums, digest_tree, find_damage, is_os_error
 from imp_jax.workdir.files import check_workdir_path, write_atomically
 
-_JSON = ("rows", "next_plan", "version")  # items without arrays
+_JSON = ("rows", "epoch_rows", "next_plan", "version")  # items without arrays
 # The format of checkpoints. Raise it only if earlier checkpoints can no longer be read, because workdirs should
 # stay usable. Additional items, files and keys need no new format.
 FORMAT = 2
@@ -48,6 +49,7 @@ class MidRoundState(NamedTuple):
     states: TrainState
     history: TrainingHistory
     seconds: float  # of training so far
+    epoch_rows: Sequence[dict[str, Any]] = ()  # of epochs.csv, for the epochs so far
 
 
 class DamagedError(UserError):
@@ -110,6 +112,7 @@ class Checkpoints:
         optima: Optima | None = None,
         next_masks: Mask | None = None,
         next_plan: dict[str, Any] | None = None,
+        epoch_rows: Sequence[dict[str, Any]] = (),
     ) -> None:
         """Write round `number`; on return, it is on disk under its final name.
 
@@ -118,6 +121,7 @@ class Checkpoints:
           optima: for the next round; None if they can be rebuilt from the checkpoints of earlier rounds.
           next_masks: imp's masks of the next round, so that resuming does not prune again.
           next_plan: how the next round trains, if evidence decided this.
+          epoch_rows: those of epochs.csv of this round.
         """
         items = {"networks": networks._asdict(), "rows": rows}
         if next_masks is not None and jax.tree.leaves(next_masks)[0].size:
@@ -126,6 +130,8 @@ class Checkpoints:
             items["next_plan"] = next_plan
         if optima is not None:
             items["optima"] = optima._asdict()
+        if epoch_rows:
+            items["epoch_rows"] = list(epoch_rows)
         _save(self._collective_rounds_manager, number, items)
         if self._rounds is not self._collective_rounds_manager:
             self._rounds.reload()
@@ -143,6 +149,10 @@ class Checkpoints:
     def rows(self, number: int) -> list[dict[str, Any]]:
         """Return the rows of results.csv up to round `number`. Raises: see `restore`."""
         return _restore(self._rounds, number, "rows")
+
+    def epoch_rows(self, number: int) -> list[dict[str, Any]]:
+        """Return the rows of epochs.csv of round `number`; [] if there are none. Raises: see `restore`."""
+        return _restore(self._rounds, number, "epoch_rows") or []
 
     def next_masks(self, number: int) -> Mask | None:
         """Return imp's masks of the round after `number`, on the host, or None. Raises: see `restore`."""
@@ -177,11 +187,10 @@ class Checkpoints:
     def save_progress(self, number: int, progress: MidRoundState, steps: int) -> None:
         """Write the state of round `number`, which has `steps` steps; replaces the state saved before."""
         (self._workdir / "progress").mkdir(exist_ok=True)
-        _save(
-            self._collective_progress_manager,
-            number * (steps + 1) + progress.step,
-            {"progress": _as_arrays(progress)},
-        )
+        items = {"progress": _as_arrays(progress)}
+        if progress.epoch_rows:
+            items["epoch_rows"] = list(progress.epoch_rows)
+        _save(self._collective_progress_manager, number * (steps + 1) + progress.step, items)
 
     def progress(self, number: int, like: MidRoundState, steps: int) -> MidRoundState | None:
         """Return the saved state of round `number`, which has `steps` steps; None if not saved.
@@ -194,7 +203,7 @@ class Checkpoints:
         arrays = _restore(self._progress, latest, "progress", _as_arrays(like))
         arrays["history"] = arrays.pop("seen")
         arrays |= {"step": int(arrays["step"]), "seconds": float(arrays["seconds"])}
-        return MidRoundState(**arrays)
+        return MidRoundState(**arrays, epoch_rows=_restore(self._progress, latest, "epoch_rows") or ())
 
     def quarantine_damaged_rounds(self) -> list[str]:
         """Prepare a workdir for resuming; the caller must hold its lock. Returns a sentence per moved round.
@@ -217,7 +226,7 @@ class Checkpoints:
         damaged = []
         for number in reversed(self.rounds()):
             try:
-                for item in ("networks", "rows", "next_masks", "next_plan", "optima"):
+                for item in ("networks", "rows", "epoch_rows", "next_masks", "next_plan", "optima"):
                     _restore(self._rounds, number, item)
                 break
             except DamagedError as error:
@@ -264,14 +273,18 @@ def _rounds_manager(workdir, processes):
         "next_masks": ocp.PyTreeCheckpointHandler(),
         "optima": ocp.PyTreeCheckpointHandler(),
         "rows": ocp.JsonCheckpointHandler(),
+        "epoch_rows": ocp.JsonCheckpointHandler(),
         "next_plan": ocp.JsonCheckpointHandler(),
     }
     return _manager(workdir / "checkpoints", handlers, processes)
 
 
 def _progress_manager(workdir, processes):
-    handler = ocp.PyTreeCheckpointHandler(use_compression=False)  # written often
-    return _manager(workdir / "progress", {"progress": handler}, processes, max_to_keep=1)
+    handlers = {
+        "progress": ocp.PyTreeCheckpointHandler(use_compression=False),  # written often
+        "epoch_rows": ocp.JsonCheckpointHandler(),
+    }
+    return _manager(workdir / "progress", handlers, processes, max_to_keep=1)
 
 
 def _manager(folder, handlers, processes, **options):
@@ -297,6 +310,7 @@ def move_aside(path: Path, workdir: Path) -> Path:
 def _as_arrays(progress):
     arrays = progress._asdict()
     arrays["seen"] = arrays.pop("history")  # its name on disk
+    del arrays["epoch_rows"]  # an item of its own, which earlier versions did not save
     return {**arrays, "step": np.asarray(progress.step), "seconds": np.asarray(progress.seconds)}
 
 

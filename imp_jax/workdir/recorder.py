@@ -23,6 +23,7 @@ from imp_jax.members import Member, round_of
 from imp_jax.runtime import devices, distributed
 from imp_jax.workdir.checkpoints import Checkpoints, DamagedError, MidRoundState
 from imp_jax.workdir.checksums import is_os_error
+from imp_jax.workdir.epochs import EpochResults
 from imp_jax.workdir.files import write_atomically
 from imp_jax.workdir.lock import (
     lock_owner,
@@ -32,7 +33,7 @@ from imp_jax.workdir.lock import (
     store_dataset,
 )
 from imp_jax.workdir.progress import ProgressDisplay
-from imp_jax.workdir.results import Results, Row, recorded_rounds
+from imp_jax.workdir.results import Results, Row, recorded_rounds, value_columns
 from imp_jax.workdir.tensorboard import TensorBoardWriter
 
 _MAX_POLLS = 30  # of a workdir, 2 s apart: a network file system may show new files later on some processes
@@ -101,6 +102,7 @@ class Recorder(contextlib.AbstractContextManager):
                 if self._is_primary:
                     self._check_missing_rounds()
                     self._results = Results(self.workdir, rows)
+                    self._epochs = EpochResults(self.workdir, self.checkpoints, rows)
                     if self.finished:
                         self._refresh_figure()  # a run that died may not have drawn it
             self._stack = stack.pop_all()
@@ -246,6 +248,7 @@ class Recorder(contextlib.AbstractContextManager):
         self._display.chunk(end.round, step, images, end.seconds, end.compile_seconds, end.steps)
         if step % steps == 0 and not self._config.branch.name:  # the epochs of a branch belong to many rounds
             scalars = {"epoch_loss": history.loss, "epoch_accuracy": history.accuracy}
+            scalars |= {f"epoch_{name}": values for name, values in value_columns(end.rows).items()}
             self._write_events(end.round * epochs + step // steps, end.members, scalars)
 
     def save_progress_if_due(self, end: Any) -> None:
@@ -316,15 +319,15 @@ class Recorder(contextlib.AbstractContextManager):
         self.rows = [*self.rows, *end.rows]
         optima = end.next_optima if keep_optima else None
         next_plan = end.next_plan and end.next_plan._asdict()
-        self.checkpoints.save(end.round, end.networks, self.rows, optima, end.next_masks, next_plan)
+        items = (optima, end.next_masks, next_plan, end.epoch_rows)
+        self.checkpoints.save(end.round, end.networks, self.rows, *items)
         if not self._is_primary:
             return
         self._results.append(end.rows)
+        self._epochs.append(end.epoch_rows)
         self._refresh_figure()
-        names = [name for name in end.rows[0] if name not in ("replicate", "arm", "round")]
-        scalars = {name: [row[name] for row in end.rows] for name in names}
         epochs, steps = self._experiment.learning_rates.shape
-        self._write_events((end.round + 1) * epochs, end.members, scalars)
+        self._write_events((end.round + 1) * epochs, end.members, value_columns(end.rows))
         if self._deletes_rounds:
             arguments = (end.round, self._analyse_and_delete, end.round, self._results.table())
             self._analysis_thread.submit(self._run_guarded, *arguments)

@@ -27,7 +27,18 @@ FIELDS = (
     "epochs",  # of the training
     "retraining_barrier",  # error barrier between the two last solutions, if it decided these epochs; in [0, 1]
     "pruning_barrier",  # increase of the error up to the next mask, if it decided its density; in [0, 1]
+    "validation_loss",  # empty without a validation split
+    "validation_accuracy",
     "seconds",  # wall time in which all members of the round were trained, without compilation
+)
+
+# columns that earlier versions did not write, and that are empty in most runs
+_NEWER_FIELDS = (
+    "epochs",
+    "retraining_barrier",
+    "pruning_barrier",
+    "validation_loss",
+    "validation_accuracy",
 )
 
 KEYS = ("replicate", "arm", "round")  # identify a row
@@ -69,6 +80,12 @@ class Results:
         return text.getvalue()
 
 
+def value_columns(rows: Sequence[Row]) -> dict[str, list[float]]:
+    """Return the columns of rows of results.csv or epochs.csv, without those that identify a row."""
+    names = [name for name in (rows[0] if rows else ()) if name not in (*KEYS, "epoch")]
+    return {name: [row[name] for row in rows] for name in names}
+
+
 def recorded_rounds(workdir: Path) -> set[int]:
     """Return the rounds in results.csv; the empty set if it cannot be read."""
     try:
@@ -80,13 +97,15 @@ def recorded_rounds(workdir: Path) -> set[int]:
 def read_results(workdir: Path) -> pd.DataFrame:
     """Return results.csv of a workdir as a table; empty if there is no file.
 
-    If a column of `FIELDS` is missing, as in a file of an earlier version, it is filled with NaN, with a
-    warning. Columns that are not in `FIELDS` come last.
+    If a column of `FIELDS` is missing, it is filled with NaN, with a warning unless it is one that earlier
+    versions did not write. Columns that are not in `FIELDS` come last.
     """
     path = workdir / "results.csv"
     if not path.exists():
         return pd.DataFrame(columns=list(FIELDS))
-    return with_columns(pd.read_csv(path), FIELDS, path)
+    table = pd.read_csv(path)
+    newer = dict.fromkeys((name for name in _NEWER_FIELDS if name not in table), float("nan"))
+    return with_columns(table.assign(**newer), FIELDS, path)
 
 
 def with_columns(table: pd.DataFrame, columns: Sequence[str], path: Path) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Random labels, subsets and blurred images."""
+"""Random labels, subsets, validation splits and blurred images."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +45,53 @@ def test_a_subset_has_the_fraction_of_the_examples(fraction, kept):
     assert set(chosen) <= pairs
 
 
+def examples_of(split):
+    """Return the images of a split as bytes, each with its label."""
+    return [(image.tobytes(), int(label)) for image, label in zip(*map(np.asarray, split), strict=True)]
+
+
+def test_a_validation_split_is_held_out_of_the_training_images():
+    dataset = random_dataset()
+    varied = vary(dataset, validation=0.1)
+    assert (varied.train.examples, varied.validation.examples) == (2700, 300)
+    train, validation = examples_of(varied.train), examples_of(varied.validation)
+    assert sorted(train + validation) == sorted(examples_of(dataset.train))
+    assert not set(train) & set(validation)
+    assert examples_of(varied.test) == examples_of(dataset.test)
+    assert examples_of(vary(dataset, validation=0.1).validation) == validation  # the same in every run
+    assert list(varied.splits()) == ["train", "test", "validation"]
+    assert list(dataset.splits()) == ["train", "test"]
+    half = vary(dataset, subset=0.5, labels="random", validation=0.2)
+    whole = vary(dataset, subset=0.5, labels="random")
+    assert (half.train.examples, half.validation.examples) == (1200, 300)
+    assert sorted(examples_of(half.train) + examples_of(half.validation)) == sorted(examples_of(whole.train))
+
+
+def test_statistics_are_those_of_the_remaining_training_images(tmp_path):
+    dataset = random_dataset(examples=30)._replace(folder=tmp_path)
+    experiment = setup(make_tiny_config(**{"dataset.normalize": True, "dataset.validation": 0.5}), dataset)
+    images = np.asarray(experiment.dataset.train.images, np.float64) / 255
+    np.testing.assert_allclose(experiment.spec.normalize.mean, images.mean((0, 1, 2)))
+    assert len(images) == 15
+    assert not any(tmp_path.iterdir())  # these are not the statistics of the set
+
+
+def test_a_validation_split_of_the_set_itself_is_kept():
+    dataset = random_dataset()
+    dataset = dataset._replace(validation=dataset.test.take(np.arange(20)))
+    blurred = vary(dataset, blur=2)
+    np.testing.assert_array_equal(blurred.validation.images, blurred.test.images[:20])
+    assert setup(make_tiny_config(), dataset).dataset.validation.examples == 20
+    with pytest.raises(UserError, match=r"has a validation split of 20 images, so it should be 0\.0"):
+        vary(dataset, validation=0.1)
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(0.0001, 0), (0.9999, 3000)])
+def test_an_empty_split_is_refused(fraction, count):
+    with pytest.raises(UserError, match=f"dataset.validation is {fraction}, which holds out {count} of 3000"):
+        vary(random_dataset(), validation=fraction)
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_blurring_keeps_the_mean_and_removes_detail(dtype):
     checkerboard = np.indices((8, 8)).sum(0) % 2 * 200
@@ -73,6 +120,7 @@ def test_setup_varies_the_data_of_a_config():
         ({"dataset.labels": "permuted"}, "dataset.labels is 'permuted'; it should be true or random"),
         ({"dataset.subset": 0.0}, "dataset.subset is 0.0; it should be above 0 and at most 1"),
         ({"dataset.blur": 0}, "dataset.blur is 0; it should be at least 1"),
+        ({"dataset.validation": 1.0}, "dataset.validation is 1.0; it should be at least 0 and below 1"),
     ],
 )
 def test_invalid_variations_are_refused(fields, sentence):
@@ -89,3 +137,5 @@ def test_nothing_left_and_streamed_sets_are_refused():
 
     with pytest.raises(UserError, match="vary sets in memory; this one is streamed"):
         vary(random_dataset()._replace(train=Streamed()), blur=2)
+    with pytest.raises(UserError, match=r"this one is streamed, so they should be 'true', 1\.0, 0\.0 and 1"):
+        vary(random_dataset()._replace(train=Streamed()), validation=0.1)

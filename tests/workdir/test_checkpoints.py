@@ -131,6 +131,19 @@ def test_a_mid_round_state_is_restored_as_saved(checkpoints, reopen):
     assert reopened.progress(0, make_progress(0), STEPS).step == 1
 
 
+def test_rows_of_epochs_are_restored_as_saved(checkpoints, reopen):
+    rows = [{"replicate": 0, "arm": "imp", "round": 0, "epoch": 1, "test_loss": float("nan")}]
+    checkpoints.save(0, make_networks(), ROWS, epoch_rows=rows)
+    checkpoints.save(1, make_networks(), ROWS)
+    checkpoints.save_progress(4, make_progress(3)._replace(epoch_rows=rows), STEPS)
+    reopened = reopen()
+    assert str(reopened.epoch_rows(0)) == str(rows)
+    assert reopened.epoch_rows(1) == []
+    restored = reopened.progress(4, like=make_progress(0), steps=STEPS)
+    assert str(restored.epoch_rows) == str(rows)
+    assert_same(restored._replace(epoch_rows=()), make_progress(3))
+
+
 def test_another_format_raises_a_user_error(checkpoints, reopen, monkeypatch):
     checkpoints.save(0, make_networks(), ROWS)
     checkpoints.save_progress(1, make_progress(3), STEPS)

@@ -1,5 +1,7 @@
 """results.csv: appending, repairing, and columns of other versions."""
 
+import warnings
+
 import pandas as pd
 import pytest
 
@@ -42,6 +44,19 @@ def test_rows_of_a_round_without_a_checkpoint_are_dropped(tmp_path):
     Results(tmp_path, make_rows(0) + make_rows(1))
     Results(tmp_path, make_rows(0))
     assert len(pd.read_csv(tmp_path / "results.csv")) == 2
+
+
+def test_columns_that_earlier_versions_did_not_write_are_nan_without_a_warning(tmp_path):
+    Results(tmp_path, make_rows(0))
+    path = tmp_path / "results.csv"
+    newer = ["epochs", "retraining_barrier", "pruning_barrier", "validation_loss", "validation_accuracy"]
+    pd.read_csv(path).drop(columns=newer).to_csv(path, index=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table = read_results(tmp_path)
+    assert table.columns.tolist() == list(FIELDS)
+    assert table[newer].isna().all(axis=None)
+    assert table["test_loss"].tolist() == [0.25, 0.25]
 
 
 def test_columns_of_other_versions_are_kept(tmp_path):
