@@ -106,7 +106,7 @@ def test_barriers_match_numpy():
     experiment, config = make_experiment()
     spec = experiment.spec.model.permutation_spec()
     drawn = {key: draw_variables(experiment.spec.model, (4, 4, 1), i) for i, key in enumerate(range(3))}
-    networks = {2: {("imp", i): variables for i, variables in drawn.items()}}
+    networks = {3: {("imp", i): variables for i, variables in drawn.items()}}
     table = compute(make_inputs(experiment, config, networks)[0])
     assert list(zip(table["replicate"], table["replicate_b"], table["kind"], strict=True)) == [
         (0, 1, "replicate"),
@@ -121,14 +121,14 @@ def test_barriers_match_numpy():
             assert value == pytest.approx(errors.max() - (errors[0] + errors[-1]) / 2, abs=1e-6)
 
 
-def test_only_missing_pairs_of_every_second_round_are_computed():
+def test_only_missing_pairs_of_every_third_round_are_computed():
     experiment, config = make_experiment()
     drawn = [draw_variables(experiment.spec.model, (4, 4, 1), seed) for seed in range(2)]
-    networks = {n: {("imp", 0): drawn[0], ("reinit", 0): drawn[1]} for n in (0, 1, 2)}
+    networks = {n: {("imp", 0): drawn[0], ("reinit", 0): drawn[1]} for n in range(4)}
     inputs, loaded = make_inputs(experiment, config, networks)
     table = compute(inputs)
-    assert loaded == list(table["round"]) == [0, 2]
-    inputs, loaded = make_inputs(experiment, config, {2: networks[2]}, table)
+    assert loaded == list(table["round"]) == [0, 3]
+    inputs, loaded = make_inputs(experiment, config, {3: networks[3]}, table)
     pd.testing.assert_frame_equal(compute(inputs), table)  # also rows of deleted rounds
     assert not loaded
 
