@@ -25,10 +25,10 @@ TWINS = [("twin", 0), ("twin", 1)]
 
 
 @pytest.fixture(autouse=True)
-def only_agreement(monkeypatch):
+def only_agreement():
     """Let the tests compute no other analysis."""
-    for name in set(analysis.ANALYSES) - {"agreement"}:
-        monkeypatch.delitem(analysis.ANALYSES, name)
+    with random_runs.only_analysis("agreement"):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,10 @@ ARMS = [(arm, replicate) for arm in ("imp", "reinit", "shuffled", "snip") for re
 
 
 @pytest.fixture(autouse=True)
-def only_overlap(monkeypatch):
+def only_overlap():
     """Let the tests compute no other analysis."""
-    for name in set(analysis.ANALYSES) - {"overlap"}:
-        monkeypatch.delitem(analysis.ANALYSES, name)
+    with random_runs.only_analysis("overlap"):
+        yield
 
 
 @pytest.fixture(scope="module")

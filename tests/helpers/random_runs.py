@@ -55,6 +55,17 @@ def is_shape(tree):
     return isinstance(tree, tuple)
 
 
+@contextlib.contextmanager
+def only_analysis(name):
+    """Register no other analysis for a while."""
+    registered = dict(analysis.ANALYSES)
+    for other in set(registered) - {name}:
+        del analysis.ANALYSES[other]
+    yield
+    analysis.ANALYSES.clear()  # in the order in which they were registered
+    analysis.ANALYSES.update(registered)
+
+
 def compute(workdir, experiment, name, **config_fields):
     """Compute the missing rows of all registered analyses, and return the table of one of them."""
     config = analysis.load(workdir).config
