@@ -20,7 +20,6 @@ from imp_jax.workdir.checkpoints import Checkpoints
 from imp_jax.workdir.lock import stored_config
 from imp_jax.workdir.results import read_results
 
-
 # settings of analyses on request: little work, in rounds and epochs that every run of the benchmark has
 ON_REQUEST = {
     "noise": {"analysis.noise_rounds": (0,), "analysis.noise_epochs": (0, 1)},

@@ -143,6 +143,7 @@ def test_the_benchmark_of_analyses_prints_its_table():
         "all analyses, figures and report",
         "compilation included",
         "20 points over one evaluation",
+        *("sublevel (s)", "learning (s)", "noise, on request (s)", "instability, on request (s)"),
     ):
         assert quantity in finished.stdout
 
