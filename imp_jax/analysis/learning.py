@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from imp_jax.analysis.registry import RunInputs, register
 from imp_jax.figures import (
@@ -82,8 +83,12 @@ def draw_learning(learning: pd.DataFrame, epochs: pd.DataFrame, results: pd.Data
         draw_mean(right, rows, "early_stopping_epoch", label=LABELS.get(arm, arm), **STYLES.get(arm, {}))
     density_axis(right, table["density"].min())
     right.set_ylabel("Early-stopping epoch")
-    right.set_ylim(0, 1.05 * epochs["epoch"].max())
-    right.legend(frameon=False, fontsize="small")
+    if table["arm"].nunique() > 2:  # beside the axes, where it hides no bar
+        handles_and_labels = right.get_legend_handles_labels()
+        figure.legend(*handles_and_labels, frameon=False, fontsize="small", loc="outside right center")
+    else:
+        right.legend(frameon=False, fontsize="small", ncols=2, loc="upper left")
+    right.set_ylim(0, 1.15 * epochs["epoch"].max())
     return figure
 
 
@@ -109,11 +114,12 @@ def draw_curves(axes: Axes, learning: pd.DataFrame, epochs: pd.DataFrame, result
         stop = stops[stops["round"] == number]["early_stopping_epoch"].mean()
         height = np.interp(stop, accuracy.index, accuracy["mean"])
         axes.plot(stop, height, "o", color=color, markersize=5.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("Epoch")
     axes.set_ylabel("Test accuracy (%)")
     axes.set_title(LABELS.get(arm, arm), fontsize="medium")
     axes.grid(alpha=0.3, linewidth=0.6)
-    axes.legend(frameon=False, fontsize="small", title="density", title_fontsize="small", loc="lower right")
+    axes.legend(frameon=False, fontsize="small", title="Densities", title_fontsize="small", loc="lower right")
 
 
 def describe_learning(learning: pd.DataFrame, results: pd.DataFrame) -> str:
@@ -128,8 +134,8 @@ def describe_learning(learning: pd.DataFrame, results: pd.DataFrame) -> str:
     ]
     return (
         f"{arm} reaches its lowest {learning['split'].iloc[0]} loss {' and '.join(parts)}; there its test "
-        f"accuracy is {100 * means['early_stopping_accuracy'][sparse]:.1f} % at that epoch and "
-        f"{100 * means['final_accuracy'][sparse]:.1f} % at the end of the training."
+        f"accuracy is {100 * means['early_stopping_accuracy'][sparse]:.2f} % at that epoch and "
+        f"{100 * means['final_accuracy'][sparse]:.2f} % at the end of the training."
     )
 
 
