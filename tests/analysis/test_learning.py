@@ -95,7 +95,8 @@ def test_the_sentence_has_the_means_of_the_first_round_and_of_the_one_nearest_to
     learning, _, results = made_up
     assert describe_learning(learning, results) == (
         "imp reaches its lowest validation loss after 1.5 epochs at 100 % density and after 3.5 epochs at "
-        "6.25 % density; there its test accuracy is 37.00 % at that epoch and 42.00 % at the end of the training."
+        "6.25 % density; there its test accuracy is 37.00 % at that epoch and 42.00 % at the end of the "
+        "training."
     )
     one_round = learning[(learning["round"] == 0) & (learning["arm"] == "reinit")]  # as in a branch
     assert describe_learning(one_round, results) == (

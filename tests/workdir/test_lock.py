@@ -33,6 +33,9 @@ def test_a_workdir_refuses_another_config(tmp_path):
         "layer_factors": [],
         "network": "trained",
         "steps": 1,
+        "policy": "fixed",
+        "fractions": [0.2, 0.36, 0.488, 0.5904],
+        "barrier": 0.02,
     }
     open_and_close(workdir, config)
     config.rounds = 3
