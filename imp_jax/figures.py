@@ -56,7 +56,7 @@ class Figure(matplotlib.figure.Figure):
         return to_bytes(self, dpi=100)
 
 
-def in_default_style(function: Callable[..., Figure]) -> Callable[..., Figure]:
+def use_default_style(function: Callable[..., Figure]) -> Callable[..., Figure]:
     """Make a function that returns a figure draw it in matplotlib's default style."""
 
     @functools.wraps(function)
@@ -85,7 +85,7 @@ def threshold(results: pd.DataFrame) -> Figure:
     return _draw_over_density(results, "threshold", 1, "Pruning threshold")
 
 
-@in_default_style
+@use_default_style
 def distances(table: pd.DataFrame, metric: str = "angular") -> Figure:
     """Draw a matrix of distances between rounds for each arm, means over replicates (figures 4, 9 to 11).
 
@@ -134,7 +134,7 @@ def draw_distances(axes: Axes, distances: pd.DataFrame, metric: str, arm: str, l
     return image
 
 
-@in_default_style
+@use_default_style
 def histograms(table: pd.DataFrame, number: int = 10) -> Figure:
     """Draw histograms of the surviving weights of one round (figure 5), one per arm over all replicates.
 
@@ -171,7 +171,7 @@ def draw_histogram(axes: Axes, histograms: pd.DataFrame, number: int, arm: str) 
     return 1.05 * widest
 
 
-@in_default_style
+@use_default_style
 def barriers(
     paths: pd.DataFrame,
     barrier_table: pd.DataFrame,
@@ -234,7 +234,7 @@ def draw_barriers(
         axes.legend(frameon=False, fontsize="small")
 
 
-@in_default_style
+@use_default_style
 def instability(barriers: pd.DataFrame, results: pd.DataFrame) -> Figure:
     """Draw the error barrier between imp and its twin over density (figure 2): mean, min and max.
 
@@ -327,7 +327,7 @@ def require_rows(table: pd.DataFrame, description: str) -> pd.DataFrame:
     return table
 
 
-@in_default_style
+@use_default_style
 def _draw_over_density(results, column, scale, label):
     """Draw a column over density, one line per arm."""
     results = results[results["arm"] != "twin"]

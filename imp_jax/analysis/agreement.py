@@ -139,7 +139,7 @@ def _compare(
     return jax.lax.map(compare_pair, pairs), jax.lax.map(accuracy, logits)
 
 
-@figures.in_default_style
+@figures.use_default_style
 def draw_agreement(run: Any) -> Figure | None:
     """Draw the agreement of pairs of networks, and what their ensembles gain, over density.
 

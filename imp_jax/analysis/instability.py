@@ -1,22 +1,21 @@
 """Computes the table instability: barriers between imp and twins that part from it at some steps."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 import pandas as pd
+from ml_collections import ConfigDict
 
 from imp_jax import connectivity
 from imp_jax.analysis.on_request import (
     experiment_in_round,
     format_density,
     imp_replicates,
-    keep_known_rows,
     replay_round,
 )
-from imp_jax.analysis.registry import RunInputs, register, register_figure
-from imp_jax.figures import PATH_COLORS, Figure, densities, in_default_style
+from imp_jax.analysis.registry import RunInputs, complete_rows, find_missing, register, register_figure
+from imp_jax.figures import PATH_COLORS, Figure, densities, use_default_style
 from imp_jax.members import BranchMember, member_keys
 from imp_jax.replay import perturb, train_on
 
@@ -26,7 +25,7 @@ _COLUMNS = [*_KEYS, "barrier", "loss_barrier", *_SETTINGS]
 _SPLITS = ("train", "test")
 
 
-def compute_instability(inputs: RunInputs) -> Iterator[tuple]:
+def compute_instability(inputs: RunInputs) -> list[tuple]:
     """Compute the barriers between imp and trainings that part from it at the steps `instability.steps`.
 
     The training of imp is repeated (`replay.replay`), and at each step k a second training starts from its
@@ -44,10 +43,12 @@ def compute_instability(inputs: RunInputs) -> Iterator[tuple]:
         the two trainings; nan if a weight of either is not finite.
       path_points, batch_norm, baseline: the settings of the path and its barrier in the config.
     """
-    known, rows = inputs.tables["instability"].reindex(columns=_COLUMNS), []
-    for number, wanted in _missing(inputs).items():
-        rows += _compute_round(inputs, number, wanted)
-    yield from keep_known_rows(known, rows, len(_KEYS))
+
+    def compute(missing):
+        computed = (_compute_round(inputs, *item) for item in _trainings_by_round(missing).items())
+        return {row[: len(_KEYS)]: row[len(_KEYS) :] for rows in computed for row in rows}
+
+    return complete_rows(inputs, "instability", _list_keys(inputs), compute)
 
 
 def _wanted(config):
@@ -61,20 +62,28 @@ def _settings(config):
     return pd.Series({field: config.analysis[field] for field in _SETTINGS})
 
 
-def _missing(inputs):
-    """Return the (kind, step, noise) without current rows, by round."""
-    table = inputs.tables["instability"]
-    is_current = table[_SETTINGS].eq(_settings(inputs.config)).all(axis=1)
-    known = set(table.loc[is_current, _KEYS].itertuples(index=False, name=None))
-    missing = {
-        number: [
-            (kind, step, noise)
-            for kind, step, noise in _wanted(inputs.config)
-            if any((r, number, kind, step, noise, "test") not in known for r in imp_replicates(inputs, number))
-        ]
+def _list_keys(inputs):
+    """Return the values of `_KEYS` of all rows that the config asks for."""
+    return [
+        (replicate, number, *training, split)
         for number in sorted(inputs.config.instability.rounds)
-    }
-    return {number: wanted for number, wanted in missing.items() if wanted}
+        for training in _wanted(inputs.config)
+        for replicate in imp_replicates(inputs, number)
+        for split in _SPLITS
+    ]
+
+
+def _trainings_by_round(keys):
+    """Return the (kind, step, noise) of keys, by round."""
+    by_round = {}
+    for _, number, *training, _ in keys:
+        by_round.setdefault(number, {})[tuple(training)] = None
+    return {number: list(trainings) for number, trainings in by_round.items()}
+
+
+def has_settings(table: pd.DataFrame, config: ConfigDict) -> pd.Series:
+    """Return which rows were computed with the settings of paths and barriers of the config."""
+    return table[_SETTINGS].eq(_settings(config)).all(axis=1)
 
 
 def _compute_round(inputs, number, wanted):
@@ -133,14 +142,15 @@ def _compute_barriers(inputs, variables, other, split):
 def estimate_cost(inputs: RunInputs) -> float:
     """Return the number of images whose gradients take as long as the trainings of the missing rows."""
     total = 0
-    for number, wanted in _missing(inputs).items():
+    missing = find_missing(inputs, "instability", _list_keys(inputs))
+    for number, wanted in _trainings_by_round(missing).items():
         last = experiment_in_round(inputs, number).learning_rates.size
         steps = last + sum(max(last - step, 0) for _, step, _ in wanted)
         total += len(imp_replicates(inputs, number)) * steps * inputs.experiment.spec.batch_size
     return total
 
 
-@in_default_style
+@use_default_style
 def draw(table: pd.DataFrame, results: pd.DataFrame, split: str = "test") -> Figure:
     """Draw the error barrier over the step at which trainings part, one line per round and one panel per kind.
 
@@ -204,6 +214,7 @@ register(
     needs="run",
     description="error and loss barriers between imp and trainings that part from it at some steps: twins with "
     "another data order, and imp perturbed by noise (`perturbed`)",
+    is_current=has_settings,
     cost=estimate_cost,
 )
 register_figure(

@@ -17,8 +17,8 @@ from imp_jax.figures import (
     densities,
     density_axis,
     draw_mean,
-    in_default_style,
     require_rows,
+    use_default_style,
 )
 
 _KEYS = ["replicate", "arm", "round"]
@@ -64,7 +64,7 @@ def find_early_stopping(epochs: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-@in_default_style
+@use_default_style
 def draw_learning(learning: pd.DataFrame, epochs: pd.DataFrame, results: pd.DataFrame) -> Figure:
     """Draw test accuracy over epochs at a few densities, and the early-stopping epoch over density.
 

@@ -1,7 +1,6 @@
 """Computes the table noise: the simple gradient noise scale of imp at some epochs of some rounds."""
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,13 +11,13 @@ from imp_jax import gradient_noise, masking, training
 from imp_jax.analysis.on_request import (
     experiment_in_round,
     format_density,
+    has_all_images,
     imp_replicates,
-    keep_known_rows,
     replay_round,
     take_batches,
     trained_epochs,
 )
-from imp_jax.analysis.registry import RunInputs, register
+from imp_jax.analysis.registry import RunInputs, complete_rows, find_missing, register
 from imp_jax.experiment import Experiment
 from imp_jax.figures import (
     PATH_COLORS,
@@ -26,8 +25,8 @@ from imp_jax.figures import (
     densities,
     density_axis,
     draw_mean,
-    in_default_style,
     log_y_axis,
+    use_default_style,
 )
 from imp_jax.runtime.compilation import jit_with_backend_options
 
@@ -36,7 +35,7 @@ _COLUMNS = [*_KEYS, "images", "gradient", "variance", "noise_scale", "batch_size
 _MIN_BATCHES = 10
 
 
-def compute_noise(inputs: RunInputs) -> Iterator[tuple]:
+def compute_noise(inputs: RunInputs) -> list[tuple]:
     """Compute the gradient noise scale of imp after some epochs of its training, in some rounds.
 
     Checkpoints have only the ends of trainings, so the training of these rounds is repeated up to the last of
@@ -53,8 +52,13 @@ def compute_noise(inputs: RunInputs) -> Iterator[tuple]:
       noise_scale: tr Σ / ‖G‖² in images; nan where the estimate of ‖G‖² is not above 0.
       batch_size: of the run, in images.
     """
-    known, rows = inputs.tables["noise"].reindex(columns=_COLUMNS), []
-    for number, epochs in _missing(inputs).items():
+    return complete_rows(inputs, "noise", _list_keys(inputs), functools.partial(_compute_rounds, inputs))
+
+
+def _compute_rounds(inputs, missing):
+    """Return the values of all replicates in the rounds and epochs of the missing keys."""
+    rows = {}
+    for number, epochs in _epochs_by_round(missing).items():
         experiment = experiment_in_round(inputs, number)
         steps_per_epoch = experiment.learning_rates.shape[1]
         replayed = replay_round(inputs, number, [epoch * steps_per_epoch for epoch in epochs])
@@ -65,26 +69,28 @@ def compute_noise(inputs: RunInputs) -> Iterator[tuple]:
             variables = states[epoch * steps_per_epoch].states.variables
             estimates = compute_noise_scales(experiment, variables, masks, inputs.config.analysis.images)
             for replicate, values in zip(replicates, np.transpose(estimates).tolist(), strict=True):
-                key = replicate, number, epoch
-                rows.append((*key, inputs.config.analysis.images, *values, experiment.spec.batch_size))
-    yield from keep_known_rows(known, rows, len(_KEYS))
+                row = inputs.config.analysis.images, *values, experiment.spec.batch_size
+                rows[replicate, number, epoch] = row
+    return rows
 
 
-def _missing(inputs):
-    """Return the epochs without current rows, by round."""
-    table = inputs.tables["noise"]
-    is_current = table["images"] == inputs.config.analysis.images
-    known = set(table.loc[is_current, _KEYS].itertuples(index=False, name=None))
-    missing = {
-        number: [
-            epoch
-            for epoch in sorted(inputs.config.analysis.noise_epochs)
-            if epoch <= trained_epochs(inputs, number)
-            and any((r, number, epoch) not in known for r in imp_replicates(inputs, number))
-        ]
-        for number in sorted(inputs.config.analysis.noise_rounds)
-    }
-    return {number: epochs for number, epochs in missing.items() if epochs}
+def _list_keys(inputs):
+    """Return the replicate, round and epoch of all rows that the config asks for."""
+    settings = inputs.config.analysis
+    return [
+        (replicate, number, epoch)
+        for number in sorted(settings.noise_rounds)
+        for epoch in sorted(settings.noise_epochs)
+        for replicate in imp_replicates(inputs, number)
+        if epoch <= trained_epochs(inputs, number)
+    ]
+
+
+def _epochs_by_round(keys):
+    by_round = {}
+    for _, number, epoch in keys:
+        by_round.setdefault(number, {})[epoch] = None
+    return {number: list(epochs) for number, epochs in by_round.items()}
 
 
 def compute_noise_scales(
@@ -129,14 +135,14 @@ def _program():
 def estimate_cost(inputs: RunInputs) -> float:
     """Return the number of images whose gradients take as long as the missing rows."""
     total = 0
-    for number, epochs in _missing(inputs).items():
+    for number, epochs in _epochs_by_round(find_missing(inputs, "noise", _list_keys(inputs))).items():
         images = inputs.experiment.learning_rates.shape[1] * inputs.experiment.spec.batch_size
         per_network = max(epochs) * images + len(epochs) * inputs.config.analysis.images
         total += len(imp_replicates(inputs, number)) * per_network
     return total
 
 
-@in_default_style
+@use_default_style
 def draw(table: pd.DataFrame, results: pd.DataFrame) -> Figure:
     """Draw the noise scale over density: one line per epoch, mean, min and max, and the batch size of the run.
 
@@ -194,5 +200,6 @@ register(
     "of the replicates, bars from minimum to maximum. In a batch smaller than the noise scale, noise outweighs "
     "the gradient.",
     sentence=describe,
+    is_current=has_all_images,
     cost=estimate_cost,
 )

@@ -1,11 +1,11 @@
 """What several analyses on request share: a subset of the training set, and repeated trainings."""
 
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from collections.abc import Collection
 
 import jax
 import numpy as np
 import pandas as pd
+from ml_collections import ConfigDict
 
 from imp_jax.analysis.registry import RunInputs
 from imp_jax.experiment import Experiment
@@ -28,6 +28,11 @@ def take_batches(experiment: Experiment, images: int, batch_size: int) -> tuple[
     batches = max(1, min(images, experiment.dataset.train.examples) // batch_size)
     arrays = take_images(experiment, "analysis images", 0, batches * batch_size)
     return tuple(array.reshape(batches, batch_size, *array.shape[1:]) for array in arrays)
+
+
+def has_all_images(table: pd.DataFrame, config: ConfigDict) -> pd.Series:
+    """Return which rows were computed on as many images as the config asks for."""
+    return table["images"] == config.analysis.images
 
 
 def imp_replicates(inputs: RunInputs, number: int) -> list[int]:
@@ -77,14 +82,3 @@ def replay_round(
 def format_density(density: float) -> str:
     """Return a density for a label or a sentence, such as "1.8 %"."""
     return f"{format_percent(density)} %"
-
-
-def keep_known_rows(known: pd.DataFrame, rows: Sequence[tuple[Any, ...]], keys: int) -> Iterator[tuple]:
-    """Yield the rows of a table that are not computed again, then the computed `rows`.
-
-    Args:
-      keys: the number of leading columns that identify a row.
-    """
-    computed = {row[:keys] for row in rows}
-    yield from (row for row in known.itertuples(index=False, name=None) if row[:keys] not in computed)
-    yield from rows

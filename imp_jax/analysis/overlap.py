@@ -71,7 +71,7 @@ def _compare(mask_a: Mask, mask_b: Mask, exclude: tuple[str, ...]):
     )
 
 
-@figures.in_default_style
+@figures.use_default_style
 def draw_overlap(run: Any) -> Figure | None:
     """Draw the Jaccard index over density, beside its ratio to chance; None for a run without a pair.
 

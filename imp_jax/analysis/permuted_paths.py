@@ -7,14 +7,13 @@ with batch normalisation (Jordan et al. 2023).
 
 import contextlib
 import itertools
-from collections.abc import Iterator
 
 import jax
 import numpy as np
 import pandas as pd
 
 from imp_jax import connectivity, models, permutations
-from imp_jax.analysis.registry import RunInputs, register
+from imp_jax.analysis.registry import RunInputs, complete_rows, register
 from imp_jax.errors import UserError
 from imp_jax.figures import (
     STYLES,
@@ -23,8 +22,8 @@ from imp_jax.figures import (
     density_axis,
     draw_mean,
     format_percent,
-    in_default_style,
     require_rows,
+    use_default_style,
 )
 from imp_jax.members import Member
 
@@ -36,8 +35,8 @@ _BARRIERS = ["barrier", "loss_barrier", "matched_barrier", "matched_loss_barrier
 _KINDS = {"reinit": "IMP and random reinitialisation", "replicate": "the IMP networks of two replicates"}
 
 
-def compute_permuted_paths(inputs: RunInputs) -> Iterator[tuple]:
-    """Yield the known rows of the table, and the missing ones of the rounds on disk that `EVERY` divides.
+def compute_permuted_paths(inputs: RunInputs) -> list[tuple]:
+    """Return the known rows of the table, and the missing ones of the rounds on disk that `EVERY` divides.
 
     There are no rows for models without `permutation_spec`. Barriers are those of the test set. Columns:
 
@@ -49,22 +48,18 @@ def compute_permuted_paths(inputs: RunInputs) -> Iterator[tuple]:
         NaN if one of them is not finite.
       baseline: of the barriers, from the config.
     """
-    columns = [*_KEYS, *_BARRIERS, "baseline"]
-    known = inputs.tables["permuted_paths"].reindex(columns=columns)
-    is_current = known["baseline"] == inputs.config.analysis.baseline
-    current = set(known.loc[is_current, _KEYS].itertuples(index=False, name=None))
-    computed = {}
-    missing = {key: pair for key, pair in _expected_pairs(inputs).items() if key not in current}
-    if missing and _has_known_units(inputs.config):
-        for key, (first, second) in missing.items():
+    pairs = _expected_pairs(inputs)
+
+    def compute(missing):
+        computed = {}
+        for key in missing if _has_known_units(inputs.config) else ():
             networks = inputs.load_round(key[-1])
             if networks:  # none in a damaged round
-                barriers = _compute_barriers(networks[first], networks[second], inputs)
-                computed[key] = (*key, *barriers, inputs.config.analysis.baseline)
-    yield from computed.values()
-    for row in known.itertuples(index=False, name=None):
-        if row[: len(_KEYS)] not in computed:
-            yield row
+                barriers = _compute_barriers(*(networks[member] for member in pairs[key]), inputs)
+                computed[key] = (*barriers, inputs.config.analysis.baseline)
+        return computed
+
+    return complete_rows(inputs, "permuted_paths", pairs, compute)
 
 
 def _expected_pairs(inputs) -> dict[tuple, tuple[Member, Member]]:
@@ -114,7 +109,7 @@ def _compute_barriers(first, second, inputs) -> list[float]:
     return [*barriers(second.variables), *barriers(matched)]
 
 
-@in_default_style
+@use_default_style
 def draw_permuted_paths(table: pd.DataFrame, results: pd.DataFrame) -> Figure:
     """Draw the error barriers before and after weight matching over density, one panel for each kind of pair.
 
@@ -170,4 +165,5 @@ register(
     "normalisation statistics are estimated again on the path (Jordan et al. 2023). Mean of the pairs, bars "
     "from minimum to maximum.",
     sentence=lambda run: describe_permuted_paths(run.permuted_paths, run.results),
+    is_current=lambda table, config: table["baseline"] == config.analysis.baseline,
 )

@@ -113,17 +113,29 @@ class RunInputs:
         return self.get_experiment()
 
 
+def find_missing(inputs: RunInputs, name: str, keys: Iterable[tuple]) -> list[tuple]:
+    """Return those of `keys`, see `complete_rows`, without a current row in the table of an analysis."""
+    analysis, table = ANALYSES[name], inputs.tables[name]
+    if not set(analysis.columns) <= set(table):  # a table of an earlier version
+        return list(keys)
+    if analysis.is_current and len(table):
+        table = table[analysis.is_current(table, inputs.config).astype(bool)]
+    known = set(table[analysis.index].itertuples(index=False, name=None))
+    return [key for key in keys if key not in known]
+
+
 def complete_rows(
     inputs: RunInputs,
     name: str,
     keys: Iterable[tuple],
     compute: Callable[[list[tuple]], dict[tuple, Sequence[Any]]],
 ) -> list[tuple]:
-    """Return the rows of an analysis with `needs="run"` that are known, and those that are missing.
+    """Return the rows of an analysis with `needs="run"` that are known, and those that are not current.
 
     Args:
       name: of the analysis.
-      keys: values of the columns that identify the rows of the networks on disk; they are its first columns.
+      keys: values of the columns that identify rows, which are its first columns, for all rows that the
+        networks on disk should have.
       compute: called with the missing keys, if there are any; returns the values of the other columns by key,
         for the keys that it could compute. It may return other rows too, which replace known ones.
     """
@@ -131,8 +143,7 @@ def complete_rows(
     size = len(analysis.index)
     rows = table.reindex(columns=analysis.columns).itertuples(index=False, name=None)
     known = {row[:size]: row[size:] for row in rows}
-    is_current = set(analysis.columns) <= set(table)  # False for a table that lacks a column
-    missing = [key for key in keys if not (is_current and key in known)]
+    missing = find_missing(inputs, name, keys)
     computed = compute(missing) if missing else {}
     return [(*key, *values) for key, values in {**known, **computed}.items()]
 

@@ -7,10 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 import pandas as pd
-from ml_collections import ConfigDict
 
 from imp_jax import curvature
-from imp_jax.analysis.on_request import format_density, take_batches
+from imp_jax.analysis.on_request import format_density, has_all_images, take_batches
 from imp_jax.analysis.registry import NetworkInputs, RunInputs, register
 from imp_jax.figures import (
     LABELS,
@@ -19,8 +18,8 @@ from imp_jax.figures import (
     densities,
     density_axis,
     draw_mean,
-    in_default_style,
     log_y_axis,
+    use_default_style,
 )
 from imp_jax.runtime.compilation import jit_with_backend_options
 
@@ -69,11 +68,6 @@ def _programs():
     return product, jit_with_backend_options(_trace, static_argnames=("exclude", "spec"))
 
 
-def has_all_images(table: pd.DataFrame, config: ConfigDict) -> pd.Series:
-    """Return which rows were computed on as many images as the config asks for."""
-    return table["images"] == config.analysis.images
-
-
 def estimate_cost(inputs: RunInputs) -> float:
     """Return the number of images whose gradients take as long as the missing rows."""
     table = inputs.tables["sharpness"]
@@ -83,7 +77,7 @@ def estimate_cost(inputs: RunInputs) -> float:
     return len(networks - known) * inputs.config.analysis.images * _GRADIENTS
 
 
-@in_default_style
+@use_default_style
 def draw(table: pd.DataFrame, results: pd.DataFrame) -> Figure:
     """Draw the largest eigenvalue and the trace over density: one line per arm, mean, min and max.
 

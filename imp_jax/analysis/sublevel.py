@@ -24,8 +24,8 @@ from imp_jax.figures import (
     density_axis,
     draw_mean,
     format_percent,
-    in_default_style,
     require_rows,
+    use_default_style,
 )
 
 TRAIN_IMAGES = 1000  # at most, so that the analysis costs less than paths.csv (ours)
@@ -93,7 +93,7 @@ def _points(config):
     return config.analysis.path_points // 2 + 1
 
 
-@in_default_style
+@use_default_style
 def draw_sublevel(table: pd.DataFrame, results: pd.DataFrame) -> Figure:
     """Draw, over density, the test error of the solutions and of the projection, and the barriers between them.
 

@@ -53,8 +53,20 @@ def make_inputs(experiment, config, networks, table=None):
             state = {name: tree for name, tree in variables.items() if name != "params"}
             params = variables["params"]
             mask = masking.ones_like(params)
-            fields = (params, params, mask, state, arm, replicate, number, 0.1, config, by_member)
-            by_member[Member(arm, replicate)] = NetworkInputs(*fields, lambda: experiment)
+            by_member[Member(arm, replicate)] = NetworkInputs(
+                params=params,
+                initial=params,
+                mask=mask,
+                model_state=state,
+                initial_state=state,
+                arm=arm,
+                replicate=replicate,
+                round=number,
+                threshold=0.1,
+                config=config,
+                networks=by_member,
+                get_experiment=lambda: experiment,
+            )
         return by_member
 
     rounds = {number: tuple(Member(*key) for key in members) for number, members in networks.items()}
