@@ -141,8 +141,7 @@ def train(
         if first > 0 and first == experiment.rewind_step and not state.plan.continues:
             tickets, states = rewind(experiment, number, state, tickets, states)
         epoch, step = divmod(first, steps)
-        ends_epoch = last % steps == 0
-        states, metrics, evaluations = training.train_and_evaluate(
+        arguments = (
             states,
             state.masks,
             train_epochs.epoch(epoch),
@@ -150,12 +149,17 @@ def train(
             learning_rates[epoch, step : step + last - first],
             optima,
             None if rng_keys is None else _fold_in_members(rng_keys, epoch),
-            splits=list(splits.values()) if ends_epoch else [],
-            spec=spec,
         )
+        evaluated = splits if last % steps == 0 else {}
+        if evaluated:
+            states, metrics, evaluations = training.train_and_evaluate(
+                *arguments, splits=list(evaluated.values()), spec=spec
+            )
+        else:
+            (states, metrics), evaluations = training.train_steps(*arguments, spec=spec), []
         # waits for the device, so that `seconds` includes the computation
         metrics = devices.gather_members(metrics, len(state.members), axis=1)
-        columns = _split_columns(splits if ends_epoch else {}, evaluations, len(state.members))
+        columns = _split_columns(evaluated, evaluations, len(state.members))
         compile_time = compile_seconds() - compiled
         seconds = time.perf_counter() - start - compile_time
         history = divergence.update_history(progress.history, metrics.loss, metrics.accuracy, first, steps)

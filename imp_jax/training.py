@@ -248,7 +248,7 @@ def train_and_evaluate(
     """
     arguments = (states, masks, batches, first_step, learning_rates, optima, keys)
     evaluations = [_evaluation_batches(split, spec) for split in splits]
-    if splits and spec.execution.scan and all(b.scannable for b in (batches, *(b for b, _ in evaluations))):
+    if spec.execution.scan and all(b.scannable for b in (batches, *(b for b, _ in evaluations))):
         states, metrics, sums = programs(spec.execution.unroll).scan_and_evaluate(
             *arguments, evaluations, spec=spec
         )
