@@ -17,6 +17,7 @@ from imp_jax.models.fast_cpu.convolution import conv_general_dilated_by
 from imp_jax.training import TrainSpec, Variables, example_sums, sum_over_batches
 
 ESTIMATION_IMAGES = 5000  # training images to re-estimate normalisation statistics from (ours)
+PATH_BATCH_SIZE = 500  # at most: the layer outputs at 20 points of a small network fit in the caches of a CPU
 
 
 def linear_path(params_a: Params, params_b: Params, num_points: int = 20) -> Params:
@@ -132,7 +133,7 @@ def _split_params(variables):
 def _sum_in_chunks(function, path, split, spec, batch_size=None):
     """Call `sum_over_batches` for a function of a path, with as many points at a time as fit in memory."""
     params_a, params_b, alphas, states = path
-    batch_size = min(batch_size or split.examples, split.evaluation_batch_size, split.examples)
+    batch_size = min(batch_size or PATH_BATCH_SIZE, split.evaluation_batch_size, split.examples)
     chunk = len(alphas)
     # a streamed split would be decoded again for every chunk; unrolled points follow each other in any case
     if split.in_memory and not spec.execution.unroll:

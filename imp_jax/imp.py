@@ -262,6 +262,9 @@ def measure(
     """
     dataset, spec, members = experiment.dataset, experiment.spec, state.members
     variables, splits = progress.states.variables, dataset.splits()
+    evaluated = progress.epoch_rows[-len(members) :]  # all splits but train, after the last epoch
+    if evaluated:
+        splits = {"train": splits["train"]}
     evaluations = [training.evaluate(variables, split, spec=spec) for split in splits.values()]
     exclude = experiment.pruning.exclude
     prunable_weights = masking.size(networks.mask, exclude) // len(members)
@@ -270,6 +273,9 @@ def measure(
         "threshold": thresholds,
         **_split_columns(splits, evaluations, len(members)),
     }
+    for name in evaluated[0] if evaluated else ():
+        if name.endswith(("_loss", "_accuracy")):
+            columns[name] = [row[name] for row in evaluated]
     if state.optima is not None:
         summary = repulsion.summary(networks.trained["params"], state.optima, spec.repulsion_strength)
         columns["repulsion"], columns["cosine"] = summary

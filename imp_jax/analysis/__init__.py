@@ -216,7 +216,9 @@ def draw(run: Run) -> dict[str, bytes]:
             figure = registered.draw(run)
             if figure is None:
                 continue
-            png, pdf = figures.to_bytes(figure), figures.to_bytes(figure, "pdf")
+            png = figures.to_bytes(figure)
+            figure.set_layout_engine("none")  # the PDF keeps the layout, which takes long to compute
+            pdf = figures.to_bytes(figure, "pdf")
         except Exception as error:  # for example a font or LaTeX, which the user's settings ask for, is missing
             print(f"{path} is missing, as it cannot be drawn: {one_line(error)}", file=sys.stderr)
             continue

@@ -30,6 +30,7 @@ from imp_jax.workdir.epochs import read_epochs
 from imp_jax.workdir.progress import make_console
 
 _SAVE_EVERY_S = 10
+_KEPT_BYTES = 2**30  # at most, of the networks of all rounds, if they stay in memory after their round
 
 Members = dict[int, tuple[Member, ...]]  # of each round whose checkpoint is on disk
 
@@ -121,6 +122,7 @@ class NetworkReader:
         self._members = members
         self._damaged = set()
         self._in_memory = {}
+        self._bytes_per_round = 0
 
     def read(self, number: int) -> dict[Member, NetworkInputs]:
         """Return the networks of a round; {} if its checkpoint is damaged."""
@@ -132,6 +134,7 @@ class NetworkReader:
             print(f"{error}; it is left out of the analyses", file=sys.stderr)
             self._damaged.add(number)
             return {}
+        self._bytes_per_round = sum(leaf.nbytes for leaf in jax.tree.leaves(restored))
         networks = self._in_memory.setdefault(number, {})
         for index, member in enumerate(self._members[number]):
             initial, trained, mask = jax.tree.map(lambda leaf: leaf[index], restored)  # noqa: B023
@@ -159,10 +162,12 @@ class NetworkReader:
         return {number: networks for number in self._members if (networks := self.read_once(number))}
 
     def release(self, before: int | None = None) -> None:
-        """Free the networks of all rounds, or of those before a round: they refer to each other."""
+        """Free the networks of all rounds, or of those before a round unless all of them are small."""
+        if before is not None and self._bytes_per_round * len(self._members) < _KEPT_BYTES:
+            return  # analyses of whole runs need them again
         for number in list(self._in_memory):
             if before is None or number < before:
-                self._in_memory.pop(number).clear()
+                self._in_memory.pop(number).clear()  # they refer to each other
 
 
 def _print_costs(requested, inputs):

@@ -28,7 +28,7 @@ from imp_jax.figures import (
     use_default_style,
 )
 
-TRAIN_IMAGES = 1000  # at most, so that the analysis costs less than paths.csv (ours)
+TRAIN_IMAGES = 500  # at most, so that the analysis costs less than paths.csv (ours)
 TOLERANCE = 0.02  # ε of the sentence in the report, as an error (ours)
 
 
