@@ -1,9 +1,10 @@
 """Data sets for image classification, loaded by name.
 
-`load` returns the set that is registered under a name. The registered sets are `mnist5k`, the default, which
-needs no download; `mnist`, `fashion_mnist`, `cifar10` and `cifar100`, which are downloaded on first use; and
-`folder`, any folder of images by class. Any other name is looked up in TensorFlow Datasets, whose
-image-classification sets with the splits train and test (or validation) can be used after
+`load` returns the set that is registered under a name. The registered sets are `mnist5k`, the default, and
+`mnist5k_scenes`, its digits in colour on photographs, which need no download; `mnist`, `fashion_mnist`,
+`cifar10` and `cifar100`, which are downloaded on first use; and `folder`, any folder of images by class. Any
+other name is looked up in TensorFlow Datasets, whose image-classification sets with the splits train and test
+(or validation) can be used after
 
     python -m imp_jax.data prepare svhn_cropped --data_dir=…
 

