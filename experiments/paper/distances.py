@@ -48,7 +48,7 @@ def _make_histograms(name, runs):
     def draw(scale: Scale, finished: Finished) -> Figure:
         return draw_histograms(finished, lay_out_panels(runs(scale)))
 
-    return PaperFigure(name, "histograms of the weights after round 10", runs, draw)
+    return PaperFigure(name, "histograms of the weights at 10.7 % density", runs, draw)
 
 
 FIGURES = (

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from experiments.paper.quantities import HISTOGRAM_DENSITY, find_round
 from experiments.paper.scales import Scale
 from experiments.sweeps.runs import AnyRun, Run
 from experiments.sweeps.sweep import Finished
@@ -111,18 +112,17 @@ def draw_matrices(
     return figure
 
 
-def draw_histograms(
-    finished: Finished, rows: Sequence[Sequence[tuple[str, Run, str]]], number: int = 10
-) -> Figure:
+def draw_histograms(finished: Finished, rows: Sequence[Sequence[tuple[str, Run, str]]]) -> Figure:
     """Draw histograms of the surviving weights, one panel per (title, run, arm), with one x axis per run.
 
-    Args:
-      number: the round after which the weights are shown, or the last one of a run that has fewer.
+    They are those after the round whose density is nearest to that of round 10 of the paper, or after the last
+    finished one.
     """
     figure, panels = _make_panels(rows, width=3, height=2.4)
     limits = {}
     for axes, (title, run, arm) in panels:
         table = finished[run].histograms if run in finished else pd.DataFrame({"round": [], "arm": []})
+        number = find_round(run.config, HISTOGRAM_DENSITY)
         shown_round = min(number, table["round"].max()) if len(table) else number
         if not ((table["round"] == shown_round) & (table["arm"] == arm)).any():
             mark_not_run(axes)

@@ -7,11 +7,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from ml_collections import ConfigDict
 
 from imp_jax import analysis
 
-# bands of sparsity (ours), as half-open intervals of density: rounds 0 to 4, 5 to 15, 16 to 20, and later ones
+# Bands of sparsity (ours), the same at all scales, as half-open intervals of density. In rounds that prune a
+# fifth, they contain rounds 0 to 4, 5 to 15, 16 to 20, and later ones.
 LOW, MEDIUM, HIGH, VERY_HIGH = (0.35, 1.01), (0.03, 0.35), (0.01, 0.03), (0.0, 0.01)
+
+HISTOGRAM_DENSITY = 0.8**10  # of the histograms in figures 5, 19 and 22, which are of round 10
 
 Values = pd.Series  # by replicate
 
@@ -62,8 +66,9 @@ def angle(run: analysis.Run, arm: str, *bands: tuple[float, float], apart: int =
     return _mean_by_replicate(table.set_index(["round_a", "round_b"])[["replicate", "distance"]], pairs, run)
 
 
-def zero_bin_over_peak(run: analysis.Run, arm: str, number: int = 10) -> Values:
-    """Compute the height at zero over the greatest height in a round's histogram of weights (ours)."""
+def zero_bin_over_peak(run: analysis.Run, arm: str) -> Values:
+    """Compute the height at zero over the greatest height in the histogram of round 10 of the paper (ours)."""
+    number = find_round(run.config, HISTOGRAM_DENSITY)
     table = run.histograms[(run.histograms["arm"] == arm) & (run.histograms["round"] == number)]
     bins = table.groupby("replicate")
     at_zero = table[(table["left"] < 0) & (table["right"] > 0)].set_index("replicate")["count"]
@@ -96,6 +101,12 @@ def rounds_in_bands(run: analysis.Run, bands: Sequence[tuple[float, float]]) -> 
     """List the rounds of a whole run whose density is within the bands."""
     density = (1 - run.config.pruning.fraction) ** np.arange(run.config.rounds)
     return [n for n, d in enumerate(density) if any(low <= d < high for low, high in bands)]
+
+
+def find_round(config: ConfigDict, density: float) -> int:
+    """Return the round of a whole run whose density is nearest to `density` on a logarithmic axis."""
+    densities = (1 - config.pruning.fraction) ** np.arange(config.rounds)
+    return int(np.argmin(abs(np.log(densities / density))))
 
 
 def _mean_over_rounds(run, arm, column, rounds):

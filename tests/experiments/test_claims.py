@@ -5,11 +5,12 @@ import sys
 
 import pandas as pd
 import pytest
+from scipy import stats
 
 from experiments import claims as command
 from experiments.paper import claims_report as claims
-from experiments.paper import quantities, repellent
-from experiments.paper.claims_report import FAILS, HOLDS, UNKNOWN
+from experiments.paper import evidence, quantities, repellent
+from experiments.paper.claims_report import FAILS, HOLDS, UNDECIDED, UNKNOWN
 from experiments.paper.quantities import HIGH, LOW, MEDIUM, VERY_HIGH
 from experiments.paper.scales import MINI, PAPER
 from imp_jax import config_files
@@ -124,18 +125,54 @@ def test_a_claim_fails_if_one_of_its_quantities_fails(finished):
     }
     rows = [row for row in claims.measure_claims(PAPER, worse) if row.claim.id == "C1"]
     assert [row.verdict for row in rows] == [HOLDS, FAILS]
-    assert claims.judge_claim(rows) == "does not hold (1 of 2 do)"
+    assert claims.judge_claim(rows) == "does not hold (1 of 2 hold)"
     assert rows[0].mean == pytest.approx(1)
     assert rows[1].high == pytest.approx(-10)
 
 
-def test_a_claim_fails_if_one_replicate_deviates(finished):
+def test_a_claim_cannot_be_told_if_one_replicate_deviates(finished):
     stable = PAPER.make_resnet20_run(PAPER.stable)
     lead = {0: 0.1, 1: 0.1, 2: -0.01}
     mixed = tables(stable, lambda arm, r, n: 0.8 + lead[r] * (arm == "imp"))
-    row = claims.measure_claims(PAPER, finished | {stable: mixed})[0]
+    rows = [row for row in claims.measure_claims(PAPER, finished | {stable: mixed}) if row.claim.id == "C1"]
+    row = rows[0]
     assert (row.mean, row.low, row.high) == pytest.approx((19 / 3, -1, 10))
-    assert row.verdict == FAILS
+    deviation = (2 * (11 / 3) ** 2 + (22 / 3) ** 2) ** 0.5 / 2**0.5
+    assert (row.error, row.effect) == pytest.approx((deviation / 3**0.5, 19 / 3 / deviation))
+    assert row.verdict == UNDECIDED
+    assert claims.judge_claim(rows) == "cannot be told"
+    one_holds = [rows[0], rows[1]._replace(verdict=HOLDS)]
+    assert claims.judge_claim(one_holds) == "cannot be told (1 of 2 hold)"
+    assert claims.judge_claim([rows[0], rows[1]._replace(verdict=FAILS)]) == "does not hold"
+
+
+@pytest.mark.parametrize("shift", [-3, -1, -0.5, 0, 0.5, 1, 3])
+def test_verdicts_are_those_of_one_sided_t_tests(shift):
+    values = pd.Series([0.1, 0.7, -0.4, 0.2]) + shift
+
+    def is_significant(limit, alternative):
+        return stats.ttest_1samp(values, limit, alternative=alternative).pvalue < 0.05
+
+    above, below = is_significant(0, "greater"), is_significant(0, "less")
+    expected = HOLDS if above else FAILS if below else UNDECIDED
+    assert claims.judge_quantity(values, evidence.expect_above(0)) == expected
+    opposite = {HOLDS: FAILS, FAILS: HOLDS}.get(expected, UNDECIDED)
+    assert claims.judge_quantity(values, evidence.expect_below(0)) == opposite
+    within = is_significant(-2, "greater") and is_significant(2, "less")
+    outside = is_significant(-2, "less") or is_significant(2, "greater")
+    expected = HOLDS if within else FAILS if outside else UNDECIDED
+    assert claims.judge_quantity(values, evidence.expect_within(2)) == expected
+
+
+def test_equal_values_at_the_limit_do_not_hold():
+    assert claims.judge_quantity(pd.Series([0.0, 0.0, 0.0]), evidence.expect_above(0)) == FAILS
+    assert claims.judge_quantity(pd.Series([0.1, 0.1, 0.1]), evidence.expect_above(0)) == HOLDS
+
+
+def test_histograms_are_of_the_density_of_round_10():
+    for fraction, number in ((0.2, 10), (0.36, 5), (0.5, 3)):
+        config = MINI.lenet.with_overrides(pruning__fraction=fraction).config
+        assert quantities.find_round(config, quantities.HISTOGRAM_DENSITY) == number
 
 
 def test_too_little_data_gives_no_verdict(finished):
@@ -189,12 +226,15 @@ def test_a_network_that_stands_for_several_is_measured_once():
 
 def test_the_table_is_markdown_and_names_its_runs_by_letters(finished):
     lines = claims.format_claims(PAPER, finished).splitlines()
-    assert {line.count("|") for line in lines[: lines.index("")]} == {9}
+    assert {line.count("|") for line in lines[: lines.index("")]} == {10}
     assert (
-        "| **C1** | **Stable IMP beats its reinit at medium and high sparsity** | | | | | **holds** | |"
+        "| **C1** | **Stable IMP beats its reinit at medium and high sparsity** | | | | | | **holds** | |"
         in lines
     )
-    assert "| | IMP − reinit at medium sparsity (points) | 9.9 | 9.8 | 10.0 | > 0 | holds | a |" in lines
+    assert (
+        "| | IMP − reinit at medium sparsity (points) | 9.9 ± 0.1 | 9.8 | 10.0 | > 0 | +99.0 | holds | a |"
+        in lines
+    )
     assert "Runs: a: `resnet20,batch_size=2048`, b: `resnet20`" in lines[-1]
 
 
