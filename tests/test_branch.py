@@ -41,13 +41,19 @@ def own_trunk(trunk, tmp_path):
     return shutil.copytree(trunk, tmp_path / "run", ignore=shutil.ignore_patterns("branches"))
 
 
-def assert_same_members(whole, part):
-    """Check that all networks and rows of the workdir `part` are in the workdir `whole`, to the bit."""
+def assert_same_members(whole, part, loss_rtol=0.0):
+    """Check that all networks and rows of the workdir `part` are in the workdir `whole`, to the bit.
+
+    Args:
+      loss_rtol: relative tolerance of the losses in the rows.
+    """
     whole, part = analysis.load(whole), analysis.load(part)
     keys = ["replicate", "arm", "round"]
     rows, expected = (run.results.set_index(keys)[METRICS] for run in (part, whole))
     assert len(rows)
-    assert expected.loc[rows.index].equals(rows)
+    exact = [column for column in METRICS if not (loss_rtol and column.endswith("_loss"))]
+    assert expected.loc[rows.index, exact].equals(rows[exact])
+    np.testing.assert_allclose(rows, expected.loc[rows.index], rtol=loss_rtol)
     for number in part.results["round"].unique():
         for i, member in enumerate(part.members(number)):
             j = whole.members(number).index(member)
@@ -109,7 +115,7 @@ def test_number_of_groups_does_not_change_bits(own_trunk, monkeypatch, capsys):
     one = branch.run(own_trunk, ("random",), name="one", dataset=dataset)
     monkeypatch.setattr(branch, "members_that_fit", lambda experiment: 2)
     three = branch.run(own_trunk, ("random",), name="three", dataset=dataset)
-    assert_same_members(one, three)
+    assert_same_members(one, three, loss_rtol=1e-6)  # on some processors, their sum depends on the group
     out = capsys.readouterr().out
     assert "on the masks of 3 rounds; 1 group of 6 members" in out
     assert "on the masks of 3 rounds; 3 groups of 2 members" in out
