@@ -89,8 +89,12 @@ def sublevel_is_current(table: pd.DataFrame, config: ConfigDict) -> pd.Series:
 
 
 def _points(config):
-    """Return the number of points of each of the two lines: half as many intervals as a path of paths.csv."""
-    return config.analysis.path_points // 2 + 1
+    """Return the number of points of each of the two lines.
+
+    They have a quarter of the intervals of a path of paths.csv, because the highest error is mostly that of the
+    projection, an end of both lines.
+    """
+    return max(2, config.analysis.path_points // 4 + 1)
 
 
 @use_default_style

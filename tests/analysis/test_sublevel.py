@@ -17,7 +17,7 @@ from tests.conftest import make_tiny_config, make_tiny_dataset
 from tests.helpers.numpy_lenet import compute_errors_on_path
 from tests.helpers.rounds import take_member
 
-POINTS = 6  # of each line: half of the intervals of a path of 11 points
+POINTS = 6  # of each line: a quarter of the intervals of a path of 21 points
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,7 +41,7 @@ def analyse(workdir, config):
 
 @pytest.fixture(scope="module")
 def config():
-    return make_tiny_config(**{"analysis.path_points": 11, "optimizer.learning_rate": 0.03, "rounds": 3})
+    return make_tiny_config(**{"analysis.path_points": 21, "optimizer.learning_rate": 0.03, "rounds": 3})
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_nothing_is_recomputed_unless_a_setting_changes(workdir, config, tmp_pat
         changed.analysis[field] = value
         copy = shutil.copytree(workdir, tmp_path / field)
         table = analyse(copy, changed).sublevel
-        assert set(table["points"]) == {3 if field == "path_points" else POINTS}
+        assert set(table["points"]) == {2 if field == "path_points" else POINTS}
         assert set(table["baseline"]) == {changed.analysis.baseline}
     barrier = table[["error", "projected_error"]].max(axis=1) + table["projection_barrier"]
     highest = table[["error", "next_error"]].max(axis=1) + table["excess"]
