@@ -17,12 +17,10 @@ BANDS = {"medium": (MEDIUM,), "high": (HIGH, VERY_HIGH)}  # of sparsity
 Y_RANGE_POINTS = 30
 TOO_LITTLE, NO_LEAD = "too little data", "IMP has no lead"
 # parts of imp's lead over its reinit (ours): which part is called what
-REACHES_IMP = Expected(
-    f"mean > {100 - PART_OF_LEAD_PCT}", lambda values: values.mean() > 100 - PART_OF_LEAD_PCT
-)
-LIKE_REINIT = Expected(f"mean within ±{PART_OF_LEAD_PCT}", lambda values: abs(values.mean()) < PART_OF_LEAD_PCT)
-BELOW_REINIT = Expected(f"mean < -{PART_OF_LEAD_PCT}", lambda values: values.mean() < -PART_OF_LEAD_PCT)
-NO_BETTER_THAN_REINIT = Expected(f"mean < {PART_OF_LEAD_PCT}", lambda values: values.mean() < PART_OF_LEAD_PCT)
+REACHES_IMP = Expected(f"mean > {100 - PART_OF_LEAD_PCT}", low=100 - PART_OF_LEAD_PCT)
+LIKE_REINIT = Expected(f"mean within ±{PART_OF_LEAD_PCT}", -PART_OF_LEAD_PCT, PART_OF_LEAD_PCT)
+BELOW_REINIT = Expected(f"mean < -{PART_OF_LEAD_PCT}", high=-PART_OF_LEAD_PCT)
+NO_BETTER_THAN_REINIT = Expected(f"mean < {PART_OF_LEAD_PCT}", high=PART_OF_LEAD_PCT)
 VERDICTS = {"reaches IMP": REACHES_IMP, "like reinit": LIKE_REINIT, "below reinit": BELOW_REINIT}
 
 
@@ -79,7 +77,7 @@ def judge(part: Values | str) -> str:
     """Return the verdict on a part of imp's lead."""
     if isinstance(part, str):
         return part
-    return next((words for words, condition in VERDICTS.items() if condition.holds(part)), "between")
+    return next((words for words, interval in VERDICTS.items() if interval.contains(part.mean())), "between")
 
 
 def format_comparisons(comparisons: Sequence[Comparison], finished: Finished) -> str:
@@ -107,7 +105,7 @@ def format_comparisons(comparisons: Sequence[Comparison], finished: Finished) ->
 def _compare_with_literature(expected, part):
     if expected is None or isinstance(part, str):
         return "–"
-    return f"{expected.words}: {'agrees' if expected.holds(part) else 'differs'}"
+    return f"{expected.words}: {'agrees' if expected.contains(part.mean()) else 'differs'}"
 
 
 def format_values(values: Values, pattern: str = "{:.0f}") -> str:

@@ -42,6 +42,10 @@ class Expected(NamedTuple):
     low: float = -math.inf
     high: float = math.inf
 
+    def contains(self, mean: float) -> bool:
+        """Return whether a mean is in the interval."""
+        return self.low < mean < self.high
+
 
 @dataclasses.dataclass(frozen=True)
 class Quantity:
