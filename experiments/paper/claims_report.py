@@ -62,16 +62,16 @@ def measure_claims(scale: Scale, finished: Finished) -> list[Row]:
 
 
 def _summarize(claim, quantity, values):
-    mean, deviation, (low, high) = values.mean(), values.std(), quantity.expected[1:]
+    mean, deviation, expected = values.mean(), values.std(), quantity.expected
     return Row(
         claim,
         quantity,
         mean,
-        deviation / np.sqrt(len(values)) if len(values) else np.nan,
+        values.sem(),
         values.min(),
         values.max(),
-        min(mean - low, high - mean) / deviation if deviation else np.nan,
-        judge_quantity(values, quantity.expected),
+        min(mean - expected.low, expected.high - mean) / deviation if deviation else np.nan,
+        judge_quantity(values, expected),
     )
 
 
@@ -166,17 +166,8 @@ def _format_cells(row, letters):
         "–" if np.isnan(n) else quantity.pattern.format(n) for n in (row.mean, row.error, row.low, row.high)
     )
     effect = f"{row.effect:+.1f}" if np.isfinite(row.effect) else "–"
-    run_letters = ", ".join(letters[run] for run in quantity.runs)
-    return (
-        quantity.words,
-        f"{mean} ± {error}",
-        low,
-        high,
-        quantity.expected.words,
-        effect,
-        row.verdict,
-        run_letters,
-    )
+    runs = ", ".join(letters[run] for run in quantity.runs)
+    return quantity.words, f"{mean} ± {error}", low, high, quantity.expected.words, effect, row.verdict, runs
 
 
 FIGURES = (PaperFigure("claims", "the paper's claims, measured", list_claim_runs, format_claims),)
