@@ -229,3 +229,20 @@ def test_networks_are_freed_without_garbage_collection(workdir):
         assert not any(ref() for ref in inputs)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(("kept_bytes", "reads"), [(2**30, 1), (0, 2)])
+def test_small_rounds_are_read_once_for_all_analyses(workdir, monkeypatch, kept_bytes, reads):
+    seen, restore = [], Checkpoints.restore
+
+    def count(self, number):
+        seen.append(number)
+        return restore(self, number)
+
+    monkeypatch.setattr(Checkpoints, "restore", count)
+    monkeypatch.setattr("imp_jax.analysis.computation._KEPT_BYTES", kept_bytes)
+    analysis.register("each", lambda inputs: [(inputs.round,)], columns=("value",))
+    analysis.register("all", lambda inputs: [(len(inputs.networks),)], columns=("rounds",), needs="run")
+    compute(workdir)
+    # the last two rounds stay in memory, because analyses of pairs need two at a time
+    assert [seen.count(number) for number in range(4)] == [reads, reads, 1, 1]
