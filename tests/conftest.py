@@ -18,10 +18,14 @@ os.environ["NO_PROXY"] = "127.0.0.1,localhost"
 
 # most programs of the tests run for milliseconds, but optimising one takes a second
 os.environ.setdefault(
-    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    " --xla_cpu_use_fusion_emitters=false",
 )
 
 import functools
+import gc
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -31,6 +35,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from imp_jax import analysis, data, experiment, models
 from imp_jax import config as configs
+from imp_jax.data import files
+from imp_jax.data.source import Source
 from imp_jax.models.lenet import LeNet
 
 # the slowest files, slowest first: each runs in one worker, so they should start early
@@ -79,6 +85,35 @@ def one_figure():
     analysis.FIGURES.update(registered)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _decode_each_set_once():
+    """Decode the files of a prepared set once in each process, because 5,000 PNG images take seconds."""
+    read_all, splits = files.read_all, {}
+
+    def read_once(source, image_shape):
+        if not isinstance(source, Source):
+            return read_all(source, image_shape)
+        stats = [os.stat(file) for file in source.files]
+        key = (source.name, image_shape, *((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats))
+        if key not in splits:
+            splits[key] = read_all(source, image_shape)
+        return splits[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "read_all", read_once)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _release_programs():
+    """Drop compiled programs after a file of tests, before this process reaches the limit of memory maps."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_text().count("\n") > 20_000:  # Linux allows 65,530; then XLA crashes
+        jax.clear_caches()
+        gc.collect()
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     """Return a TFDS folder in which mnist5k is prepared."""
@@ -88,10 +123,10 @@ def data_dir(tmp_path_factory):
 
 
 def quick_config(data_dir, **overrides):
-    """Return a config of three rounds on mnist5k, each of one epoch of 8 steps."""
+    """Return a config of three rounds of a narrow LeNet on mnist5k, each of one epoch of 8 steps."""
     config = configs.default()
     config.update({"replicates": 1, "rounds": 3, "epochs": 1, "batch_size": 500})
-    config.update_from_flattened_dict({"dataset.data_dir": data_dir, **overrides})
+    config.update_from_flattened_dict({"dataset.data_dir": data_dir, "model.width": 0.1, **overrides})
     return config
 
 

@@ -68,7 +68,7 @@ def test_resuming_restores_the_saved_masks(tmp_path, monkeypatch):
 
 def test_resuming_restores_dense_tickets(data_dir, tmp_path):
     """An arm whose mask differs from imp's needs initial weights that imp has pruned."""
-    config = quick_config(data_dir, rounds=2, **{"model.width": 0.1, "pruning.fraction": 0.9})
+    config = quick_config(data_dir, rounds=2, **{"pruning.fraction": 0.9})
     run(config, tmp_path)
     experiment = setup(config)
     with contextlib.closing(checkpoints.Checkpoints(tmp_path)) as stored:
@@ -301,13 +301,13 @@ def test_streamed_run_resumes_to_the_same_results(tmp_path):
 
 
 def test_repulsion_of_a_single_round_is_0(data_dir, tmp_path):
-    run(quick_config(data_dir, rounds=1, **{"repulsion.strength": 2.0, "model.width": 0.1}), tmp_path)
+    run(quick_config(data_dir, rounds=1, **{"repulsion.strength": 2.0}), tmp_path)
     assert list(read_results_without_seconds(tmp_path)["repulsion"]) == [0, 0]
 
 
 def test_keep_checkpoints_may_change_while_a_run_is_stopped(data_dir, tmp_path):
     """With repulsion, which needs the optima of deleted rounds too."""
-    config = quick_config(data_dir, rounds=6, **{"repulsion.strength": 2.0, "model.width": 0.1})
+    config = quick_config(data_dir, rounds=6, **{"repulsion.strength": 2.0})
     run(config, tmp_path / "whole")
     for keep in ("all", "ends", "ends", "ends", "all"):
         config.keep_checkpoints = keep

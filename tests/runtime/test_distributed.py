@@ -149,6 +149,7 @@ def test_two_processes_can_die_or_stop_and_resume_with_the_results_of_one(data_d
     flags = [f"--config.{f}={config[f]}" for f in ("replicates", "rounds", "epochs", "batch_size")]
     flags += [
         "--config.dataset.normalize=False",
+        f"--config.model.width={config.model.width}",
         "--config.instability.rounds=(1,)",
         f"--config.dataset.data_dir={data_dir}",
     ]
