@@ -120,7 +120,7 @@ def _release_programs():
     """Drop compiled programs after a file of tests, before this process reaches the limit of memory maps."""
     yield
     maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_text().count("\n") > 20_000:  # Linux allows 65,530; then XLA crashes
+    if maps.exists() and maps.read_text().count("\n") > 20_000:  # Linux allows 65,530
         jax.clear_caches()
         gc.collect()
 
