@@ -8,15 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from imp_jax import data, masking, models
 from imp_jax.masking import Params
 from imp_jax.models.fast_cpu import use_kernels
 from imp_jax.models.fast_cpu.convolution import conv_general_dilated_by
+from imp_jax.runtime import devices
+from imp_jax.runtime.devices import DATA, MEMBER
+from imp_jax.runtime.execution import shard_over_mesh
 from imp_jax.training import TrainSpec, Variables, example_sums, sum_over_batches
 
-ESTIMATION_IMAGES = 5000  # training images to re-estimate normalisation statistics from (ours)
+ESTIMATION_IMAGES = 1000  # training images to re-estimate normalisation statistics from (ours)
 PATH_BATCH_SIZE = 500  # at most: the layer outputs at 20 points of a small network fit in the caches of a CPU
 
 
@@ -99,7 +104,8 @@ def path_metrics(
 
     Evaluates as many points per pass over the data as fit in a quarter of the device memory (vmap), and a
     streamed split in a single pass. If `spec.execution.unroll`, as `auto` chooses for convolutional networks,
-    it evaluates one point at a time (`lax.map`). If the first layer is Flax's own dense layer or convolution in
+    the points are divided over the devices of this process, and each evaluates one at a time (`lax.map`). If
+    the first layer is Flax's own dense layer or convolution in
     float32, its output is affine in its weights and is computed for the two ends only: 20 points of LeNet cost
     as much as five evaluations.
 
@@ -107,7 +113,7 @@ def path_metrics(
       variables_a, variables_b: the variables of the two ends, as `model.init` returns them.
       split: the whole split to evaluate on.
       batch_norm: "interpolate" interpolates normalisation statistics like the weights (ours); "reestimate"
-        averages those of batches of at most the first 5,000 images of `train`, at every point.
+        averages those of batches of 1,000 images of `train` at equal distances, at every point.
       train: the training set; used by "reestimate" only.
 
     Raises:
@@ -118,6 +124,7 @@ def path_metrics(
     (params_a, state_a), (params_b, state_b) = map(_split_params, (variables_a, variables_b))
     states = linear_path(state_a, state_b, num_points)
     path = (params_a, params_b, jnp.linspace(0.0, 1.0, num_points), states)
+    spec = spec._replace(mesh=_make_mesh_of_points(num_points) if spec.execution.unroll else None)
     if batch_norm == "reestimate":
         path = (*path[:3], _reestimate_statistics(path, train, spec))
     elif batch_norm != "interpolate":
@@ -134,6 +141,13 @@ def _sum_in_chunks(function, path, split, spec, batch_size=None):
     """Call `sum_over_batches` for a function of a path, with as many points at a time as fit in memory."""
     params_a, params_b, alphas, states = path
     batch_size = min(batch_size or PATH_BATCH_SIZE, split.evaluation_batch_size, split.examples)
+    if spec.mesh:
+        split = split.put_on_mesh(spec.mesh)
+        points = devices.shard_members((alphas, states), spec.mesh)
+        sums = sum_over_batches(
+            function, (params_a, params_b, *points), split, spec=spec, batch_size=batch_size
+        )
+        return devices.gather_members(sums, len(alphas))
     chunk = len(alphas)
     # a streamed split would be decoded again for every chunk; unrolled points follow each other in any case
     if split.in_memory and not spec.execution.unroll:
@@ -144,6 +158,14 @@ def _sum_in_chunks(function, path, split, spec, batch_size=None):
         networks = (params_a, params_b, *points)
         sums.append(sum_over_batches(function, networks, split, spec=spec, batch_size=batch_size))
     return jax.tree.map(lambda *parts: np.concatenate(parts), *sums)
+
+
+def _make_mesh_of_points(num_points):
+    """Return a mesh that divides the points over the devices of this process; None if it is one device."""
+    available = jax.local_devices()
+    per_device = -(-num_points // len(available))
+    used = available[: -(-num_points // per_device)]  # the fewest that are as fast as all
+    return Mesh(np.array(used)[:, None], (MEMBER, DATA)) if len(used) > 1 else None
 
 
 def _max_points_per_pass(image_shape, batch_size, spec):
@@ -166,10 +188,14 @@ def _bytes_per_network(model, image_shape, batch_size):
 
 
 def _map_points(function, alphas, states, spec):
-    """Compute `function(alpha, state)` at each point, stacked."""
-    if spec.execution.unroll:
+    """Compute `function(alpha, state)` at each point, stacked; on a mesh, each device computes its points."""
+    if not spec.execution.unroll:
+        return jax.vmap(function)(alphas, states)
+
+    def compute_in_turn(alphas, states):
         return jax.lax.map(lambda point: function(*point), (alphas, states))
-    return jax.vmap(function)(alphas, states)
+
+    return shard_over_mesh(compute_in_turn, (P(MEMBER), P(MEMBER)), spec.mesh)(alphas, states)
 
 
 def _path_sums(path, images, labels, valid, *, spec):
@@ -210,7 +236,9 @@ def _reestimate_statistics(path, train, spec):
         )
     batch_size = min(250, train.examples)
     batches = min(ESTIMATION_IMAGES, train.examples) // batch_size
-    examples = train.take(np.arange(batches * batch_size))
+    # not the first images: a data set may be sorted by class
+    chosen = np.linspace(0, train.examples - 1, batches * batch_size).astype(int)
+    examples = train.take(np.random.default_rng(0).permutation(chosen))
     sums = _sum_in_chunks(_batch_statistics, path, examples, spec, batch_size)
     return jax.tree.map(lambda leaf: leaf / batches, sums)
 

@@ -7,6 +7,7 @@ import pickle
 import re
 import sys
 import tempfile
+from unittest import mock
 
 if __name__ == "__main__":
     flags = os.environ.get("XLA_FLAGS", "")
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imp_jax import data, imp, masking, models, runs, training
+from imp_jax import connectivity, data, imp, masking, models, runs, training
 from imp_jax.data import dataset
 from imp_jax.models.resnet import make_layers
 from imp_jax.runtime import devices
@@ -190,6 +191,22 @@ def buffer_pointers():
     return images.unsafe_buffer_pointer(), shards
 
 
+def compare_paths(batch_norm):
+    """Return losses and errors on a path of 7 points, divided over the devices and all on one device."""
+    experiment = resnet()
+    execution = experiment.spec.execution._replace(unroll=True)
+    spec, train = experiment.spec._replace(execution=execution), experiment.dataset.train
+    ends = [dict(spec.model.init(jax.random.key(seed), train.images[:1] / 255)) for seed in (0, 1)]
+
+    def compute():
+        options = {"num_points": 7, "batch_norm": batch_norm, "train": train}
+        return connectivity.path_metrics(*ends, experiment.dataset.test, spec=spec, **options)
+
+    with mock.patch.object(jax, "local_devices", return_value=jax.devices()[:1]):
+        on_one_device = compute()
+    return compute(), on_one_device
+
+
 def main():
     options = {"accumulate_steps": 2, "model.norm_parts": 2}
     tasks = {
@@ -202,6 +219,7 @@ def main():
         "memory": buffer_pointers,
         "programs": lambda: count_compilations(make_tiny_experiment(**mesh_fields((2, 2)))),
         "accumulated": lambda: compare_divided_batch(accumulate_steps=2),
+        "paths": lambda: [compare_paths(batch_norm) for batch_norm in ("interpolate", "reestimate")],
         "in parts": lambda: compare_divided_batch(**{"model.norm_parts": 2}),
     }
     return {name: task() for name, task in tasks.items()}

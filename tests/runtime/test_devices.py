@@ -86,6 +86,12 @@ def test_a_mesh_of_members_needs_no_collectives(results):
     assert min(results["collectives"][2, 2]) > 0  # so the search does find collectives
 
 
+def test_points_of_a_path_may_be_divided_over_devices(results):
+    for divided, on_one_device in results["paths"]:
+        assert np.ptp(on_one_device[0]) > 0.01  # the points differ
+        np.testing.assert_allclose(divided, on_one_device, rtol=1e-5)
+
+
 def test_copies_of_a_data_set_on_cpu_devices_share_its_memory(results):
     """Otherwise a machine with many cores would need as many times the memory."""
     original, copies = results["memory"]
