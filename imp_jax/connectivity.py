@@ -105,15 +105,14 @@ def path_metrics(
     Evaluates as many points per pass over the data as fit in a quarter of the device memory (vmap), and a
     streamed split in a single pass. If `spec.execution.unroll`, as `auto` chooses for convolutional networks,
     the points are divided over the devices of this process, and each evaluates one at a time (`lax.map`). If
-    the first layer is Flax's own dense layer or convolution in
-    float32, its output is affine in its weights and is computed for the two ends only: 20 points of LeNet cost
-    as much as five evaluations.
+    the first layer is Flax's own dense layer or convolution in float32, its output is affine in its weights and
+    is computed for the two ends only: 20 points of LeNet cost as much as five evaluations.
 
     Args:
       variables_a, variables_b: the variables of the two ends, as `model.init` returns them.
       split: the whole split to evaluate on.
       batch_norm: "interpolate" interpolates normalisation statistics like the weights (ours); "reestimate"
-        averages those of batches of 1,000 images of `train` at equal distances, at every point.
+        averages those of batches of at most 1,000 images of `train`, at equal distances, at every point.
       train: the training set; used by "reestimate" only.
 
     Raises:
@@ -236,7 +235,7 @@ def _reestimate_statistics(path, train, spec):
         )
     batch_size = min(250, train.examples)
     batches = min(ESTIMATION_IMAGES, train.examples) // batch_size
-    # not the first images: a data set may be sorted by class
+    # not the first images, and shuffled: a data set may be sorted by class
     chosen = np.linspace(0, train.examples - 1, batches * batch_size).astype(int)
     examples = train.take(np.random.default_rng(0).permutation(chosen))
     sums = _sum_in_chunks(_batch_statistics, path, examples, spec, batch_size)

@@ -204,8 +204,8 @@ def test_path_metrics_do_not_depend_on_points_per_pass(monkeypatch):
 
 
 def test_reestimated_statistics_are_means_over_batches():
-    """Over two shuffled batches of 250 images."""
-    model, train, split = NETWORKS["resnet8"], random_split(500), random_split(20)
+    """Over two shuffled batches of 250 images, which are 500 of the 600 at equal distances."""
+    model, train, split = NETWORKS["resnet8"], random_split(600), random_split(20)
     ends = make_two_networks(model)
     spec = TrainSpec(model, execution=EXECUTION_MODES["scan_unroll"])
     losses, _ = connectivity.path_metrics(
@@ -218,7 +218,7 @@ def test_reestimated_statistics_are_means_over_batches():
         _, state = model.apply(variables, images, train=True, mutable=["batch_stats"])
         return jax.tree.map(lambda leaf: 10 * leaf, state["batch_stats"])
 
-    shuffled = images[np.random.default_rng(0).permutation(500)]
+    shuffled = images[np.random.default_rng(0).permutation(np.linspace(0, 599, 500).astype(int))]
     halves = [jax.jit(statistics)(half) for half in np.split(shuffled, 2)]
     means = jax.tree.map(lambda *leaves: sum(leaves) / 2, *halves)
     apply = jax.jit(model.apply)
