@@ -10,6 +10,7 @@ from experiments.sweeps.runs import Run
 TABLE_1_CONFIGS = ("lenet", "conv4", "resnet20", "resnet50")
 NETWORK_NAMES = {
     "lenet": "LeNet-300-100",
+    "resnet8": "ResNet-8",
     "resnet20": "ResNet-20",
     "conv4": "Conv-4",
     "resnet50": "ResNet-50",
