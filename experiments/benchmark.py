@@ -1,7 +1,8 @@
 """How fast this machine is: `python -m experiments.benchmark SUBJECT`.
 
     table          the training steps of all networks: images/s, shares of the machine's peaks, memory
-    conv4, resnet20, resnet50                        the training steps of one network
+    conv4, resnet8, resnet20, resnet50               the training steps of one network
+    midi           rounds of configs/resnet8_scenes.py with all analyses, in turn with an earlier commit
     lenet          whole rounds of configs/mnist5k.py: training, evaluation, pruning, recording
     convolutions   the passes of the convolutions of ResNet-20 and Conv-4, in each form that a CPU has
     forms          ResNet-20 with its members unrolled, as grouped convolutions, and as products of patches
@@ -14,9 +15,9 @@
     scaling        training steps on more and more devices, and the time of the paper's sweeps on 1, 8 and 64
     disk           the size of the checkpoints of each config of table 1
 
-For table, lenet, conv4 and resnet20, --torch times the same steps of an eager PyTorch loop in turn. For table
-and single networks, --out writes the table as JSON and --compare compares it with an earlier one. Each subject
-is documented in its module in experiments/benchmarks/.
+For table, lenet, conv4, resnet8 and resnet20, --torch times the same steps of an eager PyTorch loop in turn.
+For table and single networks, --out writes the table as JSON and --compare compares it with an earlier one.
+Each subject is documented in its module in experiments/benchmarks/.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from experiments.benchmarks import (
     convolutions,
     disk,
     forms,
+    midi,
     pytorch,
     repulsion,
     rounds,
@@ -42,11 +44,12 @@ from imp_jax import cli
 from imp_jax.errors import UserError
 from imp_jax.runtime import devices
 
-NETWORKS = ("conv4", "resnet20", "resnet50")
+NETWORKS = ("conv4", "resnet8", "resnet20", "resnet50")
 SUBJECTS = (
     "table",
     "lenet",
     *NETWORKS,
+    "midi",
     "convolutions",
     "forms",
     "analysis",
@@ -83,13 +86,14 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("subject", choices=SUBJECTS)
     whole_runs = "analysis, repulsion, branch, checkpoints, throughput, disk: rounds of a run (default: 25)"
-    add("--rounds", type=int, help=f"lenet: rounds to time (default: 8); {whole_runs}")
+    add("--rounds", type=int, help=f"lenet, midi: rounds to time (default: 8, midi 2); {whole_runs}")
     add("--repeats", type=int, help="not lenet, disk: number of timings (default: 5; some subjects 2, 3 or 7)")
     add(
         "--epochs",
         type=int,
-        help="lenet, repulsion, branch, checkpoints: epochs per training (default: the config's)",
+        help="lenet, midi, repulsion, branch, checkpoints: epochs per training (default: the config's)",
     )
+    add("--base", default=midi.BASE, help=f"midi: the commit to compare with (default: {midi.BASE})")
     add("--steps", type=int, help="table, one network, forms: training steps of a timing")
     add("--members", type=int, help="table, one network, forms: number of members (forms: default 1, 3 and 6)")
     batch_help = "default: the config's; for convolutions 128; for forms 128, 512 and 2048"
@@ -97,7 +101,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=["float32", "bfloat16"], help="table, one network, forms")
     add("--execution", help="table, one network: as config.execution")
     add(
-        "--torch", action="store_true", help="table, lenet, conv4, resnet20: time eager PyTorch too, on the CPU"
+        "--torch",
+        action="store_true",
+        help="table, lenet, conv4, resnet8, resnet20: time eager PyTorch too, on the CPU",
     )
     add("--out", metavar="FILE", help="table, one network: write the table as JSON")
     add("--compare", metavar="FILE", help="table, one network: print ratios to a table that --out wrote")
@@ -116,6 +122,8 @@ def run_subject(arguments: argparse.Namespace) -> None:
     match subject:
         case "lenet":
             rounds.benchmark_rounds(arguments.rounds or 8, epochs, arguments.torch)
+        case "midi":
+            midi.benchmark_midi(arguments.rounds or 2, arguments.repeats or 2, arguments.base, epochs)
         case "analysis":
             analysis.benchmark_analysis(run_rounds, arguments.repeats or 5)
         case "repulsion":

@@ -20,7 +20,8 @@ def main() -> None:
     cli.replace_unprintable()
     parser = argparse.ArgumentParser(prog="python -m experiments.claims", description=__doc__.split("\n")[0])
     parser.add_argument("--root", required=True, help="folder of the runs, as for experiments.run")
-    parser.add_argument("--scale", help="paper, mini or smoke (default: the one that has runs in the folder)")
+    scale_help = "paper, midi, mini or smoke (default: the one that has runs in the folder)"
+    parser.add_argument("--scale", help=scale_help)
     arguments = parser.parse_args()
     logging.set_verbosity(logging.FATAL)
     try:

@@ -8,8 +8,8 @@ The actions are:
     figure   draw from the finished rounds, and print what is missing
 
 Without names, all figures are meant; `claims` is the table of `python -m experiments.claims`. The scale is the
-paper's own, or `mini`, which takes two cores less than a quarter of an hour per figure, or `smoke`, which takes
-seconds.
+paper's own; or `midi`, convolutional networks that take two cores 20 minutes per run; or `mini`, which takes
+two cores less than a quarter of an hour per figure; or `smoke`, which takes seconds.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "names", nargs="*", metavar="figure", help="such as fig14, table1, claims (default: all)"
     )
-    parser.add_argument("--scale", default="paper", help="paper, mini or smoke (default: paper)")
+    parser.add_argument("--scale", default="paper", help="paper, midi, mini or smoke (default: paper)")
     parser.add_argument("--root", help="folder of the runs (default: runs/SCALE)")
     parser.add_argument("--data_dir", help="folder of the data sets (default: ~/tensorflow_datasets)")
     parser.add_argument(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from imp_jax.errors import UserError
 from imp_jax.runtime import devices
 
-TORCH_NETWORKS = ("lenet", "conv4", "resnet20")
+TORCH_NETWORKS = ("lenet", "conv4", "resnet8", "resnet20")
 
 
 def make_torch_train_fns(network: str, steps: int, batch_size: int) -> dict[str, Callable[[], None]]:
@@ -20,6 +20,8 @@ def make_torch_train_fns(network: str, steps: int, batch_size: int) -> dict[str,
         import torch
 
         from experiments.benchmarks import torch_reference
+
+        step_fns = torch_reference.make_step_fns(network, batch_size)
     except ImportError as error:
         raise UserError('--torch needs PyTorch and torchvision: pip install -e ".[bench]"') from error
     torch.set_num_threads(devices.available_cores())
@@ -31,5 +33,4 @@ def make_torch_train_fns(network: str, steps: int, batch_size: int) -> dict[str,
 
         return train
 
-    step_fns = torch_reference.make_step_fns(network, batch_size)
     return {name: repeat(step) for name, step in step_fns.items()}

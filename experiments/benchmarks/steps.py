@@ -50,6 +50,7 @@ ROWS = {
     "lenet": Row("mnist5k", 60),
     "repulsion": Row("mnist5k", 60, strength=2.0),
     "conv4": Row("conv4", 8, members_on_cpu=2),
+    "resnet8": Row("resnet8_scenes", 30),
     "resnet20": Row("resnet20", 8, members_on_cpu=2),
     "resnet50": Row("resnet50", 2, batch_on_cpu=16),
 }

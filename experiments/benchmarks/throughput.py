@@ -1,9 +1,9 @@
 """Measure what the costs of runs are computed from: `python -m experiments.benchmark throughput`.
 
 The training steps of all networks are timed at the batch sizes of the figures (on a CPU, the convolutional
-networks at one batch size). Whole runs of configs/mnist5k.py, without and with repulsion, give the time that a
-run takes in addition to its training and the factor of repulsion. With --record="one H100" the result becomes
-the entry of `throughput.json` that `python -m experiments.run list` uses for that device.
+networks of the paper at one batch size). Whole runs of configs/mnist5k.py, without and with repulsion, give the
+time that a run takes in addition to its training and the factor of repulsion. With --record="one H100" the
+result becomes the entry of `throughput.json` that `python -m experiments.run list` uses for that device.
 """
 
 import json
@@ -21,28 +21,29 @@ from experiments.benchmarks.tables import print_quantities
 from experiments.benchmarks.train_fn import make_train_fn
 from experiments.paper import catalogue
 from experiments.paper.networks import TABLE_1_CONFIGS
-from experiments.paper.scales import MINI, PAPER
+from experiments.paper.scales import MIDI, MINI, PAPER
 from experiments.sweeps import cost
 from experiments.sweeps.runs import REPOSITORY, Run, load_config
 from imp_jax.workdir.files import write_atomically
 
+CONFIGS = (*TABLE_1_CONFIGS, "resnet8_scenes", "conv4_scenes")
 CPU_BATCH_SIZES = {"conv4": 128, "resnet20": 128, "resnet50": 16}  # a larger batch is no faster per image
 
 
-def benchmark_throughput(
-    rounds: int, repeats: int, record: str | None, names: Sequence[str] = TABLE_1_CONFIGS
-) -> None:
+def benchmark_throughput(rounds: int, repeats: int, record: str | None, names: Sequence[str] = CONFIGS) -> None:
     """Time all networks and whole runs, print the table, and write it to `throughput.json` if asked.
 
     Args:
       rounds: of the whole runs.
       record: name of this device in `throughput.json`; None to leave the file as it is.
+      names: config files.
     """
     speeds, quantities = {}, {}
     for name in names:
+        rates_by_size = speeds.setdefault(cost.network_key(Run(name).config), {})
         for size in _list_batch_sizes(name):
             rates, members = _time_steps(name, size, repeats)
-            speeds.setdefault(name, {})[str(size)] = round(statistics.median(rates), 1)
+            rates_by_size[str(size)] = round(statistics.median(rates), 1)
             quantities[f"{name}, batch {size}, {members} members (images/s)"] = (rates, "{:,.0f}")
 
     plain = Run("mnist5k", (("rounds", rounds),))
@@ -66,8 +67,9 @@ def benchmark_throughput(
 def _list_batch_sizes(name):
     if jax.default_backend() == "cpu" and name in CPU_BATCH_SIZES:
         return [CPU_BATCH_SIZES[name]]
-    runs = [run for scale in (PAPER, MINI) for run in catalogue.list_runs(catalogue.FIGURES.values(), scale)]
-    return sorted({run.config.batch_size for run in runs if run.config.model.name == name})
+    scales, network = (PAPER, MIDI, MINI), cost.network_key(Run(name).config)
+    runs = [run for scale in scales for run in catalogue.list_runs(catalogue.FIGURES.values(), scale)]
+    return sorted({run.config.batch_size for run in runs if cost.network_key(run.config) == network})
 
 
 def _time_steps(name, batch_size, repeats):
@@ -75,7 +77,7 @@ def _time_steps(name, batch_size, repeats):
     config = load_config(name)
     config.batch_size = batch_size
     members = config.replicates * len(config.arms)
-    steps = 60 if name == "lenet" else 4
+    steps = {"lenet": 60, "resnet8_scenes": 30, "conv4_scenes": 30}.get(name, 4)
     train, _ = make_train_fn(config, members, steps)
     times = []
     for _ in range(1 + repeats):  # the first one compiles

@@ -1,14 +1,12 @@
-"""Implement the training steps of LeNet, Conv-4 and ResNet-20 in eager PyTorch, for comparison: `--torch`."""
+"""Implement the training steps of LeNet, Conv-4, ResNet-8 and ResNet-20 in eager PyTorch, for `--torch`."""
 
+import functools
 import itertools
 from collections.abc import Callable
 
 import torch
-from PIL import Image
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
 
 
 class Block(nn.Module):
@@ -29,11 +27,13 @@ class Block(nn.Module):
         return functional.relu(x + y)
 
 
-def make_resnet20():
-    channels = [16, 16, 16, 16, 32, 32, 32, 64, 64, 64]
-    stem = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16, affine=False), nn.ReLU()]
+def make_resnet(blocks_per_stage, width):
+    """Return the CIFAR ResNet with three stages of this many blocks; `width` scales the channels 16, 32, 64."""
+    stages = [int(width * channels) for channels in (16, 32, 64)]
+    channels = [stages[0], *(outputs for outputs in stages for _ in range(blocks_per_stage))]
+    stem = [nn.Conv2d(3, stages[0], 3, 1, 1, bias=False), nn.BatchNorm2d(stages[0], affine=False), nn.ReLU()]
     blocks = [Block(inputs, outputs) for inputs, outputs in itertools.pairwise(channels)]
-    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(stages[2], 10))
 
 
 def make_conv4():
@@ -67,24 +67,9 @@ def make_adam(parameters):
 NETWORKS = {  # network, optimizer and image shape
     "lenet": (make_lenet, make_adam, (1, 28, 28)),
     "conv4": (make_conv4, make_momentum, (3, 32, 32)),
-    "resnet20": (make_resnet20, make_momentum, (3, 32, 32)),
+    "resnet8": (functools.partial(make_resnet, 1, 0.5), make_momentum, (3, 32, 32)),
+    "resnet20": (functools.partial(make_resnet, 3, 1), make_momentum, (3, 32, 32)),
 }
-
-
-class Images(Dataset):
-    """Load images as torchvision's MNIST does: each one becomes a PIL image and passes through transforms."""
-
-    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,), (0.25,))])
-
-    def __init__(self, images, labels):
-        self.images, self.labels = images[:, 0], labels
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, index):
-        image = Image.fromarray(self.images[index].numpy())
-        return self.transform(image), int(self.labels[index])
 
 
 def make_step_fns(network: str, batch_size: int) -> dict[str, Callable[[], float]]:
@@ -107,7 +92,9 @@ def make_step_fns(network: str, batch_size: int) -> dict[str, Callable[[], float
         return make_masked_step(network, sample_batch, memory_format)
 
     if network == "lenet":
-        loader = DataLoader(Images(images, labels), batch_size, shuffle=True, drop_last=True)
+        from experiments.benchmarks.torch_loader import make_loader  # only LeNet needs torchvision
+
+        loader = make_loader(images, labels, batch_size)
         batches = itertools.chain.from_iterable(itertools.repeat(loader))
         return {
             "PyTorch": make_in_memory_step(torch.contiguous_format),

@@ -22,6 +22,7 @@ from experiments.paper.quantities import Values
 from experiments.paper.scales import Scale
 from experiments.sweeps.runs import Run
 from imp_jax import analysis, figures
+from imp_jax.config import default
 
 FULL, DECAY = "full", "full, with weight decay"
 WEIGHT_DECAY_UNTIL = 0.1  # density (ours); the paper names none
@@ -53,7 +54,9 @@ def make_runs(scale: Scale) -> dict[str, Run]:
         ),
         "evidence": evidence,
         "evidence, pruning too": evidence.with_overrides(
-            pruning__policy="evidence", rounds=scale.evidence_rounds
+            pruning__policy="evidence",
+            pruning__fraction=default().pruning.fraction,  # without effect
+            rounds=scale.evidence_rounds,
         ),
         DECAY: decay,
         "weight decay until 10 %": decay.with_overrides(optimizer__weight_decay_until=WEIGHT_DECAY_UNTIL),

@@ -134,13 +134,21 @@ def print_claims(scale: Scale, finished: Finished) -> None:
 def choose_scale(root: Path, name: str | None) -> Scale:
     """Return the scale called `name`; without a name, the only scale that has runs in `root`.
 
+    Scales share runs of LeNet. One whose runs in `root` are some of another scale's is left out.
+
     Raises:
       UserError: the name is unknown, or `root` has runs of no scale or of several scales.
     """
     if name:
         return lookup(SCALES, "--scale", name)
+    present = {
+        scale: {run for run in list_claim_runs(scale) if (root / run.name).is_dir()}
+        for scale in SCALES.values()
+    }
     scales = [
-        scale for scale in SCALES.values() if any((root / run.name).is_dir() for run in list_claim_runs(scale))
+        scale
+        for scale, runs in present.items()
+        if runs and not any(runs < others for others in present.values())
     ]
     if len(scales) != 1:
         contents = "no run that a claim is about"

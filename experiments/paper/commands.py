@@ -39,7 +39,7 @@ def print_list(figures: Sequence[PaperFigure], scale: Scale) -> None:
         table.add_row(
             name,
             shows,
-            _join_few(networks.NETWORK_NAMES[config.model.name] for config in configs),
+            _join_few(map(networks.name_network, configs)),
             _join_few(config.dataset.name for config in configs),
             str(len(runs)),
             f"{sum(run.trainings for run in runs):,}",
@@ -53,7 +53,7 @@ def print_list(figures: Sequence[PaperFigure], scale: Scale) -> None:
     make_wide_console().print(table)
     print(
         "Costs are estimated from images/s measured on each device (experiments/benchmarks/throughput.json).\n"
-        "Those of LeNet also include repulsion and everything outside training, as measured on mnist5k."
+        "Those of LeNet-300-100 also include repulsion and everything outside training, as measured on mnist5k."
     )
 
 

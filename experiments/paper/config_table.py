@@ -8,7 +8,7 @@ import argparse
 import importlib
 import re
 
-from experiments.paper.networks import NETWORK_NAMES
+from experiments.paper.networks import name_network
 from experiments.sweeps import cost
 from experiments.sweeps.datasets import DATASET_SIZES
 from experiments.sweeps.runs import REPOSITORY, Run, make_run
@@ -102,7 +102,7 @@ def _format_run(run: Run) -> list[str]:
     known = config.dataset.name in DATASET_SIZES
     return [
         f"`{run.base}.py`",
-        NETWORK_NAMES.get(config.model.name, config.model.name),
+        name_network(config),
         config.dataset.name,
         str(config.epochs),
         str(config.batch_size),

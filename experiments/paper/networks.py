@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from ml_collections import ConfigDict
+
 from experiments.paper.panels import Finished, PaperFigure
 from experiments.paper.scales import Scale
 from experiments.sweeps.networks import count_parameters
@@ -23,12 +25,18 @@ COLUMNS += ("Initialisation", "Weight decay", "Pruning")
 def describe_runs(runs: Sequence[Run]) -> str:
     """Describe what runs train, such as "ResNet-20 on cifar10, 85 epochs, 3 replicates"."""
     configs = [run.config for run in runs]
-    trained = dict.fromkeys((c.model.name, c.dataset.name, c.epochs, c.replicates) for c in configs)
+    trained = dict.fromkeys((name_network(c), c.dataset.name, c.epochs, c.replicates) for c in configs)
     return "; ".join(
-        f"{NETWORK_NAMES[model]} on {dataset}, {epochs} epoch{'s' * (epochs > 1)}, "
+        f"{network} on {dataset}, {epochs} epoch{'s' * (epochs > 1)}, "
         f"{replicates} replicate{'s' * (replicates > 1)}"
-        for model, dataset, epochs, replicates in trained
+        for network, dataset, epochs, replicates in trained
     )
+
+
+def name_network(config: ConfigDict) -> str:
+    """Return a network's name, and its width unless that is 1, such as "Conv-4 (width 0.25)"."""
+    model, width = config.model.name, config.model.width
+    return NETWORK_NAMES.get(model, model) + (f" (width {width:g})" if width != 1 else "")
 
 
 def list_no_runs(scale: Scale) -> list[Run]:
@@ -47,7 +55,7 @@ def format_table_1(scale: Scale, finished: Finished) -> str:
         density = (1 - config.pruning.fraction) ** (config.rounds - 1)
         rows.append(
             [
-                NETWORK_NAMES[config.model.name],
+                name_network(config),
                 config.dataset.name,
                 f"{count_parameters(config):,}",
                 config.epochs,

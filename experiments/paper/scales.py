@@ -27,8 +27,8 @@ trains on 4 million images, that of `midi` on 24,000. So the unstable batch size
 stable one is the largest whose mean accuracy is within 15 points of the best: 128. *Its dense networks are
 unstable too.*
 
-The same for Conv-4 at width 0.25, 8 epochs, cosine. Validation accuracy is 86.4 % with a learning rate of 0.01, and
-85.9 % with 0.03; with 0.1 the network does not train:
+The same for Conv-4 at width 0.25, 8 epochs, cosine. Validation accuracy is 86.4 % with a learning rate of
+0.01, and 85.9 % with 0.03; with 0.1 the network does not train:
 
     batch size             16               64               128              256
     barrier                44, 82           15, 30           13, 35           15, 12

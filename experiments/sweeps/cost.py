@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from experiments.sweeps.datasets import DATASET_SIZES
 from experiments.sweeps.runs import AnyRun
@@ -14,8 +15,8 @@ MEASURED = Path(__file__).parents[1] / "benchmarks" / "throughput.json"
 def read_throughput() -> dict[str, dict]:
     """Read `throughput.json`: for each device what `benchmarks.throughput` has measured.
 
-    An entry has `images_per_second` by network and batch size, `repulsion`, the factor by which repulsion makes
-    a network's training slower, and `besides`, the seconds that a run takes in addition to its training.
+    An entry has `images_per_second` by `network_key` and batch size, `repulsion`, the factor by which repulsion
+    makes a network's training slower, and `besides`, the seconds that a run takes in addition to its training.
     """
     return json.loads(MEASURED.read_text())
 
@@ -25,6 +26,11 @@ def count_images(run: AnyRun) -> int:
     config = run.config
     steps = DATASET_SIZES[config.dataset.name].train_images // config.batch_size
     return run.trainings * config.epochs * steps * config.batch_size
+
+
+def network_key(config: ConfigDict) -> str:
+    """Return the name of a config's network, with its width unless that is 1, such as "conv4, width 0.25"."""
+    return config.model.name + (f", width {config.model.width:g}" if config.model.width != 1 else "")
 
 
 def estimate_seconds(run: AnyRun, device: dict) -> float | None:
@@ -37,14 +43,15 @@ def estimate_seconds(run: AnyRun, device: dict) -> float | None:
       device: an entry of `read_throughput`.
     """
     config = run.config
-    speeds = device.get("images_per_second", {}).get(config.model.name)
+    network = network_key(config)
+    speeds = device.get("images_per_second", {}).get(network)
     if not speeds:
         return None
     sizes, rates = zip(*sorted((int(size), rate) for size, rate in speeds.items()), strict=True)
     seconds = count_images(run) / float(np.interp(config.batch_size, sizes, rates))
     if config.repulsion.strength:
-        seconds *= device.get("repulsion", {}).get(config.model.name, 1)
-    return seconds + device.get("besides", {}).get(config.model.name, 0)
+        seconds *= device.get("repulsion", {}).get(network, 1)
+    return seconds + device.get("besides", {}).get(network, 0)
 
 
 def format_duration(seconds: float | None) -> str:

@@ -1,5 +1,6 @@
 """`experiments.benchmark`: its tables, and the work and the throughput that they contain."""
 
+import contextlib
 import functools
 import importlib
 import sys
@@ -15,8 +16,10 @@ from experiments.benchmarks import (
     convolutions,
     disk,
     forms,
+    midi,
     patches,
     pytorch,
+    round_worker,
     steps,
     steps_table,
     throughput,
@@ -168,6 +171,40 @@ def test_the_benchmark_of_analyses_prints_its_table(run_benchmark, one_figure):
         assert quantity in out
 
 
+def test_rounds_of_two_versions_are_timed_in_turn(monkeypatch, tmp_path, capsys):
+    trees = {"before": tmp_path / "before", "after": midi.REPOSITORY}
+    monkeypatch.setattr(midi, "_checked_out", lambda commit: contextlib.nullcontext(trees["before"]))
+    calls = []
+
+    def fake_process(tree, rounds, epochs):
+        calls.append((tree, rounds, epochs))
+        return {"round": 60.0, "analyses": 30.0 if tree == trees["before"] else 15.0}
+
+    monkeypatch.setattr(midi, "_time_in_process", fake_process)
+    midi.benchmark_midi(rounds=3, repeats=2, base="1234abc", epochs=4)
+    assert calls == [(tree, 3, 4) for _ in range(2) for tree in trees.values()]
+    lines = [line.split("│") for line in capsys.readouterr().out.splitlines() if "whole round" in line]
+    medians = {line[1].strip(): float(line[2]) for line in lines}
+    assert medians == {
+        "whole round, before, 1234abc (s)": 90,
+        "whole round, after (s)": 75,
+        "whole round, before / after": 1.2,
+    }
+
+
+def test_a_round_is_timed_with_its_analyses(data_dir, one_figure, tmp_path):
+    config_file = tmp_path / "narrow.py"
+    config_file.write_text(
+        "from configs import mnist5k\n\ndef get_config():\n    config = mnist5k.get_config()\n"
+        f"    config.model.width, config.dataset.data_dir = 0.1, {data_dir!r}\n    return config\n"
+    )
+    names = ("paths", "barriers", "weights", "layers")
+    with mock.patch.dict(ANALYSES, {name: ANALYSES[name] for name in names}, clear=True):
+        seconds = round_worker.time_rounds(str(config_file), rounds=1, epochs=1)
+    assert seconds.keys() == {"round", "analyses"}
+    assert min(seconds.values()) > 0
+
+
 def test_the_benchmark_of_checkpoints_prints_its_table(run_benchmark):
     out = run_benchmark("checkpoints", "--rounds=1", "--repeats=1", "--epochs=1")
     for quantity in ("run without states within rounds", "extra time with a state every 5 epochs"):
@@ -202,7 +239,8 @@ def test_the_benchmark_of_repulsion_prints_its_tables(run_benchmark):
     [
         (("conv4", "--steps=0"), "error: --steps is 0; it should be at least 1"),
         (("conv4", "--execution=loop"), "error: execution is 'loop'; it should be one of auto"),
-        (("resnet50", "--torch"), "error: --torch is for table, lenet, conv4, resnet20"),
+        (("resnet50", "--torch"), "error: --torch is for table, lenet, conv4, resnet8, resnet20"),
+        (("midi", "--base=absent"), "error: --base is 'absent', which cannot be checked out"),
         (("table", "--compare=absent.json"), "error: --compare is 'absent.json', which cannot be read"),
         (
             ("table", "--out=absent/table.json"),

@@ -102,7 +102,7 @@ def run_experiments(*arguments):
     ("arguments", "sentence"),
     [
         (["list", "fig24"], "the figure is 'fig24'; it should be one of fig1, fig2"),
-        (["list", "--scale=large"], "--scale is 'large'; it should be one of paper, mini, smoke"),
+        (["list", "--scale=large"], "--scale is 'large'; it should be one of paper, midi, mini, smoke"),
         (["run", "--launcher=cloud"], "--launcher is 'cloud'; it should be one of local, slurm"),
         (["figure", "fig1", "--scale=mini"], "nothing of fig1 at scale mini has been run in"),
         (["figure", "--scale=mini", "fig1", "fig2"], "nothing of fig1, fig2 at scale mini has been run in"),
