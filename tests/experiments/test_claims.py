@@ -248,17 +248,20 @@ def run_claims(*arguments):
 def test_the_scale_is_that_of_the_runs_in_the_folder(tmp_path, capsys):
     with pytest.raises(SystemExit, match="holds no run that a claim is about; choose the scale with --scale"):
         run_claims(f"--root={tmp_path}")
-    workdir = tmp_path / MINI.lenet.name
+    run = MINI.make_resnet20_run(MINI.stable)
+    workdir = tmp_path / run.name
     (workdir / "analysis").mkdir(parents=True)
-    (workdir / "config.json").write_text(config_files.to_json(MINI.lenet.config))
+    (workdir / "config.json").write_text(config_files.to_json(run.config))
     with pytest.raises(SystemExit, match="nothing that the claims are about has been run in"):
         run_claims(f"--root={tmp_path}")
-    pd.DataFrame(tables(MINI.lenet).results).to_csv(workdir / "results.csv", index=False)
+    pd.DataFrame(tables(run).results).to_csv(workdir / "results.csv", index=False)
     run_claims(f"--root={tmp_path}")
     out = capsys.readouterr().out
     assert "C11" in out
-    assert f"{MINI.lenet.name}\n" in out
+    assert f"{run.name}\n" in out
     assert "too little data" in (tmp_path / "claims.md").read_text()
+    (tmp_path / MINI.lenet.name).mkdir()  # a run of midi, too
+    assert claims.choose_scale(tmp_path, None) is MINI
     (tmp_path / PAPER.lenet.name).mkdir()
     with pytest.raises(SystemExit, match="holds runs of the scales paper, mini; choose the scale with --scale"):
         run_claims(f"--root={tmp_path}")
