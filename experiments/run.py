@@ -8,8 +8,8 @@ The actions are:
     figure   draw from the finished rounds, and print what is missing
 
 Without names, all figures are meant; `claims` is the table of `python -m experiments.claims`. The scale is the
-paper's own; or `midi`, convolutional networks that take two cores 20 minutes per run; or `mini`, which takes
-two cores less than a quarter of an hour per figure; or `smoke`, which takes seconds.
+paper's own; or `midi`, convolutional networks that take two cores about half an hour per run; or `mini`, which
+takes two cores less than a quarter of an hour per figure; or `smoke`, which takes seconds.
 """
 
 import argparse
