@@ -5,6 +5,7 @@
     midi           rounds of configs/resnet8_scenes.py with all analyses, in turn with an earlier commit
     lenet          whole rounds of configs/mnist5k.py: training, evaluation, pruning, recording
     convolutions   the passes of the convolutions of ResNet-20 and Conv-4, in each form that a CPU has
+    load           the training steps of LeNet and ResNet-8 alone, and beside one busy process per core
     forms          ResNet-20 with its members unrolled, as grouped convolutions, and as products of patches
     analysis       all analyses of a run of configs/mnist5k.py
     repulsion      whole runs without and with repulsion, and the size of the store of earlier optima
@@ -32,6 +33,7 @@ from experiments.benchmarks import (
     convolutions,
     disk,
     forms,
+    load,
     midi,
     pytorch,
     repulsion,
@@ -51,6 +53,7 @@ SUBJECTS = (
     *NETWORKS,
     "midi",
     "convolutions",
+    "load",
     "forms",
     "analysis",
     "repulsion",
@@ -94,7 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="lenet, midi, repulsion, branch, checkpoints: epochs per training (default: the config's)",
     )
     add("--base", default=midi.BASE, help=f"midi: the commit to compare with (default: {midi.BASE})")
-    add("--steps", type=int, help="table, one network, forms: training steps of a timing")
+    add("--steps", type=int, help="table, one network, load, forms: training steps of a timing")
     add("--members", type=int, help="table, one network, forms: number of members (forms: default 1, 3 and 6)")
     batch_help = "default: the config's; for convolutions 128; for forms 128, 512 and 2048"
     add("--batch_size", type=int, help=f"table, one network, forms, convolutions ({batch_help})")
@@ -140,6 +143,8 @@ def run_subject(arguments: argparse.Namespace) -> None:
             scaling.benchmark_scaling(arguments.repeats or 3)
         case "convolutions":
             convolutions.benchmark_convolutions(arguments.batch_size or 128, arguments.repeats or 7)
+        case "load":
+            load.benchmark_load(options)
         case "forms":
             members = [arguments.members] if arguments.members else (1, 3, 6)
             batch_sizes = [arguments.batch_size] if arguments.batch_size else (128, 512, 2048)

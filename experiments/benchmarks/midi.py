@@ -49,13 +49,14 @@ def benchmark_midi(rounds: int, repeats: int, base: str, epochs: int | None = No
             f"training and recording of a round, {name} (s)": ([part["round"] for part in values], "{:.1f}"),
             f"analyses of a round, {name} (s)": ([part["analyses"] for part in values], "{:.1f}"),
             f"whole round, {name} (s)": (totals[name], "{:.1f}"),
+            f"peak memory, {name} (GiB)": ([part["peak_gib"] for part in values], "{:.2f}"),
         }
     before, after = totals.values()
     quantities["whole round, before / after"] = (
         [old / new for old, new in zip(before, after, strict=True)],
         "{:.2f}",
     )
-    print_quantities(f"a round of configs/{CONFIG.name}", quantities)
+    print_quantities(f"a round of configs/{CONFIG.name}", quantities, memory=False)
 
 
 @contextlib.contextmanager

@@ -1,13 +1,14 @@
 """Train and analyse rounds of a config in this process: `round_worker.py CONFIG ROUNDS EPOCHS`.
 
 `experiments.benchmarks.midi` starts it with the package `imp_jax` of another version, so it imports no other
-package of this repository. It prints the seconds per round of training and recording, and of all analyses, as a
-line of JSON.
+package of this repository. It prints the seconds per round of training and recording, and of all analyses, and
+the peak memory of the process, as a line of JSON.
 """
 
 import contextlib
 import io
 import json
+import resource
 import runpy
 import shutil
 import sys
@@ -20,7 +21,7 @@ from imp_jax.runtime import devices
 
 
 def time_rounds(config_path: str, rounds: int, epochs: int) -> dict[str, float]:
-    """Train and analyse 1 + `rounds` rounds, and return the seconds per round.
+    """Train and analyse 1 + `rounds` rounds, and return the seconds per round and the peak memory in GiB.
 
     The training of round 0 and the first analyses, which compile, are left out. So are twins, because rounds
     with them have another shape.
@@ -42,7 +43,12 @@ def time_rounds(config_path: str, rounds: int, epochs: int) -> dict[str, float]:
         start = time.perf_counter()
         analysis.run(workdir)
         analyses = time.perf_counter() - start
-    return {"round": (ends[-1] - ends[0]) / rounds, "analyses": analyses / (1 + rounds)}
+    peak_bytes = (1 if sys.platform == "darwin" else 1024) * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "round": (ends[-1] - ends[0]) / rounds,
+        "analyses": analyses / (1 + rounds),
+        "peak_gib": peak_bytes / 2**30,
+    }
 
 
 if __name__ == "__main__":

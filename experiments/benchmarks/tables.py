@@ -8,11 +8,14 @@ from rich.console import Console
 from rich.table import Table
 
 
-def print_quantities(title: str, quantities: dict[str, tuple[list[float], str]]) -> None:
-    """Print the median, minimum and maximum of each quantity, and the peak memory of this process.
+def print_quantities(
+    title: str, quantities: dict[str, tuple[list[float], str]], *, memory: bool = True
+) -> None:
+    """Print the median, minimum and maximum of each quantity.
 
     Args:
       quantities: by name, the measured values and a format string for them.
+      memory: whether to print the peak memory of this process and its device, too.
     """
     device = jax.devices()[0]
     table = Table(
@@ -21,9 +24,14 @@ def print_quantities(title: str, quantities: dict[str, tuple[list[float], str]])
     for name, (values, pattern) in quantities.items():
         spread = [pattern.format(f(values)) for f in (min, max)] if len(values) > 1 else ["", ""]
         table.add_row(name, pattern.format(statistics.median(values)), *spread)
+    if memory:
+        _add_peak_memory(table, device)
+    Console(soft_wrap=True).print(table)
+
+
+def _add_peak_memory(table, device):
     device_bytes = (device.memory_stats() or {}).get("peak_bytes_in_use")
     if device_bytes:
         table.add_row("peak device memory (GiB)", f"{device_bytes / 2**30:.2f}", "", "")
     host_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     table.add_row("peak host memory (GiB)", f"{host_gib:.2f}", "", "")
-    Console(soft_wrap=True).print(table)

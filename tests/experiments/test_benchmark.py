@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib
+import subprocess
 import sys
 from unittest import mock
 
@@ -16,6 +17,7 @@ from experiments.benchmarks import (
     convolutions,
     disk,
     forms,
+    load,
     midi,
     patches,
     pytorch,
@@ -99,6 +101,30 @@ def test_each_form_of_convolutions_is_timed_in_a_process(monkeypatch, capsys):
     assert cells == ["41 (40 to 42)", "51 (50 to 52)", "61 (60 to 62)"]
 
 
+def test_steps_are_timed_beside_one_busy_process_per_core(monkeypatch, capsys):
+    started, calls = [], []
+
+    def start(command):
+        started.append(subprocess.Popen(command))
+        return started[-1]
+
+    def fake_row(name, options):
+        assert options == ["--repeats=2"]
+        busy = [process for process in started if process.poll() is None]
+        calls.append((name, len(busy)))
+        return {"images_per_second": [30, 60] if busy else [90, 110]}
+
+    monkeypatch.setattr(load, "Popen", start)
+    monkeypatch.setattr(steps, "time_row_in_subprocess", fake_row)
+    load.benchmark_load(["--repeats=2"])
+    cores = devices.available_cores()
+    assert calls == [("lenet", 0), ("lenet", cores), ("resnet8", 0), ("resnet8", cores)]
+    assert all(process.poll() is not None for process in started)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "resnet8" in line)
+    cells = [cell.strip() for cell in line.split("│")[1:-1]]
+    assert cells == ["resnet8", "100 (90 to 110)", "45 (30 to 60)", "0.45"]
+
+
 @pytest.mark.parametrize(("strides", "padding"), [((1, 1), "SAME"), ((2, 2), ((1, 1), (1, 1)))])
 def test_a_matrix_product_of_patches_equals_the_convolution(strides, padding):
     images = jax.random.normal(jax.random.key(0), (2, 6, 7, 3))
@@ -178,7 +204,7 @@ def test_rounds_of_two_versions_are_timed_in_turn(monkeypatch, tmp_path, capsys)
 
     def fake_process(tree, rounds, epochs):
         calls.append((tree, rounds, epochs))
-        return {"round": 60.0, "analyses": 30.0 if tree == trees["before"] else 15.0}
+        return {"round": 60.0, "analyses": 30.0 if tree == trees["before"] else 15.0, "peak_gib": 2.0}
 
     monkeypatch.setattr(midi, "_time_in_process", fake_process)
     midi.benchmark_midi(rounds=3, repeats=2, base="1234abc", epochs=4)
@@ -201,7 +227,7 @@ def test_a_round_is_timed_with_its_analyses(data_dir, one_figure, tmp_path):
     names = ("paths", "barriers", "weights", "layers")
     with mock.patch.dict(ANALYSES, {name: ANALYSES[name] for name in names}, clear=True):
         seconds = round_worker.time_rounds(str(config_file), rounds=1, epochs=1)
-    assert seconds.keys() == {"round", "analyses"}
+    assert seconds.keys() == {"round", "analyses", "peak_gib"}
     assert min(seconds.values()) > 0
 
 
