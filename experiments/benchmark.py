@@ -98,11 +98,15 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--base", default=midi.BASE, help=f"midi: the commit to compare with (default: {midi.BASE})")
     add("--steps", type=int, help="table, one network, load, forms: training steps of a timing")
-    add("--members", type=int, help="table, one network, forms: number of members (forms: default 1, 3 and 6)")
+    add(
+        "--members",
+        type=int,
+        help="table, one network, load, forms: number of members (forms: default 1, 3 and 6)",
+    )
     batch_help = "default: the config's; for convolutions 128; for forms 128, 512 and 2048"
-    add("--batch_size", type=int, help=f"table, one network, forms, convolutions ({batch_help})")
-    add("--dtype", choices=["float32", "bfloat16"], help="table, one network, forms")
-    add("--execution", help="table, one network: as config.execution")
+    add("--batch_size", type=int, help=f"table, one network, load, forms, convolutions ({batch_help})")
+    add("--dtype", choices=["float32", "bfloat16"], help="table, one network, load, forms")
+    add("--execution", help="table, one network, load: as config.execution")
     add(
         "--torch",
         action="store_true",
