@@ -53,7 +53,7 @@ FIELDS = {
     "execution": Field(
         "auto",
         "how steps and members are compiled: scan_vmap, scan_unroll, step_vmap or step_unroll (streamed sets "
-        "always run step by step); auto chooses by network and device",
+        "always run step by step), or on a GPU grouped; auto chooses by network and device",
     ),
     "rewind_step": Field(
         0,

@@ -14,8 +14,7 @@ from jaxtyping import Array, Float
 
 from imp_jax import data, masking, models
 from imp_jax.masking import Params
-from imp_jax.models.fast_cpu import use_kernels
-from imp_jax.models.fast_cpu.convolution import conv_general_dilated_by
+from imp_jax.models.kernels import conv_general_dilated_by, use_kernels
 from imp_jax.runtime import devices
 from imp_jax.runtime.devices import DATA, MEMBER
 from imp_jax.runtime.execution import shard_over_mesh

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 from imp_jax import masking, repulsion
 from imp_jax.data import Batches, Normalize, Split
 from imp_jax.masking import Mask, Params
-from imp_jax.models.fast_cpu import use_kernels
+from imp_jax.models.kernels import use_kernels
 from imp_jax.repulsion import Optima
 from imp_jax.runtime.compilation import jit_with_backend_options
 from imp_jax.runtime.devices import DATA, MEMBER, constrain_members
@@ -371,14 +371,15 @@ class Programs(NamedTuple):
 
 
 @functools.cache
-def programs(unroll: bool) -> Programs:
-    """Return the jitted functions of this module, whose compiler options depend on the backend.
+def programs(unroll: bool, platform: str | None = None) -> Programs:
+    """Return the jitted functions of this module, whose compiler options depend on the platform.
 
     Args:
       unroll: whether members are unrolled, see `ExecutionMode`.
+      platform: see `jit_with_backend_options`.
     """
     # if members are vmapped, YNNPACK's reductions make a member's bits depend on the number of members
-    jit = functools.partial(jit_with_backend_options, ynnpack_reductions=unroll)
+    jit = functools.partial(jit_with_backend_options, ynnpack_reductions=unroll, platform=platform)
     return Programs(
         init_states=jit(init_states, static_argnames="spec"),
         scan_steps=jit(scan_steps, static_argnames="spec", donate_argnames="states"),

@@ -26,7 +26,7 @@ class ExecutionMode(NamedTuple):
 
     scan: bool = True  # all steps of an epoch in one program; False: one program per step
     unroll: bool = False  # members one after the other in a program; False: vmapped
-    convolutions: str = "flax"  # the implementation of convolutions, see `models.fast_cpu`
+    convolutions: str = "flax"  # the implementation of convolutions, see `models.kernels`
 
     @property
     def mode(self) -> str:
@@ -43,37 +43,52 @@ EXECUTION_MODES = {
 
 
 def choose_execution(
-    name: str, dtype: str, model: nn.Module, image_shape: tuple[int, int, int]
+    name: str,
+    dtype: str,
+    model: nn.Module,
+    image_shape: tuple[int, int, int],
+    platform: str | None = None,
 ) -> ExecutionMode:
-    """Choose how a model is executed on this machine, from the name of a mode and the model's convolutions.
+    """Choose how a model is executed, from the name of a mode and the model's convolutions.
 
-    `auto` scans over steps and vmaps members. For convolutional networks it unrolls members: vmap over kernels
-    makes grouped convolutions, whose gradients are slow (measured on a CPU, assumed on a GPU). On a CPU it uses
-    one program per step if a convolution would be slow in a loop: one that is not a plain `nn.Conv`, or any
-    convolution if XLA removes the optimisation barriers of `models.fast_cpu`.
+    `auto` scans over steps and vmaps members. Every plain `nn.Conv` is computed by the kernels of its platform:
 
-    On a CPU every plain `nn.Conv` is computed by oneDNN if this build of XLA includes it, otherwise by XLA in a
-    form that is fast on a CPU. With oneDNN, this process no longer writes to JAX's compilation cache.
+    - On a GPU, members are vmapped, but cuDNN computes the convolutions of one member at a time; `grouped`
+      calls it once for all members. vmap alone makes grouped convolutions whose weight gradients cuDNN does not
+      know as such (see `models.fast_gpu.convolution`). Members are unrolled if a convolution is not plain.
+    - On a CPU, oneDNN computes the convolutions if this build of XLA includes it, otherwise XLA in a form that
+      is fast on a CPU. Members are unrolled. There is one program per step if a convolution would be slow in a
+      loop: one that is not plain, or any if XLA removes the optimisation barriers of `models.fast_cpu`. With
+      oneDNN, this process no longer writes to JAX's compilation cache.
 
     Args:
-      name: `auto`, or a key of `EXECUTION_MODES`.
+      name: `auto`, a key of `EXECUTION_MODES`, or on a GPU `grouped`.
       dtype: of the convolutions.
+      platform: "cpu" or "gpu", on which the model is executed; None: that of this process.
 
     Raises:
-      UserError: unknown `name`.
+      UserError: unknown `name`, or `grouped` where there is no plain convolution on a GPU.
     """
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = (platform or jax.default_backend()) == "cpu"
     plain, others = count_convolutions(model, image_shape)
-    auto = "scan_unroll" if plain or others else "scan_vmap"
-    if on_cpu and (others or (plain and not compilation.xla_keeps_optimization_barriers())):
-        auto = "step_unroll"
-    execution = lookup({"auto": EXECUTION_MODES[auto], **EXECUTION_MODES}, "execution", name)
-    if on_cpu and plain:
-        implementation = "onednn" if convolution.has_onednn(dtype) else "xla"
-        execution = execution._replace(convolutions=implementation)
-    if execution.convolutions == "onednn":
+    if on_cpu:
+        auto = "scan_unroll" if plain or others else "scan_vmap"
+        if others or (plain and not compilation.xla_keeps_optimization_barriers()):
+            auto = "step_unroll"
+    else:
+        auto = "scan_unroll" if others else "scan_vmap"
+    modes = {"auto": EXECUTION_MODES[auto], **EXECUTION_MODES}
+    if plain and not on_cpu:
+        modes["grouped"] = EXECUTION_MODES["scan_vmap"]
+    execution = lookup(modes, "execution", name)
+    if not plain:
+        return execution
+    if not on_cpu:
+        return execution._replace(convolutions="grouped" if name == "grouped" else "per_member")
+    implementation = "onednn" if convolution.has_onednn(dtype) else "xla"
+    if implementation == "onednn":
         convolution.disable_compilation_cache_writes()
-    return execution
+    return execution._replace(convolutions=implementation)
 
 
 def count_convolutions(model: nn.Module, image_shape: tuple[int, int, int]) -> tuple[int, int]:

@@ -10,10 +10,19 @@ from imp_jax.runtime import distributed
 from imp_jax.runtime.execution import ExecutionMode
 from imp_jax.workdir.files import write_atomically
 
-_CONVOLUTIONS = {  # descriptions, from slow to fast on a CPU
+_CONVOLUTIONS = {  # descriptions, from slow to fast on a CPU; those of a GPU last
     "flax": "the convolutions of Flax",
     "xla": "convolutions by XLA in forms for a CPU",
     "onednn": "convolutions by oneDNN",
+    "grouped": "grouped convolutions of all members",
+    "per_member": "convolutions of one member at a time",
+}
+_POSSIBLE = {  # which stored convolutions are kept, by those that this machine would choose
+    "flax": ("flax",),
+    "xla": ("xla",),
+    "onednn": ("xla", "onednn"),
+    "grouped": ("flax", "grouped", "per_member"),
+    "per_member": ("flax", "grouped", "per_member"),
 }
 
 
@@ -27,8 +36,7 @@ def restore_execution(experiment: Experiment, workdir: str | os.PathLike) -> Exp
         stored = ExecutionMode(**json.loads(_execution_file(workdir).read_text()))
     except (OSError, ValueError, TypeError):  # a new workdir, or one of an earlier version
         stored = chosen
-    possible = ("xla", "onednn") if chosen.convolutions == "onednn" else (chosen.convolutions,)
-    if stored.convolutions not in possible:
+    if stored.convolutions not in _POSSIBLE[chosen.convolutions]:
         if distributed.is_primary():
             previous = _CONVOLUTIONS.get(stored.convolutions, stored.convolutions)
             reason = "are slow" if stored.convolutions == "flax" else "cannot be used"

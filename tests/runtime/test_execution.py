@@ -1,5 +1,7 @@
 """Execution modes and compilation, on functions with a known result."""
 
+import functools
+import json
 import threading
 import time
 import warnings
@@ -41,9 +43,9 @@ class Network(nn.Module):
         return nn.Dense(10)(x.reshape(len(x), -1))
 
 
-def choose(model, execution="auto", dtype="float32"):
+def choose(model, execution="auto", dtype="float32", platform="cpu"):
     model = models.find(model)() if isinstance(model, str) else model
-    return choose_execution(execution, dtype, model, (16, 16, 3))
+    return choose_execution(execution, dtype, model, (16, 16, 3), platform)
 
 
 def test_auto_execution_depends_on_the_convolutions_of_a_model(monkeypatch):
@@ -57,11 +59,22 @@ def test_auto_execution_depends_on_the_convolutions_of_a_model(monkeypatch):
     monkeypatch.setattr(compilation, "xla_keeps_optimization_barriers", lambda: False)
     assert choose("lenet") == (True, False, "flax")
     assert choose(Network()) == (False, True, "onednn")  # one program per step
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert choose("conv4") == choose(Network(groups=2)) == (True, True, "flax")
     with pytest.raises(UserError, match=r"execution is 'scan'; it should be one of auto, scan_vmap"):
         choose("lenet", "scan")
+    with pytest.raises(UserError, match=r"execution is 'grouped'; it should be one of auto, .* step_unroll$"):
+        choose("conv4", "grouped")
     assert [EXECUTION_MODES[name].mode for name in EXECUTION_MODES] == list(EXECUTION_MODES)
+
+
+def test_execution_on_a_gpu_vmaps_members_but_not_their_convolutions():
+    on_gpu = functools.partial(choose, platform="gpu")
+    assert on_gpu("lenet") == (True, False, "flax")
+    assert on_gpu("conv4") == on_gpu(Network()) == (True, False, "per_member")
+    assert on_gpu("conv4", "grouped") == (True, False, "grouped")
+    assert on_gpu("conv4", "step_unroll") == (False, True, "per_member")
+    assert on_gpu(Network(groups=2)) == (True, True, "per_member")  # vmap would make the grouped one slow
+    with pytest.raises(UserError, match=r"execution is 'grouped'; it should be one of auto"):
+        on_gpu("lenet", "grouped")
 
 
 def test_the_compilation_cache_does_not_change_the_convolutions(tmp_path, programs_not_kept):
@@ -106,10 +119,42 @@ def test_a_resumed_workdir_keeps_its_execution(tiny_experiment, tmp_path, capsys
     )
     (tmp_path / "execution.json").write_text('{"scan": true, "future": 1}')
     assert restore("xla").spec.execution == (True, True, "xla")
+    for stored in ("per_member", "flax", "grouped"):  # each can be used where the others can
+        mode = ExecutionMode(convolutions=stored)
+        (tmp_path / "execution.json").write_text(json.dumps(mode._asdict()))
+        assert restore("per_member").spec.execution == mode
+    capsys.readouterr()
+    assert restore("xla").spec.execution == (True, True, "xla")
+    assert "was begun with grouped convolutions of all members, which cannot be used" in capsys.readouterr().err
     assert describe_execution(ExecutionMode()) == ""
     assert describe_execution(ExecutionMode(unroll=True, convolutions="onednn")) == (
         "convolutions by oneDNN; execution scan_unroll"
     )
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_gpu_that_cannot_capture_loops_is_told_once(monkeypatch, capsys, works):
+    """The probe is run on this CPU, where compiler options of a GPU have no effect."""
+    compilation._gpu_captures_loops.cache_clear()
+    compilation._compiler_options.cache_clear()
+    assert "WHILE,CONVOLUTION" in compilation._compiler_options("gpu", True)["xla_gpu_enable_command_buffer"]
+    compilation._compiler_options.cache_clear()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    if not works:
+
+        def fail(*_, **options):
+            assert options == {"compiler_options": compilation._GRAPH_OPTIONS}
+            raise jax.errors.JaxRuntimeError("cannot capture\na convolution")
+
+        monkeypatch.setattr(jax, "jit", fail)
+    for _ in range(2):
+        assert compilation._compiler_options("gpu", True) == (compilation._GRAPH_OPTIONS if works else {})
+        compilation._compiler_options.cache_clear()
+    assert compilation._compiler_options("tpu", True) == {}
+    compilation._compiler_options.cache_clear()
+    compilation._gpu_captures_loops.cache_clear()
+    error = capsys.readouterr().err
+    assert error.count("this GPU cannot execute an epoch as one CUDA graph") == (not works)
 
 
 def test_compile_seconds_count_nested_programs_once_and_one_thread():

@@ -7,7 +7,6 @@ in reverse mode only, and of any order.
 
 import functools
 import inspect
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -27,10 +26,15 @@ _FLAX_CALL = nn.BatchNorm.__call__.__wrapped__
 _LAYERS_CALL = layers.BatchNorm.__call__.__wrapped__
 
 
-def replace_batch_norm(call: Any, args: tuple, kwargs: dict[str, Any], context: Any) -> Any:
+def replace_batch_norm(
+    call: Any, args: tuple, kwargs: dict[str, Any], context: Any, platform: str = "cpu"
+) -> Any:
     """Compute `layers.BatchNorm` and `nn.BatchNorm` with `batch_norm`, unless it does not support an option.
 
     This is an interceptor for `nn.intercept_methods`.
+
+    Args:
+      platform: see `batch_norm`.
     """
     module, method = context.module, getattr(context.orig_method, "func", None)
     if method not in (_FLAX_CALL, _LAYERS_CALL):
@@ -46,7 +50,8 @@ def replace_batch_norm(call: Any, args: tuple, kwargs: dict[str, Any], context: 
     ):
         return call(*args, **kwargs)
     (use_running_average,) = (flag for flag in running_average_flags if flag is not None)
-    return _apply(module, x, shortcut, use_running_average, method is _LAYERS_CALL and module.relu)
+    relu = method is _LAYERS_CALL and module.relu
+    return _apply(module, x, shortcut, use_running_average, relu, platform)
 
 
 def _is_supported(module, x):
@@ -66,7 +71,7 @@ def _is_supported(module, x):
     )
 
 
-def _apply(module, x, shortcut, use_running_average, relu):
+def _apply(module, x, shortcut, use_running_average, relu, platform):
     """Apply `batch_norm` with the variables of a module, which are created and updated as in Flax."""
     shape = x.shape[-1:]
     running_mean = module.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
@@ -80,14 +85,14 @@ def _apply(module, x, shortcut, use_running_average, relu):
         statistics = running_mean.value, running_var.value
         return _normalize(x, shortcut, gamma, beta, *statistics, relu, module.epsilon)
     axis_name = None if module.is_initializing() else module.axis_name
-    y, mean, var = batch_norm(x, shortcut, gamma, beta, axis_name, relu, module.epsilon)
+    y, mean, var = batch_norm(x, shortcut, gamma, beta, axis_name, relu, module.epsilon, platform)
     if not module.is_initializing():
         for running, batch in ((running_mean, mean), (running_var, var)):
             running.value = module.momentum * running.value + (1 - module.momentum) * batch
     return y
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def batch_norm(
     x: Images,
     shortcut: Images | None,
@@ -96,6 +101,7 @@ def batch_norm(
     axis_name: str | None,
     relu: bool,
     epsilon: float = 1e-5,
+    platform: str = "cpu",
 ) -> tuple[Images, Channels, Channels]:
     """Normalise a batch by its own statistics, add a shortcut and apply a ReLU.
 
@@ -110,22 +116,24 @@ def batch_norm(
       axis_name: mesh axis over which the statistics are averaged; None: no averaging.
       relu: whether to apply the ReLU.
       epsilon: ε, added to the variance.
+      platform: "cpu" or "gpu". On a CPU, XLA is kept from computing images twice; on a GPU, two sums over the
+        same images are one reduction.
 
     Returns:
       y in the type of `x`, and the mean and the (biased) variance of each channel.
     """
-    mean, mean_square = _pmean(axis_name, _mean(x), _mean(x, x))
+    mean, mean_square = _pmean(axis_name, *_means(x, x, platform))
     var = jnp.maximum(mean_square - mean**2, 0)
     return _normalize(x, shortcut, gamma, beta, mean, var, relu, epsilon), mean, var
 
 
-def _forward(x, shortcut, gamma, beta, axis_name, relu, epsilon):
-    y, mean, var = batch_norm(x, shortcut, gamma, beta, axis_name, relu, epsilon)
-    y = _materialize(y)
+def _forward(x, shortcut, gamma, beta, axis_name, relu, epsilon, platform):
+    y, mean, var = batch_norm(x, shortcut, gamma, beta, axis_name, relu, epsilon, platform)
+    y = _materialize(y, platform)
     return (y, mean, var), (x, shortcut is not None, gamma, mean, var, y)
 
 
-def _backward(axis_name, relu, epsilon, residuals, cotangents):
+def _backward(axis_name, relu, epsilon, platform, residuals, cotangents):
     """Return the gradients of x, shortcut, γ and β (Ioffe & Szegedy 2015, section 3).
 
     dL/dx = γ / √(var + ε) · (dy − mean(dy) − x̂ mean(dy x̂)), where dy is the gradient with respect to the input
@@ -135,11 +143,11 @@ def _backward(axis_name, relu, epsilon, residuals, cotangents):
     x, has_shortcut, gamma, mean, var, y = residuals
     dy, d_mean, d_var = cotangents
     if relu:
-        dy = _materialize(jnp.where(y > 0, dy, 0))
+        dy = _materialize(jnp.where(y > 0, dy, 0), platform)
     size = x.size // x.shape[-1]
     inv_std = lax.rsqrt(var + epsilon)
-    mean_dy = _mean(dy)
-    mean_dy_x_hat = inv_std * (_mean(dy, x) - mean * mean_dy)
+    mean_dy, mean_dy_x = _means(dy, x, platform)
+    mean_dy_x_hat = inv_std * (mean_dy_x - mean * mean_dy)
     d_gamma, d_beta = size * mean_dy_x_hat, size * mean_dy
     mean_dy_x_hat, mean_dy, d_mean, d_var = _pmean(
         axis_name, mean_dy_x_hat, mean_dy, d_mean / size, d_var / size
@@ -155,18 +163,38 @@ def _backward(axis_name, relu, epsilon, residuals, cotangents):
 batch_norm.defvjp(_forward, _backward)
 
 
-def _mean(*factors: Images) -> Channels:
-    """Return the mean, over all axes but the last, of the product of the factors in float32."""
-    return jnp.mean(math.prod(factor.astype(jnp.float32) for factor in factors), (0, 1, 2))
+def _means(x: Images, y: Images, platform: str) -> tuple[Channels, Channels]:
+    """Return the means of x and of x · y over all axes but the last, computed in float32."""
+    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    if platform == "cpu":
+        return jnp.mean(x, (0, 1, 2)), jnp.mean(x * y, (0, 1, 2))
+    size = x.size // x.shape[-1]
+    sums = _sum_both(x, x * y)
+    return sums[0] / size, sums[1] / size
+
+
+@jax.custom_vjp
+def _sum_both(x, y):
+    """Sum two arrays over all axes but the last in one reduction, which JAX cannot differentiate."""
+    zero = jnp.zeros((), x.dtype)
+    add_both = lambda sums, values: (sums[0] + values[0], sums[1] + values[1])  # noqa: E731
+    return lax.reduce((x, y), (zero, zero), add_both, (0, 1, 2))
+
+
+def _broadcast_both(shape, gradients):
+    return tuple(jnp.broadcast_to(gradient, shape) for gradient in gradients)
+
+
+_sum_both.defvjp(lambda x, y: (_sum_both(x, y), x.shape), _broadcast_both)
 
 
 def _pmean(axis_name, *values):
     return lax.pmean(values, axis_name) if axis_name else values
 
 
-def _materialize(images):
+def _materialize(images, platform):
     """On a CPU, prevent XLA from recomputing the images for each operation that uses them."""
-    return lax.optimization_barrier(images) if jax.default_backend() == "cpu" else images
+    return lax.optimization_barrier(images) if platform == "cpu" else images
 
 
 def _normalize(x, shortcut, gamma, beta, mean, var, relu, epsilon):
