@@ -15,14 +15,17 @@
                    stores them
     scaling        training steps on more and more devices, and the time of the paper's sweeps on 1, 8 and 64
     disk           the size of the checkpoints of each config of table 1
+    gpu-plan       the GPU program of each network, compiled without a GPU, and its predicted speed
 
-For table, lenet, conv4, resnet8 and resnet20, --torch times the same steps of an eager PyTorch loop in turn.
-For table and single networks, --out writes the table as JSON and --compare compares it with an earlier one.
-Each subject is documented in its module in experiments/benchmarks/.
+Each subject is documented in its module in experiments/benchmarks/. Options that a subject does not use are
+refused.
 """
 
 import argparse
 import sys
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from absl import logging
 
@@ -42,38 +45,83 @@ from experiments.benchmarks import (
     steps,
     throughput,
 )
+from experiments.benchmarks.gpu import plan, targets
 from imp_jax import cli
-from imp_jax.errors import UserError
+from imp_jax.errors import UserError, user_path
 from imp_jax.runtime import devices
 
 NETWORKS = ("conv4", "resnet8", "resnet20", "resnet50")
+STEPS = ("table", *NETWORKS)
+WHOLE_RUNS = ("analysis", "repulsion", "branch", "checkpoints", "throughput", "disk")
 SUBJECTS = (
-    "table",
-    "lenet",
-    *NETWORKS,
-    "midi",
-    "convolutions",
-    "load",
-    "forms",
-    "analysis",
-    "repulsion",
-    "branch",
-    "checkpoints",
-    "disk",
+    *("table", "lenet", *NETWORKS, "midi", "convolutions", "load", "forms", "analysis", "repulsion", "branch"),
+    *("checkpoints", "throughput", "scaling", "disk", "gpu-plan"),
 )
-SUBJECTS += ("throughput", "scaling")
+
+
+class Option(NamedTuple):
+    """An option of the command line, and the subjects that use it."""
+
+    subjects: tuple[str, ...]
+    help: str
+    arguments: Mapping[str, Any] = MappingProxyType({"type": int})  # of `add_argument`
+
+
+OPTIONS = {
+    "rounds": Option(("lenet", "midi", *WHOLE_RUNS), "rounds of a run (default: lenet 8, midi 2, others 25)"),
+    "repeats": Option(
+        tuple(subject for subject in SUBJECTS if subject not in ("lenet", "disk", "gpu-plan")),
+        "number of timings (default: 5; some subjects 2, 3 or 7)",
+    ),
+    "epochs": Option(
+        ("lenet", "midi", "repulsion", "branch", "checkpoints"), "epochs per training (default: the config's)"
+    ),
+    "base": Option(("midi",), f"the commit to compare with (default: {midi.BASE})", {}),
+    "steps": Option((*STEPS, "load", "forms"), "training steps of a timing"),
+    "members": Option((*STEPS, "load", "forms", "gpu-plan"), "number of members (forms: default 1, 3 and 6)"),
+    "batch_size": Option(
+        (*STEPS, "load", "forms", "convolutions", "gpu-plan"),
+        "default: the config's; convolutions 128; forms 128, 512 and 2048",
+    ),
+    "dtype": Option(
+        (*STEPS, "load", "forms", "gpu-plan"),
+        "of the computation (default: the config's)",
+        {"choices": ["float32", "bfloat16"]},
+    ),
+    "execution": Option((*STEPS, "load"), "as config.execution", {}),
+    "torch": Option(
+        ("table", *pytorch.TORCH_NETWORKS),
+        "time eager PyTorch too, on the CPU, in turn",
+        {"action": "store_true"},
+    ),
+    "out": Option((*STEPS, "gpu-plan"), "write the table as JSON", {"metavar": "FILE"}),
+    "compare": Option(STEPS, "print ratios to a table that --out wrote", {"metavar": "FILE"}),
+    "record": Option(
+        ("throughput",), "write it to experiments/benchmarks/throughput.json", {"metavar": "DEVICE"}
+    ),
+    "network": Option(("gpu-plan",), "only rows of this network", {"choices": list(plan.CONFIGS)}),
+    "form": Option(("gpu-plan",), "only rows of this form of convolutions", {"choices": list(plan.FORMS)}),
+    "full": Option(
+        ("gpu-plan",),
+        "all networks, members, batch sizes, dtypes and forms, which takes an hour",
+        {"action": "store_true"},
+    ),
+    "device": Option(("gpu-plan",), "GPU to compile for (default: h100)", {"choices": list(targets.GPUS)}),
+    "wheels": Option(
+        ("gpu-plan",), "folder of the wheels (default: in ~/.cache/imp_jax)", {"metavar": "FOLDER"}
+    ),
+    "install": Option(("gpu-plan",), "install the wheels into that folder first", {"action": "store_true"}),
+}
+AT_LEAST_1 = ("rounds", "repeats", "epochs", "steps", "members", "batch_size")
 
 
 def main() -> None:
     cli.replace_unprintable()
     arguments = make_parser().parse_args()
-    for name in ("rounds", "repeats", "epochs", "steps", "members", "batch_size"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            sys.exit(f"error: --{name} is {value}; it should be at least 1")
     logging.set_verbosity(logging.ERROR)
     devices.use_one_device_per_cpu_core()
     try:
+        check_options(arguments)
         run_subject(arguments)
     except UserError as error:
         sys.exit(f"error: {error}")
@@ -86,51 +134,41 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("subject", choices=SUBJECTS)
-    whole_runs = "analysis, repulsion, branch, checkpoints, throughput, disk: rounds of a run (default: 25)"
-    add("--rounds", type=int, help=f"lenet, midi: rounds to time (default: 8, midi 2); {whole_runs}")
-    add("--repeats", type=int, help="not lenet, disk: number of timings (default: 5; some subjects 2, 3 or 7)")
-    add(
-        "--epochs",
-        type=int,
-        help="lenet, midi, repulsion, branch, checkpoints: epochs per training (default: the config's)",
-    )
-    add("--base", default=midi.BASE, help=f"midi: the commit to compare with (default: {midi.BASE})")
-    add("--steps", type=int, help="table, one network, load, forms: training steps of a timing")
-    add(
-        "--members",
-        type=int,
-        help="table, one network, load, forms: number of members (forms: default 1, 3 and 6)",
-    )
-    batch_help = "default: the config's; for convolutions 128; for forms 128, 512 and 2048"
-    add("--batch_size", type=int, help=f"table, one network, load, forms, convolutions ({batch_help})")
-    add("--dtype", choices=["float32", "bfloat16"], help="table, one network, load, forms")
-    add("--execution", help="table, one network, load: as config.execution")
-    add(
-        "--torch",
-        action="store_true",
-        help="table, lenet, conv4, resnet8, resnet20: time eager PyTorch too, on the CPU",
-    )
-    add("--out", metavar="FILE", help="table, one network: write the table as JSON")
-    add("--compare", metavar="FILE", help="table, one network: print ratios to a table that --out wrote")
-    add("--record", metavar="DEVICE", help="throughput: write it to experiments/benchmarks/throughput.json")
+    parser.add_argument("subject", choices=SUBJECTS)
+    for name, option in OPTIONS.items():
+        parser.add_argument(
+            f"--{name}", help=f"{', '.join(option.subjects)}: {option.help}", **option.arguments
+        )
     return parser
+
+
+def check_options(arguments: argparse.Namespace) -> None:
+    """Raise a `UserError` if an option is not used by the subject, or is a number below 1."""
+    for name, option in OPTIONS.items():
+        value = getattr(arguments, name)
+        if value is None or value is False:
+            continue
+        if arguments.subject not in option.subjects:
+            raise UserError(
+                f"--{name} is for {', '.join(option.subjects)}; {arguments.subject} does not use it, so it "
+                f"should be left out"
+            )
+        if name in AT_LEAST_1 and value < 1:
+            raise UserError(f"--{name} is {value}; it should be at least 1")
 
 
 def run_subject(arguments: argparse.Namespace) -> None:
     """Call the benchmark of the subject with its options and their defaults."""
     subject, run_rounds, epochs = arguments.subject, arguments.rounds or 25, arguments.epochs
-    if arguments.torch and subject not in ("table", *pytorch.TORCH_NETWORKS):
-        names = ", ".join(pytorch.TORCH_NETWORKS)
-        raise UserError(f"--torch is for table, {names}; there is no {subject} in PyTorch")
     forwarded = ("repeats", "steps", "dtype", "execution", "members", "batch_size")
     options = [f"--{name}={value}" for name in forwarded if (value := getattr(arguments, name))]
     match subject:
         case "lenet":
             rounds.benchmark_rounds(arguments.rounds or 8, epochs, arguments.torch)
         case "midi":
-            midi.benchmark_midi(arguments.rounds or 2, arguments.repeats or 2, arguments.base, epochs)
+            midi.benchmark_midi(
+                arguments.rounds or 2, arguments.repeats or 2, arguments.base or midi.BASE, epochs
+            )
         case "analysis":
             analysis.benchmark_analysis(run_rounds, arguments.repeats or 5)
         case "repulsion":
@@ -153,6 +191,12 @@ def run_subject(arguments: argparse.Namespace) -> None:
             members = [arguments.members] if arguments.members else (1, 3, 6)
             batch_sizes = [arguments.batch_size] if arguments.batch_size else (128, 512, 2048)
             forms.benchmark_forms("resnet20", members, batch_sizes, options)
+        case "gpu-plan":
+            wheels = user_path(arguments.wheels or plan.default_wheels_folder(), "--wheels")
+            fields = ("network", "members", "batch_size", "dtype", "form")
+            choices = {name: getattr(arguments, name) for name in fields}
+            rows = plan.list_rows(full=arguments.full, **choices)
+            plan.print_plan(rows, arguments.device or "h100", wheels, arguments.out, install=arguments.install)
         case _:
             names = steps.ROWS if subject == "table" else [subject]
             steps.benchmark_steps(names, options, arguments.torch, arguments.out, arguments.compare)

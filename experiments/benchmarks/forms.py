@@ -1,7 +1,8 @@
 """Compare the forms of the convolutions of several members: `python -m experiments.benchmark forms`.
 
-Unrolled, the members' convolutions follow one another. Vmapped, they become one grouped convolution, or one
-batched matrix product of patches. On a CPU each step is one program, on a GPU each epoch.
+Members are unrolled, or vmapped with Flax's convolutions, with convolutions of one member at a time, with
+grouped convolutions, or with batched matrix products of patches. On a CPU each step is one program, on a GPU
+each epoch.
 """
 
 import itertools
@@ -13,8 +14,6 @@ from rich.table import Table
 
 from experiments.benchmarks import steps
 
-HEADINGS = {"unrolled": "unrolled", "grouped": "grouped convolution", "patches": "product of patches"}
-
 
 def benchmark_forms(
     network: str, members: Sequence[int], batch_sizes: Sequence[int], options: Sequence[str]
@@ -24,9 +23,7 @@ def benchmark_forms(
     Args:
       options: further command line options of `steps.main`.
     """
-    table = Table(
-        "members × batch", *(HEADINGS[form] for form in steps.FORMS), title=f"images/s of all, {network}"
-    )
+    table = Table("members × batch", *steps.FORMS, title=f"images/s of all, {network}")
     for count, size in itertools.product(members, batch_sizes):
         cells = []
         for form in steps.FORMS:

@@ -30,10 +30,17 @@ from experiments.benchmarks.work import count_work
 from experiments.sweeps.runs import REPOSITORY, load_config
 from imp_jax.errors import UserError
 from imp_jax.runtime import devices
+from imp_jax.runtime.execution import ExecutionMode
 from imp_jax.workdir.files import write_atomically
 
 REPULSION_ROUND = 8  # the row "repulsion" is timed in this round, with as many earlier optima
-FORMS = ("unrolled", "grouped", "patches")  # of the convolutions of several members
+FORMS = {  # of the convolutions of several members; on a CPU each step is one program
+    "unrolled": ExecutionMode(unroll=True),
+    "vmapped": ExecutionMode(),
+    "per_member": ExecutionMode(convolutions="per_member"),
+    "grouped": ExecutionMode(convolutions="grouped"),
+    "patches": ExecutionMode(),
+}
 
 
 class Row(NamedTuple):
@@ -130,7 +137,8 @@ def time_row(arguments: argparse.Namespace) -> dict:
     members = arguments.members or (on_cpu and row.members_on_cpu) or config_members
     steps = arguments.steps or row.steps
     earlier_rounds = REPULSION_ROUND if row.strength else 0
-    train, execution = make_train_fn(config, members, steps, earlier_rounds)
+    execution = FORMS[arguments.form]._replace(scan=not on_cpu) if arguments.form else None
+    train, execution = make_train_fn(config, members, steps, earlier_rounds, execution)
 
     first = time_call(train)
     train()
@@ -177,9 +185,6 @@ def make_row_config(row: Row, arguments: argparse.Namespace, on_cpu: bool):
     config.batch_size = arguments.batch_size or (on_cpu and row.batch_on_cpu) or config.batch_size
     config.dtype = arguments.dtype or config.dtype
     config.execution = arguments.execution or config.execution
-    if arguments.form:
-        members_mode = "unroll" if arguments.form == "unrolled" else "vmap"
-        config.execution = f"{'step' if on_cpu else 'scan'}_{members_mode}"
     return config
 
 

@@ -6,10 +6,15 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from experiments.sweeps.datasets import DATASET_SIZES
+from imp_jax.runtime.execution import ExecutionMode
 
 
 def make_train_fn(
-    config: ConfigDict, members: int, steps: int, earlier_rounds: int = 0
+    config: ConfigDict,
+    members: int,
+    steps: int,
+    earlier_rounds: int = 0,
+    execution: ExecutionMode | None = None,
 ) -> tuple[Callable[[], None], str]:
     """Make a function that trains `members` networks of a config for `steps` steps on random images.
 
@@ -18,6 +23,7 @@ def make_train_fn(
     Args:
       config: modified in place; all members become replicates of imp.
       earlier_rounds: rounds whose optima repulsion avoids, each pruned as the config says.
+      execution: how steps and members are compiled; None: as the config says.
 
     Returns: the function, and the name of its execution mode.
     """
@@ -43,6 +49,8 @@ def make_train_fn(
         *(images, labels, images[:2], labels[:2]), num_classes=num_classes, augmentation=augmentation
     )
     experiment = setup(config, dataset)
+    if execution is not None:
+        experiment = experiment._replace(spec=experiment.spec._replace(execution=execution))
     state = imp.init_state(experiment)
     key = jax.random.key(0)
     for number in range(earlier_rounds):

@@ -98,7 +98,7 @@ def test_each_form_of_convolutions_is_timed_in_a_process(monkeypatch, capsys):
     assert calls[-2:] == [("resnet20", [*options, f"--form={form}"]) for form in ("grouped", "patches")]
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "3 × 128" in line)
     cells = [cell.strip() for cell in line.split("│")[2:-1]]
-    assert cells == ["41 (40 to 42)", "51 (50 to 52)", "61 (60 to 62)"]
+    assert cells == ["61 (60 to 62)", "71 (70 to 72)", "81 (80 to 82)", "91 (90 to 92)", "101 (100 to 102)"]
 
 
 def test_steps_are_timed_beside_one_busy_process_per_core(monkeypatch, capsys):
