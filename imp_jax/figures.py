@@ -215,7 +215,18 @@ def draw_paths(axes: Axes, paths: pd.DataFrame, results: pd.DataFrame, rounds: S
         axes.fill_between(errors.index, errors["min"], errors["max"], color=color, alpha=0.15, linewidth=0)
     axes.set_xlabel("Position α on the path between two rounds")
     axes.set_ylabel("Test error (%)")
-    axes.legend(frameon=False, title="Densities", fontsize="small", title_fontsize="small")
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(bottom, top + 0.3 * (top - bottom))  # room for the legend
+    axes.legend(
+        frameon=False,
+        title="Densities",
+        fontsize="small",
+        title_fontsize="small",
+        loc="upper center",
+        ncols=3,
+        columnspacing=1.0,
+        handlelength=1.6,
+    )
     axes.grid(alpha=0.3, linewidth=0.6)
 
 

@@ -28,7 +28,7 @@ COLUMNS = {  # columns of results.csv: factor, label
     "threshold": (1, "Pruning threshold"),
 }
 NOT_RUN = "not run"
-Y_RANGE_POINTS = 15  # the y axis reaches so many points below the best accuracy; lower curves are clipped
+Y_RANGE_POINTS = 15  # the y axis reaches so many points below the best accuracy; see `clip_accuracy`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +55,8 @@ def draw_curves(
 ) -> None:
     """Draw a column of results.csv over density: IMP as a solid line, its reinit as a dashed one.
 
-    The y axis of accuracy covers at most `Y_RANGE_POINTS` points below the best value, plus a margin of 1. It
-    is the same in all panels of a figure.
+    The y axis of accuracy covers at most `Y_RANGE_POINTS` points below the best value, plus a margin of 1, or
+    all values if most are lower. It is the same in all panels of a figure.
 
     Args:
       series: (label, colour, run) of each pair of lines.
@@ -81,10 +81,16 @@ def draw_curves(
 
 
 def clip_accuracy(axes: Axes, points: float) -> None:
-    """Limit the y axis to `points` below the best accuracy of all panels with the same label."""
+    """Limit the y axis to `points` below the best accuracy of all panels with the same label.
+
+    If more than half of the values are lower, all are shown.
+    """
     panels = [each for each in axes.figure.axes if each.get_ylabel() == axes.get_ylabel()]
     values = np.concatenate([line.get_ydata(orig=False) for panel in panels for line in panel.get_lines()])
-    axes.set_ylim(max(values.min(), values.max() - points) - 1, values.max() + 1)
+    lowest = values.max() - points
+    if np.mean(values < lowest) > 0.5:
+        lowest = values.min()
+    axes.set_ylim(max(values.min(), lowest) - 1, values.max() + 1)
 
 
 def draw_matrices(

@@ -112,7 +112,11 @@ def _draw_warmups(scale, finished, column):
             (words, color, scale.make_resnet20_run(size, optimizer__warmup_epochs=epochs))
             for words, color, epochs in (
                 ("no warm-up", BLUE, 0.0),
-                (f"{scale.warmup_epochs:g} epochs of warm-up", ORANGE, scale.warmup_epochs),
+                (
+                    f"{scale.warmup_epochs:g} epoch{'s' * (scale.warmup_epochs != 1)} of warm-up",
+                    ORANGE,
+                    scale.warmup_epochs,
+                ),
             )
         ]
         draw_curves(axes, finished, series, column)

@@ -83,6 +83,13 @@ def test_the_y_axis_ends_15_points_below_the_best_accuracy():
     assert axes.get_ylim() == pytest.approx((90 - 1, 92 + 1))
 
 
+def test_no_value_is_clipped_if_most_are_far_below_the_best_accuracy():
+    plain = catalogue.FIGURES["fig14"].runs(PAPER)[0]
+    falling = tables(plain, accuracy=lambda arm, r, n: 0.9 - 0.03 * n)
+    (axes,) = catalogue.FIGURES["fig14"].draw(PAPER, {plain: falling}).axes
+    assert axes.get_ylim() == pytest.approx((90 - 3 * 24 - 1, 90 + 1))
+
+
 def test_an_empty_panel_does_not_remove_the_axes_of_the_others():
     runs = catalogue.FIGURES["fig12"].runs(PAPER)
     first, second = catalogue.FIGURES["fig12"].draw(PAPER, {runs[0]: tables(runs[0])}).axes
