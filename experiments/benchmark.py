@@ -6,7 +6,7 @@
     lenet          whole rounds of configs/mnist5k.py: training, evaluation, pruning, recording
     convolutions   the passes of the convolutions of ResNet-20 and Conv-4, in each form that a CPU has
     load           the training steps of LeNet and ResNet-8 alone, and beside one busy process per core
-    forms          ResNet-20 with its members unrolled, as grouped convolutions, and as products of patches
+    forms          ResNet-20 with its members unrolled, vmapped, and vmapped with three forms of convolutions
     analysis       all analyses of a run of configs/mnist5k.py
     repulsion      whole runs without and with repulsion, and the size of the store of earlier optima
     branch         the members of a branch, on all rounds at once, beside those of a run
@@ -192,7 +192,9 @@ def run_subject(arguments: argparse.Namespace) -> None:
             batch_sizes = [arguments.batch_size] if arguments.batch_size else (128, 512, 2048)
             forms.benchmark_forms("resnet20", members, batch_sizes, options)
         case "gpu-plan":
-            wheels = user_path(arguments.wheels or plan.default_wheels_folder(), "--wheels")
+            wheels = (
+                user_path(arguments.wheels, "--wheels") if arguments.wheels else plan.default_wheels_folder()
+            )
             fields = ("network", "members", "batch_size", "dtype", "form")
             choices = {name: getattr(arguments, name) for name in fields}
             rows = plan.list_rows(full=arguments.full, **choices)

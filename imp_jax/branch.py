@@ -56,7 +56,7 @@ _MAY_CHANGE = (
 )
 _SHARE_OF_MEMORY = 0.5  # that the members of a program may take
 _COPIES_OF_STATE = 6
-_MAX_MEMBERS = 12  # on a CPU more members are no faster; unrolled members take long to compile
+_MAX_MEMBERS = 12  # on a CPU more members are no faster; many convolutions take long to compile
 _CHUNK_FILE = "chunk.json"  # the rounds in training; a saved state belongs to these
 
 
@@ -317,7 +317,7 @@ def members_that_fit(experiment: Experiment) -> int:
     # besides the step: copies of the state for checkpoints, and the networks before and after
     member = used.temp_size_in_bytes + _COPIES_OF_STATE * used.argument_size_in_bytes
     fits = max(1, int(_SHARE_OF_MEMORY * available_bytes() // member))
-    limited = jax.default_backend() == "cpu" or spec.execution.unroll
+    limited = jax.default_backend() == "cpu" or spec.execution.repeats_convolutions
     return min(fits, _MAX_MEMBERS) if limited else fits
 
 

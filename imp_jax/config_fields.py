@@ -52,8 +52,8 @@ FIELDS = {
     ),
     "execution": Field(
         "auto",
-        "how steps and members are compiled: scan_vmap, scan_unroll, step_vmap or step_unroll (streamed sets "
-        "always run step by step), or on a GPU grouped; auto chooses by network and device",
+        "how steps and members are compiled: scan_vmap, scan_unroll, step_vmap, step_unroll, or grouped on a "
+        "GPU (streamed sets always run step by step); auto chooses by network and device",
     ),
     "rewind_step": Field(
         0,

@@ -102,8 +102,8 @@ def path_metrics(
     """Compute the mean cross-entropy (nats) and the error, in [0, 1], at the points of `linear_path`.
 
     Evaluates as many points per pass over the data as fit in a quarter of the device memory (vmap), and a
-    streamed split in a single pass. If `spec.execution.unroll`, as `auto` chooses for convolutional networks,
-    the points are divided over the devices of this process, and each evaluates one at a time (`lax.map`). If
+    streamed split in a single pass. For convolutional networks (`spec.execution.repeats_convolutions`), the
+    points are divided over the devices of this process, and each evaluates one at a time (`lax.map`). If
     the first layer is Flax's own dense layer or convolution in float32, its output is affine in its weights and
     is computed for the two ends only: 20 points of LeNet cost as much as five evaluations.
 
@@ -122,7 +122,7 @@ def path_metrics(
     (params_a, state_a), (params_b, state_b) = map(_split_params, (variables_a, variables_b))
     states = linear_path(state_a, state_b, num_points)
     path = (params_a, params_b, jnp.linspace(0.0, 1.0, num_points), states)
-    spec = spec._replace(mesh=_make_mesh_of_points(num_points) if spec.execution.unroll else None)
+    spec = spec._replace(mesh=_make_mesh_of_points(num_points) if spec.execution.repeats_convolutions else None)
     if batch_norm == "reestimate":
         path = (*path[:3], _reestimate_statistics(path, train, spec))
     elif batch_norm != "interpolate":
@@ -147,8 +147,8 @@ def _sum_in_chunks(function, path, split, spec, batch_size=None):
         )
         return devices.gather_members(sums, len(alphas))
     chunk = len(alphas)
-    # a streamed split would be decoded again for every chunk; unrolled points follow each other in any case
-    if split.in_memory and not spec.execution.unroll:
+    # a streamed split would be decoded again for every chunk; points in a loop follow each other in any case
+    if split.in_memory and not spec.execution.repeats_convolutions:
         chunk = _max_points_per_pass(split.image_shape, batch_size, spec)
     sums = []
     for first in range(0, len(alphas), chunk):
@@ -187,7 +187,7 @@ def _bytes_per_network(model, image_shape, batch_size):
 
 def _map_points(function, alphas, states, spec):
     """Compute `function(alpha, state)` at each point, stacked; on a mesh, each device computes its points."""
-    if not spec.execution.unroll:
+    if not spec.execution.repeats_convolutions:
         return jax.vmap(function)(alphas, states)
 
     def compute_in_turn(alphas, states):

@@ -29,7 +29,7 @@ def hessian_vector_product(
     The result is the derivative of the gradient along v, in forward over reverse mode, which costs about as
     much as two gradients. If forward mode is not available, it is the gradient of ⟨∇L, v⟩, in reverse over
     reverse mode. Forward mode is not available if the gradient calls functions with a `jax.custom_vjp`, as that
-    of the kernels in `models.fast_cpu` does.
+    of the kernels in `models.fast_cpu` and `models.fast_gpu` does.
     """
     gradient = jax.grad(loss)
 

@@ -59,7 +59,7 @@ def make_inputs(
       initial: the parameters at the start of the training, not yet masked; None for an untrained network.
     """
     model_state = {name: leaves for name, leaves in variables.items() if name != "params"}
-    # Flax's own kernels, on one device: those for a CPU can be differentiated in reverse mode only
+    # Flax's own layers, on one device: our kernels can be differentiated in reverse mode only
     execution = spec.execution._replace(convolutions="flax")
     spec = spec._replace(execution=execution, norm_parts=1, mesh=None)
 

@@ -1,8 +1,8 @@
 """Compare the forms of the convolutions of several members: `python -m experiments.benchmark forms`.
 
 Members are unrolled, or vmapped with Flax's convolutions, with convolutions of one member at a time, with
-grouped convolutions, or with batched matrix products of patches. On a CPU each step is one program, on a GPU
-each epoch.
+grouped convolutions, or with batched matrix products of patches. The first two have all layers of Flax, the
+others our normalisation and pooling for GPUs. On a CPU each step is one program, on a GPU each epoch.
 """
 
 import itertools
@@ -33,4 +33,4 @@ def benchmark_forms(
             rates = row["images_per_second"]
             cells.append(f"{statistics.median(rates):,.0f} ({min(rates):,.0f} to {max(rates):,.0f})")
         table.add_row(f"{count} × {size}", *cells)
-    Console(width=120).print(table)
+    Console(width=200).print(table)

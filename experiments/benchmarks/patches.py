@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from imp_jax import training
-from imp_jax.models import fast_cpu
+from imp_jax.models import fast_cpu, kernels
 
 
 def patches_convolution(images: Array, kernel: Array, strides, padding, **_) -> Array:
@@ -45,5 +45,5 @@ def use_patches_convolution() -> None:
 def _use_kernels_and_patches(implementation):
     # entered first: a layer whose convolution is already replaced is left alone by `use_kernels`
     patches = fast_cpu.convolution.replace_convolutions(patches_convolution)
-    with patches, fast_cpu.use_kernels(implementation):
+    with patches, kernels.use_kernels(implementation):
         yield

@@ -39,7 +39,7 @@ FORMS = {  # of the convolutions of several members; on a CPU each step is one p
     "vmapped": ExecutionMode(),
     "per_member": ExecutionMode(convolutions="per_member"),
     "grouped": ExecutionMode(convolutions="grouped"),
-    "patches": ExecutionMode(),
+    "patches": ExecutionMode(convolutions="per_member"),  # replaced by `use_patches_convolution`
 }
 
 

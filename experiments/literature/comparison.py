@@ -132,7 +132,7 @@ def draw_series(
 
     Args:
       series: (label, series, style) of each line.
-      y_range_points: the y axis reaches so many points below the best accuracy; lower curves are clipped.
+      y_range_points: how far below the best accuracy the y axis reaches, see `clip_accuracy`.
     """
     lowest = []
     for label, one, style in series:

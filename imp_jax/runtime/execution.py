@@ -29,6 +29,11 @@ class ExecutionMode(NamedTuple):
     convolutions: str = "flax"  # the implementation of convolutions, see `models.kernels`
 
     @property
+    def repeats_convolutions(self) -> bool:
+        """Whether a program contains the convolutions of each member separately, so that it grows with them."""
+        return self.unroll or self.convolutions == "per_member"
+
+    @property
     def mode(self) -> str:
         """The name of this mode in `EXECUTION_MODES`."""
         return f"{'scan' if self.scan else 'step'}_{'unroll' if self.unroll else 'vmap'}"

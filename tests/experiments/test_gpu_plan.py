@@ -208,10 +208,11 @@ def test_rows_are_chosen_by_their_fields():
     assert {(row.network, row.members, row.dtype) for row in rows} == {("resnet20", 2, "bfloat16")}
     assert {row.form for row in rows} == set(plan.FORMS)
     full = plan.list_rows(full=True)
-    assert len(full) == 4 * 3 * 2 * (1 + 2 * len(plan.FORMS))
-    assert plan.list_rows(full=True, network="lenet", batch_size=60) == [
-        row for row in dict.fromkeys(row._replace(batch_size=60) for row in full) if row.network == "lenet"
-    ]
+    # one member has one form; LeNet has no convolutions, and one batch size more
+    assert len(full) == 3 * 3 * 2 * (1 + 2 * len(plan.FORMS)) + 4 * 2 * (1 + 2 * 2)
+    for choices in ({}, {"members": 1}, {"batch_size": 60}, {"network": "lenet"}):
+        for rows in (plan.list_rows(full=False, **choices), plan.list_rows(full=True, **choices)):
+            assert len({plan.describe_row(row) for row in rows}) == len(rows) > 0
 
 
 def run_command(monkeypatch, *arguments):
@@ -223,7 +224,7 @@ def run_command(monkeypatch, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["gpu-plan", "--wheels=empty"], r"empty has no jax-cuda13-plugin .* pip install --no-deps --target"),
+        (["gpu-plan", "--wheels=empty"], r"empty has no jax-cuda13-plugin .* pip install --no-deps --upgrade --target"),
         (["gpu-plan", "--wheels=empty", "--network=lenet", "--form=grouped"], "no row of the table has these"),
         (["gpu-plan", "--out=missing/table.json"], "--out is 'missing/table.json', whose folder does not"),
         (["gpu-plan", "--rounds=3"], "--rounds is for lenet, midi, .*; gpu-plan does not use it"),
@@ -310,7 +311,8 @@ def test_the_table_names_every_row_and_says_that_nothing_is_measured(plans, caps
     assert "predicted, not measured" in printed
     for row in rows:
         assert plan.describe_row(row) in printed
-    (line,) = plan.describe_sweeps(made, H100)
+    too_large = made[1]._replace(peak_gib=100.0, images_per_second=estimate.Range(1e6, 1e6, 1e6))
+    (line,) = plan.describe_sweeps([*made, too_large], H100)
     assert line.startswith("tablec, resnet50, 0.46 billion images in bfloat16: ")
     assert line.endswith("predicted, not measured")
     hours = float(line.split(": ")[1].split(" h")[0])

@@ -84,15 +84,63 @@ def test_the_implementations_call_the_convolutions_that_they_should():
     assert len(find_groups(jax.vmap(gradients("grouped")), images, kernels)) == 3
 
 
-def test_grouped_and_dilated_convolutions_keep_the_rules_of_jax():
+def test_the_grouped_weight_gradient_is_the_transpose_of_the_grouped_convolution():
+    """By JAX's rule it would be a forward convolution with `feature_group_count = 3` and a large window."""
+    images, gradients = jnp.ones((3, 2, 6, 7, 3)), jnp.ones((3, 2, 6, 7, 4))
+
+    def kernel_gradient(images, gradient):
+        convolve = conv_general_dilated_by("grouped")
+        kernel = jnp.zeros((3, 3, 3, 4))
+        return jax.vjp(lambda kernel: convolve(images, kernel, (1, 1), "SAME", **DIMENSIONS), kernel)[1](
+            gradient
+        )
+
+    lowered = jax.jit(jax.vmap(kernel_gradient)).lower(images, gradients).as_text()
+    (line,) = [line for line in lowered.splitlines() if "stablehlo.convolution" in line]
+    assert "batch_group_count = 3" in line
+    assert "feature_group_count = 1" in line
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_vmap_over_parts_of_a_batch_keeps_the_rule_for_members(implementation):
+    """As with `model.norm_parts`: the parts of a batch have the same kernel, and their own statistics."""
+    images = jax.random.normal(jax.random.key(0), (3, 2, 4, 6, 7, 3))  # members, parts, images
+    kernels = jax.random.normal(jax.random.key(1), (3, 3, 3, 3, 4))
+
+    def gradients(convolve):
+        def loss(images, kernel):
+            return jnp.sum(
+                jnp.sin(jax.vmap(lambda x: convolve(x, kernel, (1, 1), "SAME", **DIMENSIONS))(images))
+            )
+
+        return jax.vmap(jax.grad(loss, (0, 1)))
+
+    ours = gradients(conv_general_dilated_by(implementation))
+    for a, b in zip(
+        jax.jit(ours)(images, kernels),
+        jax.jit(gradients(jax.lax.conv_general_dilated))(images, kernels),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    if implementation == "per_member":  # one for each member; the kernel's gradient one for each part too
+        assert find_groups(ours, images, kernels) == [1] * (3 + 3 + 6)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options"),
+    [
+        (2, {"feature_group_count": 2}),
+        (4, {"rhs_dilation": (2, 2)}),
+        (4, {"lhs_dilation": (2, 1), "padding": ((1, 1), (1, 1))}),
+    ],
+)
+def test_grouped_and_dilated_convolutions_keep_the_rules_of_jax(inputs, options):
     images = jax.random.normal(jax.random.key(0), (2, 6, 7, 4))
-    kernel = jax.random.normal(jax.random.key(1), (3, 3, 2, 4))
-    options = DIMENSIONS | {"feature_group_count": 2}
-    arguments = images, kernel, (1, 1), "SAME"
-    np.testing.assert_array_equal(
-        conv_general_dilated_by("grouped")(*arguments, **options),
-        jax.lax.conv_general_dilated(*arguments, **options),
-    )
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, inputs, 4))
+    options = {"window_strides": (1, 1), "padding": "SAME", **DIMENSIONS, **options}
+    expected = jax.lax.conv_general_dilated(images, kernel, **options)
+    options["strides"] = options.pop("window_strides")
+    np.testing.assert_array_equal(conv_general_dilated_by("grouped")(images, kernel, **options), expected)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])

@@ -133,7 +133,7 @@ def test_a_resumed_workdir_keeps_its_execution(tiny_experiment, tmp_path, capsys
 
 
 @pytest.mark.parametrize("works", [True, False])
-def test_a_gpu_that_cannot_capture_loops_is_told_once(monkeypatch, capsys, works):
+def test_a_gpu_that_cannot_capture_loops_is_reported_once(monkeypatch, capsys, works):
     """The probe is run on this CPU, where compiler options of a GPU have no effect."""
     compilation._gpu_captures_loops.cache_clear()
     compilation._compiler_options.cache_clear()

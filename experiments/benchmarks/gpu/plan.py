@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import multiprocessing
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,7 @@ from experiments.paper import catalogue
 from experiments.paper.scales import PAPER
 from experiments.sweeps import cost
 from experiments.sweeps.runs import load_config
-from imp_jax.errors import UserError
+from imp_jax.errors import UserError, user_path
 from imp_jax.runtime import devices
 from imp_jax.workdir.files import write_atomically
 
@@ -95,15 +96,22 @@ def list_rows(full: bool, **choices: Any) -> list[Row]:
             Row(network, members, size, dtype, form)
             for network in CONFIGS
             for members in MEMBERS
-            for size in BATCH_SIZES
+            for size in ((60, *BATCH_SIZES) if network == "lenet" else BATCH_SIZES)
             for dtype in DTYPES
-            for form in (FORMS if members > 1 else ["unrolled"])
+            for form in FORMS
         )
     numbers = {name: choices[name] for name in ("members", "batch_size") if choices.get(name)}
-    rows = list(dict.fromkeys(row._replace(**numbers) for row in rows))
+    rows = list(dict.fromkeys(_choose_form(row._replace(**numbers)) for row in rows))
     return [
         row for row in rows if all(not value or getattr(row, name) == value for name, value in choices.items())
     ]
+
+
+def _choose_form(row):
+    """Choose one of the forms that have the same program: all of one member, and three of LeNet."""
+    if row.network == "lenet":
+        return row._replace(form="unrolled" if row.form == "unrolled" and row.members > 1 else "vmapped")
+    return row._replace(form="per_member") if row.members == 1 else row
 
 
 def print_plan(
@@ -144,14 +152,15 @@ def print_plan(
 
 def default_wheels_folder() -> Path:
     """Return the folder of the wheels, outside of the environment: with them, JAX would look for a GPU."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return cache / "imp_jax" / f"cuda-plugin-{jax.__version__}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return user_path(cache / "imp_jax" / f"cuda-plugin-{jax.__version__}", "the folder of the wheels")
 
 
 def install_command(wheels: Path) -> list[str]:
     """Return the command that installs the wheels into their folder."""
     versions = [f"{name}=={jax.__version__}" for name in WHEELS]
-    return [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(wheels), *versions]
+    target = ["--no-deps", "--upgrade", "--target", str(wheels)]
+    return [sys.executable, "-m", "pip", "install", *target, *versions]
 
 
 def install_wheels(wheels: Path) -> None:
@@ -170,13 +179,17 @@ def check_wheels(wheels: Path) -> None:
         raise UserError(
             f"{wheels} has no {' and '.join(WHEELS)} of version {jax.__version__}, with which programs are "
             f"compiled for a GPU (132 MB, not installed into this environment); add --install, or type\n  "
-            f"{' '.join(install_command(wheels))}"
+            f"{shlex.join(install_command(wheels))}"
         )
 
 
 def compile_rows(rows: Sequence[Row], gpu_name: str, wheels: Path) -> Iterator[Plan]:
     """Compile rows in processes of their own, which see the wheels; yield plans as they are finished."""
-    changed = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}  # read by the processes when they start
+    changed = {  # read by the processes when they start
+        "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # XLA writes no thunk sequence of a cached program
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+    }
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)
     workers = max(1, min(devices.available_cores(), len(rows), 8))
@@ -190,8 +203,12 @@ def compile_rows(rows: Sequence[Row], gpu_name: str, wheels: Path) -> Iterator[P
             # the longest first
             by_length = sorted(rows, key=lambda row: -row.members * (row.form == "unrolled"))
             futures = [pool.submit(compile_row, row, gpu_name) for row in by_length]
-            for future in concurrent.futures.as_completed(futures):
-                yield future.result()
+            try:
+                for future in concurrent.futures.as_completed(futures):
+                    yield future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # otherwise the other rows are compiled first
+                raise
     except hlo.UnknownTextError as error:
         raise UserError(
             f"the text of XLA's programs in JAX {jax.__version__} differs from that of JAX 0.10, which "
@@ -286,13 +303,19 @@ def _round(speed):
 def describe_sweeps(plans: Sequence[Plan], gpu: targets.Gpu) -> Iterator[str]:
     """Say what figure 1 and the ResNet-50 table would take on one GPU, by dtype.
 
-    Each run has the speed of the fastest form; between the compiled batch sizes, images/s are interpolated.
+    Each run has the speed of the fastest form and number of members that fits in memory; between the compiled
+    batch sizes, images/s are interpolated.
     """
     for name, network in (("fig1", "resnet20"), ("tablec", "resnet50")):
         runs = [run for run in catalogue.FIGURES[name].runs(PAPER) if cost.network_key(run.config) == network]
         images = sum(map(cost.count_images, runs))
         for dtype in DTYPES:
-            matching = [plan for plan in plans if (plan.row.network, plan.row.dtype) == (network, dtype)]
+            matching = [
+                plan
+                for plan in plans
+                if (plan.row.network, plan.row.dtype) == (network, dtype)
+                and plan.peak_gib * 2**30 < gpu.memory_bytes
+            ]
             if not matching:
                 continue
             hours = []

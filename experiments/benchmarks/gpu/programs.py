@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
+from experiments.benchmarks.gpu.hlo import UnknownTextError
 from experiments.sweeps.datasets import DATASET_SIZES
 from imp_jax import data, imp, training
 from imp_jax.data.dataset import EpochInMemory
@@ -35,6 +36,9 @@ def compile_training(
     Args:
       config: modified in place; all members become replicates of imp.
       device: see `targets.make_device`.
+
+    Raises:
+      UnknownTextError: XLA did not write the thunk sequence of the program.
     """
     program, arguments, spec = _training_program(config, members, execution)
     sharding = SingleDeviceSharding(device)
@@ -45,8 +49,10 @@ def compile_training(
         # without optimisation of machine code, which nobody executes
         options = {"xla_dump_to": folder, "xla_backend_optimization_level": 0}
         compiled = program.lower(*arguments, spec=spec).compile(compiler_options=options)
-        (thunks,) = (path.read_text() for path in Path(folder).glob("*thunk_sequence_after_thunk_passes.txt"))
-    return CompiledProgram(compiled.as_text(), thunks, compiled.memory_analysis().peak_memory_in_bytes)
+        thunks = [path.read_text() for path in Path(folder).glob("*thunk_sequence_after_thunk_passes.txt")]
+    if len(thunks) != 1:
+        raise UnknownTextError(f"XLA wrote {len(thunks)} thunk sequences instead of one")
+    return CompiledProgram(compiled.as_text(), thunks[0], compiled.memory_analysis().peak_memory_in_bytes)
 
 
 def _training_program(config, members, execution):

@@ -2,7 +2,8 @@
 
 Models are written in plain Flax. `use_kernels` intercepts calls of their layers (`nn.intercept_methods`):
 
-- `convolution` replaces `nn.Conv`: under `jax.vmap` over members it calls cuDNN as the implementation says;
+- `convolution` replaces `nn.Conv`: under `jax.vmap` over members it calls cuDNN once per member, or once for
+  all;
 - `fast_cpu.normalization` replaces `models.layers.BatchNorm` and `nn.BatchNorm`; on a GPU it computes two sums
   in one reduction;
 - `pooling` replaces `models.layers.MaxPool`, whose gradient in XLA adds with atomic operations, in any order.

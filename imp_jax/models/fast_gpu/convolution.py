@@ -158,11 +158,26 @@ def _map_members(part, geometry):
 
     @function.def_vmap
     def rule(members, is_batched, a, b):
-        if not all(is_batched):  # JAX's rule: members become part of the batch, or of the channels
-            in_axes = [0 if batched else None for batched in is_batched]
-            return jax.vmap(functools.partial(part, geometry=geometry), in_axes)(a, b), True
-        if geometry.implementation == "grouped":
-            return part(a, b, geometry, jax.vmap), True
-        return jnp.stack([function(a[i], b[i]) for i in range(members)]), True
+        if all(is_batched):
+            if geometry.implementation == "grouped":
+                return part(a, b, geometry, jax.vmap), True
+            return jnp.stack([function(a[i], b[i]) for i in range(members)]), True
+        # with one kernel, members are more images; `function` keeps this rule for a further vmap
+        if part is _forward and is_batched == [True, False]:
+            return _split(function(_merge(a), b), members), True
+        if part is _transpose_to_images and is_batched == [False, True]:
+            return _split(function(a, _merge(b)), members), True
+        # JAX's rule: members are more channels
+        in_axes = [0 if batched else None for batched in is_batched]
+        return jax.vmap(functools.partial(part, geometry=geometry), in_axes)(a, b), True
 
     return function
+
+
+def _merge(images):
+    """Make members part of the batch."""
+    return images.reshape(-1, *images.shape[2:])
+
+
+def _split(images, members):
+    return images.reshape(members, -1, *images.shape[1:])
