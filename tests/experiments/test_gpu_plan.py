@@ -224,7 +224,10 @@ def run_command(monkeypatch, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["gpu-plan", "--wheels=empty"], r"empty has no jax-cuda13-plugin .* pip install --no-deps --upgrade --target"),
+        (
+            ["gpu-plan", "--wheels=empty"],
+            r"empty has no jax-cuda13-plugin .* pip install --no-deps --upgrade --target",
+        ),
         (["gpu-plan", "--wheels=empty", "--network=lenet", "--form=grouped"], "no row of the table has these"),
         (["gpu-plan", "--out=missing/table.json"], "--out is 'missing/table.json', whose folder does not"),
         (["gpu-plan", "--rounds=3"], "--rounds is for lenet, midi, .*; gpu-plan does not use it"),
