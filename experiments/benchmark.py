@@ -103,7 +103,7 @@ OPTIONS = {
     "form": Option(("gpu-plan",), "only rows of this form of convolutions", {"choices": list(plan.FORMS)}),
     "full": Option(
         ("gpu-plan",),
-        "all networks, members, batch sizes, dtypes and forms, which takes an hour",
+        "all networks, members, batch sizes, dtypes and forms: about an hour (estimated)",
         {"action": "store_true"},
     ),
     "device": Option(("gpu-plan",), "GPU to compile for (default: h100)", {"choices": list(targets.GPUS)}),

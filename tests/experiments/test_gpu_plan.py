@@ -160,7 +160,7 @@ condition:
 
 
 def test_the_launches_of_the_host_are_read_from_the_thunks():
-    assert hlo.read_launches(THUNKS) == Launches(graphs=2, library_calls=1, kernels=2, loop_in_graph=False)
+    assert hlo.read_launches(THUNKS) == Launches(graphs=2, external_calls=1, kernels=2, loop_in_graph=False)
     in_graph = "000: kCommandBuffer [source | sink]\n" + textwrap.indent(THUNKS, "    ")
     assert hlo.read_launches(in_graph) == Launches(0, 0, 0, loop_in_graph=True)
     without_loop = "001: kGemm [source]\n002: kCustomKernel [sink]\n"

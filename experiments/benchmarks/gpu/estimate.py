@@ -18,12 +18,12 @@ SMALL_BYTES = 2_000_000  # a kernel that moves less takes the time of its launch
 _MEMORY_SHARE = 0.9  # of the memory's bytes per second
 _CACHE_FACTOR = 1.35  # how much faster bytes are that fit into half of the L2 cache
 _SMALL_S = 2.5e-6
-_LIBRARY_S = 3e-6
+_EXTERNAL_S = 3e-6
 # share of the matrix units' peak by the smaller number of channels of a convolution
 _CHANNEL_SHARES = ((128, 0.45), (64, 0.25), (32, 0.15), (0, 0.075))
 _PRODUCT_SHARE = 0.2
 _WEIGHT_GRADIENT_FACTOR = 1.5
-_HOST_GRAPH_S, _HOST_LIBRARY_S, _HOST_KERNEL_S = 6e-6, 8e-6, 2.3e-6
+_HOST_GRAPH_S, _HOST_EXTERNAL_S, _HOST_KERNEL_S = 6e-6, 8e-6, 2.3e-6
 
 
 class Range(NamedTuple):
@@ -56,7 +56,7 @@ def estimate_host_seconds(launches: Launches) -> float:
     """Estimate how long the host takes to launch a step, in s."""
     return (
         launches.graphs * _HOST_GRAPH_S
-        + launches.library_calls * _HOST_LIBRARY_S
+        + launches.external_calls * _HOST_EXTERNAL_S
         + launches.kernels * _HOST_KERNEL_S
     )
 
@@ -75,13 +75,13 @@ def estimate_kernel_seconds(kernel: Kernel, gpu: Gpu, grouped_factor: float = 1)
         channels = kernel.channels if kernel.channels > 4 else 16  # cuDNN pads the channels of images
         if kernel.window > 7:  # a weight gradient written as a forward convolution: few thread blocks
             busy = min(kernel.blocks / gpu.multiprocessors, 1)
-            return _LIBRARY_S + kernel.flops / (busy * _channel_share(64) * peak)
+            return _EXTERNAL_S + kernel.flops / (busy * _channel_share(64) * peak)
         factor = _WEIGHT_GRADIENT_FACTOR if kernel.is_weight_gradient else 1
         products = factor * kernel.flops / (_channel_share(channels) * peak)
         seconds = max(kernel.bytes / (0.75 * bandwidth), products)
-        return _LIBRARY_S + seconds * (grouped_factor if kernel.groups > 1 else 1)
+        return _EXTERNAL_S + seconds * (grouped_factor if kernel.groups > 1 else 1)
     if kernel.kind == "matmul":
-        return _LIBRARY_S + max(kernel.bytes / bandwidth, kernel.flops / (_PRODUCT_SHARE * peak))
+        return _EXTERNAL_S + max(kernel.bytes / bandwidth, kernel.flops / (_PRODUCT_SHARE * peak))
     if kernel.bytes < SMALL_BYTES:
         return _SMALL_S
     launch_s, share = {"reduction": (2.5e-6, 0.7), "transpose": (2e-6, 0.6)}.get(kernel.kind, (1.5e-6, 1.0))

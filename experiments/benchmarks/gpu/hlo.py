@@ -95,7 +95,7 @@ class Launches(NamedTuple):
     """What the host launches in each step."""
 
     graphs: int  # CUDA graphs
-    library_calls: int  # of cuDNN and cuBLAS, outside of graphs
+    external_calls: int  # of cuDNN and cuBLAS, outside of graphs
     kernels: int  # and copies, outside of graphs
     loop_in_graph: bool  # whether the loop over steps is part of a graph, so that the host launches nothing
 

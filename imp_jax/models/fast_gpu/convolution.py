@@ -158,14 +158,15 @@ def _map_members(part, geometry):
 
     @function.def_vmap
     def rule(members, is_batched, a, b):
-        if all(is_batched):
+        a_is_batched, b_is_batched = is_batched
+        if a_is_batched and b_is_batched:
             if geometry.implementation == "grouped":
                 return part(a, b, geometry, jax.vmap), True
             return jnp.stack([function(a[i], b[i]) for i in range(members)]), True
         # with one kernel, members are more images; `function` keeps this rule for a further vmap
-        if part is _forward and is_batched == [True, False]:
+        if part is _forward and a_is_batched:
             return _split(function(_merge(a), b), members), True
-        if part is _transpose_to_images and is_batched == [False, True]:
+        if part is _transpose_to_images and b_is_batched:
             return _split(function(a, _merge(b)), members), True
         # JAX's rule: members are more channels
         in_axes = [0 if batched else None for batched in is_batched]
