@@ -41,6 +41,13 @@ class Field:
         return f"of type {type(self.default).__name__}, like {self.default!r}"
 
 
+def at_least(minimum, *, or_none=False):
+    """Return the arguments of a field whose values are at least `minimum`, or integers and None."""
+    words = f"at least {minimum}" + ", or None" * or_none
+    types = {"types": (int, type(None))} if or_none else {}
+    return {"check": lambda value: value is None or value >= minimum, "words": words, **types}
+
+
 def one_of(*names):
     """Return the arguments `check` and `words` of a field whose values are `names`."""
     words = f"{', '.join(names[:-1])} or {names[-1]}"

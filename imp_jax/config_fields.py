@@ -1,17 +1,20 @@
 """The table of all config fields: default, meaning, allowed values, and whether a resumed run may change it."""
 
-from imp_jax.config_field import NUMBER, Field, one_of
+from imp_jax.config_field import NUMBER, Field, at_least, one_of
 
 # arguments that several fields share
-_AT_LEAST_1 = {"check": lambda value: value >= 1, "words": "at least 1"}
 _DEVICES = {"check": lambda value: value >= 1 or value == -1, "words": "at least 1, or -1 for automatic"}
 _AT_LEAST_0_AND_FINITE = {"check": lambda value: 0 <= value < float("inf"), "words": "at least 0 and finite"}
 _ABOVE_0_AND_FINITE = {"check": lambda value: 0 < value < float("inf"), "words": "above 0 and finite"}
 _RESUME = {"may_change_on_resume": True}
 
 
-def _are_distinct(values):
-    return len(set(values)) == len(values)
+def _are_counts(values):
+    return all(type(value) is int and value >= 0 for value in values)
+
+
+def _are_distinct_counts(values):
+    return _are_counts(values) and len(set(values)) == len(values)
 
 
 # All fields by name. `default` makes a config of them, with a group for each prefix such as "dataset.".
@@ -26,7 +29,7 @@ FIELDS = {
         3,
         "number of repetitions with different random keys, trained at the same time; it does not change the "
         "results of replicate 0",
-        **_AT_LEAST_1,
+        **at_least(1),
     ),
     "arms": Field(
         ("imp", "reinit"), "what is trained on the mask of each round; the mask always comes from imp"
@@ -35,20 +38,25 @@ FIELDS = {
         25,
         "number of trainings, including the dense one, which is round 0; round n has density "
         "(1 − pruning.fraction)ⁿ",
-        **_AT_LEAST_1,
+        **at_least(1),
     ),
-    "epochs": Field(25, "number of epochs of each training", **_AT_LEAST_1),
-    "batch_size": Field(60, "number of training images per step", **_AT_LEAST_1),
+    "epochs": Field(25, "number of epochs of each training", **at_least(1)),
+    "batch_size": Field(60, "number of training images per step", **at_least(1)),
     "accumulate_steps": Field(
         1,
         "number of equal parts of a batch whose gradients are computed one after the other and added, to save "
         "memory; each part is normalised by its own statistics",
-        **_AT_LEAST_1,
+        **at_least(1),
     ),
     "dtype": Field(
         "float32",
         "type of the computation; parameters and optimizer state are always float32",
         **one_of("float32", "bfloat16"),
+    ),
+    "matmul_precision": Field(
+        "default",
+        "precision of products of float32: default is that of JAX, TF32 on a GPU; highest is float32",
+        **one_of("default", "highest"),
     ),
     "execution": Field(
         "auto",
@@ -59,15 +67,13 @@ FIELDS = {
         0,
         "step of the dense training; every round resets the surviving weights to their values at this step; 0 "
         "is the initialisation, None continues from the trained weights",
-        check=lambda value: value is None or value >= 0,
-        words="a step of the dense training from 0, or None",
-        types=(int, type(None)),
+        **at_least(0, or_none=True),
     ),
     "checkpoint_every_epochs": Field(
-        5, "epochs between checkpoints within a round; there is always one at its end", **_AT_LEAST_1, **_RESUME
+        5, "epochs between checkpoints within a round; there is always one at its end", **at_least(1), **_RESUME
     ),
     "checkpoint_every_steps": Field(
-        500, "steps between checkpoints within a round, of streamed sets only", **_AT_LEAST_1, **_RESUME
+        500, "steps between checkpoints within a round, of streamed sets only", **at_least(1), **_RESUME
     ),
     "keep_checkpoints": Field(
         "all",
@@ -131,20 +137,18 @@ FIELDS = {
     "dataset.blur": Field(
         1,
         "factor by which the images of a set in memory are reduced and enlarged again, which blurs them",
-        **_AT_LEAST_1,
+        **at_least(1),
     ),
     "dataset.image_side": Field(
         224,
         "height and width in pixels of the crops of a streamed set; other sets do not use it",
-        **_AT_LEAST_1,
+        **at_least(1),
     ),
     "dataset.workers": Field(
         None,
         "number of processes that decode a streamed set: None is one per core, 0 decodes in threads of the "
         "training process; other sets do not use it",
-        check=lambda value: value is None or value >= 0,
-        words="at least 0, or None",
-        types=(int, type(None)),
+        **at_least(0, or_none=True),
         **_RESUME,
     ),
     "model.name": Field(
@@ -169,7 +173,7 @@ FIELDS = {
         1,
         "number of equal parts of a batch with separate BatchNorm statistics (the per-GPU BatchNorm of most "
         "code bases); 1 uses the statistics of the whole batch, over all devices",
-        **_AT_LEAST_1,
+        **at_least(1),
     ),
     "optimizer.name": Field("adam", "adam, momentum, sgd, a registered name, or a dotted path"),
     "optimizer.learning_rate": Field(12e-4, "learning rate before the schedule", **_ABOVE_0_AND_FINITE),
@@ -228,7 +232,7 @@ FIELDS = {
     "pruning.images": Field(
         256,
         "number of training images on which a score computes the loss; scores without a loss do not use it",
-        **_AT_LEAST_1,
+        **at_least(1),
     ),
     "pruning.fraction": Field(
         0.2,
@@ -258,7 +262,7 @@ FIELDS = {
     "pruning.steps": Field(
         1,
         "for pruning.network initial: exponential steps in which the mask is found, with new scores in each",
-        **_AT_LEAST_1,
+        **at_least(1),
     ),
     "pruning.layer_factors": Field(
         (),
@@ -307,9 +311,7 @@ FIELDS = {
         None,
         "number of epochs of a short round, over which the schedule of the learning rate is compressed; None "
         "for retraining.policy full",
-        check=lambda value: value is None or value >= 1,
-        words="at least 1, or None",
-        types=(int, type(None)),
+        **at_least(1, or_none=True),
     ),
     "retraining.barrier": Field(
         0.02,
@@ -318,13 +320,13 @@ FIELDS = {
         **_ABOVE_0_AND_FINITE,
     ),
     "evidence.images": Field(
-        1000, "number of training images on which the policies evidence compute errors", **_AT_LEAST_1
+        1000, "number of training images on which the policies evidence compute errors", **at_least(1)
     ),
     "branch.name": Field("", "name of a branch, which `imp_jax.branch` sets; empty for a run"),
     "branch.rounds": Field(
         (),
         "rounds on whose masks a branch trains; () is all rounds of the run",
-        check=lambda value: all(type(number) is int and number >= 0 for number in value),
+        check=_are_counts,
         words="rounds, counted from 0, such as (1, 5, 10)",
     ),
     "branch.mask_from": Field(
@@ -350,14 +352,14 @@ FIELDS = {
         (5, 10, 15),
         "rounds in which the ticket is trained a second time, as the arm twin, with other data order and "
         "augmentation",
-        check=lambda value: all(type(number) is int and number >= 0 for number in value),
+        check=_are_counts,
         words="rounds, counted from 0, such as (5, 10); rounds after the last one are ignored",
     ),
     "instability.steps": Field(
         (),
         "steps of a training at which the analysis instability lets twins part from imp, in the rounds of "
         "instability.rounds",
-        check=lambda value: all(type(step) is int and step >= 0 for step in value) and _are_distinct(value),
+        check=_are_distinct_counts,
         words="distinct steps, counted from 0, such as (0, 100)",
         **_RESUME,
     ),
@@ -379,28 +381,27 @@ FIELDS = {
     "analysis.images": Field(
         1000,
         "number of training images on which sharpness and noise are computed, in whole batches",
-        **_AT_LEAST_1,
+        **at_least(1),
         **_RESUME,
     ),
     "analysis.noise_rounds": Field(
         (0, 5, 10, 15),
         "rounds in which the gradient noise is computed",
-        check=lambda value: value and all(type(n) is int and n >= 0 for n in value) and _are_distinct(value),
+        check=lambda value: value and _are_distinct_counts(value),
         words="distinct rounds, counted from 0, such as (0, 10); rounds after the last one are ignored",
         **_RESUME,
     ),
     "analysis.noise_epochs": Field(
         (0, 1, 5),
         "numbers of epochs of a training after which the gradient noise is computed; 0 is its start",
-        check=lambda value: value and all(type(e) is int and e >= 0 for e in value) and _are_distinct(value),
+        check=lambda value: value and _are_distinct_counts(value),
         words="distinct numbers of epochs from 0, such as (0, 1)",
         **_RESUME,
     ),
     "analysis.path_points": Field(
         20,
         "number of points on a linear path, including its ends",
-        check=lambda value: value >= 2,
-        words="at least 2, for the two ends",
+        **at_least(2),
         **_RESUME,
     ),
     "analysis.batch_norm": Field(

@@ -44,6 +44,11 @@ def refuse_unused_values(values: dict[str, Any], defaults: dict[str, Any]) -> No
             f"optimizer.weight_decay is 0, so it should be 0"
         )
     _refuse_unused_requests(values, defaults)
+    if values["dtype"] != "float32" and values["matmul_precision"] != defaults["matmul_precision"]:
+        raise UserError(
+            f"matmul_precision is {values['matmul_precision']!r}; dtype is {values['dtype']!r}, and only "
+            f"products of float32 have other precisions, so it should be {defaults['matmul_precision']!r}"
+        )
     if not values["repulsion.strength"]:
         for field in ("repulsion.memory", "repulsion.dtype"):
             if values[field] != defaults[field]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from imp_jax import data, masking, models
 from imp_jax.masking import Params
-from imp_jax.models.kernels import conv_general_dilated_by, use_kernels
+from imp_jax.models.kernels import conv_general_dilated_by
 from imp_jax.runtime import devices
 from imp_jax.runtime.devices import DATA, MEMBER
 from imp_jax.runtime.execution import shard_over_mesh
@@ -260,7 +260,7 @@ def _apply_interpolated(spec, params_a, params_b, alpha, state, images, **option
 
         return _interpolate(output(params_a), output(params_b), alpha)
 
-    with use_kernels(spec.execution.convolutions), nn.intercept_methods(intercept):
+    with spec.use_kernels(), nn.intercept_methods(intercept):
         return spec.model.apply({"params": params, **state}, images, **options)
 
 

@@ -138,6 +138,7 @@ def setup(config: ConfigDict, dataset: data.Dataset | None = None, *, use_mesh: 
         accumulate_steps=config.accumulate_steps,
         norm_parts=config.model.norm_parts,
         rng_streams=models.rng_streams(model, dataset.train.image_shape),
+        matmul_precision=config.matmul_precision,
     )
     score_uses_images = setup_checks.check_score(config.pruning.score, score, spec, dataset)
     arms_with_images = frozenset(

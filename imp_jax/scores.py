@@ -72,7 +72,9 @@ def make_inputs(
 
     def flow(params, value=1.0):
         image = jnp.full((1, *image_shape), value, jnp.float32)
-        return spec.model.apply({"params": params, **model_state}, image, train=False).astype(jnp.float32).sum()
+        with spec.use_kernels():
+            outputs = spec.model.apply({"params": params, **model_state}, image, train=False)
+        return outputs.astype(jnp.float32).sum()
 
     params = variables["params"]
     initial = masking.apply(params if initial is None else initial, mask)

@@ -5,8 +5,9 @@ axis of members. Masks, learning rates, keys and earlier optima are arguments: o
 rounds, or with repulsion all rounds whose `Optima` have the same shape.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -51,15 +52,24 @@ class TrainSpec(NamedTuple):
     norm_parts: int = 1  # equal parts of each of these parts with separate BatchNorm statistics
     rng_streams: tuple[str, ...] = ()  # that the model draws from in training, such as "dropout"
     mesh: Mesh | None = None  # None is one device
+    matmul_precision: str = "default"  # of float32 products and convolutions; highest is float32 on a GPU too
 
     @property
     def data_devices(self) -> int:
         """The number of devices that share each batch."""
         return self.mesh.shape[DATA] if self.mesh else 1
 
+    @contextlib.contextmanager
+    def use_kernels(self) -> Iterator[None]:
+        """Apply models in this context with the kernels of `execution` and with `matmul_precision`."""
+        default = jax.config.jax_default_matmul_precision
+        precision = default if self.matmul_precision == "default" else self.matmul_precision
+        with use_kernels(self.execution.convolutions), jax.default_matmul_precision(precision):
+            yield
+
     def apply(self, variables: Variables, images: Images, **options: Any) -> Any:
-        """Apply the model to images that are not yet normalised, with the kernels of `execution`."""
-        with use_kernels(self.execution.convolutions):
+        """Apply the model to images that are not yet normalised."""
+        with self.use_kernels():
             return self.model.apply(variables, self.normalize(images), **options)
 
 

@@ -30,7 +30,7 @@ from imp_jax.errors import UserError
         ("batch_size", 0, "batch_size is 0; it should be at least 1"),
         ("seed", -1, "seed is -1; it should be from 0"),
         ("dtype", "float16", "dtype is 'float16'; it should be float32 or bfloat16"),
-        ("rewind_step", -1, "rewind_step is -1; it should be a step of the dense training from 0, or None"),
+        ("rewind_step", -1, "rewind_step is -1; it should be at least 0, or None"),
         ("rewind_step", 1.5, "rewind_step is 1.5; it should be of type int or None"),
         ("arms", "imp", r"arms is 'imp'; it should be of type tuple, like \('imp', 'reinit'\)"),
         ("dataset.data_dir", 3, "dataset.data_dir is 3; it should be of type str or None"),
@@ -57,6 +57,7 @@ from imp_jax.errors import UserError
             "optimizer.momentum is '0.9'; it should be of type float or of type int or",
         ),
         ("dataset.data_dir", "", "dataset.data_dir is ''; it should be the path of a folder, or None"),
+        ("matmul_precision", "high", "matmul_precision is 'high'; it should be default or highest"),
         # settings that would have no effect
         (
             "optimizer.schedule",
@@ -99,6 +100,13 @@ def test_wrong_field_raises_one_sentence(field, value, sentence):
     with pytest.raises(UserError, match=sentence) as error:
         configs.validate(ConfigDict(plain))
     assert "\n" not in str(error.value)
+
+
+def test_matmul_precision_without_float32_raises_one_sentence():
+    config = configs.default()
+    config.update(dtype="bfloat16", matmul_precision="highest")
+    with pytest.raises(UserError, match=r"dtype is 'bfloat16', and only products of float32 .* be 'default'"):
+        configs.validate(config)
 
 
 def test_every_field_has_a_meaning_and_a_valid_default():

@@ -13,7 +13,7 @@ from imp_jax.data import Normalize
 from imp_jax.data.augmentation import augment
 from imp_jax.experiment import setup
 from imp_jax.models.lenet import LeNet
-from imp_jax.runtime.execution import EXECUTION_MODES
+from imp_jax.runtime.execution import EXECUTION_MODES, ExecutionMode
 from tests.conftest import make_tiny_config, make_tiny_dataset
 from tests.helpers.epochs import train_epoch
 
@@ -340,6 +340,38 @@ class CountingModel(nn.Module):
         if train and not self.is_initializing():
             steps.value += 1
         return nn.Dense(self.num_classes)(images.reshape(len(images), -1))
+
+
+@pytest.mark.parametrize("convolutions", ["flax", "per_member", "grouped"])
+@pytest.mark.parametrize("precision", ["default", "highest"])
+def test_matmul_precision_is_that_of_all_products_and_convolutions(tiny_experiment, convolutions, precision):
+    """Also of those in gradients."""
+    experiment = tiny_experiment()
+    dataset = experiment.dataset.train
+    spec = training.TrainSpec(
+        models.create("conv4", 10, dataset.image_shape, width=0.1),
+        experiment.spec.optimizer,
+        batch_size=4,
+        execution=ExecutionMode(convolutions=convolutions),
+        matmul_precision=precision,
+    )
+    keys = jax.random.split(jax.random.key(0), 2)
+
+    def train(variables, masks, batches):
+        states = training.init_states(variables, masks, spec=spec)
+        return training.scan_steps(states, masks, batches, 0, np.ones(1, np.float32), None, None, spec=spec)
+
+    variables = jax.eval_shape(jax.vmap(models.init_fn(spec.model, dataset.image_shape)), keys)
+    masks = jax.eval_shape(masking.ones_like, variables["params"])
+    program = jax.jit(train).lower(variables, masks, dataset.training_epochs(keys, 1, 4).epoch(0)).as_text()
+    operations = [
+        line
+        for line in program.splitlines()
+        if "stablehlo.convolution" in line or "stablehlo.dot_general" in line
+    ]
+    assert len(operations) >= 3 * 7 - 1  # four convolutions and three dense layers; images have no gradient
+    name = {"default": "DEFAULT", "highest": "HIGHEST"}[precision]
+    assert all(line.count(name) == 2 for line in operations)
 
 
 @pytest.mark.parametrize("parts", [{}, {"accumulate_steps": 2}, {"norm_parts": 2}])

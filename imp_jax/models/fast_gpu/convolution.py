@@ -76,6 +76,8 @@ def conv_general_dilated(
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(images.shape[1:3], kernel.shape[:2], strides, padding)
     pads = tuple(map(tuple, padding))
+    if precision is None:  # gradients are traced outside the context that sets it
+        precision = jax.config.jax_default_matmul_precision
     geometry = _Geometry(images.shape[1:3], kernel.shape[:2], tuple(strides), pads, precision, implementation)
     return _convolve(images, kernel, geometry)
 
