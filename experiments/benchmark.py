@@ -16,6 +16,7 @@
     scaling        training steps on more and more devices, and the time of the paper's sweeps on 1, 8 and 64
     disk           the size of the checkpoints of each config of table 1
     gpu-plan       the GPU program of each network, compiled without a GPU, and its predicted speed
+    gpu            a GPU within --minutes: agreement with a CPU, training steps in each form, whole rounds
 
 Each subject is documented in its module in experiments/benchmarks/. Options that a subject does not use are
 refused.
@@ -23,7 +24,7 @@ refused.
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -45,7 +46,7 @@ from experiments.benchmarks import (
     steps,
     throughput,
 )
-from experiments.benchmarks.gpu import plan, targets
+from experiments.benchmarks.gpu import measure, plan, targets
 from imp_jax import cli
 from imp_jax.errors import UserError, user_path
 from imp_jax.runtime import devices
@@ -55,7 +56,7 @@ STEPS = ("table", *NETWORKS)
 WHOLE_RUNS = ("analysis", "repulsion", "branch", "checkpoints", "throughput", "disk")
 SUBJECTS = (
     *("table", "lenet", *NETWORKS, "midi", "convolutions", "load", "forms", "analysis", "repulsion", "branch"),
-    *("checkpoints", "throughput", "scaling", "disk", "gpu-plan"),
+    *("checkpoints", "throughput", "scaling", "disk", "gpu-plan", "gpu"),
 )
 
 
@@ -70,7 +71,7 @@ class Option(NamedTuple):
 OPTIONS = {
     "rounds": Option(("lenet", "midi", *WHOLE_RUNS), "rounds of a run (default: lenet 8, midi 2, others 25)"),
     "repeats": Option(
-        tuple(subject for subject in SUBJECTS if subject not in ("lenet", "disk", "gpu-plan")),
+        tuple(subject for subject in SUBJECTS if subject not in ("lenet", "disk", "gpu-plan", "gpu")),
         "number of timings (default: 5; some subjects 2, 3 or 7)",
     ),
     "epochs": Option(
@@ -94,7 +95,7 @@ OPTIONS = {
         "time eager PyTorch too, on the CPU, in turn",
         {"action": "store_true"},
     ),
-    "out": Option((*STEPS, "gpu-plan"), "write the table as JSON", {"metavar": "FILE"}),
+    "out": Option((*STEPS, "gpu-plan", "gpu"), "write the table as JSON", {"metavar": "FILE"}),
     "compare": Option(STEPS, "print ratios to a table that --out wrote", {"metavar": "FILE"}),
     "record": Option(
         ("throughput",), "write it to experiments/benchmarks/throughput.json", {"metavar": "DEVICE"}
@@ -110,9 +111,11 @@ OPTIONS = {
     "wheels": Option(
         ("gpu-plan",), "folder of the wheels (default: in ~/.cache/imp_jax)", {"metavar": "FOLDER"}
     ),
+    "measured": Option(("gpu-plan",), "the rows that the subject gpu measures", {"action": "store_true"}),
+    "minutes": Option(("gpu",), "after which nothing more is measured (default: 8)", {"type": float}),
     "install": Option(("gpu-plan",), "install the wheels into that folder first", {"action": "store_true"}),
 }
-AT_LEAST_1 = ("rounds", "repeats", "epochs", "steps", "members", "batch_size")
+AT_LEAST_1 = ("rounds", "repeats", "epochs", "steps", "members", "batch_size", "minutes")
 
 
 def main() -> None:
@@ -197,11 +200,22 @@ def run_subject(arguments: argparse.Namespace) -> None:
             )
             fields = ("network", "members", "batch_size", "dtype", "form")
             choices = {name: getattr(arguments, name) for name in fields}
-            rows = plan.list_rows(full=arguments.full, **choices)
+            rows = plan.choose_rows(list_plan_rows(arguments), **choices)
             plan.print_plan(rows, arguments.device or "h100", wheels, arguments.out, install=arguments.install)
+        case "gpu":
+            measure.benchmark_gpu(arguments.minutes or 8, arguments.out or "gpu.json")
         case _:
             names = steps.ROWS if subject == "table" else [subject]
             steps.benchmark_steps(names, options, arguments.torch, arguments.out, arguments.compare)
+
+
+def list_plan_rows(arguments: argparse.Namespace) -> Sequence[plan.Row]:
+    """Return the rows of the subject gpu-plan. Raises `UserError` if two sets of rows are asked for."""
+    if arguments.full and arguments.measured:
+        raise UserError("--full and --measured are two sets of rows; one of them should be left out")
+    if arguments.measured:
+        return measure.list_rows()
+    return plan.list_all_rows() if arguments.full else plan.DEFAULT_ROWS
 
 
 if __name__ == "__main__":

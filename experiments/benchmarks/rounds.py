@@ -9,6 +9,9 @@ with the images in memory and one with a DataLoader.
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
 
 from experiments.benchmarks.pytorch import make_torch_train_fns
 from experiments.benchmarks.tables import print_quantities
@@ -27,20 +30,14 @@ def benchmark_rounds(timed_rounds: int, epochs: int | None, torch: bool) -> None
     torch_train_fns = make_torch_train_fns("lenet", TORCH_STEPS, config.batch_size) if torch else {}
     torch_rates = {name: [] for name in torch_train_fns}
 
-    with tempfile.TemporaryDirectory() as workdir:
-        spans, trainings, start = [], [], time.perf_counter()
-
-        def note_round(end):
-            nonlocal start
-            spans.append(time.perf_counter() - start)
-            trainings.append(end.rows[0]["seconds"])
-            for name, train in torch_train_fns.items():
-                start = time.perf_counter()
-                train()
-                torch_rates[name].append(TORCH_STEPS * config.batch_size / (time.perf_counter() - start))
+    def time_torch():
+        for name, train in torch_train_fns.items():
             start = time.perf_counter()
+            train()
+            torch_rates[name].append(TORCH_STEPS * config.batch_size / (time.perf_counter() - start))
 
-        runs.run(config, workdir, on_round=[note_round])
+    with tempfile.TemporaryDirectory() as workdir:
+        spans, trainings = time_rounds(config, workdir, between=time_torch)
     # the first span contains the start and the compilation; nothing is recorded during the first training
     first, _, *rounds = spans
     trainings = trainings[2:]
@@ -62,3 +59,28 @@ def benchmark_rounds(timed_rounds: int, epochs: int | None, torch: bool) -> None
             for name, values in torch_rates.items()
         },
     )
+
+
+def time_rounds(
+    config: ConfigDict,
+    workdir: str,
+    dataset: data.Dataset | None = None,
+    between: Callable[[], None] = lambda: None,
+) -> tuple[list[float], list[float]]:
+    """Train all rounds of a config and return the seconds of each round, and those of its training alone.
+
+    Args:
+      dataset: see `runs.run`.
+      between: called after every round, outside of the timings.
+    """
+    spans, trainings, start = [], [], time.perf_counter()
+
+    def note_round(end):
+        nonlocal start
+        spans.append(time.perf_counter() - start)
+        trainings.append(end.rows[0]["seconds"])
+        between()
+        start = time.perf_counter()
+
+    runs.run(config, workdir, dataset=dataset, on_round=[note_round])
+    return spans, trainings

@@ -104,8 +104,10 @@ def _compiler_options(platform, ynnpack_reductions):
     (2) remove `optimization_barrier`s before fusion, so that a value with two consumers, such as the residual
     stream, is recomputed. For a GPU, see `_GRAPH_OPTIONS`.
     """
-    if platform == "gpu" and (jax.default_backend() != "gpu" or _gpu_captures_loops()):
-        return _GRAPH_OPTIONS
+    if platform == "gpu":
+        is_set_by_user = "xla_gpu_enable_command_buffer" in os.environ.get("XLA_FLAGS", "")
+        use_graphs = not is_set_by_user and (jax.default_backend() != "gpu" or _gpu_captures_loops())
+        return _GRAPH_OPTIONS if use_graphs else {}
     if platform != "cpu":
         return {}
     # for YNNPACK; the default includes INDIVIDUAL_CONVOLUTION

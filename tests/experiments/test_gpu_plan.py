@@ -201,17 +201,16 @@ def test_the_host_can_be_slower_than_the_gpu():
 
 
 def test_rows_are_chosen_by_their_fields():
-    assert len(plan.list_rows(full=False)) == len(set(plan.DEFAULT_ROWS)) == len(plan.DEFAULT_ROWS)
-    rows = plan.list_rows(
-        full=False, network="resnet20", members=2, batch_size=None, dtype="bfloat16", form=None
-    )
+    assert plan.choose_rows(plan.DEFAULT_ROWS) == list(plan.DEFAULT_ROWS)
+    choices = {"network": "resnet20", "members": 2, "batch_size": None, "dtype": "bfloat16", "form": None}
+    rows = plan.choose_rows(plan.DEFAULT_ROWS, **choices)
     assert {(row.network, row.members, row.dtype) for row in rows} == {("resnet20", 2, "bfloat16")}
     assert {row.form for row in rows} == set(plan.FORMS)
-    full = plan.list_rows(full=True)
+    full = plan.choose_rows(plan.list_all_rows())
     # one member has one form; LeNet has no convolutions, and one batch size more
     assert len(full) == 3 * 3 * 2 * (1 + 2 * len(plan.FORMS)) + 4 * 2 * (1 + 2 * 2)
     for choices in ({}, {"members": 1}, {"batch_size": 60}, {"network": "lenet"}):
-        for rows in (plan.list_rows(full=False, **choices), plan.list_rows(full=True, **choices)):
+        for rows in map(lambda rows: plan.choose_rows(rows, **choices), (plan.DEFAULT_ROWS, full)):
             assert len({plan.describe_row(row) for row in rows}) == len(rows) > 0
 
 

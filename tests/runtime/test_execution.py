@@ -150,6 +150,8 @@ def test_a_gpu_that_cannot_capture_loops_is_reported_once(monkeypatch, capsys, w
     for _ in range(2):
         assert compilation._compiler_options("gpu", True) == (compilation._GRAPH_OPTIONS if works else {})
         compilation._compiler_options.cache_clear()
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_command_buffer=")  # the user's choice takes precedence
+    assert compilation._compiler_options("gpu", True) == {}
     assert compilation._compiler_options("tpu", True) == {}
     compilation._compiler_options.cache_clear()
     compilation._gpu_captures_loops.cache_clear()

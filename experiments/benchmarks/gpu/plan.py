@@ -14,7 +14,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,24 +82,24 @@ DEFAULT_ROWS = (
 )
 
 
-def list_rows(full: bool, **choices: Any) -> list[Row]:
-    """Return the rows of a table.
+def list_all_rows() -> list[Row]:
+    """Return the rows of every network, number of members, batch size, dtype and form."""
+    return [
+        Row(network, members, size, dtype, form)
+        for network in CONFIGS
+        for members in MEMBERS
+        for size in ((60, *BATCH_SIZES) if network == "lenet" else BATCH_SIZES)
+        for dtype in DTYPES
+        for form in FORMS
+    ]
+
+
+def choose_rows(rows: Iterable[Row], **choices: Any) -> list[Row]:
+    """Return the rows with the values `choices`, without those that have the same program as another.
 
     Args:
-      full: every network, number of members, batch size, dtype and form, instead of `DEFAULT_ROWS`.
-      choices: values of fields of `Row`, or None; only rows with these values are returned. Members and batch
-        sizes may be values that no row has.
+      choices: values of fields of `Row`, or None. Members and batch sizes may be values that no row has.
     """
-    rows = DEFAULT_ROWS
-    if full:
-        rows = tuple(
-            Row(network, members, size, dtype, form)
-            for network in CONFIGS
-            for members in MEMBERS
-            for size in ((60, *BATCH_SIZES) if network == "lenet" else BATCH_SIZES)
-            for dtype in DTYPES
-            for form in FORMS
-        )
     numbers = {name: choices[name] for name in ("members", "batch_size") if choices.get(name)}
     rows = list(dict.fromkeys(_choose_form(row._replace(**numbers)) for row in rows))
     return [
