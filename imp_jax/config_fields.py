@@ -61,7 +61,7 @@ FIELDS = {
     "execution": Field(
         "auto",
         "how steps and members are compiled: scan_vmap, scan_unroll, step_vmap, step_unroll, or grouped on a "
-        "GPU (streamed sets always run step by step); auto chooses by network and device",
+        "GPU (streamed sets always run step by step); auto chooses by network and device, tune by timing steps",
     ),
     "rewind_step": Field(
         0,

@@ -33,8 +33,15 @@ from imp_jax.round_state import (
 )
 from imp_jax.runtime import devices, distributed
 from imp_jax.runtime.signals import GracefulStop
+from imp_jax.tuning import tune_execution
 from imp_jax.workdir.checkpoints import Checkpoints, DamagedError, RoundNetworks
-from imp_jax.workdir.execution import agree_on_execution, describe_execution, restore_execution, store_execution
+from imp_jax.workdir.execution import (
+    agree_on_execution,
+    describe_execution,
+    has_execution,
+    restore_execution,
+    store_execution,
+)
 from imp_jax.workdir.progress import print_summary
 from imp_jax.workdir.recorder import Recorder
 from imp_jax.workdir.results import Row
@@ -202,6 +209,8 @@ def run(
     distributed.check_same_everywhere(configs.describe_for_processes(config))
     with distributed.raise_on_all_processes():
         experiment = setup(config, dataset)
+    if config.execution == "tune" and not has_execution(workdir):
+        experiment = tune_execution(experiment)
     experiment = agree_on_execution(restore_execution(experiment, workdir))
     with Recorder(experiment, config, workdir, config_file, analyses) as recorder:
         first = recorder.finished[-1] + 1 if recorder.finished else 0

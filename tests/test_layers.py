@@ -26,7 +26,7 @@ LAYERS = (
     ("experiment", "setup_checks"),
     ("workdir",),
     ("round_state", "round_end", "next_masks", "evidence", "imp"),
-    ("runs", "replay"),
+    ("runs", "replay", "tuning"),
     ("branch_start",),
     ("analysis",),
     ("cli",),

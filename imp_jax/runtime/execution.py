@@ -67,7 +67,8 @@ def choose_execution(
       oneDNN, this process no longer writes to JAX's compilation cache.
 
     Args:
-      name: `auto`, a key of `EXECUTION_MODES`, or on a GPU `grouped`.
+      name: `auto`, a key of `EXECUTION_MODES`, or on a GPU `grouped`; `tune` is `auto` here, until a run begins
+        (see `imp_jax.tuning`).
       dtype: of the convolutions.
       platform: "cpu" or "gpu", on which the model is executed; None: that of this process.
 
@@ -82,7 +83,7 @@ def choose_execution(
             auto = "step_unroll"
     else:
         auto = "scan_unroll" if others else "scan_vmap"
-    modes = {"auto": EXECUTION_MODES[auto], **EXECUTION_MODES}
+    modes = {"auto": EXECUTION_MODES[auto], "tune": EXECUTION_MODES[auto], **EXECUTION_MODES}
     if plain and not on_cpu:
         modes["grouped"] = EXECUTION_MODES["scan_vmap"]
     execution = lookup(modes, "execution", name)

@@ -66,6 +66,11 @@ def store_execution(experiment: Experiment, workdir: str | os.PathLike) -> None:
     write_atomically(_execution_file(workdir), content)
 
 
+def has_execution(workdir: str | os.PathLike) -> bool:
+    """Return whether an execution mode is stored in a workdir."""
+    return _execution_file(workdir).exists()
+
+
 def _execution_file(workdir):
     return Path(workdir) / "execution.json"
 

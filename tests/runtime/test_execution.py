@@ -59,7 +59,7 @@ def test_auto_execution_depends_on_the_convolutions_of_a_model(monkeypatch):
     monkeypatch.setattr(compilation, "xla_keeps_optimization_barriers", lambda: False)
     assert choose("lenet") == (True, False, "flax")
     assert choose(Network()) == (False, True, "onednn")  # one program per step
-    with pytest.raises(UserError, match=r"execution is 'scan'; it should be one of auto, scan_vmap"):
+    with pytest.raises(UserError, match=r"execution is 'scan'; it should be one of auto, tune, scan_vmap"):
         choose("lenet", "scan")
     with pytest.raises(UserError, match=r"execution is 'grouped'; it should be one of auto, .* step_unroll$"):
         choose("conv4", "grouped")
