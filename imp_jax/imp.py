@@ -51,6 +51,7 @@ def rounds(
     *,
     on_epoch: Callbacks = (),
     on_round: Callbacks = (),
+    train_fn: training.TrainFn | None = None,
 ) -> Iterator[RoundEnd]:
     """Run iterative magnitude pruning from round `first` to the last one, and yield the `RoundEnd` of each.
 
@@ -58,6 +59,7 @@ def rounds(
       state: the state at the start of round `first`; None is that of round 0.
       progress: the state within round `first` to continue from; None starts at step 0.
       on_epoch, on_round: functions to call with each `EpochEnd` and each `RoundEnd`.
+      train_fn: see `train`.
 
     Raises:
       DivergedError: see `raise_if_diverged`.
@@ -65,7 +67,7 @@ def rounds(
     """
     state = state or init_state(experiment)
     for number in range(first, experiment.rounds):
-        progress = train(experiment, number, state, progress, on_epoch=on_epoch)
+        progress = train(experiment, number, state, progress, on_epoch=on_epoch, train_fn=train_fn)
         networks = copy_networks(state, progress)
         masks, thresholds, barrier = choose_masks(experiment, number, state, progress, networks)
         rows = measure(experiment, number, state, progress, networks, thresholds, barrier)
@@ -102,6 +104,7 @@ def train(
     progress: MidRoundState | None = None,
     *,
     on_epoch: Callbacks = (),
+    train_fn: training.TrainFn | None = None,
 ) -> MidRoundState:
     """Train all members of round `number`, or of a branch, to the end.
 
@@ -112,6 +115,7 @@ def train(
     Args:
       progress: the state to continue from; None starts at step 0.
       on_epoch: functions to call with each `EpochEnd`.
+      train_fn: takes the steps, a function like `training.train_and_evaluate`, which is the default.
 
     Returns: the state after the last step, on the mesh.
 
@@ -151,12 +155,9 @@ def train(
             None if rng_keys is None else _fold_in_members(rng_keys, epoch),
         )
         evaluated = splits if last % steps == 0 else {}
-        if evaluated:
-            states, metrics, evaluations = training.train_and_evaluate(
-                *arguments, splits=list(evaluated.values()), spec=spec
-            )
-        else:
-            (states, metrics), evaluations = training.train_steps(*arguments, spec=spec), []
+        states, metrics, evaluations = (train_fn or training.train_and_evaluate)(
+            *arguments, splits=list(evaluated.values()), spec=spec
+        )
         # waits for the device, so that `seconds` includes the computation
         metrics = devices.gather_members(metrics, len(state.members), axis=1)
         columns = _split_columns(evaluated, evaluations, len(state.members))

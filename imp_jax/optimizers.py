@@ -64,7 +64,8 @@ def make_optimizer(
     """Make the masked optax transform of a registered optimizer; its updates are added to the parameters.
 
     Call its `update(grads, state, params, mask=mask, learning_rate=rate)`; the rate may be traced. Weight decay
-    is L2 on all parameters (ours): added to the gradient, also before Adam's moments.
+    is L2 on all parameters (ours): added to the gradient, also before Adam's moments. If it is not 0, `update`
+    takes another value as `weight_decay`, which may be traced, too.
 
     Args:
       name: a registered name, or a dotted path such as "optax:lion".
@@ -101,10 +102,10 @@ def _make_optimizer(factory, base_rate, momentum, weight_decay, weight_decay_unt
     init = transform(base_rate, weight_decay).init
     masked = masking.masked(optax.GradientTransformationExtraArgs(init, update))
 
-    def update_masked(updates, state, params=None, *, mask, **extra_args):
+    def update_masked(updates, state, params=None, *, mask, weight_decay=weight_decay, **extra_args):
         decay = weight_decay
         if weight_decay_until:
-            decay = jnp.where(masking.density(mask, exclude) < weight_decay_until, 0.0, weight_decay)
+            decay = jnp.where(masking.density(mask, exclude) < weight_decay_until, 0.0, decay)
         return masked.update(updates, state, params, mask=mask, decay=decay, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update_masked)

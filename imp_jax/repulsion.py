@@ -156,6 +156,41 @@ def add_optimum(
     return Optima(positions, values, inverse_norms.astype(np.float32), counts)
 
 
+def join_members(stores: Sequence[Optima], sizes: dict[str, int]) -> Optima:
+    """Join the earlier optima of several groups of members, padded to the largest store.
+
+    Args:
+      stores: with a leading member axis, from `add_optimum`.
+      sizes: number of weights of each leaf, by the name of the leaf.
+    """
+    rows, *widths = (max(numbers) for numbers in zip(*(store.shape for store in stores), strict=True))
+    widths = dict(zip(sorted(stores[0].positions), widths, strict=True))
+
+    def widen_store(store):
+        added_rows = rows - store.shape[0]
+        positions, values = {}, {}
+        for name, width in widths.items():
+            old_positions, old_values = store.positions[name], store.values[name]
+            old_width = old_positions.shape[-1]
+            if width == sizes[name] > old_width:  # a slot for each weight, in order
+                new_positions = jnp.broadcast_to(jnp.arange(width), (len(old_positions), width))
+                empty = jnp.zeros((*old_values.shape[:2], width), old_values.dtype)
+                new_values = jax.vmap(lambda e, p, v: e.at[:, p].set(v, mode="drop"))(
+                    empty, old_positions, old_values
+                )
+            else:
+                unused = jnp.arange(sizes[name] + old_width, sizes[name] + width, dtype=old_positions.dtype)
+                unused = jnp.broadcast_to(unused, (len(old_positions), len(unused)))
+                new_positions = jnp.concatenate([old_positions, unused], -1)
+                new_values = jnp.pad(old_values, ((0, 0), (0, 0), (0, width - old_width)))
+            positions[name] = new_positions.astype(old_positions.dtype)
+            values[name] = jnp.pad(new_values, ((0, 0), (0, added_rows), (0, 0)))
+        inverse_norms = jnp.pad(store.inverse_norms, ((0, 0), (0, added_rows)))
+        return Optima(positions, values, inverse_norms, store.count)
+
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *map(widen_store, stores))
+
+
 def next_store_shape(
     present: Sequence[int] | None, count: int, max_optima: int, needed: Sequence[int], weights: int
 ) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from ml_collections import ConfigDict
 
-from imp_jax import arms, data, similarity
+from imp_jax import arms, data, similarity, training
 from imp_jax import config as configs
 from imp_jax.errors import UserError, user_path
 from imp_jax.experiment import Experiment, describe_experiment, setup
@@ -182,6 +182,7 @@ def run(
     on_epoch: Callbacks = (),
     on_round: Callbacks = (),
     analyses: Any = None,
+    train_fn: training.TrainFn | None = None,
 ) -> None:
     """Train the rounds of `config` that `workdir` lacks, record them in it, and print a summary.
 
@@ -192,6 +193,7 @@ def run(
       on_epoch, on_round: functions of an `EpochEnd` and of a `RoundEnd`, called after those of the recorder.
       analyses: the module `imp_jax.analysis`, with which `keep_checkpoints=ends` computes the analyses of a
         round before it deletes it. None deletes no round.
+      train_fn: see `imp.train`.
 
     Raises:
       UserError: the config, the data or the workdir is wrong, which is found before any training, and nothing
@@ -234,12 +236,13 @@ def run(
                     recorder.save_progress(end.round, end.progress, wait=True)
                     raise stop.stopped(f"in round {end.round} at step {end.progress.step} of {end.steps}")
 
-            callbacks = {
+            options = {
                 "on_epoch": (recorder.on_epoch, stop_on_signal, recorder.save_progress_if_due, *on_epoch),
                 "on_round": (recorder.on_round, *on_round),
+                "train_fn": train_fn,
             }
             with stop.defer_signals():
-                for _ in rounds(experiment, state, first, progress, **callbacks):
+                for _ in rounds(experiment, state, first, progress, **options):
                     pass
                 recorder.wait()
                 stop.signal_on_any_process(distributed.global_max)

@@ -88,6 +88,13 @@ class Metrics(NamedTuple):
     accuracy: Float[Array, "steps members"]  # on the same batch, in [0, 1]
 
 
+class MemberSettings(NamedTuple):
+    """Values of the spec that differ between members, if several runs train in one program (`packing`)."""
+
+    weight_decay: Float[Array, " members"]
+    repulsion_strength: Float[Array, " members"]
+
+
 def loss_fn(
     params: Params,
     model_state: Variables,
@@ -132,6 +139,7 @@ def train_step(
     learning_rate: Float[Array, ""],
     optima: Optima | None = None,
     key: Key[Array, ""] | None = None,
+    settings: MemberSettings | None = None,
     *,
     spec: TrainSpec,
 ) -> tuple[TrainState, Metrics]:
@@ -140,6 +148,9 @@ def train_step(
     With `optima` the gradient of J_r is added to that of the loss. The reported loss is the cross-entropy
     without J_r. If devices share the batch, `images` and `labels` are the part of this device; all other
     arguments are equal on them.
+
+    Args:
+      settings: of this member, scalars; None: those of the spec.
     """
     gradient_fn = functools.partial(
         jax.value_and_grad(loss_fn, has_aux=True), state.params, state.model_state, spec=spec
@@ -155,9 +166,11 @@ def train_step(
     (loss, (model_state, accuracy)), gradients = outputs
     if optima is not None:
         # a separate gradient, because jax.grad of the sum would take several more passes over all weights
-        gradients = repulsion.add_gradient(gradients, state.params, optima, spec.repulsion_strength)
+        strength = spec.repulsion_strength if settings is None else settings.repulsion_strength
+        gradients = repulsion.add_gradient(gradients, state.params, optima, strength)
+    own_decay = {} if settings is None else {"weight_decay": settings.weight_decay}
     updates, opt_state = spec.optimizer.update(
-        gradients, state.opt_state, state.params, mask=mask, learning_rate=learning_rate
+        gradients, state.opt_state, state.params, mask=mask, learning_rate=learning_rate, **own_decay
     )
     params = optax.apply_updates(state.params, updates)
     return TrainState(params, model_state, opt_state), Metrics(loss, accuracy)
@@ -206,94 +219,90 @@ def init_states(variables: Variables, masks: Mask, *, spec: TrainSpec) -> TrainS
     return constrain_members(jax.vmap(init_state)(variables, masks), spec.mesh)
 
 
-def train_steps(
-    states: TrainState,
-    masks: Mask,
-    batches: Batches,
-    first_step: int,
-    learning_rates: Float[np.ndarray, " steps"],
-    optima: Optima | None = None,
-    keys: Key[Array, " members"] | None = None,
-    *,
-    spec: TrainSpec,
-) -> tuple[TrainState, Metrics]:
-    """Train all members for `len(learning_rates)` steps of one epoch, starting at its step `first_step`.
-
-    Runs one program for all steps if `spec.execution` and the split allow it, otherwise one program per step.
-    Leaves out the examples that do not fill the last batch of the epoch (ours). Donates `states`.
-
-    Args:
-      batches: of this epoch, from `Split.training_epochs`.
-      optima: Θ, the earlier optima of J_r; None if there are none.
-      keys: of this epoch, for `spec.rng_streams`; None if there are none.
-    """
-    if spec.execution.scan and batches.scannable:
-        return programs(spec.execution.unroll).scan_steps(
-            states, masks, batches, first_step, learning_rates, optima, keys, spec=spec
-        )
-
-    def step(states, number, rate, batch):
-        return programs(spec.execution.unroll).step(states, masks, batch, number, rate, optima, keys, spec=spec)
-
-    numbers = range(first_step, first_step + len(learning_rates))
-    # batches last, so that zip does not decode one more than it needs
-    return python_loop(step, states, zip(numbers, learning_rates, batches.one_by_one(), strict=False))
-
-
 def train_and_evaluate(
     states: TrainState,
     masks: Mask,
     batches: Batches,
     first_step: int,
-    learning_rates: Float[np.ndarray, " steps"],
+    learning_rates: Float[np.ndarray, " steps"] | Float[np.ndarray, "steps members"],
     optima: Optima | None = None,
     keys: Key[Array, " members"] | None = None,
+    settings: MemberSettings | None = None,
     *,
-    splits: Sequence[Split],
+    splits: Sequence[Split] = (),
     spec: TrainSpec,
 ) -> tuple[TrainState, Metrics, list[tuple[Float[Array, " members"], Int[Array, " members"]]]]:
-    """Train as `train_steps` does, to the same bits, then `evaluate` all members on each of `splits`.
+    """Train all members for `len(learning_rates)` steps of one epoch, starting at its step `first_step`.
 
-    Runs one program for both if `train_steps` runs one for all steps and the splits allow it too.
+    Then `evaluate` them on each of `splits`, which does not change the bits of the training. Runs one program
+    for all steps, and for the evaluations, if `spec.execution` and the splits allow it; otherwise one program
+    per step. Leaves out the examples that do not fill the last batch of the epoch (ours). Donates `states`.
+
+    Args:
+      batches: of this epoch, from `Split.training_epochs`.
+      learning_rates: of all members; with `settings`, of each.
+      optima: Θ, the earlier optima of J_r; None if there are none.
+      keys: of this epoch, for `spec.rng_streams`; None if there are none.
+      settings: of the members, if they differ; None: those of the spec.
     """
-    arguments = (states, masks, batches, first_step, learning_rates, optima, keys)
-    evaluations = [_evaluation_batches(split, spec) for split in splits]
-    if spec.execution.scan and all(b.scannable for b in (batches, *(b for b, _ in evaluations))):
-        states, metrics, sums = programs(spec.execution.unroll).scan_and_evaluate(
-            *arguments, evaluations, spec=spec
-        )
-        means = [(losses / s.examples, correct) for (losses, correct), s in zip(sums, splits, strict=True)]
-        return states, metrics, means
-    states, metrics = train_steps(*arguments, spec=spec)
+    jitted, options = programs(spec.execution.unroll), (optima, keys, settings)
+    if spec.execution.scan and batches.scannable:
+        arguments = (states, masks, batches, first_step, learning_rates, *options)
+        evaluations = [_evaluation_batches(split, spec) for split in splits]
+        if splits and all(batches.scannable for batches, _ in evaluations):
+            states, metrics, sums = jitted.scan_and_evaluate(*arguments, evaluations=evaluations, spec=spec)
+            means = [(losses / s.examples, correct) for (losses, correct), s in zip(sums, splits, strict=True)]
+            return states, metrics, means
+        states, metrics = jitted.scan_steps(*arguments, spec=spec)
+    else:
+
+        def step(states, number, rate, batch):
+            return jitted.step(states, masks, batch, number, rate, *options, spec=spec)
+
+        numbers = range(first_step, first_step + len(learning_rates))
+        # batches last, so that zip does not decode one more than it needs
+        inputs = zip(numbers, learning_rates, batches.one_by_one(), strict=False)
+        states, metrics = python_loop(step, states, inputs)
     return states, metrics, [evaluate(states.variables, split, spec=spec) for split in splits]
 
 
-def scan_and_evaluate(states, masks, batches, first_step, learning_rates, optima, keys, evaluations, *, spec):
+TrainFn = Callable[..., tuple[TrainState, Metrics, list[tuple[Array, Array]]]]  # like `train_and_evaluate`
+
+
+def train_steps(*arguments: Any, spec: TrainSpec) -> tuple[TrainState, Metrics]:
+    """Train as `train_and_evaluate` does, without evaluations."""
+    states, metrics, _ = train_and_evaluate(*arguments, spec=spec)
+    return states, metrics
+
+
+def scan_and_evaluate(*arguments, evaluations, spec):
     """Take steps as `scan_steps` does, then compute the sums of `evaluate` on the batches of each split."""
-    states, metrics = scan_steps(states, masks, batches, first_step, learning_rates, optima, keys, spec=spec)
+    states, metrics = scan_steps(*arguments, spec=spec)
     sums = [_map_batches(_sum_examples, states.variables, *batches, spec=spec) for batches in evaluations]
     return states, metrics, jax.tree.map(lambda leaf: leaf.sum(0), sums)
 
 
-def scan_steps(states, masks, batches, first_step, learning_rates, optima, keys, *, spec):
+def scan_steps(states, masks, batches, first_step, learning_rates, optima, keys, settings=None, *, spec):
     """Take `len(learning_rates)` steps of all members in a `lax.scan`."""
 
     def step(states, inputs):
-        return step_all_members(states, masks, batches, *inputs, optima, keys, spec=spec)
+        return step_all_members(states, masks, batches, *inputs, optima, keys, settings, spec=spec)
 
     return jax.lax.scan(step, states, (first_step + jnp.arange(len(learning_rates)), learning_rates))
 
 
-def step_all_members(states, masks, batches, number, learning_rate, optima, keys, *, spec):
+def step_all_members(states, masks, batches, number, learning_rate, optima, keys, settings=None, *, spec):
     """Take step `number` of an epoch for all members, each on its own batch."""
     images, labels = batches.load(number, spec.batch_size, spec.augmentation)
     if keys is not None:
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
     step = functools.partial(train_step, spec=spec)
-    step = vmap_or_unroll_members(step, (0, 0, 0, 0, None, 0, 0), spec.execution)
+    rate_axis, rate_spec = (None, P()) if settings is None else (0, P(MEMBER))
+    step = vmap_or_unroll_members(step, (0, 0, 0, 0, rate_axis, 0, 0, 0), spec.execution)
     member, shared = P(MEMBER), P(MEMBER, DATA)
-    step = shard_over_mesh(step, (member, member, shared, shared, P(), member, member), spec.mesh)
-    return step(states, masks, images, labels, learning_rate, optima, keys)
+    in_specs = (member, member, shared, shared, rate_spec, member, member, member)
+    step = shard_over_mesh(step, in_specs, spec.mesh)
+    return step(states, masks, images, labels, learning_rate, optima, keys, settings)
 
 
 def evaluate(
@@ -393,7 +402,7 @@ def programs(unroll: bool, platform: str | None = None) -> Programs:
     return Programs(
         init_states=jit(init_states, static_argnames="spec"),
         scan_steps=jit(scan_steps, static_argnames="spec", donate_argnames="states"),
-        scan_and_evaluate=jit(scan_and_evaluate, static_argnames="spec", donate_argnames="states"),
+        scan_and_evaluate=jit(scan_and_evaluate, static_argnames="spec", donate_argnums=0),  # states
         step=jit(step_all_members, static_argnames="spec", donate_argnames="states"),
         map_batches=jit(_map_batches, static_argnames=("function", "spec")),
         apply_to_batch=jit(_apply_to_batch, static_argnames=("function", "spec")),

@@ -67,11 +67,11 @@ def test_diverged_members_are_found_at_the_end_of_training():
 
 def break_in_round_1(monkeypatch, indices, value=np.nan):
     """Replace the weights of the members at `indices` by `value` after the first epoch of round 1."""
-    train_steps = training.train_steps
+    train = training.train_and_evaluate
     calls = itertools.count()
 
-    def train_steps_and_break(states, *args, **kwargs):
-        states, metrics = train_steps(states, *args, **kwargs)
+    def train_and_break(states, *args, **kwargs):
+        states, metrics, evaluations = train(states, *args, **kwargs)
         members = len(metrics.loss[0])
         if next(calls) == 3:  # calls 0 to 2 are the epochs of round 0
             is_broken = jnp.isin(jnp.arange(members), jnp.array(indices))
@@ -80,9 +80,9 @@ def break_in_round_1(monkeypatch, indices, value=np.nan):
                     lambda p: jnp.where(is_broken.reshape(-1, *[1] * (p.ndim - 1)), value, p), states.params
                 )
             )
-        return states, metrics
+        return states, metrics, evaluations
 
-    monkeypatch.setattr(training, "train_steps", train_steps_and_break)
+    monkeypatch.setattr(training, "train_and_evaluate", train_and_break)
 
 
 def test_divergence_stops_the_run_and_is_recorded(data_dir, tmp_path, monkeypatch):

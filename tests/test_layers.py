@@ -26,7 +26,7 @@ LAYERS = (
     ("experiment", "setup_checks"),
     ("workdir",),
     ("round_state", "round_end", "next_masks", "evidence", "imp"),
-    ("runs", "replay", "tuning"),
+    ("runs", "replay", "tuning", "packing"),
     ("branch_start",),
     ("analysis",),
     ("cli",),
@@ -91,7 +91,7 @@ def test_only_modules_that_handle_configs_import_ml_collections():
         )
     }
     allowed = {"config.py", "config_files.py", "methods.py", "cli.py", "command.py", "main.py"}
-    allowed |= {"experiment.py", "runs.py", "branch.py"}
+    allowed |= {"experiment.py", "runs.py", "packing.py", "branch.py"}
     assert {name for name in importing if not name.startswith(("workdir/", "analysis/"))} <= allowed
 
 

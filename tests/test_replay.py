@@ -60,13 +60,13 @@ def test_a_training_is_repeated_only_to_the_last_step(monkeypatch):
     ((members, networks),) = train(experiment)[0]
     initial, masks = start_of(members, networks)
     epochs = []
-    train_steps = imp.training.train_steps
+    train_and_evaluate = imp.training.train_and_evaluate
 
     def count(*arguments, **options):
         epochs.append(len(arguments[4]))
-        return train_steps(*arguments, **options)
+        return train_and_evaluate(*arguments, **options)
 
-    monkeypatch.setattr(imp.training, "train_steps", count)
+    monkeypatch.setattr(imp.training, "train_and_evaluate", count)
     (state,) = replay(experiment, 0, REPLICATES, initial, masks, [0]).values()
     assert not epochs
     assert_trees_equal(state.states.params, masking.apply(initial["params"], masks))

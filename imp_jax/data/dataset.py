@@ -161,6 +161,11 @@ class EpochInMemory(NamedTuple):
     def one_by_one(self) -> Iterator["EpochInMemory"]:
         return itertools.repeat(self)
 
+    def join(self, others: Sequence["EpochInMemory"]) -> "EpochInMemory":
+        """Return an epoch of the members of this one and then of `others`, which have the same split."""
+        draws = zip(*((one.orders, one.augmentation_keys) for one in (self, *others)), strict=True)
+        return EpochInMemory(self.split, *map(jnp.concatenate, draws))
+
     def load(
         self, number: Int[Array, ""], batch_size: int, augmentation: tuple[str, ...]
     ) -> tuple[Images, Int[Array, "members batch"]]:

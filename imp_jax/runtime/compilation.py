@@ -79,6 +79,7 @@ class _CompileSpans(threading.local):
 
     def __init__(self):
         self.spans = []
+        self.waited_s = 0.0
 
     def record(self, event: str, start: float, end: float, **_: Any) -> None:
         if event.startswith("/jax/core/compile/"):
@@ -93,7 +94,12 @@ jax.monitoring.register_event_time_span_listener(_compile_spans.record)
 
 def compile_seconds() -> float:
     """Return the time, in s, that this thread has spent on tracing and compiling so far."""
-    return sum(end - start for start, end in _compile_spans.spans)
+    return _compile_spans.waited_s + sum(end - start for start, end in _compile_spans.spans)
+
+
+def add_compile_seconds(seconds: float) -> None:
+    """Count a time, in s, for which this thread waited while another one compiled for it."""
+    _compile_spans.waited_s += seconds
 
 
 @functools.cache

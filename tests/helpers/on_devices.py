@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from imp_jax import connectivity, data, imp, masking, models, runs, training
+from imp_jax import connectivity, data, imp, masking, models, packing, runs, training
 from imp_jax.data import dataset
 from imp_jax.models.resnet import make_layers
 from imp_jax.runtime import devices
@@ -129,6 +129,24 @@ def run_with_kills(kills):
             return [jax.tree.map(np.asarray, checkpoints.restore(number)) for number in checkpoints.rounds()]
 
 
+def run_two_seeds(together):
+    """Run workdirs of two seeds, which have an empty slot in round 1; return the networks of all rounds."""
+    fields = {"replicates": 1, "rounds": 2, "instability.rounds": (1,), **mesh_fields((2, 1))}
+    configs = [make_tiny_config(seed=seed, **fields) for seed in (0, 1)]
+    with tempfile.TemporaryDirectory() as folder:
+        workdirs = [f"{folder}/{config.seed}" for config in configs]
+        if together:
+            assert packing.run_together(configs, workdirs, dataset=make_tiny_dataset()) == [None, None]
+        else:
+            for config, workdir in zip(configs, workdirs, strict=True):
+                runs.run(config, workdir, dataset=make_tiny_dataset())
+        networks = []
+        for workdir in workdirs:
+            with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+                networks += [jax.tree.map(np.asarray, checkpoints.restore(number)) for number in (0, 1)]
+        return networks
+
+
 def count_collectives(experiment):
     """Count the collective operations in the compiled programs of an epoch and of an evaluation."""
     spec, state = experiment.spec, imp.init_state(experiment)
@@ -216,6 +234,7 @@ def main():
         "resnet in parts": lambda: {mesh: run(resnet(mesh, **options)) for mesh in ((1, 1), (2, 2))},
         "collectives": lambda: {mesh: count_collectives(resnet(mesh)) for mesh in ((4, 1), (2, 2))},
         "resumed": lambda: {kills: run_with_kills(kills) for kills in (False, True)},
+        "packed": lambda: {together: run_two_seeds(together) for together in (False, True)},
         "memory": buffer_pointers,
         "programs": lambda: count_compilations(make_tiny_experiment(**mesh_fields((2, 2)))),
         "accumulated": lambda: compare_divided_batch(accumulate_steps=2),

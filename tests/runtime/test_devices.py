@@ -60,6 +60,13 @@ def test_resumed_round_with_empty_slots_has_the_same_bits(results):
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
 
 
+def test_runs_in_one_program_have_the_bits_of_single_runs(results):
+    """Two members on two devices, in round 1 three and an empty slot; together, four and eight slots."""
+    single, packed = (results["packed"][together] for together in (False, True))
+    assert [len(networks.mask["Dense_0"]["kernel"]) for networks in packed] == [2, 3, 2, 3]
+    jax.tree.map(np.testing.assert_array_equal, single, packed)
+
+
 def test_batch_norm_of_parts_is_the_same_on_any_mesh(results):
     one_device, four_devices = results["resnet in parts"].values()
     assert_same_rounds(one_device, four_devices)
