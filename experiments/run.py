@@ -27,7 +27,7 @@ from imp_jax import cli
 from imp_jax.errors import UserError, lookup, user_path
 
 LAUNCHERS = ("local", "slurm")
-MINIMA = {"gpus": 0, "cpus": 1, "timeout_min": 1}
+MINIMA = {"gpus": 0, "cpus": 1, "timeout_min": 1, "pack": 1}
 
 
 def main() -> None:
@@ -63,6 +63,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--launcher", default="local", help="local (one worker per GPU, or one on the CPU) or slurm"
     )
+    parser.add_argument(
+        "--pack",
+        type=int,
+        default=1,
+        help="local: number of runs that train in one program, if they differ only in seed, learning rate, "
+        "warm-up, weight decay or strength of repulsion (default: 1)",
+    )
     slurm = parser.add_argument_group("Slurm, for each job")
     slurm.add_argument("--partition")
     slurm.add_argument("--account")
@@ -85,6 +92,10 @@ def run_action(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, flag)
         if value is not None and value < minimum:
             raise UserError(f"--{flag} is {value}; it should be at least {minimum}")
+    if arguments.pack > 1 and (arguments.action != "run" or launcher != "local"):
+        raise UserError(
+            f"--pack is {arguments.pack}; it is for run with --launcher=local, so it should be left out"
+        )
     if arguments.action == "list":
         return commands.print_list(figures, scale)
     data_dir = arguments.data_dir
@@ -99,7 +110,7 @@ def run_action(arguments: argparse.Namespace) -> None:
     if arguments.action == "run" and launcher == "slurm":
         return commands.submit_to_slurm(runs, sweep, data_dir, make_slurm_options(arguments))
     if arguments.action == "run":
-        failed = commands.train_locally(runs, sweep, data_dir)
+        failed = commands.train_locally(runs, sweep, data_dir, arguments.pack)
     try:
         return commands.draw(figures, scale, sweep)
     finally:

@@ -105,10 +105,13 @@ def check_data(runs: Sequence[AnyRun], data_dir: str | None) -> None:
             data.prepared_builder(name, data_dir)
 
 
-def train_locally(all_runs: Sequence[AnyRun], sweep: Sweep, data_dir: str | None) -> int:
+def train_locally(all_runs: Sequence[AnyRun], sweep: Sweep, data_dir: str | None, pack: int = 1) -> int:
     """Train what is missing on this machine, and return the number of runs that failed.
 
     Also wait for the runs that another process is training, and train those that it leaves unfinished.
+
+    Args:
+      pack: see `launchers.train_locally`.
 
     Raises:
       UserError: a data set is not prepared.
@@ -118,7 +121,7 @@ def train_locally(all_runs: Sequence[AnyRun], sweep: Sweep, data_dir: str | None
     failed, tried = 0, set()
     runs = runs or _wait_for_other_processes(sweep, all_runs)
     while runs:
-        failed += launchers.train_locally(sweep, runs, data_dir, lambda line: print(line, flush=True))
+        failed += launchers.train_locally(sweep, runs, data_dir, lambda line: print(line, flush=True), pack)
         tried |= set(runs)
         runs = _wait_for_other_processes(sweep, [run for run in all_runs if run not in tried])
     return failed

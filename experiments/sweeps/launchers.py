@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from experiments.sweeps.runs import REPOSITORY, AnyRun
+from experiments.sweeps.runs import REPOSITORY, AnyRun, RunPack, pack_runs
 from experiments.sweeps.sweep import Sweep
 from imp_jax.errors import UserError, one_line
 from imp_jax.runtime.distributed import visible_gpus
@@ -30,11 +30,12 @@ SIGNAL_DELAY_S = 120  # a Slurm job is signalled this long before its time limit
 
 
 def start_training(
-    sweep: Sweep, run: AnyRun, data_dir: str | None, env: dict[str, str] | None = None
+    sweep: Sweep, run: AnyRun | RunPack, data_dir: str | None, env: dict[str, str] | None = None
 ) -> subprocess.Popen:
     """Start or resume a run in a process of its own, and write its command to the log."""
     sweep.logs.mkdir(parents=True, exist_ok=True)
-    sweep.log_path(run, "failed").unlink(missing_ok=True)
+    for one in (run, *run.runs):
+        sweep.log_path(one, "failed").unlink(missing_ok=True)
     command = run.command(sweep.workdir(run).absolute(), data_dir)
     with open(sweep.log_path(run), "a") as log:
         print(f"{PROMPT}{shlex.join(command)}", file=log, flush=True)
@@ -42,7 +43,7 @@ def start_training(
         return subprocess.Popen(command, cwd=REPOSITORY, env=env, **pipes)
 
 
-def note_failure(sweep: Sweep, run: AnyRun, status: int) -> str:
+def note_failure(sweep: Sweep, run: AnyRun | RunPack, status: int) -> str:
     """Write down why a run ended with exit status `status`, and return it."""
     lines = sweep.log_path(run).read_text(errors="replace").strip().splitlines()
     command_index = max(index for index, line in enumerate(lines) if line.startswith(PROMPT))
@@ -55,12 +56,16 @@ def note_failure(sweep: Sweep, run: AnyRun, status: int) -> str:
 
 
 def train_locally(
-    sweep: Sweep, runs: Sequence[AnyRun], data_dir: str | None, report: Callable[[str], None]
+    sweep: Sweep, runs: Sequence[AnyRun], data_dir: str | None, report: Callable[[str], None], pack: int = 1
 ) -> int:
     """Train `runs` on this machine, with one worker per GPU, or one on the CPU.
 
-    A branch starts after the runs that it needs have ended. A failed run is tried once more. The first signal
-    lets all trainings save their state and stop; a second one stops them at once.
+    A branch starts after the runs that it needs have ended. A failed run is tried once more, and the runs of a
+    failed pack one by one. The first signal lets all trainings save their state and stop; a second one stops
+    them at once.
+
+    Args:
+      pack: the number of runs, if they can train in one program, that a process trains.
 
     Returns: the number of runs that failed.
 
@@ -68,7 +73,7 @@ def train_locally(
       Interrupted: a signal arrived; all trainings have ended.
     """
     workers = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in visible_gpus(os.environ)] or [{}]  # idle ones
-    waiting, tries, training, failed = deque(runs), Counter(), {}, 0
+    waiting, tries, training, failed = deque(pack_runs(runs, pack)), Counter(), {}, 0
     with tempfile.TemporaryDirectory() as cache_dir, forward_signals(training) as received:
         cache = {  # programs that several runs need are compiled once
             "JAX_COMPILATION_CACHE_DIR": cache_dir,
@@ -82,12 +87,13 @@ def train_locally(
                 waiting.remove(run)
                 worker = workers.pop()
                 tries[run] += 1
-                sweep.log_path(run, "job").unlink(missing_ok=True)  # from an earlier submission to Slurm
+                for one in run.runs:
+                    sweep.log_path(one, "job").unlink(missing_ok=True)  # from an earlier submission to Slurm
                 process = start_training(sweep, run, data_dir, env=os.environ | cache | worker)
                 training[run] = process, worker, time.monotonic()
                 if received:  # after the check above: `forward_signals` did not know this process yet
                     process.send_signal(received[0])
-                report(f"started {run.name}")
+                report(f"started {run.name}" + _list_packed(run))
             time.sleep(POLL_S)
             for run, (process, worker, start) in list(training.items()):
                 if process.poll() is None:
@@ -102,20 +108,28 @@ def train_locally(
                     report(f"stopped {run.name} {duration}")
                 else:
                     why = note_failure(sweep, run, process.returncode)
-                    try_again = tries[run] < MAX_TRIES and not received
-                    report(f"failed  {run.name} {duration}, {why}{'; trying again' if try_again else ''}")
-                    if try_again:
-                        waiting.append(run)
-                    else:
-                        failed += 1
+                    again = []
+                    if isinstance(run, RunPack):
+                        states = sweep.read_states(run.runs)
+                        again = [one for one in run.runs if states[one].status != "done"]
+                    elif tries[run] < MAX_TRIES:
+                        again = [run]
+                    again = [] if received else again
+                    report(f"failed  {run.name} {duration}, {why}{'; trying again' if again else ''}")
+                    waiting.extend(again)
+                    failed += not again
     if received:
         raise Interrupted(received[0])
     return failed
 
 
+def _list_packed(run):
+    return f": {'; '.join(one.name for one in run.runs)}" if isinstance(run, RunPack) else ""
+
+
 def _find_ready(waiting, training):
     """Return the first waiting run for which nothing that it needs is still to be trained; None if none is."""
-    unfinished = {*waiting, *training}
+    unfinished = {run for job in (*waiting, *training) for run in job.runs}
     return next((run for run in waiting if not unfinished & set(run.needs)), None)
 
 

@@ -2,14 +2,17 @@
 
 import dataclasses
 import functools
+import hashlib
 import importlib
+import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from imp_jax import branch, config_files
+from imp_jax import branch, config_files, packing
 from imp_jax import config as configs
 
 REPOSITORY = Path(__file__).parents[2]
@@ -48,6 +51,11 @@ class Run:
     def folder(self) -> str:
         """The path of the run's workdir in the folder of the sweep."""
         return self.name
+
+    @property
+    def runs(self) -> tuple["Run", ...]:
+        """The runs that a process trains which is started for this one: only this one."""
+        return (self,)
 
     @property
     def rounds(self) -> int:
@@ -120,6 +128,11 @@ class Branch:
         return f"{self.trunk.folder}/branches/{self.label}"
 
     @property
+    def runs(self) -> tuple["Branch", ...]:
+        """The branches that a process trains which is started for this one: only this one."""
+        return (self,)
+
+    @property
     def rounds(self) -> int:
         """The number of rounds on whose masks it trains."""
         return len(self.numbers)
@@ -144,6 +157,38 @@ class Branch:
 
 
 AnyRun = Run | Branch
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPack:
+    """Runs that one process trains in one program (`imp_jax.packing`)."""
+
+    runs: tuple[Run, ...]
+    needs = ()  # the runs that must be finished first
+    folder = ""  # the process gets the folder of the sweep
+
+    @property
+    def name(self) -> str:
+        """The name in messages and of its log, such as `pack-1a2b3c4d`."""
+        names = "\n".join(run.name for run in self.runs)
+        return f"pack-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
+
+    def command(self, root: Path, data_dir: str | None = None) -> list[str]:
+        """Return the command that trains the runs in the folder `root`."""
+        runs = [json.dumps({"base": run.base, "overrides": dict(run.overrides)}) for run in self.runs]
+        data_dir_flag = [f"--data_dir={data_dir}"] if data_dir else []
+        return [sys.executable, "-m", "experiments.sweeps.pack", f"--root={root}", *data_dir_flag, *runs]
+
+
+def pack_runs(runs: Iterable[AnyRun], size: int) -> list[AnyRun | RunPack]:
+    """Pack runs that can train in one program, at most `size` at a time, in the order of the first of each."""
+    kinds: dict[Any, list[AnyRun]] = {}
+    for run in runs:
+        can_be_packed = isinstance(run, Run) and run.config.execution != "tune"
+        kind = str(packing.describe_kind(run.config)) if can_be_packed else run
+        kinds.setdefault(kind, []).append(run)
+    parts = [kind[i : i + size] for kind in kinds.values() for i in range(0, len(kind), size)]
+    return [part[0] if len(part) == 1 else RunPack(tuple(part)) for part in parts]
 
 
 def make_run(base: str, overrides: dict[str, Any]) -> Run:

@@ -7,7 +7,9 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
+import pandas as pd
 import pytest
 from absl import flags
 from filelock import FileLock
@@ -16,12 +18,13 @@ from ml_collections import config_flags
 from experiments import run as run_command
 from experiments.paper.catalogue import FIGURES, list_runs
 from experiments.paper.scales import MINI, PAPER, SCALES, SMOKE
-from experiments.sweeps import cost, launchers
-from experiments.sweeps.runs import Run, make_run
+from experiments.sweeps import cost, launchers, pack
+from experiments.sweeps.runs import Branch, Run, RunPack, make_run, pack_runs
 from experiments.sweeps.sweep import Sweep
 from imp_jax import __version__, config_files
 from imp_jax.errors import UserError
 from imp_jax.runtime.distributed import visible_gpus
+from imp_jax.runtime.signals import GracefulStop
 from imp_jax.workdir.checkpoints import versions
 from tests.helpers import ROOT
 from tests.helpers.tables import tables
@@ -308,3 +311,81 @@ def test_a_stopped_sweep_can_be_resumed(tmp_path, data_dir):
     assert "lacks" not in finished.stdout
     assert not sweep.log_path(plain, "failed").exists()
     assert versions(sweep.workdir(plain)) == {__version__}
+
+
+SMALL = {"rounds": 2, "epochs": 2, "replicates": 1, "model.width": 0.1, "instability.rounds": ()}
+
+
+def test_runs_that_differ_only_in_arguments_of_the_steps_are_packed():
+    rates = [make_run("mnist5k", SMALL | {"optimizer.learning_rate": rate}) for rate in (1e-3, 2e-3, 3e-3)]
+    decays = [make_run("mnist5k", SMALL | {"optimizer.weight_decay": decay}) for decay in (1e-4, 1e-3)]
+    repelled = make_run("mnist5k", SMALL | {"repulsion.strength": 2.0})
+    tuned = [make_run("mnist5k", SMALL | {"execution": "tune", "seed": seed}) for seed in (0, 1)]
+    other = make_run("mnist5k", SMALL | {"batch_size": 50})
+    runs = [rates[0], decays[0], repelled, *tuned, rates[1], decays[1], other, rates[2]]
+    packs = pack_runs(runs, 2)
+    assert [one.runs for one in packs] == [
+        (rates[0], rates[1]),
+        (rates[2],),
+        tuple(decays),
+        (repelled,),
+        *((run,) for run in tuned),
+        (other,),
+    ]
+    assert packs[1] == rates[2]
+    assert set(pack_runs(runs, 1)) == set(runs)
+    branch = next(run for run in ALL_RUNS if isinstance(run, Branch))
+    assert pack_runs([branch, branch.trunk], 2) == [branch, branch.trunk]
+    _, module, name, root, _, *texts = packs[0].command(Path("/runs"), "/data")
+    assert (module, name, root) == ("-m", "experiments.sweeps.pack", "--root=/runs")
+    assert tuple(map(pack.parse_run, texts)) == packs[0].runs
+
+
+def test_packed_runs_are_trained_and_analysed_as_single_ones(tmp_path, data_dir):
+    runs = [make_run("mnist5k", SMALL | {"optimizer.learning_rate": rate}) for rate in (1e-3, 2e-3)]
+    sweeps, lines = [Sweep(tmp_path / name) for name in ("packed", "single")], []
+    assert launchers.train_locally(sweeps[0], runs, data_dir, lines.append, pack=2) == 0
+    (packed,) = pack_runs(runs, 2)
+    assert lines[0] == f"started {packed.name}: {runs[0].name}; {runs[1].name}"
+    assert lines[1].startswith(f"done    {packed.name} after")
+    assert len(lines) == 2
+    assert {state.status for state in sweeps[0].read_states(runs).values()} == {"done"}
+    sweeps[0].check_configs_match(runs)
+    assert launchers.train_locally(sweeps[1], runs[1:], data_dir, lines.append) == 0
+    results = [pd.read_csv(s.workdir(runs[1]) / "results.csv").drop(columns="seconds") for s in sweeps]
+    pd.testing.assert_frame_equal(*results, rtol=1e-4)
+    assert (sweeps[0].workdir(runs[1]) / "config_file.py").read_text().count("get_config") == 1
+
+
+def test_the_runs_of_a_failed_pack_are_trained_one_by_one(tmp_path, monkeypatch):
+    fail = [sys.executable, "-c", "print('error: no memory'); raise SystemExit(1)"]
+    monkeypatch.setattr(RunPack, "command", lambda *_: fail)
+    monkeypatch.setattr(Run, "command", lambda *_: [sys.executable, "-c", ""])
+    runs, lines = [make_run("mnist5k", SMALL | {"seed": seed}) for seed in (0, 1)], []
+    assert launchers.train_locally(Sweep(tmp_path), runs, None, lines.append, pack=2) == 0
+    assert [line.split()[0] for line in lines] == ["started", "failed", "started", "done", "started", "done"]
+    assert "exit status 1: no memory; trying again" in lines[1]
+
+
+def test_a_run_of_a_pack_that_cannot_train_is_named(tmp_path, data_dir, capsys):
+    runs = [make_run("mnist5k", SMALL | {"seed": seed, "rounds": 1, "epochs": 1}) for seed in (0, 1)]
+    (tmp_path / runs[0].name).mkdir()
+    (tmp_path / runs[0].name / "config.json").write_text("{}")
+    errors = pack.train_runs(runs, Sweep(tmp_path), data_dir, GracefulStop())
+    assert errors[1] is None
+    assert pack.report_errors(runs, errors) == 1
+    assert capsys.readouterr().err.startswith(f"error: {runs[0].name}: ")
+    assert pack.report_errors(runs, [None, None]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("list", "--pack=2"), "--pack is 2; it is for run with --launcher=local"),
+        (("run", "--pack=2", "--launcher=slurm"), "--pack is 2; it is for run with --launcher=local"),
+        (("run", "--pack=0"), "--pack is 0; it should be at least 1"),
+    ],
+)
+def test_pack_is_refused_where_nothing_is_trained_here(arguments, sentence):
+    with pytest.raises(SystemExit, match=sentence):
+        run_experiments(*arguments, "--scale=smoke")
