@@ -5,6 +5,7 @@
     midi           rounds of configs/resnet8_scenes.py with all analyses, in turn with an earlier commit
     lenet          whole rounds of configs/mnist5k.py: training, evaluation, pruning, recording
     convolutions   the passes of the convolutions of ResNet-20 and Conv-4, in each form that a CPU has
+    sparse         the training steps of LeNet at each density: dense, compact, and of the surviving weights
     load           the training steps of LeNet and ResNet-8 alone, and beside one busy process per core
     forms          ResNet-20 with its members unrolled, vmapped, and vmapped with three forms of convolutions
     analysis       all analyses of a run of configs/mnist5k.py
@@ -43,6 +44,7 @@ from experiments.benchmarks import (
     repulsion,
     rounds,
     scaling,
+    sparse,
     steps,
     throughput,
 )
@@ -55,7 +57,19 @@ NETWORKS = ("conv4", "resnet8", "resnet20", "resnet50")
 STEPS = ("table", *NETWORKS)
 WHOLE_RUNS = ("analysis", "repulsion", "branch", "checkpoints", "throughput", "disk")
 SUBJECTS = (
-    *("table", "lenet", *NETWORKS, "midi", "convolutions", "load", "forms", "analysis", "repulsion", "branch"),
+    *(
+        "table",
+        "lenet",
+        *NETWORKS,
+        "midi",
+        "convolutions",
+        "sparse",
+        "load",
+        "forms",
+        "analysis",
+        "repulsion",
+        "branch",
+    ),
     *("checkpoints", "throughput", "scaling", "disk", "gpu-plan", "gpu"),
 )
 
@@ -69,7 +83,9 @@ class Option(NamedTuple):
 
 
 OPTIONS = {
-    "rounds": Option(("lenet", "midi", *WHOLE_RUNS), "rounds of a run (default: lenet 8, midi 2, others 25)"),
+    "rounds": Option(
+        ("lenet", "midi", "sparse", *WHOLE_RUNS), "rounds of a run (default: lenet 8, midi 2, others 25)"
+    ),
     "repeats": Option(
         tuple(subject for subject in SUBJECTS if subject not in ("lenet", "disk", "gpu-plan", "gpu")),
         "number of timings (default: 5; some subjects 2, 3 or 7)",
@@ -188,6 +204,8 @@ def run_subject(arguments: argparse.Namespace) -> None:
             scaling.benchmark_scaling(arguments.repeats or 3)
         case "convolutions":
             convolutions.benchmark_convolutions(arguments.batch_size or 128, arguments.repeats or 7)
+        case "sparse":
+            sparse.benchmark_sparse(run_rounds, arguments.repeats or 5)
         case "load":
             load.benchmark_load(options)
         case "forms":

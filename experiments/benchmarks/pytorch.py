@@ -1,4 +1,4 @@
-"""Import the eager PyTorch loops of `torch_reference` only if `--torch` asks for them."""
+"""Import the loops of `torch_reference` and `torch_peer` only if `--torch` asks for PyTorch."""
 
 from collections.abc import Callable
 
@@ -34,3 +34,13 @@ def make_torch_train_fns(network: str, steps: int, batch_size: int) -> dict[str,
         return train
 
     return {name: repeat(step) for name, step in step_fns.items()}
+
+
+def make_peer_train_fns(epochs: int) -> dict[str, tuple[Callable[[], None], int]]:
+    """Return the functions of `torch_peer`, which train as many LeNets as a run of configs/mnist5k.py.
+
+    PyTorch must be installed, see `make_torch_train_fns`.
+    """
+    from experiments.benchmarks import torch_peer
+
+    return torch_peer.make_peer_train_fns(epochs)

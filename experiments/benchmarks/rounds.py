@@ -2,8 +2,9 @@
 
 A round is timed as a user sees it, from the end of one to the end of the next: training, evaluation, pruning,
 checkpoint, results and figure. Recording runs concurrently with the next training, so the CPU time it takes
-from that training counts as training. With --torch, two eager PyTorch loops are timed between the rounds: one
-with the images in memory and one with a DataLoader.
+from that training counts as training. With --torch, PyTorch is timed between the rounds: two eager loops of one
+network, with the images in memory and with a DataLoader, and the two forms of `torch_peer`, which train as many
+networks as a round and neither evaluate, prune nor record.
 """
 
 import statistics
@@ -13,12 +14,13 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from experiments.benchmarks.pytorch import make_torch_train_fns
+from experiments.benchmarks.pytorch import make_peer_train_fns, make_torch_train_fns
 from experiments.benchmarks.tables import print_quantities
 from experiments.benchmarks.whole_runs import make_mnist5k_config
 from imp_jax import data, runs
 
 TORCH_STEPS = 200
+PEER_EPOCHS = 4
 
 
 def benchmark_rounds(timed_rounds: int, epochs: int | None, torch: bool) -> None:
@@ -27,14 +29,18 @@ def benchmark_rounds(timed_rounds: int, epochs: int | None, torch: bool) -> None
     examples = data.load(config.dataset.name, config.dataset.data_dir).train.examples
     members = len(config.arms) * config.replicates
     images = members * config.epochs * (examples // config.batch_size) * config.batch_size
-    torch_train_fns = make_torch_train_fns("lenet", TORCH_STEPS, config.batch_size) if torch else {}
+    torch_train_fns = {}  # by name: a function, and the images on which it trains
+    if torch:
+        eager = make_torch_train_fns("lenet", TORCH_STEPS, config.batch_size)
+        torch_train_fns = {name: (train, TORCH_STEPS * config.batch_size) for name, train in eager.items()}
+        torch_train_fns |= make_peer_train_fns(PEER_EPOCHS)
     torch_rates = {name: [] for name in torch_train_fns}
 
     def time_torch():
-        for name, train in torch_train_fns.items():
+        for name, (train, trained_images) in torch_train_fns.items():
             start = time.perf_counter()
             train()
-            torch_rates[name].append(TORCH_STEPS * config.batch_size / (time.perf_counter() - start))
+            torch_rates[name].append(trained_images / (time.perf_counter() - start))
 
     with tempfile.TemporaryDirectory() as workdir:
         spans, trainings = time_rounds(config, workdir, between=time_torch)
@@ -55,7 +61,7 @@ def benchmark_rounds(timed_rounds: int, epochs: int | None, torch: bool) -> None
         }
         | {f"images/s of {name}": (values[2:], "{:,.0f}") for name, values in torch_rates.items()}
         | {
-            f"whole round × {name}": ([a / b for a, b in zip(rates, values[2:], strict=True)], "{:.1f}")
+            f"whole round × {name}": ([a / b for a, b in zip(rates, values[2:], strict=True)], "{:.2f}")
             for name, values in torch_rates.items()
         },
     )

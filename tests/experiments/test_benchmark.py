@@ -22,6 +22,7 @@ from experiments.benchmarks import (
     patches,
     pytorch,
     round_worker,
+    sparse,
     steps,
     steps_table,
     throughput,
@@ -309,3 +310,39 @@ def test_the_benchmark_of_a_branch_prints_both_speeds(run_benchmark):
     assert "6 members of a run and 12 of a branch" in out
     for quantity in ("images/s, all members, run", "images/s, all members, branch", "branch × run"):
         assert quantity in out
+
+
+def test_the_forms_of_sparse_networks_train_the_same_weights(monkeypatch):
+    """Units that one member has lost are padding in another; a lost unit keeps its weights."""
+    monkeypatch.setattr(sparse, "STEPS", 5)
+    rng = np.random.default_rng(0)
+    sizes = {"Dense_0": (20, 9), "Dense_1": (9, 7), "Dense_2": (7, 3)}
+    params = {
+        name: {"kernel": rng.normal(size=(2, *s)).astype(np.float32), "bias": np.ones((2, s[1]), np.float32)}
+        for name, s in sizes.items()
+    }
+    masks = jax.tree.map(lambda leaf: np.ones(leaf.shape, bool), params)
+    for name, size in sizes.items():
+        masks[name]["kernel"] = rng.random((2, *size)) < 0.4
+    masks["Dense_2"]["kernel"][0, 2] = False  # a unit of the second hidden layer, in the first member
+    masks["Dense_0"]["kernel"][1, :4] = False
+    live = [sparse.list_live_units(sparse.take(masks, m)) for m in range(2)]
+    assert 2 not in live[0][2]
+    assert not set(range(4)) & set(live[1][0])
+    images, labels = rng.random((50, 20), np.float32), rng.integers(0, 3, 50)
+    dense, compact, surviving = (
+        sparse.make_train_fn(form, params, masks, images, labels, batch_size=8)()
+        for form in sparse.FORMS.values()
+    )
+    for m in range(2):
+        units = [*live[m], np.arange(3)]
+        for name, rows, columns in zip(sparse.LAYERS, units[:-1], units[1:], strict=True):
+            trained, mask = np.asarray(dense[name]["kernel"][m]), masks[name]["kernel"][m]
+            part = np.asarray(compact[name]["kernel"][m])[: len(rows), : len(columns)]
+            np.testing.assert_allclose(
+                part * mask[np.ix_(rows, columns)], (trained * mask)[np.ix_(rows, columns)], atol=1e-5
+            )
+            values = np.asarray(surviving[name]["kernel"][m])[: mask.sum()]
+            np.testing.assert_allclose(values, trained.T[mask.T], atol=1e-5)
+        lost = np.asarray(dense["Dense_1"]["kernel"][0][:, 2])
+    np.testing.assert_array_equal(lost, (params["Dense_1"]["kernel"] * masks["Dense_1"]["kernel"])[0][:, 2])
