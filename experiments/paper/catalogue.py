@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from types import ModuleType
 
-from experiments.literature import at_initialisation, controls, effort, signs, transfer
+from experiments.literature import at_initialisation, controls, effort, precision, signs, transfer
 from experiments.paper import (
     claims_report,
     distances,
@@ -22,7 +22,7 @@ from imp_jax.errors import lookup
 
 # each module has a tuple FIGURES
 PAPER = (stabilisation, weight_decay, repellent, distances, paths, networks, one_shot, claims_report)
-LITERATURE = (controls, at_initialisation, signs, transfer, effort)
+LITERATURE = (controls, at_initialisation, signs, transfer, effort, precision)
 GROUPS = (*PAPER, *LITERATURE)
 TABLES = ("table1", "tablec", "claims")  # follow the figures, in this order
 

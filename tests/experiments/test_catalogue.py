@@ -21,6 +21,7 @@ def test_every_figure_of_every_group_is_in_the_catalogue():
     assert list(catalogue.FIGURES) == [
         *(f"fig{n}" for n in range(1, 24)),
         *("table1", "tablec", "claims", "controls", "at_initialisation", "signs", "transfer", "effort"),
+        "bfloat16",
     ]
 
 
