@@ -108,7 +108,7 @@ OPTIONS = {
     "execution": Option((*STEPS, "load"), "as config.execution", {}),
     "torch": Option(
         ("table", *pytorch.TORCH_NETWORKS),
-        "time eager PyTorch too, on the CPU, in turn",
+        "time PyTorch too, on the CPU, in turn: eager, and for lenet also compiled and written out",
         {"action": "store_true"},
     ),
     "out": Option((*STEPS, "gpu-plan", "gpu"), "write the table as JSON", {"metavar": "FILE"}),

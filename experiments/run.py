@@ -68,7 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=int,
         default=1,
         help="local: number of runs that train in one program, if they differ only in seed, learning rate, "
-        "warm-up, weight decay or strength of repulsion (default: 1)",
+        "warm-up, weight decay or strength of repulsion, the last two not 0 in some of them (default: 1)",
     )
     slurm = parser.add_argument_group("Slurm, for each job")
     slurm.add_argument("--partition")

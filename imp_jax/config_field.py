@@ -42,7 +42,7 @@ class Field:
 
 
 def at_least(minimum, *, or_none=False):
-    """Return the arguments of a field whose values are at least `minimum`, or integers and None."""
+    """Return the arguments of a field whose values are at least `minimum`; with `or_none`, integers or None."""
     words = f"at least {minimum}" + ", or None" * or_none
     types = {"types": (int, type(None))} if or_none else {}
     return {"check": lambda value: value is None or value >= minimum, "words": words, **types}

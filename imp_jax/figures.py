@@ -4,11 +4,13 @@ This module does not import JAX. Figures always have matplotlib's default style,
 or style sheet says. The functions `draw_…` draw one panel of a figure into given axes.
 """
 
+import contextlib
 import functools
 import io
 import itertools
 import math
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import matplotlib.figure
@@ -45,11 +47,21 @@ METRICS = {"angular": "Angle (2∠/π)", "cosine": "Cosine distance", "euclidean
 DENSITY_TICKS = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
 
 
+_style_lock = threading.RLock()
+
+
+@contextlib.contextmanager
+def _default_style() -> Iterator[None]:
+    """Set matplotlib's default style, which belongs to the process: one thread at a time."""
+    with _style_lock, matplotlib.style.context("default"):
+        yield
+
+
 class Figure(matplotlib.figure.Figure):
     """A figure that a notebook displays without pyplot."""
 
     def draw(self, renderer: Any) -> None:
-        with matplotlib.style.context("default"):  # matplotlib makes ticks when it draws them
+        with _default_style():  # matplotlib makes ticks when it draws them
             super().draw(renderer)
 
     def _repr_png_(self) -> bytes:  # called by IPython
@@ -61,7 +73,7 @@ def use_default_style(function: Callable[..., Figure]) -> Callable[..., Figure]:
 
     @functools.wraps(function)
     def draw(*args, **kwargs):
-        with matplotlib.style.context("default"):
+        with _default_style():
             return function(*args, **kwargs)
 
     return draw
@@ -326,7 +338,7 @@ def to_bytes(figure: matplotlib.figure.Figure, file_format: str = "png", dpi: in
     buffer = io.BytesIO()
     # no date, so that the same figure gives the same file
     metadata = {"CreationDate": None} if file_format == "pdf" else None
-    with matplotlib.style.context("default"):
+    with _default_style():
         figure.savefig(buffer, format=file_format, dpi=dpi, metadata=metadata)
     return buffer.getvalue()
 

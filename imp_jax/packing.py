@@ -10,8 +10,9 @@ import contextlib
 import dataclasses
 import functools
 import os
+import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,8 +21,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from imp_jax import data, masking, repulsion, runs, training
-from imp_jax.config import flatten
+from imp_jax.config import flatten, validate
 from imp_jax.errors import UserError
+from imp_jax.experiment import setup
 from imp_jax.runtime import compilation, devices
 from imp_jax.runtime.signals import GracefulStop, Stopped
 
@@ -55,7 +57,7 @@ class _Call:
         states, masks, batches, first_step, learning_rates, optima, keys = self.arguments
         leaves, structure = jax.tree.flatten((states, masks, keys))
         shapes = (*((leaf.shape[1:], str(leaf.dtype)) for leaf in leaves), optima is None)
-        # the other differences of the specs are those of optimizers, which `train` is told
+        # the optimizers differ only in their weight decays, which `Pack` receives
         spec = self.spec._replace(optimizer=None, repulsion_strength=0.0)
         return structure, shapes, type(batches), first_step, len(learning_rates), len(self.splits), spec
 
@@ -63,12 +65,16 @@ class _Call:
 class Pack:
     """Runs that train together. Threads may call its methods concurrently."""
 
-    def __init__(self, weight_decays: Sequence[float]):
-        """Make a pack of as many runs as there are weight decays, those of their optimizers.
+    def __init__(self, weight_decays: Sequence[float], stop: GracefulStop):
+        """Make a pack with one run for each weight decay, that of its optimizer.
 
         The optimizers of all runs must be equal otherwise, and all must train on one data set in memory.
+
+        Args:
+          stop: the handler of signals of all runs.
         """
-        self._weight_decays = weight_decays
+        self._weight_decays, self._stop = weight_decays, stop
+        self.requested = 0  # `stop.requested` when the last steps ended, the same for all runs
         self._condition = threading.Condition()
         self._active = set(range(len(weight_decays)))
         self._calls: list[_Call] = []
@@ -77,13 +83,13 @@ class Pack:
     def train(self, run: int, *arguments: Any, splits: Sequence[Any] = (), spec: training.TrainSpec) -> tuple:
         """Train as `training.train_and_evaluate` does, together with the other runs.
 
-        Runs at another step of a training, or whose arrays have other shapes, are trained by themselves.
+        Runs at another step of an epoch, or whose arrays have other shapes, are trained by themselves.
 
         Args:
           run: the index of the run.
         """
         call = _Call(run, arguments, splits, spec)
-        hash(call.kind)  # here, where an error ends this run only
+        _ = call.kind  # here, where an error ends this run only
         with self._condition:
             self._calls.append(call)
             self._train_if_complete()
@@ -108,17 +114,16 @@ class Pack:
         if not self._calls or {call.run for call in self._calls} != self._active:
             return
         waiting, self._calls = sorted(self._calls, key=lambda call: call.run), []
-        groups: dict[Any, list[_Call]] = {}
-        for call in waiting:
-            groups.setdefault(call.kind, []).append(call)
         compiled = compilation.compile_seconds()
-        for calls in groups.values():
+        while left := [call for call in waiting if not call.is_done]:
+            calls = [call for call in left if call is left[0] or call.kind == left[0].kind]
             try:
                 for call, result in zip(calls, self._train_together(calls), strict=True):
                     call.result = result
             except BaseException as error:  # belongs to the threads that called, not to this one
                 for call in calls:
                     call.error = error
+        self.requested = self._stop.requested
         compile_s = compilation.compile_seconds() - compiled
         for call in waiting:
             if call.thread != threading.get_ident():
@@ -178,11 +183,14 @@ class Pack:
 
 
 class _StopOfRun:
-    """The methods of `GracefulStop` that a run calls, for runs in several threads, which stop together."""
+    """The methods of `GracefulStop` that a run calls, for runs in several threads, which stop at one step."""
 
-    def __init__(self, stop: GracefulStop):
-        self.signal_on_any_process, self.stopped = stop.signal_on_any_process, stop.stopped
-        self._stop = stop
+    def __init__(self, stop: GracefulStop, pack: Pack):
+        self._stop, self._pack, self.stopped = stop, pack, stop.stopped
+
+    def signal_on_any_process(self, global_max: Callable[[int], int]) -> int:
+        del global_max  # there is one process
+        return self._pack.requested
 
     @contextlib.contextmanager
     def defer_signals(self):
@@ -203,7 +211,8 @@ def run_together(
     """Train runs in one program, each as `runs.run` trains it alone.
 
     Args:
-      configs: they may differ in the fields of `FIELDS` only.
+      configs: they may differ only in `FIELDS`; weight decays and strengths of repulsion must be all 0, or all
+        different from 0.
       workdirs, config_files: of the runs, see `runs.run`.
       stop, analyses: see `runs.run`.
       dataset: of all runs; None loads it once.
@@ -211,9 +220,16 @@ def run_together(
     Returns: the exception that ended each run; None if it is finished.
 
     Raises:
-      UserError: the configs differ in other fields, or the data set is streamed.
+      UserError: the configs are wrong or differ in other fields, the data set is streamed, or several processes
+        train together.
+      KeyboardInterrupt: after all runs have saved their state, if `stop` does not handle signals.
     """
+    if jax.process_count() > 1:
+        raise UserError("several processes train together; runs in one program should have one process")
     check_fields(configs)
+    if analyses:
+        for config in configs:
+            analyses.check_requests(config.analysis.also)
     first = configs[0]
     if dataset is None:
         options = {"augmentation": first.dataset.augmentation, "image_side": first.dataset.image_side}
@@ -225,17 +241,19 @@ def run_together(
             f"dataset.name is {first.dataset.name!r}, which is streamed; runs that train together should have "
             f"a data set in memory"
         )
-    stop, pack = stop or GracefulStop(), Pack([config.optimizer.weight_decay for config in configs])
+    setup(first, dataset)  # stores the statistics of the images and tests the kernels, once
+    stop = stop or GracefulStop()
+    pack = Pack([config.optimizer.weight_decay for config in configs], stop)
     errors: list[BaseException | None] = [None] * len(configs)
 
-    def train(run):
+    def train(run, workdir, config_file):
         with pack.leave_at_exit(run):
             try:
                 runs.run(
                     configs[run],
-                    workdirs[run],
-                    _StopOfRun(stop),
-                    config_files and config_files[run],
+                    workdir,
+                    _StopOfRun(stop, pack),
+                    config_file,
                     dataset=dataset,
                     analyses=analyses,
                     train_fn=functools.partial(pack.train, run),
@@ -243,33 +261,54 @@ def run_together(
             except BaseException as error:  # the other runs go on
                 errors[run] = error
 
-    threads = [threading.Thread(target=train, args=[run]) for run in range(len(configs))]
+    each = zip(range(len(configs)), workdirs, config_files or [None] * len(configs), strict=True)
+    threads = [threading.Thread(target=train, args=arguments) for arguments in each]
     with contextlib.suppress(Stopped), stop.defer_signals():
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        try:
+            _join(threads)
+        except KeyboardInterrupt:
+            stop.requested = signal.SIGINT
+            _join(threads)
+            raise
     return errors
 
 
+def _join(threads):
+    for thread in threads:
+        thread.join()
+
+
 def check_fields(configs: Sequence[ConfigDict]) -> None:
-    """Raise a `UserError` unless the configs differ only in values that are arguments of the compiled steps."""
+    """Raise a `UserError` unless the configs are valid and differ only in `FIELDS`."""
+    if not configs:
+        raise UserError("there are no configs; there should be one for each run")
+    for config in configs:
+        validate(config)
     first, *others = map(describe_kind, configs)
-    for other in others:
+    for i, other in enumerate(others, start=1):
         for name, value in other.items():
-            if value != first[name]:
+            if value == first[name]:
+                continue
+            if name in FIELDS:
+                one, another = (flatten(configs[j])[name] for j in (0, i))
                 raise UserError(
-                    f"{name} is {value!r} in one run and {first[name]!r} in another; runs that train together "
-                    f"should differ only in {', '.join(FIELDS)}"
+                    f"{name} is {one:g} in one run and {another:g} in another; in runs that train together it "
+                    f"should be 0 in all or in none"
                 )
+            raise UserError(
+                f"{name} is {first[name]!r} in one run and {value!r} in another; runs that train together "
+                f"should differ only in {', '.join(FIELDS)}"
+            )
     if first["execution"] == "tune":
         raise UserError("execution is 'tune'; runs that train together should have auto or the name of a mode")
 
 
 def describe_kind(config: ConfigDict) -> dict[str, Any]:
-    """Return what the configs of runs that train together have in common: of `FIELDS`, what is 0."""
+    """Return what must be equal in runs that train together: other fields, and whether some are 0."""
     values = flatten(config)
-    is_zero = {f"{name} == 0": values[name] == 0 for name in ("optimizer.weight_decay", "repulsion.strength")}
+    is_zero = {name: values[name] == 0 for name in ("optimizer.weight_decay", "repulsion.strength")}
     return {name: value for name, value in values.items() if name not in FIELDS} | is_zero
 
 

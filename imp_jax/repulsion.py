@@ -24,6 +24,9 @@ _STORE_SIZE_IN_P = 1.7
 _SCATTER_HINTS = {"indices_are_sorted": True, "unique_indices": True}
 
 
+Strength = float | Float[Array, ""]  # λ_r
+
+
 class GrownMaskError(ValueError):
     """A mask keeps a weight that the mask of the round before pruned: its earlier values are not stored."""
 
@@ -218,7 +221,7 @@ def next_store_shape(
     return min(max_optima, rows if rows >= count else -(-5 * count // 4)), *needed
 
 
-def add_gradient(gradients: Params, params: Params, optima: Optima, strength: float) -> Params:
+def add_gradient(gradients: Params, params: Params, optima: Optima, strength: Strength) -> Params:
     """Add the gradient of J_r at θ⊙m = `params` to `gradients`; it is zero on pruned weights."""
     d_survivors = jax.grad(survivor_loss)(gather_survivors(params, optima), optima, strength)
 
@@ -249,7 +252,7 @@ def gather_survivors(params: Params, optima: Optima) -> dict[str, Float[Array, "
 
 
 def survivor_loss(
-    survivors: dict[str, Float[Array, " slots"]], optima: Optima, strength: float
+    survivors: dict[str, Float[Array, " slots"]], optima: Optima, strength: Strength
 ) -> Float[Array, ""]:
     """Compute J_r of the surviving weights, like `repulsion_loss`."""
     return strength / optima.count * (cosines(survivors, optima) ** 2).sum()

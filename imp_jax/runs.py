@@ -211,8 +211,6 @@ def run(
     distributed.check_same_everywhere(configs.describe_for_processes(config))
     with distributed.raise_on_all_processes():
         experiment = setup(config, dataset)
-    if config.execution == "tune" and not has_execution(workdir):
-        experiment = tune_execution(experiment)
     experiment = agree_on_execution(restore_execution(experiment, workdir))
     with Recorder(experiment, config, workdir, config_file, analyses) as recorder:
         first = recorder.finished[-1] + 1 if recorder.finished else 0
@@ -221,6 +219,8 @@ def run(
             print(f"{workdir} is finished: all {first} rounds are trained, nothing to do")
         else:
             with distributed.raise_on_all_processes():
+                if config.execution == "tune" and not has_execution(workdir):
+                    experiment = tune_execution(experiment)
                 state = resume(experiment, recorder.checkpoints, recorder.rows) if first else None
             state = state or init_state(experiment)
             progress = recorder.saved_progress(

@@ -240,10 +240,10 @@ def train_and_evaluate(
 
     Args:
       batches: of this epoch, from `Split.training_epochs`.
-      learning_rates: of all members; with `settings`, of each.
+      learning_rates: of each step, for all members; with `settings`, one column per member.
       optima: Θ, the earlier optima of J_r; None if there are none.
       keys: of this epoch, for `spec.rng_streams`; None if there are none.
-      settings: of the members, if they differ; None: those of the spec.
+      settings: values for each member, None: those of the spec. Weight decays need an optimizer with one.
     """
     jitted, options = programs(spec.execution.unroll), (optima, keys, settings)
     if spec.execution.scan and batches.scannable:

@@ -6,17 +6,18 @@ import json
 from pathlib import Path
 
 import jax
+from filelock import FileLock, Timeout
 
-from imp_jax import __version__, imp
+from imp_jax import __version__, imp, models
 from imp_jax.errors import UserError
 from imp_jax.experiment import Experiment
-from imp_jax.runtime import devices
+from imp_jax.runtime import compilation, devices
 from imp_jax.runtime.execution import ExecutionMode
-from imp_jax.workdir.execution import describe_execution
 from imp_jax.workdir.files import write_atomically
 
 STEPS = 20  # of a timing
 REPEATS = 3  # timings, after one that compiles
+_LOCK_TIMEOUT_S = 10
 
 
 def tune_execution(experiment: Experiment) -> Experiment:
@@ -26,22 +27,24 @@ def tune_execution(experiment: Experiment) -> Experiment:
     programs, and serve every later experiment of the same network, members and batches on such a device.
 
     Raises:
-      UserError: several processes train together, which could choose differently.
+      UserError: several processes train together, which could choose differently; or the data set is streamed.
     """
+    reason = None
     if jax.process_count() > 1:
-        raise UserError(
-            "execution is 'tune'; several processes train together, which could choose different modes, so it "
-            "should be auto or the name of a mode"
-        )
-    stored = _read_times()
+        reason = "several processes train together, which could choose different modes"
+    if not experiment.dataset.train.in_memory:
+        reason = f"the images of {experiment.name} are streamed, so that the times are those of decoding"
+    if reason:
+        raise UserError(f"execution is 'tune'; {reason}, and it should be auto or the name of a mode")
     key = _describe_setting(experiment)
-    times = stored.get(key)
+    times = _read_times().get(key)
     if times is None:
         times = [[list(mode), time_mode(experiment, mode)] for mode in list_modes(experiment.spec.execution)]
-        _write_times(stored | {key: times})
-    fastest = ExecutionMode(*min(times, key=lambda mode_and_s: mode_and_s[1])[0])
-    steps = "; ".join(f"{_describe(ExecutionMode(*mode))} {1e3 * s:.3g} ms" for mode, s in times)
-    print(f"execution tune: a step takes {steps}")
+        _store_times(key, times)
+    seconds = {ExecutionMode(*mode): s for mode, s in times}
+    fastest = min(seconds, key=seconds.__getitem__)
+    steps = ", ".join(f"{_name(mode)} {1e3 * s:,.2f}" for mode, s in seconds.items())
+    print(f"milliseconds per step: {steps}; {_name(fastest)} is used")
     return experiment._replace(spec=experiment.spec._replace(execution=fastest))
 
 
@@ -75,22 +78,26 @@ def time_mode(experiment: Experiment, mode: ExecutionMode) -> float:
     return min(seconds[1:]) / rates.size
 
 
-def _describe(mode):
-    return describe_execution(mode) or f"execution {mode.mode}"
+def _name(mode):
+    return "grouped" if mode.convolutions == "grouped" else mode.mode
 
 
 def _describe_setting(experiment):
     """Return a digest of all that the times of steps depend on."""
     spec, mesh = experiment.spec, experiment.spec.mesh
+    image_shape = experiment.dataset.train.image_shape
+    # the state shows which optimizer it is; the object has no description
+    opt_state = jax.eval_shape(spec.optimizer.init, models.shapes(spec.model, image_shape)["params"])
     setting = (
         spec.model,
-        experiment.dataset.train.image_shape,
+        image_shape,
+        jax.tree.structure(opt_state),
         len(experiment.members),
         (spec.batch_size, spec.accumulate_steps, spec.norm_parts, spec.augmentation),
         (bool(spec.repulsion_strength), spec.matmul_precision),
         list_modes(spec.execution),
         mesh and dict(mesh.shape),
-        (jax.devices()[0].device_kind, devices.available_cores()),
+        (jax.devices()[0].device_kind, devices.available_cores(), compilation.describe_processor()),
         (jax.__version__, __version__),
     )
     return hashlib.sha256(repr(setting).encode()).hexdigest()
@@ -109,7 +116,8 @@ def _read_times():
     return {}
 
 
-def _write_times(times):
-    with contextlib.suppress(OSError):  # a read-only folder
+def _store_times(key, times):
+    with contextlib.suppress(OSError, Timeout):  # a read-only folder, or one without locks
         if path := _times_file():
-            write_atomically(path, json.dumps(times, indent=2) + "\n")
+            with FileLock(f"{path}.lock", timeout=_LOCK_TIMEOUT_S):  # another process may store its own
+                write_atomically(path, json.dumps(_read_times() | {key: times}, indent=2) + "\n")

@@ -2,10 +2,12 @@
 
 import contextlib
 
+import jax
 import pandas as pd
 import pytest
 
-from imp_jax import packing, runs, training
+from imp_jax import analysis, packing, runs, training
+from imp_jax.divergence import DivergedError
 from imp_jax.errors import UserError
 from imp_jax.runtime import compilation
 from imp_jax.runtime.signals import GracefulStop, Stopped
@@ -166,14 +168,81 @@ def test_the_time_of_compilation_is_that_of_every_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("different", "sentence"),
     [
-        ({"epochs": 3}, "epochs is 3 in one run and 2 in another; .* should differ only in seed, optimizer"),
-        ({"repulsion.strength": 2.0}, "repulsion.strength == 0 is False in one run and True in another"),
-        ({"optimizer.weight_decay": 0.0}, "optimizer.weight_decay == 0 is True"),
-        ({"execution": "tune"}, "execution is 'tune'"),
+        ({"epochs": 3}, "epochs is 2 in one run and 3 in another; .* should differ only in seed, optimizer"),
+        ({"repulsion.strength": 2.0}, "strength is 0 in one run and 2 in another; .* should be 0 in all or in"),
+        ({"optimizer.weight_decay": 0.0}, "optimizer.weight_decay is 0.001 in one run and 0 in another"),
+        ({"execution": "tune"}, "execution is 'auto' in one run and 'tune' in another"),
+        ({"optimizer.learning_rate": -1.0}, "optimizer.learning_rate is -1.0; it should be above 0"),
     ],
 )
 def test_runs_that_differ_in_more_are_refused(tmp_path, different, sentence):
     configs = [make_tiny_config(**DIFFERENT[0]), make_tiny_config(**(DIFFERENT[1] | different))]
     with pytest.raises(UserError, match=sentence):
         train_together(configs, tmp_path)
+    with pytest.raises(UserError, match="there are no configs"):
+        train_together([], tmp_path)
+    tuned = [make_tiny_config(**different, execution="tune") for different in DIFFERENT]
+    with pytest.raises(UserError, match="execution is 'tune'; runs that train together should have auto"):
+        train_together(tuned, tmp_path)
+    requested = [make_tiny_config(**different, **{"analysis.also": ("absent",)}) for different in DIFFERENT]
+    with pytest.raises(UserError, match=r"analysis.also is \('absent',\)"):
+        train_together(requested, tmp_path, analyses=analysis)
     assert not list(tmp_path.iterdir())
+
+
+def test_several_processes_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="several processes train together"):
+        train_together(make_configs(2), tmp_path)
+
+
+def test_a_run_that_diverges_does_not_change_the_other(tmp_path):
+    """All its members diverge; it ends, and the other run trains on alone."""
+    diverging = make_tiny_config(**(DIFFERENT[0] | {"optimizer.learning_rate": 1e30, "on_divergence": "drop"}))
+    good = make_tiny_config(**DIFFERENT[1], on_divergence="drop")
+    packed, errors = train_together([diverging, good], tmp_path / "packed")
+    assert isinstance(errors[0], DivergedError)
+    assert errors[1] is None
+    (single,) = train_alone([good], tmp_path / "single")
+    assert_workdirs_equal(packed[1], single)
+
+
+def test_a_signal_between_the_checks_of_two_runs_stops_both_at_one_step(tmp_path, monkeypatch):
+    """A signal counts from the end of the next steps on, so that no run trains on without the others."""
+    stop, members, train = GracefulStop(), [], training.train_and_evaluate
+
+    def record(states, *arguments, **options):
+        result = train(states, *arguments, **options)
+        members.append(result[1].loss.shape[1])
+        return result
+
+    def signal_between(end):
+        stop.requested = 15 if end.round == 0 else 0
+
+    monkeypatch.setattr(training, "train_and_evaluate", record)
+    original = runs.run
+
+    def run(*arguments, **options):
+        original(*arguments, **options, on_epoch=[signal_between])  # after the check of its run
+
+    monkeypatch.setattr(runs, "run", run)
+    _, errors = train_together(make_configs(2), tmp_path, stop=stop)
+    assert all(isinstance(error, Stopped) for error in errors)
+    assert members == [8, 8]
+
+
+def test_an_interrupt_without_a_handler_stops_all_runs(tmp_path, monkeypatch):
+    """As Ctrl-C does in a notebook."""
+    join, calls = packing._join, []
+
+    def interrupt(threads):
+        calls.append(threads)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        join(threads)
+
+    monkeypatch.setattr(packing, "_join", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train_together(make_configs(2), tmp_path)
+    assert len(calls) == 2
+    assert not any(thread.is_alive() for thread in calls[0])

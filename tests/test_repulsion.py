@@ -442,3 +442,39 @@ def test_rounds_with_one_store_shape_share_a_program(tiny_experiment):
     shapes = {None, *(optima.shape for optima in stores)}
     assert len(shapes) <= 8
     assert training.programs(False).scan_steps._cache_size() == len(shapes)
+
+
+def test_joined_stores_give_each_member_its_own_loss_and_gradient():
+    """One store has a slot for each weight of a leaf, the other fewer slots and rows."""
+    rng = np.random.default_rng(3)
+    shapes = {"a": {"kernel": (2, 4, 3)}, "b": {"kernel": (2, 3, 5)}}
+
+    def draw():
+        return jax.tree.map(
+            lambda s: rng.normal(size=s).astype(np.float32), shapes, is_leaf=lambda s: type(s) is tuple
+        )
+
+    def make_store(density, rounds):
+        masks = jax.tree.map(lambda leaf: rng.random(leaf.shape) < density, draw())
+        masks["a"]["kernel"] |= density > 0.5  # a dense leaf
+        store = None
+        for _ in range(rounds):
+            trained = jax.tree.map(np.multiply, draw(), masks)
+            store = repulsion.add_optimum(store, trained, masks, max_optima=rounds)
+        return store, jax.tree.map(np.multiply, draw(), masks)
+
+    stores, params = zip(make_store(0.9, 3), make_store(0.3, 2), strict=True)
+    assert stores[0].positions["a/kernel"].shape[1] == 12 > stores[1].positions["a/kernel"].shape[1]
+    joined = repulsion.join_members(stores, {"a/kernel": 12, "b/kernel": 15})
+    for positions in jax.tree.leaves(joined.positions):
+        assert (np.diff(np.asarray(positions)) > 0).all()  # as scatter and gather are told
+
+    def compute(params, optima):
+        loss = repulsion.survivor_loss(repulsion.gather_survivors(params, optima), optima, 2.0)
+        return loss, repulsion.add_gradient(jax.tree.map(jnp.zeros_like, params), params, optima, 2.0)
+
+    expected = [jax.vmap(compute)(*each) for each in zip(params, stores, strict=True)]
+    expected = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *expected)
+    actual = jax.vmap(compute)(jax.tree.map(lambda *leaves: np.concatenate(leaves), *params), joined)
+    assert np.abs(expected[0]).min() > 1e-3
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), actual, expected)

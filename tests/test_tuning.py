@@ -1,6 +1,7 @@
 """`execution=tune`: the modes that are timed, the choice, and where it is kept."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -53,7 +54,7 @@ def test_the_fastest_mode_is_used_stored_and_kept(tmp_path, time_by_table, capsy
     assert train(tmp_path / "a", rounds=1) == (True, True, "flax")
     assert timed == [(True, False, "flax"), (True, True, "flax")]
     out = capsys.readouterr().out
-    assert "execution tune: a step takes execution scan_vmap 2e+03 ms; execution scan_unroll 1e+03 ms" in out
+    assert "milliseconds per step: scan_vmap 2,000.00, scan_unroll 1,000.00; scan_unroll is used" in out
     set_seconds(3.0)
     assert train(tmp_path / "b", rounds=1) == (True, True, "flax")  # the same setting: not timed again
     assert len(timed) == 2
@@ -69,12 +70,26 @@ def test_results_are_those_of_the_mode_and_times_are_of_a_step(tmp_path, capsys)
         return [row.rsplit(",", 1)[0] for row in (workdir / "results.csv").read_text().splitlines()]
 
     mode = train(tmp_path / "tuned", rounds=2)
-    assert 0 < float(capsys.readouterr().out.split("scan_vmap ")[1].split(" ms")[0]) < 1000
+    assert 0 < float(capsys.readouterr().out.split("scan_vmap ")[1].split(",")[0]) < 1000
     assert train(tmp_path / "same", rounds=2, execution=mode.mode) == mode
     assert read(tmp_path / "tuned") == read(tmp_path / "same")
 
 
-def test_several_processes_are_refused(monkeypatch, tiny_experiment):
+def test_several_processes_and_streamed_sets_are_refused(monkeypatch, tiny_experiment):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(UserError, match=r"several processes train together, .* should be auto or the name"):
         tuning.tune_execution(tiny_experiment())
+    monkeypatch.undo()
+    streamed = tiny_experiment()
+    train = SimpleNamespace(in_memory=False)
+    with pytest.raises(UserError, match="are streamed, so that the times are those of decoding"):
+        tuning.tune_execution(streamed._replace(dataset=streamed.dataset._replace(train=train)))
+
+
+def test_a_locked_or_wrong_workdir_is_refused_before_modes_are_timed(tmp_path, time_by_table):
+    timed, _ = time_by_table
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.csv").write_text("replicate,arm,round\n0,imp,0\n")
+    with pytest.raises(UserError):
+        train(tmp_path / "run")
+    assert not timed

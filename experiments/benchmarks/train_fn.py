@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from experiments.sweeps.datasets import DATASET_SIZES
+from experiments.sweeps.datasets import DATASET_SIZES, STREAMED_DATASETS
 from imp_jax.runtime.execution import ExecutionMode
 
 
@@ -37,7 +37,7 @@ def make_train_fn(
     from imp_jax.runtime import devices
     from imp_jax.workdir.checkpoints import RoundNetworks
 
-    streamed = config.dataset.name == "imagenet2012"
+    streamed = config.dataset.name in STREAMED_DATASETS
     _, image_shape, num_classes = DATASET_SIZES[config.dataset.name]
     config.arms, config.replicates, config.instability.rounds = ("imp",), members, ()
     rng = np.random.default_rng(0)

@@ -16,3 +16,4 @@ DATASET_SIZES = {
     "cifar10": DatasetSize(50_000, (32, 32, 3), 10),
     "imagenet2012": DatasetSize(1_281_167, (224, 224, 3), 1000),
 }
+STREAMED_DATASETS = ("imagenet2012", "folder")

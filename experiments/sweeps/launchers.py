@@ -34,7 +34,7 @@ def start_training(
 ) -> subprocess.Popen:
     """Start or resume a run in a process of its own, and write its command to the log."""
     sweep.logs.mkdir(parents=True, exist_ok=True)
-    for one in (run, *run.runs):
+    for one in run.runs:
         sweep.log_path(one, "failed").unlink(missing_ok=True)
     command = run.command(sweep.workdir(run).absolute(), data_dir)
     with open(sweep.log_path(run), "a") as log:
@@ -44,14 +44,15 @@ def start_training(
 
 
 def note_failure(sweep: Sweep, run: AnyRun | RunPack, status: int) -> str:
-    """Write down why a run ended with exit status `status`, and return it."""
+    """Write down why a run, or each run of a pack, ended with exit status `status`, and return it."""
     lines = sweep.log_path(run).read_text(errors="replace").strip().splitlines()
     command_index = max(index for index, line in enumerate(lines) if line.startswith(PROMPT))
     lines = lines[command_index + 1 :] or ["it printed nothing"]
     errors = [line for line in lines if line.startswith("error: ")] or lines
     how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
     why = f"{how}: {errors[-1].removeprefix('error: ')}"
-    write_atomically(sweep.log_path(run, "failed"), why + "\n")
+    for one in run.runs:
+        write_atomically(sweep.log_path(one, "failed"), why + "\n")
     return why
 
 
@@ -108,16 +109,14 @@ def train_locally(
                     report(f"stopped {run.name} {duration}")
                 else:
                     why = note_failure(sweep, run, process.returncode)
-                    again = []
-                    if isinstance(run, RunPack):
-                        states = sweep.read_states(run.runs)
-                        again = [one for one in run.runs if states[one].status != "done"]
-                    elif tries[run] < MAX_TRIES:
-                        again = [run]
-                    again = [] if received else again
-                    report(f"failed  {run.name} {duration}, {why}{'; trying again' if again else ''}")
-                    waiting.extend(again)
-                    failed += not again
+                    states = sweep.read_states(run.runs)
+                    unfinished = [one for one in run.runs if states[one].status != "done"]
+                    try_again = not received and (isinstance(run, RunPack) or tries[run] < MAX_TRIES)
+                    report(f"failed  {run.name} {duration}, {why}{'; trying again' if try_again else ''}")
+                    if try_again:
+                        waiting.extend(unfinished)
+                    else:
+                        failed += len(unfinished)
     if received:
         raise Interrupted(received[0])
     return failed

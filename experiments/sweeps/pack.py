@@ -68,10 +68,12 @@ def train_runs(
         analyses=analysis,
     )
     for i, run in enumerate(runs):
-        if errors[i] is None:
+        if stop.requested:  # the same command computes the analyses
+            errors[i] = errors[i] or stop.stopped("before its analyses")
+        elif errors[i] is None:
             try:
                 analysis.run(sweep.workdir(run))
-            except (UserError, OSError) as error:
+            except Exception as error:  # the other runs are analysed
                 errors[i] = error
     return errors
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments.sweeps.datasets import STREAMED_DATASETS
 from imp_jax import branch, config_files, packing
 from imp_jax import config as configs
 
@@ -54,7 +55,7 @@ class Run:
 
     @property
     def runs(self) -> tuple["Run", ...]:
-        """The runs that a process trains which is started for this one: only this one."""
+        """This run alone; a `RunPack` has several."""
         return (self,)
 
     @property
@@ -129,7 +130,7 @@ class Branch:
 
     @property
     def runs(self) -> tuple["Branch", ...]:
-        """The branches that a process trains which is started for this one: only this one."""
+        """This branch alone; a `RunPack` has several runs."""
         return (self,)
 
     @property
@@ -184,7 +185,11 @@ def pack_runs(runs: Iterable[AnyRun], size: int) -> list[AnyRun | RunPack]:
     """Pack runs that can train in one program, at most `size` at a time, in the order of the first of each."""
     kinds: dict[Any, list[AnyRun]] = {}
     for run in runs:
-        can_be_packed = isinstance(run, Run) and run.config.execution != "tune"
+        can_be_packed = (
+            isinstance(run, Run)
+            and run.config.execution != "tune"
+            and run.config.dataset.name not in STREAMED_DATASETS
+        )
         kind = str(packing.describe_kind(run.config)) if can_be_packed else run
         kinds.setdefault(kind, []).append(run)
     parts = [kind[i : i + size] for kind in kinds.values() for i in range(0, len(kind), size)]

@@ -1,8 +1,9 @@
 """A folder of runs, and the state of each run.
 
 For each run, the folder contains its workdir NAME; `logs/NAME.log`, what it printed; `logs/NAME.failed`, why
-it failed; and `logs/NAME.job`, its job on Slurm. The workdir of a branch is `NAME/branches/LABEL`, and its logs
-are called `NAME+LABEL`. `slurm/` belongs to submitit; `figures/` and `claims.md` are drawn from the runs.
+it failed; and `logs/NAME.job`, its job on Slurm. Runs that train in one program print to one
+`logs/pack-….log`. The workdir of a branch is `NAME/branches/LABEL`, and its logs are called `NAME+LABEL`.
+`slurm/` belongs to submitit; `figures/` and `claims.md` are drawn from the runs.
 """
 
 import contextlib

@@ -35,10 +35,7 @@ def enable_compilation_cache() -> None:
     """
     if jax.config.jax_compilation_cache_dir is not None:
         return
-    processor = platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor += next(line for line in lines if line.startswith(("flags", "Features")))
+    processor = describe_processor()
     with contextlib.suppress(OSError, RuntimeError):  # no home directory, or a read-only one
         home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         folder = home / "imp_jax" / hashlib.sha256(processor.encode()).hexdigest()[:8]
@@ -52,6 +49,15 @@ def enable_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_max_size", 2**30)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # there are many small programs
         jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def describe_processor() -> str:
+    """Return the kind of processor, with the instructions that it has if they are known."""
+    processor = platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor += next(line for line in lines if line.startswith(("flags", "Features")))
+    return processor
 
 
 def jit_with_backend_options(

@@ -61,12 +61,14 @@ def test_a_row_is_timed_and_compared_with_its_prediction(tmp_path, monkeypatch, 
     (tmp_path / "predicted.json").write_text(json.dumps(predictions))
     monkeypatch.setattr(measure, "PREDICTED", tmp_path / "predicted.json")
     monkeypatch.setattr(measure, "EPOCH_IMAGES", 640)
+    monkeypatch.setattr(measure, "ON_GPU", {"JAX_PLATFORMS": "cpu"})
     tasks = [
         measure.make_steps_task(row, Setting()),
         measure.make_steps_task(row, Setting("unknown", {"XLA_FLAGS": "--xla_no_such_flag=1"})),
+        measure.make_steps_task(row, Setting("on a TPU", {"JAX_PLATFORMS": "tpu"})),
     ]
     table = measure.run_tasks(tasks, 300, tmp_path / "gpu.json")
-    timed, unknown = table["tasks"]
+    timed, unknown, absent = table["tasks"]
     assert timed["name"] == "lenet: 2 × 32, float32, vmapped"
     assert len(timed["images_per_second"]) == 3
     assert min(timed["images_per_second"]) > 100
@@ -74,6 +76,7 @@ def test_a_row_is_timed_and_compared_with_its_prediction(tmp_path, monkeypatch, 
     assert unknown["name"] == "lenet: 2 × 32, float32, vmapped, unknown"
     assert unknown["error"].startswith("exit status")
     assert "xla_no_such_flag" in unknown["stderr"]
+    assert absent["error"].startswith("exit status")  # JAX does not fall back to the CPU
     measure.print_tables(table)
     out = capsys.readouterr().out
     assert "2 (1 to 3)" in out
@@ -114,6 +117,8 @@ def test_two_forms_agree_and_other_losses_do_not(monkeypatch):
     result = agreement.compare_losses(expected, {"mnist5k": {"vmapped": losses.tolist()}})["mnist5k, vmapped"]
     assert not result["agrees"]
     assert result["first step"] == pytest.approx(2e-4, rel=0.01)
+    with pytest.raises(ValueError, match="the losses are not those of a GPU"):
+        agreement.compare_losses(expected, expected)
 
 
 def test_whole_rounds_are_timed_with_and_without_states():
@@ -136,7 +141,7 @@ def test_images_of_the_random_dataset_depend_on_their_class():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["gpu"], "error: there is no GPU here: nvidia-smi lists none"),
+        (["gpu"], "error: no GPU is visible: nvidia-smi lists none"),
         (["gpu", "--minutes=0.5"], "error: --minutes is 0.5; it should be at least 1"),
         (["lenet", "--minutes=5"], "error: --minutes is for gpu; lenet does not use it"),
     ],
@@ -153,3 +158,6 @@ def test_the_folder_of_the_table_must_exist(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(UserError, match="whose folder does not exist"):
         measure.benchmark_gpu(8, str(tmp_path / "absent" / "gpu.json"))
+    (tmp_path / "gpu.json").touch()
+    with pytest.raises(UserError, match="which exists; move it away"):
+        measure.benchmark_gpu(8, str(tmp_path / "gpu.json"))

@@ -74,10 +74,15 @@ def compare_losses(expected: Losses, actual: Losses) -> Mapping[str, Mapping[str
 
     Args:
       expected: of a CPU, in `CPU_FORM`.
-      actual: of a GPU, in any forms.
+      actual: of a GPU, in the forms of `CONFIGS`.
 
     Returns: by config and form, such as "mnist5k, vmapped".
+
+    Raises:
+      ValueError: `actual` has other forms, such as those of a CPU.
     """
+    if any(set(forms) != set(CONFIGS[name]) for name, forms in actual.items()):
+        raise ValueError("the losses are not those of a GPU: they have other forms")
     results = {}
     for name, forms in actual.items():
         reference = np.array(expected[name][CPU_FORM])

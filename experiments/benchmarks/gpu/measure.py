@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +31,7 @@ from imp_jax.runtime.distributed import visible_gpus
 from imp_jax.workdir.files import write_atomically
 
 PREDICTED = Path(__file__).parent / "predicted.json"
+ON_GPU = {"JAX_PLATFORMS": "cuda"}  # otherwise JAX uses the CPU if it cannot use the GPU
 EPOCH_IMAGES = 50_000  # a timing is about an epoch of CIFAR-10, but at least 20 steps
 LEAST_SECONDS = 20  # a task is not started with less time left
 
@@ -38,7 +40,7 @@ class Setting(NamedTuple):
     """A setting of XLA or JAX, by environment variables."""
 
     name: str = ""
-    environment: Mapping[str, str] = {}
+    environment: Mapping[str, str] = MappingProxyType({})
 
 
 class Task(NamedTuple):
@@ -69,17 +71,22 @@ STEPS = (
 
 
 def benchmark_gpu(minutes: float, out: str) -> None:
-    """Measure the GPU of this machine for `minutes`, print the tables, and write them to `out` as JSON.
+    """Measure the first visible GPU for `minutes`, print the tables, and write them to `out` as JSON.
 
     Raises:
-      UserError: there is no GPU, or the folder of `out` does not exist.
+      UserError: no GPU is visible, the folder of `out` does not exist, or `out` does.
     """
-    if not visible_gpus(os.environ):
+    gpus = visible_gpus(os.environ)
+    if not gpus:
         raise UserError(
-            "there is no GPU here: nvidia-smi lists none; gpu-plan predicts the speed of one on any machine"
+            "no GPU is visible: nvidia-smi lists none, or JAX_PLATFORMS or CUDA_VISIBLE_DEVICES hides it; "
+            "gpu-plan predicts the speed of a GPU on any machine"
         )
     if not Path(out).resolve().parent.is_dir():
         raise UserError(f"--out is {out!r}, whose folder does not exist; create the folder first")
+    if Path(out).exists():
+        raise UserError(f"--out is {out!r}, which exists; move it away, or give another name")
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus[0]  # one GPU, as in the predictions
     table = run_tasks(list_tasks(), 60 * minutes, Path(out))
     print_tables(table)
     print(f"table: {out}")
@@ -145,8 +152,11 @@ def make_steps_task(row: Row, setting: Setting) -> Task:
         options = {name: value for name, value in row._asdict().items() if name != "network"}
         arguments = [row.network, *(f"--{name}={value}" for name, value in options.items())]
         arguments += [f"--steps={steps}", "--repeats=3"]
-        timed = run_module("experiments.benchmarks.steps", arguments, timeout_s, setting.environment)
-        return {"row": row._asdict(), "setting": setting.name, **timed, "predicted": read_prediction(row)}
+        timed = run_module(
+            "experiments.benchmarks.steps", arguments, timeout_s, {**ON_GPU, **setting.environment}
+        )
+        predicted = None if setting.name else read_prediction(row)
+        return {"row": row._asdict(), "setting": setting.name, **timed, "predicted": predicted}
 
     return Task(describe_row(row) + f", {setting.name}" * bool(setting.name), measure)
 
@@ -159,29 +169,29 @@ def read_prediction(row: Row) -> dict | None:
 
 def measure_rounds(timeout_s: float) -> dict:
     """Time whole rounds of ResNet-20, with and without checkpoints within them."""
-    return run_module("experiments.benchmarks.gpu.gpu_rounds", [], timeout_s)
+    return run_module("experiments.benchmarks.gpu.gpu_rounds", [], timeout_s, ON_GPU)
 
 
 def measure_agreement(timeout_s: float) -> dict:
     """Train the same networks on a CPU and on this GPU in float32, and compare their losses."""
+    end, losses = time.monotonic() + timeout_s, {}
     with tempfile.TemporaryDirectory() as folder:
-        losses = {}
-        for platform, environment in (("cpu", {"JAX_PLATFORMS": "cpu"}), ("gpu", {})):
+        for platform, environment in (("cpu", {"JAX_PLATFORMS": "cpu"}), ("gpu", ON_GPU)):
             path = Path(folder) / f"{platform}.json"
-            run_module("experiments.benchmarks.gpu.agreement", [str(path)], timeout_s, environment)
+            left = end - time.monotonic()
+            run_module("experiments.benchmarks.gpu.agreement", [str(path)], left, environment)
             losses[platform] = json.loads(path.read_text())
     return {"agreement": agreement.compare_losses(losses["cpu"], losses["gpu"])}
 
 
-def run_module(
-    module: str, arguments: Sequence[str], timeout_s: float, environment: Mapping[str, str] = {}
-) -> dict:
+def run_module(module: str, arguments: Sequence[str], timeout_s: float, environment: Mapping[str, str]) -> dict:
     """Run a module in a process of its own and return its last line, parsed as JSON; {} if it prints nothing.
 
     Raises:
       subprocess.SubprocessError: the process fails or takes longer than `timeout_s`.
     """
     variables = os.environ | environment
+    variables.pop("JAX_COMPILATION_CACHE_DIR", None)  # because compilation is timed
     if "XLA_FLAGS" in environment:
         variables["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {environment['XLA_FLAGS']}".strip()
     done = subprocess.run(
@@ -198,8 +208,9 @@ def run_module(
 
 
 def describe_gpu() -> str:
-    """Return the name and the driver version of the first GPU, as nvidia-smi prints them."""
+    """Return the name and the driver version of the first visible GPU, as nvidia-smi prints them."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    command += [f"--id={gpu}" for gpu in visible_gpus(os.environ)[:1]]
     try:
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         return printed.splitlines()[0].strip()

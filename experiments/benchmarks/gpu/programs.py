@@ -10,14 +10,12 @@ from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from experiments.benchmarks.gpu.hlo import UnknownTextError
-from experiments.sweeps.datasets import DATASET_SIZES
+from experiments.sweeps.datasets import DATASET_SIZES, STREAMED_DATASETS
 from imp_jax import data, imp, training
 from imp_jax.data.dataset import EpochInMemory
 from imp_jax.data.streaming import StreamedBatch
 from imp_jax.experiment import setup
 from imp_jax.runtime.execution import ExecutionMode
-
-_STREAMED = ("imagenet2012",)
 
 
 class CompiledProgram(NamedTuple):
@@ -59,7 +57,7 @@ def _training_program(config, members, execution):
     """Return a jitted function for GPUs, the shapes of its arguments, and its spec."""
     examples, image_shape, num_classes = DATASET_SIZES[config.dataset.name]
     config.arms, config.replicates, config.instability.rounds = ("imp",), members, ()
-    streamed = config.dataset.name in _STREAMED
+    streamed = config.dataset.name in STREAMED_DATASETS
     augmentation = () if streamed else data.DEFAULT_AUGMENTATION.get(config.dataset.name, ())
     # one batch instead of the real set: the spec depends on the shape of an image only
     images = np.random.default_rng(0).integers(0, 256, (config.batch_size, *image_shape), np.uint8)
