@@ -78,12 +78,13 @@ def _upgraded_values(stored):
             f"the config has format {number}, of a later version; this version reads formats 1 to {FORMAT}"
         )
     values = flatten({name: value for name, value in stored.items() if name != "format"})
-    values = {name: _as_tuples(value) for name, value in values.items()}
+    values = {name: as_tuples(value) for name, value in values.items()}
     return _upgrade_from_format_1(values) if number == 1 else values
 
 
-def _as_tuples(value):
-    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+def as_tuples(value: Any) -> Any:
+    """Return a value of parsed JSON with tuples instead of lists, as fields have them."""
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
 
 
 def _upgrade_from_format_1(values):

@@ -25,6 +25,7 @@ from experiments.benchmarks.machine import describe_cpu, measure_peaks
 from experiments.benchmarks.patches import use_patches_convolution
 from experiments.benchmarks.pytorch import TORCH_NETWORKS, make_torch_train_fns
 from experiments.benchmarks.steps_table import print_ratios, print_rows, read_table
+from experiments.benchmarks.tables import require_folder_of
 from experiments.benchmarks.train_fn import make_train_fn
 from experiments.benchmarks.work import count_work
 from experiments.sweeps.runs import REPOSITORY, load_config
@@ -78,8 +79,7 @@ def benchmark_steps(
       UserError: `old` is not such a table, the folder of `out` does not exist, or a row's process was killed.
     """
     old_table = read_table(old) if old else None
-    if out and not Path(out).resolve().parent.is_dir():
-        raise UserError(f"--out is {out!r}, whose folder does not exist; create the folder first")
+    require_folder_of(out)
     rows = {}
     for name in names:
         torch_option = ["--torch"] if torch and name in TORCH_NETWORKS else []

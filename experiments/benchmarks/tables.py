@@ -2,10 +2,19 @@
 
 import resource
 import statistics
+from pathlib import Path
 
 import jax
 from rich.console import Console
 from rich.table import Table
+
+from imp_jax.errors import UserError
+
+
+def require_folder_of(out: str | None) -> None:
+    """Raise a `UserError` if the folder of the file --out does not exist; None is no file."""
+    if out and not Path(out).resolve().parent.is_dir():
+        raise UserError(f"--out is {out!r}, whose folder does not exist; create the folder first")
 
 
 def print_quantities(

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from experiments.sweeps.runs import REPOSITORY, Run, make_run
 from experiments.sweeps.sweep import Sweep
 from imp_jax import analysis, cli, packing
+from imp_jax.config_files import as_tuples
 from imp_jax.errors import UserError
 from imp_jax.runtime import compilation, devices
 from imp_jax.runtime.signals import GracefulStop, Stopped
@@ -45,12 +46,8 @@ def main() -> None:
 def parse_run(text: str) -> Run:
     """Return the run that JSON describes."""
     described = json.loads(text)
-    overrides = {name: _as_tuples(value) for name, value in described["overrides"].items()}
+    overrides = {name: as_tuples(value) for name, value in described["overrides"].items()}
     return make_run(described["base"], overrides)
-
-
-def _as_tuples(value):
-    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 def train_runs(

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from experiments.benchmarks.gpu import agreement
 from experiments.benchmarks.gpu.plan import Row, describe_row
+from experiments.benchmarks.tables import require_folder_of
 from experiments.sweeps.runs import REPOSITORY
 from imp_jax.errors import UserError, one_line
 from imp_jax.runtime.distributed import visible_gpus
@@ -82,8 +83,7 @@ def benchmark_gpu(minutes: float, out: str) -> None:
             "no GPU is visible: nvidia-smi lists none, or JAX_PLATFORMS or CUDA_VISIBLE_DEVICES hides it; "
             "gpu-plan predicts the speed of a GPU on any machine"
         )
-    if not Path(out).resolve().parent.is_dir():
-        raise UserError(f"--out is {out!r}, whose folder does not exist; create the folder first")
+    require_folder_of(out)
     if Path(out).exists():
         raise UserError(f"--out is {out!r}, which exists; move it away, or give another name")
     os.environ["CUDA_VISIBLE_DEVICES"] = gpus[0]  # one GPU, as in the predictions

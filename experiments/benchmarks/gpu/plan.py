@@ -24,6 +24,7 @@ from rich.table import Table
 
 from experiments.benchmarks import steps
 from experiments.benchmarks.gpu import estimate, hlo, targets
+from experiments.benchmarks.tables import require_folder_of
 from experiments.benchmarks.work import count_work
 from experiments.paper import catalogue
 from experiments.paper.scales import PAPER
@@ -131,8 +132,7 @@ def print_plan(
     """
     if not rows:
         raise UserError("no row of the table has these values; add --full, or leave some of them out")
-    if out and not Path(out).resolve().parent.is_dir():
-        raise UserError(f"--out is {out!r}, whose folder does not exist; create the folder first")
+    require_folder_of(out)
     if install:
         install_wheels(wheels)
     check_wheels(wheels)
